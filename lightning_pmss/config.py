@@ -1,0 +1,92 @@
+"""What the user chooses: `PMSSConfig`, checked when it is made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lightning_pmss.layers import COORDINATES, EDITS, MEMORY_MODES
+from lightning_pmss.selection import ROW_MODES, SELECTORS
+
+
+@dataclass(frozen=True)
+class PMSSConfig:
+    """How a model is converted. Every field can be given to `PMSSCallback` and on the command line as ``--pmss.<field>``.
+
+    Args:
+        target_modules: ``"all-linear"`` (every linear layer of the body; output head and embeddings are left out), a list
+            of module names, where ``t`` matches a module called ``t`` or ending in ``"." + t``, or any other string: a
+            regular expression for the full name. Each item must match something.
+        exclude_modules: Modules left out of the targets, with everything below them; list or regular expression as above.
+        rank: Rows and columns selected per layer; clipped to the smaller side of a layer, which the report says.
+        rank_pattern: Rank of the targets that match a key (a name ending or a regular expression); the first match counts.
+        selection: Rule that selects columns and rows: ``lupp``, ``pivoted_qr``, ``leverage``, ``norm``, ``random`` or
+            ``inverse_norm``.
+        row_mode: ``"independent"`` selects rows from W, ``"nested"`` from the selected columns.
+        oversample: Extra rows of the sketch of ``lupp``.
+        seed: Seed of the selection; independent of the global random state.
+        scale: Factor s of the update ``s C U R``.
+        coordinates: Coordinates of the trained tensor: ``"orthonormal"``, ``"spectral"`` or ``"raw"``.
+        dropout: Dropout probability on ``h = R x``.
+        edit: Which side of the layer carries the update: ``"input"``, ``"output"`` or ``"auto"`` (by shape).
+        also_train: Modules trained in full and saved with the adapter, such as a fresh classification head; patterns
+            like ``target_modules``'.
+        skeleton_file: A safetensors file with ``<module>.rows`` and ``<module>.cols`` (an adapter file has them) to use
+            instead of selecting.
+        memory: ``"keep"`` keeps each layer's slice of W from forward to backward (faster), ``"regather"`` gathers it again.
+
+    Raises:
+        ValueError: A value is out of its range; the message names the field and the values allowed.
+    """
+
+    target_modules: str | Sequence[str] = "all-linear"
+    exclude_modules: str | Sequence[str] = ()
+    rank: int = 256
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    selection: str = "lupp"
+    row_mode: str = "independent"
+    oversample: int = 10
+    seed: int = 0
+    scale: float = 1.0
+    coordinates: str = "orthonormal"
+    dropout: float = 0.0
+    edit: str = "auto"
+    also_train: str | Sequence[str] = ()
+    skeleton_file: str | None = None
+    memory: str = "keep"
+
+    def __post_init__(self) -> None:
+        # Lists, so that equality and JSON do not depend on which sequence type a caller happened to use.
+        for name in ("target_modules", "exclude_modules", "also_train"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                object.__setattr__(self, name, list(value or ()))
+        object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
+        if self.skeleton_file is not None:
+            object.__setattr__(self, "skeleton_file", str(self.skeleton_file))
+        if not self.target_modules:
+            raise ValueError("target_modules is empty; type 'all-linear' or a list of module names such as ['q_proj'].")
+        for where, rank in (("rank", self.rank), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())):
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise ValueError(f"{where}={rank!r} is not a rank; type a whole number of at least 1.")
+        for name, allowed in (
+            ("selection", tuple(SELECTORS)),
+            ("row_mode", ROW_MODES),
+            ("coordinates", COORDINATES),
+            ("edit", EDITS),
+            ("memory", MEMORY_MODES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {list(allowed)}.")
+        if isinstance(self.oversample, bool) or not isinstance(self.oversample, int) or self.oversample < 0:
+            raise ValueError(f"oversample={self.oversample!r} must be a whole number of at least 0.")
+        if not math.isfinite(self.scale) or self.scale == 0:
+            raise ValueError(f"scale={self.scale!r} must be finite and not zero, else U can never change the layer.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout!r} must lie in [0, 1).")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, fit for JSON and for a checkpoint that is loaded with ``weights_only=True``."""
+        return asdict(self)

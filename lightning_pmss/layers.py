@@ -1,0 +1,386 @@
+"""The converted linear layer: ``W' = W + s C U R`` around a base layer that stays a black box.
+
+``C = W[:, cols] [out, c]`` and ``R = W[rows, :] [r, in]`` are slices of the frozen weight, so one side of the update costs
+no product at all (``S_cols``, ``S_rows``: the 0/1 selectors with ``C = W S_cols`` and ``R = S_rows^T W``):
+
+    W' = W (I + s S_cols U R)      input edit:   y = base(x + s scatter_cols(U (R x)))       C is never needed
+    W' = (I + s C U S_rows^T) W    output edit:  y0 = W x;  y = y0 + s C (U y0[rows]) + b    R is never needed
+
+Source: PMSS (arXiv 2409.16722), Figure 1, in ``nn.Linear``'s convention (W is the transpose of the paper's). The identities
+are ours. What is trained is a tensor V in chosen *coordinates*, from which U is derived (reconstructed: with U itself
+trained, as drawn in the figure, one learning rate does not fit layers whose norms differ by a factor of hundreds).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+COORDINATES = ("orthonormal", "spectral", "raw")
+EDITS = ("auto", "input", "output")
+MEMORY_MODES = ("keep", "regather")
+
+
+class Frame(NamedTuple):
+    """What turns the trained V ``[c, r]`` into U: ``U = gain * (left @ V @ right)``; parts that a frame lacks are None."""
+
+    left: Tensor | None = None
+    right: Tensor | None = None
+    gain: Tensor | None = None
+
+
+def coordinate_frame(columns: Tensor, rows: Tensor, coordinates: str, name: str = "") -> Frame:
+    """Compute the frame of one layer from its slices.
+
+    Args:
+        columns: C ``[out, c]``.
+        rows: R ``[r, in]``.
+        coordinates: ``"raw"``: U = V. ``"spectral"``: U = V / (norm2(C) norm2(R)), one scalar. ``"orthonormal"``: with thin
+            QR ``C = Q_C T_C``, ``R^T = Q_R T_R``: U = T_C^-1 V T_R^-T, so that ``C U R = Q_C V Q_R^T`` and the update's
+            Frobenius norm is V's.
+        name: Module name for errors.
+
+    Returns:
+        Tensors in float32 (float64 for a float64 base), computed in float64.
+
+    Raises:
+        ValueError: The slices are linearly dependent, so that orthonormal coordinates do not exist.
+    """
+    dtype = core_dtype(columns.dtype)
+    if coordinates == "raw":
+        return Frame()
+    t_c = torch.linalg.qr(columns.detach().double(), mode="r").R
+    t_r = torch.linalg.qr(rows.detach().double().T, mode="r").R
+    singular = torch.linalg.svdvals(t_c), torch.linalg.svdvals(t_r)
+    if coordinates == "spectral":
+        return Frame(gain=(1.0 / (singular[0][0] * singular[1][0])).to(dtype))
+    # Slices that depend on one another up to float32 rounding have no usable inverse factors.
+    usable = [int((s > s[0] * 1e-5).sum()) for s in singular]
+    if usable[0] < t_c.shape[0] or usable[1] < t_r.shape[0]:
+        raise ValueError(
+            f"`{name}`: the {t_c.shape[0]} selected columns and {t_r.shape[0]} rows have only numerical rank {usable[0]} and"
+            f" {usable[1]}; set rank_pattern={{{name!r}: {min(usable)}}} or coordinates='spectral', or exclude the module."
+        )
+    eye_c, eye_r = (torch.eye(t.shape[0], dtype=t.dtype, device=t.device) for t in (t_c, t_r))
+    left = torch.linalg.solve_triangular(t_c, eye_c, upper=True)
+    right = torch.linalg.solve_triangular(t_r, eye_r, upper=True).T.contiguous()
+    return Frame(left.to(dtype), right.to(dtype))
+
+
+def core_dtype(weight_dtype: torch.dtype) -> torch.dtype:
+    """U is float32 whatever the base, float64 on a float64 base."""
+    return torch.float64 if weight_dtype == torch.float64 else torch.float32
+
+
+class PMSSCore(nn.Module):
+    """Owns the one trained tensor, ``weight [c, r]`` (V), and turns it into U when called.
+
+    A module of its own, so that sharding wrappers can treat it apart from the frozen weight. The inverse factors are
+    frozen *parameters*, not buffers, because only parameters are sharded. Stays float32 when its parent is cast to a
+    lower precision (``bf16-true``): small Adam steps on a bfloat16 U would be rounded away.
+    """
+
+    def __init__(self, columns: int, rows: int, frame: Frame, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(columns, rows, dtype=dtype, device=device))
+        self.register_buffer("gain", frame.gain)
+        for name, factor in (("left", frame.left), ("right", frame.right)):
+            self.register_parameter(name, None if factor is None else nn.Parameter(factor, requires_grad=False))
+
+    def forward(self) -> Tensor:
+        """U ``[c, r]`` without the scale."""
+        if self.left is not None and self.right is not None:
+            return self.left @ self.weight @ self.right
+        return self.weight if self.gain is None else self.weight * self.gain
+
+    @torch.no_grad()
+    def set_frame(self, frame: Frame) -> None:
+        for name in ("left", "right", "gain"):
+            new, old = getattr(frame, name), getattr(self, name)
+            if new is not None and old is not None:
+                old.copy_(new)
+
+    @torch.no_grad()
+    def set_u(self, u: Tensor) -> None:
+        """Choose V such that the core yields ``u`` (solved in float64)."""
+        v = u.to(self.weight.device, torch.float64)
+        if self.left is not None and self.right is not None:
+            v = torch.linalg.solve(self.left.double(), v)
+            v = torch.linalg.solve(self.right.double(), v, left=False)
+        if self.gain is not None:
+            v = v / self.gain.double()
+        self.weight.copy_(v)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PMSSCore:
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype in (torch.float32, torch.float64) else tensor.to(moved.device)
+
+        return super()._apply(keep_precision, recurse)
+
+
+class PMSSLinear(nn.Module):
+    """Mixin that turns a linear layer into ``W' = W + s C U R``; instances are made by `PMSSLinear.adopt`.
+
+    The concrete class is a dynamic subclass of the base layer's own class, so parameters keep their names and
+    ``isinstance(layer, nn.Linear)`` stays true. In canonical layout ``W [out, in]`` (GPT-2's ``Conv1D`` stores W^T; see
+    `transposed`)::
+
+        W' = weight + weight[:, cols] @ core_update() @ weight[rows]
+
+    Attributes:
+        rows, cols: int64 buffers ``[r]`` and ``[c]``.
+        core: `PMSSCore`, owner of the trained tensor.
+        scale, coordinates, dropout, memory: As configured.
+        edit: ``"input"`` or ``"output"``.
+        transposed: Whether ``weight`` is stored ``[in, out]``.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    rows: Tensor
+    cols: Tensor
+    core: PMSSCore
+    scale: float
+    coordinates: str
+    dropout: float
+    edit: str
+    memory: str
+    transposed: bool
+    pristine: Tensor | None
+
+    @staticmethod
+    def adopt(
+        layer: nn.Module,
+        rows: Tensor,
+        cols: Tensor,
+        frame: Frame,
+        *,
+        scale: float = 1.0,
+        coordinates: str = "orthonormal",
+        dropout: float = 0.0,
+        edit: str = "auto",
+        memory: str = "keep",
+    ) -> PMSSLinear:
+        """Turn a supported layer into a PMSS layer, in place: the module object and its parameters stay the same."""
+        shape = canonical_shape(layer)
+        layer.__class__ = _pmss_class(type(layer))
+        assert isinstance(layer, PMSSLinear)
+        weight = layer.weight
+        layer.register_buffer("rows", rows.to(weight.device, torch.int64))
+        layer.register_buffer("cols", cols.to(weight.device, torch.int64))
+        layer.core = PMSSCore(len(cols), len(rows), frame, core_dtype(weight.dtype), weight.device)
+        layer.scale, layer.coordinates, layer.dropout, layer.memory = float(scale), coordinates, float(dropout), memory
+        layer.transposed = is_transposed(layer)
+        layer.edit = choose_edit(layer, shape) if edit == "auto" else edit
+        layer.pristine = None
+        return layer
+
+    @property
+    def merged(self) -> bool:
+        """Whether ``weight`` currently holds W' (the pristine W is kept aside until `unmerge`)."""
+        return self.pristine is not None
+
+    def core_update(self) -> Tensor:
+        """``s U [c, r]``, everything folded in."""
+        return self.scale * self.core()
+
+    def set_update(self, update: Tensor) -> None:
+        """The inverse of `core_update`: choose V such that ``s U`` equals ``update [c, r]`` within rounding."""
+        self.core.set_u(update.double() / self.scale)
+
+    def base_weight(self) -> Tensor:
+        """The pristine W in canonical layout ``[out, in]``, also while merged."""
+        weight = self.weight.detach() if self.pristine is None else self.pristine
+        return weight.T if self.transposed else weight
+
+    def weight_rows(self) -> Tensor:
+        """R ``[r, in]`` of the pristine W, in its dtype."""
+        weight = self.base_weight()
+        return weight.index_select(0, self.rows.to(weight.device))
+
+    def weight_columns(self) -> Tensor:
+        """C ``[out, c]`` of the pristine W, in its dtype."""
+        weight = self.base_weight()
+        return weight.index_select(1, self.cols.to(weight.device))
+
+    def refresh_frame(self) -> None:
+        """Recompute the coordinates after the weight or the indices were replaced; V is left as it is."""
+        self.core.set_frame(coordinate_frame(self.weight_columns(), self.weight_rows(), self.coordinates))
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.merged:
+            return super().forward(input)
+        update = self.core_update()
+        if self.edit == "input":
+            flat = input.reshape(-1, input.shape[-1])
+            dtype = _compute_dtype(flat)
+            edited = _InputEdit.apply(flat, self.weight, update.to(dtype), self.rows, self.cols, *self._options(flat))
+            return super().forward(edited.view(input.shape))
+        # The gather must come before the bias: in bfloat16 a large bias would swamp h.
+        base = super().forward(input) if self.bias is None else _product(self, input)
+        flat = base.reshape(-1, base.shape[-1])
+        update = update.to(flat.dtype)
+        output = _OutputEdit.apply(flat, self.weight, update, self.rows, self.cols, *self._options(flat))
+        output = output.view(base.shape)
+        return output if self.bias is None else output + self.bias.to(output.dtype)
+
+    def _options(self, flat: Tensor) -> tuple[Tensor | None, bool, bool]:
+        """(dropout mask of h or None, keep the slices, transposed) for the edits."""
+        mask = None
+        if self.dropout > 0 and self.training:
+            ones = torch.ones(flat.shape[0], self.rows.shape[0], dtype=_compute_dtype(flat), device=flat.device)
+            mask = F.dropout(ones, self.dropout)
+        return mask, self.memory == "keep", self.transposed
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        # The indices that were stored count, not those selected now; the factors are never stored, so they follow.
+        if any(prefix + key in state_dict for key in ("weight", "rows", "cols")):
+            self.refresh_frame()
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The dynamic class has no importable name: pickle and deepcopy rebuild it from the base class.
+        return _rebuild, (type(self).__mro__[2],), self.__dict__
+
+    def extra_repr(self) -> str:
+        ranks = f"rank={self.cols.shape[0]}x{self.rows.shape[0]}"
+        return f"{super().extra_repr()}, pmss({ranks}, edit={self.edit}, coordinates={self.coordinates})".lstrip(", ")
+
+
+@cache
+def _pmss_class(base: type[nn.Module]) -> type[PMSSLinear]:
+    return type(f"PMSS{base.__name__}", (PMSSLinear, base), {"__module__": __name__})
+
+
+def _rebuild(base: type[nn.Module]) -> PMSSLinear:
+    cls = _pmss_class(base)
+    return cls.__new__(cls)
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """Whether this is transformers' ``Conv1D`` (recognised by name, since the core never imports transformers)."""
+    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(layer).__mro__)
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether the layer stores W^T ``[in, out]``."""
+    return is_conv1d(layer)
+
+
+def is_supported(layer: nn.Module) -> bool:
+    """Whether `PMSSLinear.adopt` can convert this layer: a floating-point ``nn.Linear`` (or subclass) or ``Conv1D``."""
+    if not (isinstance(layer, nn.Linear) or is_conv1d(layer)) or isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+        return False
+    weight = getattr(layer, "weight", None)
+    return isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2
+
+
+def canonical_shape(layer: nn.Module) -> tuple[int, int]:
+    """``(out, in)`` from the layer's attributes, never from ``weight.shape``, which sharding engines empty."""
+    if is_conv1d(layer):
+        return int(layer.nf), int(layer.nx)  # type: ignore[arg-type]
+    return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
+
+
+def choose_edit(layer: nn.Module, shape: tuple[int, int]) -> str:
+    """Output edit where ``out <= in`` and the base can leave its bias out, else input edit: the cheaper thin product."""
+    out_features, in_features = shape
+    return "output" if out_features <= in_features and can_output_edit(layer) else "input"
+
+
+def can_output_edit(layer: nn.Module) -> bool:
+    """Whether the layer's product can be had without its bias: no bias, or a forward that is known to us."""
+    base = type(layer).__mro__[2] if isinstance(layer, PMSSLinear) else type(layer)
+    return getattr(layer, "bias", None) is None or base.forward is nn.Linear.forward or is_conv1d(layer)
+
+
+def _product(layer: PMSSLinear, input: Tensor) -> Tensor:
+    """``W x`` without the bias, for the layers of which `can_output_edit` holds."""
+    return input @ layer.weight if layer.transposed else F.linear(input, layer.weight)
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer would compute: autocast's where it applies (never to float64), else the input's."""
+    device = tensor.device.type
+    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return tensor.dtype
+
+
+def _slice(weight: Tensor, index: Tensor, dim: int, transposed: bool, dtype: torch.dtype) -> Tensor:
+    """Rows (dim 0) or columns (dim 1) of the canonical W, in the compute dtype."""
+    if transposed:
+        return weight.index_select(1 - dim, index).T.to(dtype)
+    return weight.index_select(dim, index).to(dtype)
+
+
+class _OutputEdit(torch.autograd.Function):
+    """``y = y0 + (h U^T) C^T`` with ``h = y0[:, rows]``, row-wise over tokens; U carries the scale.
+
+    y0 ``[tokens, out]``, weight as stored, U ``[c, r]`` in y0's dtype; mask ``[tokens, r]`` or None multiplies h. Saved for
+    backward: h, U, the indices, and C (``keep``) or nothing but a reference to the weight, from which C is gathered again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, y0: Tensor, weight: Tensor, u: Tensor, rows: Tensor, cols: Tensor, mask: Tensor | None, keep: bool, transposed: bool
+    ) -> Tensor:
+        c = _slice(weight, cols, 1, transposed, y0.dtype)
+        h = y0.index_select(1, rows)
+        if mask is not None:
+            h = h * mask
+        ctx.save_for_backward(h, u, rows, cols, mask, c if keep else weight)
+        ctx.keep, ctx.transposed = keep, transposed
+        return torch.addmm(y0, h @ u.T, c.T)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        h, u, rows, cols, mask, source = ctx.saved_tensors
+        c = source if ctx.keep else _slice(source, cols, 1, ctx.transposed, h.dtype)
+        through_c = grad @ c
+        grad_u = through_c.T @ h
+        grad_y0 = None
+        if ctx.needs_input_grad[0]:
+            grad_h = through_c @ u
+            grad_y0 = grad.index_add(1, rows, grad_h if mask is None else grad_h * mask)
+        return grad_y0, None, grad_u, None, None, None, None, None
+
+
+class _InputEdit(torch.autograd.Function):
+    """``x' = x + scatter_cols(h U^T)`` with ``h = x R^T``, row-wise over tokens; U carries the scale.
+
+    x ``[tokens, in]``, U ``[c, r]`` in the compute dtype. The sum is taken in x's own dtype: under autocast a float32 x
+    keeps updates that bfloat16 would round away. Saved for backward: h, U, the indices, and R or the weight.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, u: Tensor, rows: Tensor, cols: Tensor, mask: Tensor | None, keep: bool, transposed: bool
+    ) -> Tensor:
+        r = _slice(weight, rows, 0, transposed, u.dtype)
+        h = x.to(u.dtype) @ r.T
+        if mask is not None:
+            h = h * mask
+        ctx.save_for_backward(h, u, rows, cols, mask, r if keep else weight)
+        ctx.keep, ctx.transposed = keep, transposed
+        return x.index_add(1, cols, (h @ u.T).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        h, u, rows, cols, mask, source = ctx.saved_tensors
+        at_cols = grad.index_select(1, cols).to(h.dtype)
+        grad_u = at_cols.T @ h
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            r = source if ctx.keep else _slice(source, rows, 0, ctx.transposed, h.dtype)
+            grad_h = at_cols @ u
+            grad_x = grad + ((grad_h if mask is None else grad_h * mask) @ r).to(grad.dtype)
+        return grad_x, None, grad_u, None, None, None, None, None

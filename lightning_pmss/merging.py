@@ -1,0 +1,185 @@
+"""Merge the update into the weights and take it out again, in memory.
+
+Merging changes W, and C and R are slices of W: what was merged can neither be re-read nor subtracted exactly. So the
+pristine W is kept aside (on the CPU) and `unmerge` puts it back bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.layers import PMSSLinear
+
+
+@dataclass
+class LayerDrift:
+    """What the one rounding of a merge cost: the merged weight in W's dtype against the float32 (float64) sum.
+
+    Attributes:
+        max_error: Largest absolute error of an element.
+        relative_error: ``||rounded - exact||_F / ||exact||_F``.
+        lost_update: ``||rounded - exact||_F / ||update||_F``: the error measured by what was learned; 0 for a zero U.
+    """
+
+    max_error: float
+    relative_error: float
+    lost_update: float
+
+
+@dataclass
+class MergeReport:
+    """Drift per layer; ``print`` it for a line."""
+
+    layers: dict[str, LayerDrift]
+
+    @property
+    def max_error(self) -> float:
+        return max((d.max_error for d in self.layers.values()), default=0.0)
+
+    @property
+    def relative_error(self) -> float:
+        """The largest relative error of any layer."""
+        return max((d.relative_error for d in self.layers.values()), default=0.0)
+
+    @property
+    def lost_update(self) -> float:
+        return max((d.lost_update for d in self.layers.values()), default=0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, fit for JSON."""
+        sums = {name: getattr(self, name) for name in ("max_error", "relative_error", "lost_update")}
+        return asdict(self) | sums
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.layers)} layers merged with one rounding each: largest error {self.max_error:.2e}, relative"
+            f" {self.relative_error:.2e} of a weight, {self.lost_update:.2%} of an update"
+        )
+
+
+def merge_weight(weight: Tensor, rows: Tensor, cols: Tensor, update: Tensor, name: str) -> tuple[Tensor, LayerDrift]:
+    """``W + W[:, cols] @ update @ W[rows]`` with one rounding.
+
+    Args:
+        weight: The pristine W ``[out, in]``, any floating dtype.
+        rows: ``[r]`` int64.
+        cols: ``[c]`` int64.
+        update: ``s U [c, r]``.
+        name: Module name for errors.
+
+    Returns:
+        W' in W's dtype, computed in float32 (float64 for a float64 W), and what the rounding cost.
+
+    Raises:
+        ValueError: W' is not finite; nothing was changed.
+    """
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    pristine = weight.to(wide)
+    delta = pristine[:, cols] @ (update.to(wide) @ pristine[rows])
+    exact = pristine + delta
+    rounded = exact.to(weight.dtype)
+    if not torch.isfinite(rounded).all():
+        raise ValueError(
+            f"`{name}`: the merged weight is not finite (largest |s U| {float(update.abs().max()):.3g}, dtype"
+            f" {weight.dtype}); the run diverged or the dtype is too narrow. Nothing was merged."
+        )
+    # U may come in float32 while W is narrower: the error is taken against the wide sum, not against itself.
+    error = rounded.to(wide) - exact
+    norm, size = torch.linalg.matrix_norm(error), torch.linalg.matrix_norm(delta)
+    lost = float(norm / size) if size > 0 else 0.0
+    return rounded, LayerDrift(float(error.abs().max()), float(norm / torch.linalg.matrix_norm(exact)), lost)
+
+
+def merged_weight(layer: PMSSLinear, name: str = "") -> tuple[Tensor, LayerDrift]:
+    """W' of one layer in the layout in which the layer stores its weight, from the pristine W; the layer is not changed."""
+    weight = layer.base_weight().to(layer.rows.device)
+    merged, drift = merge_weight(weight, layer.rows, layer.cols, layer.core_update().detach(), name)
+    return (merged.T.contiguous() if layer.transposed else merged), drift
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> MergeReport:
+    """Put W' into every converted layer, so that the model runs at the base's cost.
+
+    The pristine weights are kept on the CPU (as many bytes as the converted layers have) until `unmerge`. While merged, U
+    has no effect and gets no gradient. All layers are computed before the first is changed.
+
+    Raises:
+        ValueError: No converted layer, already merged, or a merged weight is not finite.
+    """
+    layers = _layers(model)
+    if done := [name for name, layer in layers.items() if layer.merged]:
+        raise ValueError(f"`{done[0]}` is merged already; merging starts from the pristine weights only: `unmerge` first.")
+    for name, layer in layers.items():  # a check without keeping: the second pass must not fail half way
+        if not torch.isfinite(layer.core_update()).all():
+            raise ValueError(f"`{name}`: U holds NaN or infinite values; the run diverged. Nothing was merged.")
+    drift = {}
+    try:
+        for name, layer in layers.items():
+            new, drift[name] = merged_weight(layer, name)
+            layer.pristine = layer.weight.detach().to("cpu", copy=True)
+            layer.weight.copy_(new)
+    except ValueError:
+        _restore(layers)
+        raise
+    return MergeReport(drift)
+
+
+@torch.no_grad()
+def unmerge(model: nn.Module) -> None:
+    """Put the pristine weights back, bit for bit.
+
+    Raises:
+        ValueError: The model is not merged.
+    """
+    layers = _layers(model)
+    if not any(layer.merged for layer in layers.values()):
+        raise ValueError("the model is not merged, so there is nothing to unmerge.")
+    _restore(layers)
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[MergeReport]:
+    """Run a block with merged weights, as for evaluation: ``with merged(model): ...``."""
+    report = merge(model)
+    try:
+        yield report
+    finally:
+        unmerge(model)
+
+
+@torch.no_grad()
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state dict as if it had never been converted, with W' in the converted layers; the model is unchanged.
+
+    Keys are those of ``model.state_dict()`` without the adapters'. Tensors that were not converted are the live ones.
+    """
+    _layers(model)
+    state: dict[str, Tensor] = dict(model.state_dict())
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, PMSSLinear):
+            start = f"{prefix}." if prefix else ""
+            for key in [k for k in state if k.startswith((f"{start}core.", f"{start}rows", f"{start}cols"))]:
+                del state[key]
+            state[f"{start}weight"] = merged_weight(module, prefix)[0]
+    return state
+
+
+def _layers(model: nn.Module) -> dict[str, PMSSLinear]:
+    if not (layers := pmss_layers(model)):
+        raise ValueError(f"{type(model).__name__} has no converted layer; `convert` or `load_adapter` comes first.")
+    return layers
+
+
+def _restore(layers: dict[str, PMSSLinear]) -> None:
+    for layer in layers.values():
+        if layer.pristine is not None:
+            layer.weight.copy_(layer.pristine)
+            layer.pristine = None

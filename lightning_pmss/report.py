@@ -1,0 +1,115 @@
+"""What a conversion did, as data and as a table."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lightning_pmss.config import PMSSConfig
+
+
+@dataclass
+class LayerReport:
+    """One converted layer.
+
+    Attributes:
+        name: Canonical module name.
+        shape: ``(out, in)`` of W.
+        rank: Number of selected columns and rows, after clipping.
+        requested_rank: The rank asked for.
+        edit: ``"input"`` or ``"output"``.
+        trainable: Elements of U.
+        residual: ``||W - C C^+ W||_F / ||W||_F``, or None where W was not at hand.
+        kept_bytes_per_token: Bytes of h that the layer keeps for the backward pass per token, in the base's dtype.
+        file_bytes: Bytes of U and both index vectors in the adapter file.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    requested_rank: int
+    edit: str
+    trainable: int
+    residual: float | None
+    kept_bytes_per_token: int
+    file_bytes: int
+
+
+@dataclass
+class ConversionReport:
+    """What `convert` did; ``print`` it for a table.
+
+    Attributes:
+        config: The configuration used.
+        layers: One entry per converted layer, in model order.
+        left_out: Linear layers that were not converted, with the reason.
+        also_train: Names of the modules trained in full.
+        trainable: Parameters that train: all U and ``also_train``.
+        total: All parameters of the model (without the frozen coordinate factors).
+        also_train_bytes: Bytes of ``also_train`` in the adapter file.
+        notes: Anything else a user should know.
+    """
+
+    config: PMSSConfig
+    layers: list[LayerReport]
+    left_out: dict[str, str]
+    also_train: list[str]
+    trainable: int
+    total: int
+    also_train_bytes: int
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def share(self) -> float:
+        """Trainable share of all parameters, 0 to 1."""
+        return self.trainable / self.total
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of the adapter's tensors (the file adds a header of about 300 bytes per layer)."""
+        return sum(layer.file_bytes for layer in self.layers) + self.also_train_bytes
+
+    @property
+    def kept_bytes_per_token(self) -> int:
+        """Bytes kept for the adapters' backward pass per token."""
+        return sum(layer.kept_bytes_per_token for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, fit for JSON."""
+        sums = {name: getattr(self, name) for name in ("share", "adapter_bytes", "kept_bytes_per_token")}
+        return asdict(self) | {"config": self.config.to_dict()} | sums
+
+    def __str__(self) -> str:
+        """The table, with layers of equal kind folded into one line (a 32-layer model has 7 kinds)."""
+        kinds: dict[tuple[Any, ...], list[LayerReport]] = {}
+        for layer in self.layers:
+            kind = ".".join("*" if part.isdigit() else part for part in layer.name.split("."))
+            kinds.setdefault((kind, layer.shape, layer.rank, layer.edit), []).append(layer)
+        rows = [("module", "count", "out x in", "rank", "edit", "trainable", "residual")]
+        for (kind, shape, rank, edit), group in kinds.items():
+            clipped = f"{rank} (asked {group[0].requested_rank})" if group[0].requested_rank != rank else str(rank)
+            known = [layer.residual for layer in group if layer.residual is not None]
+            residual = "" if not known else f"{min(known):.3f}" + (f"-{max(known):.3f}" if len(known) > 1 else "")
+            trainable = f"{sum(layer.trainable for layer in group):,}"
+            rows.append((kind, str(len(group)), f"{shape[0]} x {shape[1]}", clipped, edit, trainable, residual))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.insert(1, "-" * max(map(len, lines)))
+        lines.append(
+            f"{len(self.layers)} layers converted; trainable {self.trainable:,} of {self.total:,} ({self.share:.3%});"
+            f" adapter {self.adapter_bytes / 2**20:.2f} MiB; kept for backward {self.kept_bytes_per_token / 1024:.1f} KiB"
+            " per token"
+        )
+        if self.left_out:
+            reasons: dict[str, list[str]] = {}
+            for name, why in self.left_out.items():
+                reasons.setdefault(why, []).append(name)
+            for why, names in reasons.items():
+                more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+                lines.append(f"left out ({why}): {', '.join(names[:4])}{more}")
+            frozen = [n for n, why in self.left_out.items() if why == "output head"]
+            if frozen:
+                lines.append(f"frozen as it is: {', '.join(frozen[:4])}; if freshly initialised, name it in also_train")
+        if self.also_train:
+            lines.append(f"trained in full: {', '.join(self.also_train)}")
+        return "\n".join([*lines, *self.notes])
