@@ -1,0 +1,80 @@
+"""The check after the first backward passes that every U is really being trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
+
+from lightning_pmss.layers import PMSSLinear
+
+
+class GradientCheck:
+    """U's gradient is non-zero from the first step although U is zero, so silence means that something is cut off.
+
+    Args:
+        layers: Canonical name -> converted layer.
+        infinities_are_normal: Under a loss scaler the first steps overflow on purpose.
+    """
+
+    def __init__(self, layers: Mapping[str, PMSSLinear], *, infinities_are_normal: bool = False) -> None:
+        self.layers = dict(layers)
+        self.infinities_are_normal = infinities_are_normal
+        self._called: set[str] = set()
+        self._hooks: list[Any] = []
+
+    def check(self) -> bool:
+        """Look at the gradients after a backward pass; True when there is nothing more to look at.
+
+        Raises:
+            MisconfigurationException: No U got a gradient; or one did not although its layer ran; or one is not finite.
+        """
+        silent = [name for name, layer in self.layers.items() if layer.core.weight.grad is None]
+        if len(silent) == len(self.layers) or (cut_off := [n for n in silent if n in self._called]):
+            names = silent if len(silent) == len(self.layers) else cut_off
+            self._remove_hooks()
+            raise MisconfigurationException(
+                f"No gradient reached U of {len(names)} of {len(self.layers)} converted layers: {_some(names)}. Usual causes:"
+                " re-entrant activation checkpointing over frozen inputs (use `use_reentrant=False`, or call"
+                " `enable_input_require_grads()`), a `torch.no_grad()` or `detach()` around the model, or a parent that"
+                " reads the layer's `weight` instead of calling it (list such layers in `exclude_modules`)."
+            )
+        if not self.infinities_are_normal:
+            broken = [n for n, x in self.layers.items() if x.core.weight.grad is not None and not torch.isfinite(x.core.weight.grad).all()]
+            if broken:
+                raise MisconfigurationException(
+                    f"U of {len(broken)} converted layers got NaN or infinite gradients in the first step: {_some(broken)}."
+                    " The loss is not finite or the learning rate's warm-up is missing; check the batch and the base model."
+                )
+        if not silent:
+            return True
+        if self._hooks:  # the second look: these layers did not run, as happens to experts without tokens
+            self._remove_hooks()
+            rank_zero_warn(
+                f"U of {len(silent)} converted layers got no gradient because the layers did not run: {_some(silent)}. That is"
+                " normal for experts that saw no token; if the model never uses them, list them in `exclude_modules`."
+            )
+            return True
+        for name in silent:
+            self._hooks.append(self.layers[name].register_forward_hook(self._noting(name)))
+        return False
+
+    def _noting(self, name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if module.training:
+                self._called.add(name)
+
+        return hook
+
+    def _remove_hooks(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(f"`{n}`" for n in names[:most]) + more

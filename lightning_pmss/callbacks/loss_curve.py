@@ -1,0 +1,139 @@
+"""
+Loss curve
+^^^^^^^^^^
+
+Draws the losses of a training into one picture.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from torch import Tensor
+from typing_extensions import override
+
+
+class LossCurve(L.Callback):
+    """Collects the training loss of every step and the validation losses, and writes ``loss.png`` when training ends.
+
+    The training loss is what ``training_step`` returns on process 0, averaged over accumulated batches; the validation loss
+    is what the module logs as `validation`. The points are part of the checkpoint: a resumed run draws the whole curve.
+
+    Args:
+        dirpath: Folder of the picture; the trainer's log folder by default.
+        validation: Name under which the validation loss is logged.
+        smoothing: Steps of the running mean drawn over the training loss.
+
+    Raises:
+        ModuleNotFoundError: In ``setup``, if matplotlib is not installed.
+
+    Example::
+
+        >>> from lightning_pmss.callbacks.loss_curve import LossCurve
+        >>> trainer = L.Trainer(callbacks=[LossCurve()])
+
+    """
+
+    def __init__(self, dirpath: str | None = None, validation: str = "val/loss", smoothing: int = 10) -> None:
+        if smoothing < 1:
+            raise ValueError(f"smoothing={smoothing!r} must be at least 1 step.")
+        self.dirpath = dirpath
+        self.validation = validation
+        self.smoothing = smoothing
+        self.path: Path | None = None
+        self._train: list[tuple[int, Tensor | float]] = []
+        self._val: list[tuple[int, float]] = []
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse at once what would fail only after the training."""
+        if stage == "fit" and importlib.util.find_spec("matplotlib") is None:
+            raise ModuleNotFoundError(
+                "`LossCurve` draws with matplotlib, which is not installed. Type: pip install 'lightning-pmss[plots]', "
+                "or remove the callback."
+            )
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember the loss, on its device: reading it here would make the host wait for every step."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor):
+            # Lightning has divided it by the number of accumulated batches.
+            self._train.append((trainer.global_step, loss.detach() * trainer.accumulate_grad_batches))
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remember the validation loss of a training."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and self.validation in trainer.callback_metrics:
+            self._val.append((trainer.global_step, float(trainer.callback_metrics[self.validation])))
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the picture, while the strategy is still up (the log folder is a broadcast)."""
+        folder = self.dirpath or trainer.log_dir or trainer.default_root_dir
+        if not getattr(trainer, "fast_dev_run", False):
+            self._write(Path(folder) / "loss.png")
+
+    @rank_zero_only
+    def _write(self, path: Path) -> None:
+        train, val = self.points()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw(path, train, val, self.smoothing)
+        self.path = path
+        rank_zero_info(f"Loss curve of {len(train)} steps: {path}")
+
+    def points(self) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+        """Training and validation losses as (optimizer step, loss)."""
+        steps: dict[int, list[float]] = {}
+        losses = [loss for _, loss in self._train]
+        # One transfer for all: the tensors of a run lie on one device.
+        stacked = torch.stack([torch.as_tensor(loss).float().cpu() for loss in losses]).tolist() if losses else []
+        for (step, _), loss in zip(self._train, stacked, strict=True):
+            steps.setdefault(step, []).append(loss)
+        return [(step, sum(values) / len(values)) for step, values in steps.items()], list(self._val)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        train, val = self.points()
+        return {"train": [list(point) for point in train], "val": [list(point) for point in val]}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._train = [(step, loss) for step, loss in state_dict["train"]]
+        self._val = [(step, loss) for step, loss in state_dict["val"]]
+
+
+def draw(path: Path, train: list[tuple[int, float]], val: list[tuple[int, float]], smoothing: int) -> None:
+    """Write a picture of (optimizer step, loss) points; `smoothing` is the width of the running mean in steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # A figure of its own with the Agg canvas: neither pyplot's global state nor a display is touched.
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss per response token", title="Loss")
+    finite = [(step, loss) for step, loss in train if math.isfinite(loss)]
+    if finite:
+        steps, losses = zip(*finite, strict=True)
+        means = [
+            sum(part) / len(part)
+            for end in range(len(losses))
+            if (part := losses[max(0, end + 1 - smoothing) : end + 1])
+        ]
+        axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="training, per step")
+        axes.plot(steps, means, color="tab:blue", label=f"training, mean of {smoothing} steps")
+    if val:
+        axes.plot(*zip(*val, strict=True), color="tab:orange", marker="o", label="validation")
+    if finite or val:
+        axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

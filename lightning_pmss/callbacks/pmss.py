@@ -1,0 +1,365 @@
+"""
+PMSS callback
+^^^^^^^^^^^^^
+
+Fine-tunes the model of any LightningModule by PMSS.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_pmss.callbacks.gradients import GradientCheck
+from lightning_pmss.checkpointing import CheckpointSeam, random_states, set_random_states
+from lightning_pmss.config import PMSSConfig
+from lightning_pmss.conversion import conversion_of, convert, hugging_face_root, pmss_layers
+from lightning_pmss.files import save_adapter, write_merged
+from lightning_pmss.files.atomic import check_target
+from lightning_pmss.report import ConversionReport
+
+MERGE_ON_SAVE = ("end", "checkpoint", None)
+
+
+class PMSSCallback(L.Callback):
+    """Converts the targeted linear layers to PMSS (arXiv 2409.16722), trains U only, keeps checkpoints small, merges on save.
+
+    The model is converted in ``setup`` when its layers exist, or right after ``configure_model`` where the LightningModule
+    builds them there. Checkpoints hold what is trained and resume exactly; at the end of ``fit`` the adapter folder
+    ``<output_dir>/adapter`` and the merged model ``<output_dir>/merged`` are written.
+
+    Single device and DDP are supported; other strategies are refused.
+
+    Args:
+        target_modules: ``"all-linear"``, a list of module name endings, or a regular expression.
+        exclude_modules: Modules left out of the targets; list of name endings or regular expression.
+        rank: Rows and columns selected per layer, clipped to the layer.
+        rank_pattern: Other ranks for targets that match a key (name ending or regular expression).
+        selection: ``lupp``, ``pivoted_qr``, ``leverage``, ``norm``, ``random`` or ``inverse_norm``.
+        row_mode: ``independent`` or ``nested``.
+        oversample: Extra rows of the sketch of ``lupp``.
+        seed: Seed of the selection.
+        scale: Factor s of the update ``s C U R``.
+        coordinates: ``orthonormal``, ``spectral`` or ``raw``.
+        dropout: Dropout probability on ``h = R x``.
+        edit: ``auto``, ``input`` or ``output``.
+        also_train: Modules trained in full and saved with the adapter, such as a fresh classification head.
+        skeleton_file: Safetensors file with rows and columns to use instead of selecting.
+        memory: ``keep`` or ``regather``.
+        output_dir: Where adapter and merged model go; the run's log directory by default. Earlier results of this library
+            there are replaced.
+        merge_on_save: ``end``: write the merged model when ``fit`` ends; ``checkpoint``: also beside each checkpoint, as
+            ``<checkpoint's name>-merged``; None: never.
+        log_throughput: Log seconds per step and tokens per second.
+        log_u_norm: Log the Frobenius norm of each layer's ``s U``.
+
+    Raises:
+        ValueError: The options do not fit one another or the model; the model is left as it was.
+        MisconfigurationException: The optimizer lacks U, something else trains, or the strategy is not supported.
+
+    Example::
+
+        >>> from lightning_pmss import PMSSCallback
+        >>> trainer = L.Trainer(callbacks=[PMSSCallback(target_modules=["q_proj", "v_proj"], rank=128)])
+
+    """
+
+    def __init__(
+        self,
+        target_modules: str | list[str] = "all-linear",
+        exclude_modules: str | list[str] | None = None,
+        rank: int = 256,
+        rank_pattern: dict[str, int] | None = None,
+        selection: str = "lupp",
+        row_mode: str = "independent",
+        oversample: int = 10,
+        seed: int = 0,
+        scale: float = 1.0,
+        coordinates: str = "orthonormal",
+        dropout: float = 0.0,
+        edit: str = "auto",
+        also_train: str | list[str] | None = None,
+        skeleton_file: str | Path | None = None,
+        memory: str = "keep",
+        output_dir: str | Path | None = None,
+        merge_on_save: str | None = "end",
+        log_throughput: bool = True,
+        log_u_norm: bool = False,
+    ) -> None:
+        self.config = PMSSConfig(
+            target_modules=target_modules,
+            exclude_modules=exclude_modules or (),
+            rank=rank,
+            rank_pattern=rank_pattern or {},
+            selection=selection,
+            row_mode=row_mode,
+            oversample=oversample,
+            seed=seed,
+            scale=scale,
+            coordinates=coordinates,
+            dropout=dropout,
+            edit=edit,
+            also_train=also_train or (),
+            skeleton_file=None if skeleton_file is None else str(skeleton_file),
+            memory=memory,
+        )
+        if merge_on_save not in MERGE_ON_SAVE:
+            raise ValueError(f"merge_on_save={merge_on_save!r} is not known; choose one of {list(MERGE_ON_SAVE)}.")
+        self.output_dir = None if output_dir is None else Path(output_dir)
+        self.merge_on_save = merge_on_save
+        self.log_throughput = log_throughput
+        self.log_u_norm = log_u_norm
+        self.report: ConversionReport | None = None
+        self._seam: CheckpointSeam | None = None
+        self._gradients: GradientCheck | None = None
+        self._resume: Mapping[str, Any] | None = None
+        self._step_started = 0.0
+
+    # -- conversion ---------------------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Convert now, or arrange for it right after ``configure_model``."""
+        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+            raise MisconfigurationException(
+                f"PMSSCallback does not support `{type(trainer.strategy).__name__}` yet; use a single device or strategy='ddp'."
+            )
+        if sum(isinstance(c, PMSSCallback) for c in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+            raise MisconfigurationException("The Trainer has several `PMSSCallback`s; one converts all: keep one.")
+        if conversion_of(pl_module) is None and is_overridden("configure_model", pl_module):
+            original = pl_module.configure_model
+
+            @functools.wraps(original)
+            def configure_model() -> None:
+                # The patch goes first: it must not survive in a pickle or a copy, nor run twice.
+                del pl_module.configure_model
+                original()
+                self._convert(trainer, pl_module)
+
+            pl_module.configure_model = configure_model  # type: ignore[method-assign]
+        else:
+            self._convert(trainer, pl_module)
+
+    def _convert(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        before = conversion_of(pl_module)
+        self.report = convert(pl_module, self.config)
+        if before is None:
+            self._agree_on_indices(trainer, pl_module)
+            rank_zero_info(f"PMSS:\n{self.report}")
+        pl_module.strict_loading = False
+        if self._seam is not None:
+            self._seam.remove()
+        beside = self.merge_on_save == "checkpoint"
+        self._seam = CheckpointSeam(
+            trainer.strategy,
+            pl_module,
+            after_save=functools.partial(self._merge_beside, trainer, pl_module) if beside else None,
+            after_remove=functools.partial(self._remove_beside, trainer) if beside else None,
+        )
+
+    @staticmethod
+    def _agree_on_indices(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Rank 0's rows and columns count: freshly initialised weights may still differ between ranks here."""
+        if trainer.world_size == 1:
+            return
+        layers = pmss_layers(pl_module)
+        chosen = {name: (layer.rows.cpu(), layer.cols.cpu()) for name, layer in layers.items()}
+        for name, (rows, cols) in trainer.strategy.broadcast(chosen).items():
+            layer = layers[name]
+            layer.rows.copy_(rows)
+            layer.cols.copy_(cols)
+            layer.refresh_frame()
+
+    # -- checks at the start ------------------------------------------------------------------------------------------
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check that U, and nothing but U and ``also_train``, is going to be trained."""
+        layers = pmss_layers(pl_module)
+        if any(layer.merged for layer in layers.values()):
+            raise MisconfigurationException("The model is merged, so U has no effect; call `unmerge(model)` before `fit`.")
+        root, _ = hugging_face_root(pl_module)
+        if root is not pl_module and not root.training:
+            root.train()  # `from_pretrained` leaves eval mode, in which dropout and HF's activation checkpointing are off
+        _check_optimizers(trainer, pl_module, layers)
+        self._warn_about_batch_norm(pl_module)
+        self._gradients = GradientCheck(layers, infinities_are_normal=trainer.precision == "16-mixed")
+        if self.report is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            for logger in trainer.loggers:
+                logger.log_metrics({"pmss/trainable_parameters": self.report.trainable}, step=trainer.global_step)
+
+    def _warn_about_batch_norm(self, pl_module: L.LightningModule) -> None:
+        kept = [m for n, m in pl_module.named_modules() if any(n.endswith(a) for a in (self.report.also_train if self.report else []))]
+        inside = {id(m) for k in kept for m in k.modules()}
+        moving = [
+            name
+            for name, m in pl_module.named_modules()
+            if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats and m.training and id(m) not in inside
+        ]
+        if moving:
+            rank_zero_warn(
+                f"`{moving[0]}` ({len(moving)} such) updates its running statistics while training, which the adapter file"
+                " does not hold: name it in also_train, or put it into eval mode."
+            )
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say when a resumed run cannot be exact."""
+        loaders = trainer.fit_loop._combined_loader
+        mid_epoch = trainer.fit_loop.epoch_loop.batch_progress.current.ready > 0 and not trainer.fit_loop.epoch_loop.done
+        if self._resume is not None and mid_epoch and loaders is not None:
+            foreign = [type(x).__name__ for x in loaders.flattened if not hasattr(x, "load_state_dict")]
+            if foreign:
+                rank_zero_warn(
+                    f"Resuming in the middle of an epoch: `{foreign[0]}` cannot continue where it stopped, so this epoch will"
+                    " see other batches than the uninterrupted run. For an exact resume use the loaders of"
+                    " lightning_pmss.datamodules (or any with `state_dict`/`load_state_dict`), or an end-of-epoch checkpoint."
+                )
+
+    @override
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A run resumed at the end of an epoch: the random states were restored when the checkpoint was loaded."""
+        if self._resume is not None:
+            loop = trainer.fit_loop
+            if trainer.current_epoch > 0 and not loop.is_resuming and not loop.epoch_loop.restarting:
+                # Lightning now creates the iterator that the uninterrupted run created here: it must draw the same number.
+                set_random_states(self._resume)
+            self._resume = None
+
+    @override
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._resume is not None:
+            # Resumed in the middle of an epoch: creating the iterator drew numbers that the uninterrupted run did not.
+            set_random_states(self._resume)
+            self._resume = None
+        self._step_started = time.perf_counter()
+
+    @override
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """After the first backward pass: every U has a finite gradient."""
+        if self._gradients is not None and self._gradients.check():
+            self._gradients = None
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.log_throughput:
+            seconds = time.perf_counter() - self._step_started
+            values = {"pmss/step_seconds": seconds}
+            if (tokens := _tokens(batch)) is not None:
+                values["pmss/tokens_per_second"] = tokens * trainer.world_size / seconds
+            pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+        if self.log_u_norm and trainer.fit_loop.epoch_loop._batches_that_stepped % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            norms = {f"pmss/u_norm/{n}": layer.core_update().detach().norm() for n, layer in pmss_layers(pl_module).items()}
+            pl_module.log_dict(norms, on_step=True, on_epoch=False, batch_size=1)
+
+    # -- results ------------------------------------------------------------------------------------------------------
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the adapter and, if wanted, the merged model (here and not in ``on_fit_end``, when the strategy is gone)."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        folder = self.output_folder(trainer)
+        if trainer.is_global_zero:
+            save_adapter(pl_module, folder / "adapter", overwrite=True)
+            rank_zero_info(f"PMSS: adapter in {folder / 'adapter'}")
+            if self.merge_on_save is not None:
+                written = write_merged(pl_module, folder / "merged", tokenizer=_tokenizer(pl_module), overwrite=True)
+                rank_zero_info(f"PMSS: merged model in {folder / 'merged'}\n{written}")
+        trainer.strategy.barrier("PMSSCallback.on_train_end")
+
+    def output_folder(self, trainer: L.Trainer) -> Path:
+        """Where the results go: ``output_dir``, else the log directory (call it on all ranks)."""
+        return self.output_dir or Path(trainer.log_dir or trainer.default_root_dir)
+
+    def _merge_beside(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: Path) -> None:
+        if trainer.is_global_zero:
+            write_merged(pl_module, _beside(checkpoint), tokenizer=_tokenizer(pl_module), overwrite=True)
+        trainer.strategy.barrier("PMSSCallback.merge_beside")
+
+    def _remove_beside(self, trainer: L.Trainer, checkpoint: Path) -> None:
+        if trainer.is_global_zero:
+            folder = _beside(checkpoint)
+            if folder.exists():
+                check_target(folder, overwrite=True)  # nothing that this library did not write is ever removed
+                shutil.rmtree(folder)
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """The random states of every rank, so that dropout goes on as if nothing had happened."""
+        states: list[Any] = [random_states()]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            states = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(states, random_states())
+        return {"random_states": states}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        states = state_dict["random_states"]
+        rank = torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
+        world = torch.distributed.get_world_size() if rank or torch.distributed.is_initialized() else 1
+        if len(states) != world:
+            rank_zero_warn(f"The checkpoint was made on {len(states)} devices, this run has {world}: random numbers will differ.")
+            return
+        self._resume = states[rank]
+        set_random_states(states[rank])
+
+
+def _check_optimizers(trainer: L.Trainer, pl_module: L.LightningModule, layers: Mapping[str, nn.Module]) -> None:
+    report = conversion_of(pl_module)
+    trained = {n: p for n, p in pl_module.named_parameters() if p.requires_grad}
+    cores = {id(layer.core.weight): name for name, layer in layers.items()}  # type: ignore[union-attr, attr-defined]
+    allowed = set(cores)
+    for name, module in pl_module.named_modules():
+        if any(name == a or name.endswith(f".{a}") for a in (report.also_train if report else [])):
+            allowed |= {id(p) for p in module.parameters()}
+    if strangers := [n for n, p in trained.items() if id(p) not in allowed]:
+        raise MisconfigurationException(
+            f"{len(strangers)} parameters train although only U should: {', '.join(f'`{n}`' for n in strangers[:5])}. Something"
+            " unfroze them after the conversion; to train a module on purpose, name it in `also_train`."
+        )
+    held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    if missing := [n for n, p in trained.items() if id(p) not in held]:
+        raise MisconfigurationException(
+            f"{len(missing)} of {len(trained)} trainable tensors are in no optimizer and would never learn:"
+            f" {', '.join(f'`{n}`' for n in missing[:5])}. The optimizer was made before the model was converted: make it in"
+            " `configure_optimizers` from `[p for p in self.parameters() if p.requires_grad]`; with LightningCLI pass"
+            " `auto_configure_optimizers=False`."
+        )
+
+
+def _tokens(batch: Any) -> int | None:
+    """Tokens of a language model's batch; None for any other batch."""
+    if not isinstance(batch, Mapping):
+        return None
+    if isinstance(mask := batch.get("attention_mask"), Tensor):
+        return int(mask.sum())
+    return ids.numel() if isinstance(ids := batch.get("input_ids"), Tensor) else None
+
+
+def _tokenizer(pl_module: L.LightningModule) -> Any:
+    tokenizer = getattr(pl_module, "tokenizer", None)
+    return tokenizer if hasattr(tokenizer, "save_pretrained") else None
+
+
+def _beside(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f"{checkpoint.stem}-merged")
