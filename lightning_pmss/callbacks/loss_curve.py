@@ -23,8 +23,9 @@ from typing_extensions import override
 class LossCurve(L.Callback):
     """Collects the training loss of every step and the validation losses, and writes ``loss.png`` when training ends.
 
-    The training loss is what ``training_step`` returns on process 0, averaged over accumulated batches; the validation loss
-    is what the module logs as `validation`. The points are part of the checkpoint: a resumed run draws the whole curve.
+    The training loss is what ``training_step`` returns on process 0, averaged over accumulated batches; the validation
+    loss is what the module logs as `validation`. The points are part of the checkpoint: a resumed run draws the whole
+    curve.
 
     Args:
         dirpath: Folder of the picture; the trainer's log folder by default.
@@ -50,6 +51,7 @@ class LossCurve(L.Callback):
         self.path: Path | None = None
         self._train: list[tuple[int, Tensor | float]] = []
         self._val: list[tuple[int, float]] = []
+        self._pending: list[Tensor] = []  # losses of the batches accumulated since the last optimizer step
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -68,7 +70,11 @@ class LossCurve(L.Callback):
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor):
             # Lightning has divided it by the number of accumulated batches.
-            self._train.append((trainer.global_step, loss.detach() * trainer.accumulate_grad_batches))
+            self._pending.append(loss.detach() * trainer.accumulate_grad_batches)
+        last = self._train[-1][0] if self._train else 0
+        if self._pending and trainer.global_step > last:
+            self._train.append((trainer.global_step, torch.stack(self._pending).mean()))
+            self._pending.clear()
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -93,13 +99,9 @@ class LossCurve(L.Callback):
 
     def points(self) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
         """Training and validation losses as (optimizer step, loss)."""
-        steps: dict[int, list[float]] = {}
-        losses = [loss for _, loss in self._train]
-        # One transfer for all: the tensors of a run lie on one device.
-        stacked = torch.stack([torch.as_tensor(loss).float().cpu() for loss in losses]).tolist() if losses else []
-        for (step, _), loss in zip(self._train, stacked, strict=True):
-            steps.setdefault(step, []).append(loss)
-        return [(step, sum(values) / len(values)) for step, values in steps.items()], list(self._val)
+        train = [(step, float(loss)) for step, loss in self._train]
+        self._train = list(train)
+        return train, list(self._val)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -1,0 +1,297 @@
+"""`CausalLMModule`: any Hugging Face causal language model, trained on responses, evaluated by loss and greedy text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+from transformers import GenerationConfig
+
+from lightning_pmss.modules.hub import load_causal_lm, load_tokenizer
+from lightning_pmss.modules.predictions import Prediction, gather_predictions, write_predictions
+from lightning_pmss.modules.schedule import SCHEDULES, schedule_factor
+
+IGNORED = -100  # the label that marks a position without loss, as everywhere in PyTorch and transformers
+
+
+class CausalLMModule(L.LightningModule):
+    """Fine-tunes a causal language model on the responses of prompt and response pairs.
+
+    The model and its tokenizer are loaded in `configure_model`, so that a strategy can shard what is loaded and a
+    callback can change it afterwards. All parameters that require grad are trained: all of them, unless someone froze
+    some.
+
+    A training batch is a dict of ``input_ids``, ``attention_mask`` and ``labels``, int64 [B, T], right padded, with the
+    label -100 on prompt and padding. For generation an evaluation batch has in addition ``prompt_ids`` and
+    ``prompt_mask``, int64 [B, P], left padded, ``id``, int64 [B], and ``prompt`` and ``target``, lists of B strings.
+    Without them only the loss is computed.
+
+    Logged: ``train/loss`` per step; ``val/loss`` and ``test/loss``, the mean over all response tokens of the split;
+    ``val/exact_match`` and ``test/exact_match``, where texts are generated and a metric is given.
+
+    Args:
+        model_name_or_path: Folder of the model, or its id on the model hub.
+        optimizer: Makes the optimizer from the parameters that require grad.
+        warmup_ratio: Share of the optimizer steps in which the learning rate rises.
+        lr_schedule: What the learning rate does afterwards.
+        dtype: Of the weights: ``"auto"`` (the checkpoint's), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        gradient_checkpointing: Recompute activations in the backward pass (non-reentrant). It works only while the
+            model is in train mode, in which transformers does not load it.
+        max_new_tokens: Limit of the generated text.
+        metric: Scores texts: ``update(preds: list[str], targets: list[str])``, ``compute()`` to a scalar or a dict of
+            scalars, and ``score(pred, target)`` to a number for one example (1 is correct).
+        generate_in: Stages in which texts are generated: ``"test"``, ``"validate"``, both or none.
+        predictions_dir: Folder of ``predictions-<stage>.jsonl``; by default the trainer's log folder.
+        revision: Of the model on the hub: branch, tag or commit.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3, weight_decay=0.0),
+        warmup_ratio: float = 0.03,
+        lr_schedule: Literal["cosine", "linear", "constant"] = "cosine",
+        dtype: str = "auto",
+        gradient_checkpointing: bool = False,
+        max_new_tokens: int = 256,
+        metric: Metric | None = None,
+        generate_in: Sequence[Literal["validate", "test"]] = ("test",),
+        predictions_dir: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        super().__init__()
+        # No save_hyperparameters: LightningCLI would let those of a checkpoint silently override what is typed beside
+        # --ckpt_path. The configuration of a run is in the config.yaml of its log folder.
+        if not 0 <= warmup_ratio < 1:
+            raise ValueError(f"warmup_ratio={warmup_ratio!r} is a share of the steps; type a number in [0, 1).")
+        if lr_schedule not in SCHEDULES:
+            raise ValueError(f"lr_schedule={lr_schedule!r} is not known; choose one of {list(SCHEDULES)}.")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens!r} must be at least 1.")
+        stages = [generate_in] if isinstance(generate_in, str) else list(generate_in)
+        if unknown := sorted(set(stages) - {"validate", "test"}):
+            raise ValueError(
+                f"generate_in names {unknown}; type 'validate', 'test' or both (predict always generates)."
+            )
+        self.model_name_or_path = model_name_or_path
+        self.optimizer = optimizer
+        self.warmup_ratio = warmup_ratio
+        self.lr_schedule = lr_schedule
+        self.dtype_name = dtype
+        self.gradient_checkpointing = gradient_checkpointing
+        self.max_new_tokens = max_new_tokens
+        self.generate_in = stages
+        self.predictions_dir = predictions_dir
+        self.revision = revision
+        self.model: Any = None
+        self.tokenizer: Any = None
+        self.metric = metric
+        if metric is not None:
+            metric.sync_on_compute = False  # it is fed with the texts of all processes, see `_finish_texts`
+        # A NaN must show in the mean; torchmetrics would drop it with a warning.
+        self.mean_loss = nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in ("val", "test")})
+        self._rows: list[Prediction] = []
+
+    # -- building ------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Load model and tokenizer, once.
+
+        Raises:
+            FileNotFoundError: If they cannot be found; the message says what to type.
+        """
+        if self.model is not None:
+            return
+        self.tokenizer = load_tokenizer(self.model_name_or_path, revision=self.revision)
+        model = load_causal_lm(self.model_name_or_path, dtype=self.dtype_name, revision=self.revision)
+        if self.gradient_checkpointing:
+            _checkpoint_activations(model)
+        self.model = model
+
+    def configure_optimizers(self) -> Any:
+        """Optimizer over what requires grad, and the schedule, stepped with every optimizer step.
+
+        Raises:
+            RuntimeError: If no parameter requires grad.
+            ValueError: If the schedule needs the number of steps and the training has no end.
+        """
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if not parameters:
+            raise RuntimeError(
+                f"No parameter of {self.model_name_or_path!r} requires grad, so nothing would be trained. Add the "
+                "callback that makes parameters trainable (PMSSCallback), or call requires_grad_(True) on some."
+            )
+        optimizer = self.optimizer(parameters)
+        total = self.trainer.estimated_stepping_batches
+        if math.isinf(total) and (self.lr_schedule != "constant" or self.warmup_ratio):
+            raise ValueError(
+                f"lr_schedule={self.lr_schedule!r} with warmup_ratio={self.warmup_ratio} needs the number of steps, "
+                "and the Trainer has none. Set max_steps or max_epochs, or lr_schedule='constant' and warmup_ratio=0."
+            )
+        warmup = math.ceil(self.warmup_ratio * total) if self.warmup_ratio else 0
+        factor = partial(schedule_factor, kind=self.lr_schedule, warmup_steps=warmup, total_steps=total)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # -- loss ----------------------------------------------------------------------------------------------------
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
+        """Logits [B, T, vocabulary] of int64 `input_ids` [B, T]."""
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options).logits
+
+    def response_loss(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Cross entropy of the response tokens.
+
+        Returns:
+            The mean over the batch's response tokens (float32 scalar, 0 where there is none) and their number (int64
+            scalar): the weight of the batch in a mean over several.
+        """
+        logits = self(batch["input_ids"], batch["attention_mask"])
+        # The logits at t are for the token at t + 1. Shifting the labels spares a copy of the much larger logits.
+        labels = F.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:]
+        tokens = (labels != IGNORED).sum()
+        total = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        return total / tokens.clamp(min=1), tokens
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Loss of one batch, logged as ``train/loss``."""
+        loss, _ = self.response_loss(batch)
+        self.log("train/loss", loss, on_step=True, on_epoch=False, prog_bar=True, batch_size=len(batch["input_ids"]))
+        return loss
+
+    def _evaluate(self, batch: dict[str, Any], name: Literal["val", "test"], stage: str) -> None:
+        loss, tokens = self.response_loss(batch)
+        mean: Any = self.mean_loss[name]
+        mean.update(loss, weight=tokens)
+        if stage in self.generate_in and "prompt_ids" in batch:
+            self._collect(batch, self.generate(batch["prompt_ids"], batch["prompt_mask"]))
+
+    def _log_evaluation(self, name: Literal["val", "test"], stage: str) -> None:
+        mean: Any = self.mean_loss[name]
+        self.log(f"{name}/loss", mean.compute(), prog_bar=True)
+        mean.reset()
+        for key, value in self._finish_texts(stage).items():
+            self.log(f"{name}/{key}", value, prog_bar=True)
+
+    # The four hooks differ only in the name under which they log.
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Loss and, where asked, texts of one batch."""
+        self._evaluate(batch, "val", "validate")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over the split."""
+        self._log_evaluation("val", "validate")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Loss and, where asked, texts of one batch."""
+        self._evaluate(batch, "test", "test")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the means over the split."""
+        self._log_evaluation("test", "test")
+
+    # -- texts ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(self, prompt_ids: Tensor, prompt_mask: Tensor) -> list[str]:
+        """Greedy continuation of each prompt, as text without special tokens and outer white space.
+
+        Args:
+            prompt_ids: int64 [B, P], left padded.
+            prompt_mask: int64 [B, P], 0 on padding.
+        """
+        eos = _eos_ids(self.model, self.tokenizer)
+        # Written out, because what is None here is filled from the model's own generation config (sampling, penalties).
+        greedy = GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            temperature=1.0,
+            top_k=50,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            eos_token_id=eos,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        tokens = self.model.generate(input_ids=prompt_ids, attention_mask=prompt_mask, generation_config=greedy)
+        texts = []
+        for row in tokens[:, prompt_ids.shape[1] :].tolist():
+            # The padding of a finished row may be the eos itself: cut at the first one, never strip by token id.
+            end = next((place for place, token in enumerate(row) if token in eos), len(row))
+            texts.append(self.tokenizer.decode(row[:end], skip_special_tokens=True).strip())
+        return texts
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[str]:
+        """Greedy texts of one batch; they are also written to ``predictions-predict.jsonl``.
+
+        Raises:
+            ValueError: If the batch holds no prompts.
+        """
+        if "prompt_ids" not in batch:
+            raise ValueError(
+                f"predict needs batches with `prompt_ids` and `prompt_mask`, this one has {sorted(batch)}. "
+                "Give the DataModule a predict_dataloader that collates prompts."
+            )
+        texts = self.generate(batch["prompt_ids"], batch["prompt_mask"])
+        self._collect(batch, texts)
+        return texts
+
+    def on_predict_epoch_end(self) -> None:
+        """Write the texts."""
+        self._finish_texts("predict")
+
+    def _collect(self, batch: dict[str, Any], texts: list[str]) -> None:
+        examples = zip(batch["id"].tolist(), batch["prompt"], texts, batch["target"], strict=True)
+        for number, prompt, text, target in examples:
+            correct = bool(self._scorer().score(text, target) >= 1) if self.metric is not None and target else None
+            self._rows.append({"id": number, "prompt": prompt, "output": text, "target": target, "correct": correct})
+
+    def _finish_texts(self, stage: str) -> dict[str, Tensor]:
+        """Write the texts gathered since the last call and return their scores."""
+        rows, self._rows = gather_predictions(self._rows), []
+        if not rows:
+            return {}
+        log_dir = self.trainer.log_dir  # asked for on every process: it is a broadcast
+        trial = self.trainer.sanity_checking or getattr(self.trainer, "fast_dev_run", False)
+        if self.trainer.is_global_zero and not trial:
+            folder = Path(self.predictions_dir or log_dir or self.trainer.default_root_dir)
+            write_predictions(rows, folder / f"predictions-{stage}.jsonl")
+        if self.metric is None or stage == "predict":
+            return {}
+        metric = self._scorer()
+        metric.update([row["output"] for row in rows], [row["target"] for row in rows])
+        scores = metric.compute()
+        metric.reset()
+        return scores if isinstance(scores, dict) else {"exact_match": scores}
+
+    def _scorer(self) -> Any:
+        return self.metric  # `score` is our contract, unknown to torchmetrics' own type
+
+
+def _checkpoint_activations(model: Any) -> None:
+    # Reentrant checkpointing would train nothing where a block's input requires no grad, without an error.
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(options)
+    else:  # the name before it was changed within transformers 5
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end a text: those of the model's generation config and the tokenizer's, with which responses end."""
+    configured = model.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({int(token) for token in (*ids, tokenizer.eos_token_id) if token is not None})
