@@ -1,4 +1,4 @@
-"""Fixtures and settings shared by all tests: no hub, caches in a temporary folder, tiny models and tokenizers of our own."""
+"""Fixtures and settings of all tests: no hub, caches in a temporary folder, tiny models and tokenizers of our own."""
 
 from __future__ import annotations
 
@@ -29,11 +29,6 @@ _CORPUS = [
     "Question: Tom had 17 eggs and sold 5. How many eggs are left?\nAnswer: 17 - 5 = 12 eggs are left.\n#### 12",
     "Question: A train travels 60 miles in one hour. How far does it go in 3 hours?\nAnswer: 60 * 3 = 180\n#### 180",
 ]
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes more than about ten seconds; deselect with -m 'not slow'")
-    config.addinivalue_line("markers", "distributed: starts several processes")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -84,9 +79,8 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
         show_progress=False,
     )
     backend.train_from_iterator(_CORPUS, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="<|endoftext|>", padding_side="left"
-    )
+    end = "<|endoftext|>"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end, pad_token=end, padding_side="left")
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|endoftext|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
