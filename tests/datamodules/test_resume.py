@@ -92,8 +92,6 @@ class SaveInsideStep(L.Callback):
         self.path = path
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
         if trainer.global_step == 9:
             trainer.save_checkpoint(self.path)
 
