@@ -99,7 +99,13 @@ def run(args: argparse.Namespace, lr: float) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     train = read_examples(args.data / "train.jsonl", tokenizer, args.train_examples, args.max_length)
     test = read_examples(args.data / "test.jsonl", tokenizer, args.test_examples, args.max_length)
-    model = adapt(AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), args.method, args.rank, args.seed, args.memory)
+    model = adapt(
+        AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32),
+        args.method,
+        args.rank,
+        args.seed,
+        args.memory,
+    )
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
     warmup = max(1, args.steps // 10)
@@ -153,11 +159,14 @@ def plot(folder: Path) -> None:
     from matplotlib import pyplot
 
     records = sorted(
-        (json.loads(p.read_text()) for p in folder.glob("*.json")), key=lambda r: (r["steps"], r["method"], r["rank"], r["lr"])
+        (json.loads(p.read_text()) for p in folder.glob("*.json")),
+        key=lambda r: (r["steps"], r["method"], r["rank"], r["lr"]),
     )
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5))
     groups: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
-    print(f"{'method':12} {'rank':>4} {'trainable':>10} {'steps':>5} {'lr':>8} {'before':>8} {'after':>8} {'s/step':>7}")
+    print(
+        f"{'method':12} {'rank':>4} {'trainable':>10} {'steps':>5} {'lr':>8} {'before':>8} {'after':>8} {'s/step':>7}"
+    )
     for r in records:
         last = r["held_out"].get(str(r["steps"]), math.nan)
         groups.setdefault((r["method"], r["rank"], r["steps"]), []).append(r)
@@ -170,7 +179,11 @@ def plot(folder: Path) -> None:
         after = [r["held_out"].get(str(r["steps"]), math.nan) for r in runs]
         left.plot([r["lr"] for r in runs], after, "o-", label=label)
         best = min(runs, key=lambda r: r["held_out"].get(str(r["steps"]), math.inf))
-        right.plot(*zip(*((int(k), v) for k, v in best["held_out"].items()), strict=True), "o-", label=f"{label}, lr {best['lr']:g}")
+        right.plot(
+            *zip(*((int(k), v) for k, v in best["held_out"].items()), strict=True),
+            "o-",
+            label=f"{label}, lr {best['lr']:g}",
+        )
     left.set(xscale="log", xlabel="learning rate", ylabel="held-out response loss after the run")
     left.set_ylim(top=min(1.4, left.get_ylim()[1]))
     right.set(xlabel="step", ylabel="held-out response loss", title="best learning rate of each")

@@ -64,14 +64,18 @@ def check(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     shapes = [k for k in sorted(set(state) & set(own)) if state[k].shape != own[k].shape]
     if shapes:
         k = shapes[0]
-        problems.append(f"holds `{k}` of shape {tuple(state[k].shape)} where this run has {tuple(own[k].shape)} ({len(shapes)} such)")
+        problems.append(
+            f"holds `{k}` of shape {tuple(state[k].shape)} where this run has {tuple(own[k].shape)} ({len(shapes)} such)"
+        )
     made: Mapping[str, Any] = checkpoint.get(METADATA, {})
     config = conversion_of(module).config.to_dict()  # type: ignore[union-attr]
     for field in _MEANING:
         if field in made.get("config", {}) and made["config"][field] != config[field]:
             problems.append(f"was made with {field}={made['config'][field]!r}, this run has {config[field]!r}")
     if problems:
-        raise ValueError(f"the checkpoint does not fit this run: it {'; it '.join(problems)}. Use the options of the run that made it.")
+        raise ValueError(
+            f"the checkpoint does not fit this run: it {'; it '.join(problems)}. Use the options of the run that made it."
+        )
     strangers = []
     for prefix, layer in _named(module):
         record = made.get("fingerprints", {}).get(prefix[0])
@@ -106,7 +110,9 @@ class CheckpointSeam:
     ) -> None:
         self.strategy = strategy
         save, load, remove = strategy.save_checkpoint, strategy.load_model_state_dict, strategy.remove_checkpoint
-        described: dict[str, Any] = {}  # hashing the slices takes time, and they only change when a checkpoint is loaded
+        described: dict[
+            str, Any
+        ] = {}  # hashing the slices takes time, and they only change when a checkpoint is loaded
 
         def save_checkpoint(checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
             keep = trained_keys(module)
@@ -142,7 +148,13 @@ def random_states() -> dict[str, Any]:
     version, internal, gauss = random.getstate()
     return {
         "python": [version, list(internal), gauss],
-        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "numpy": [
+            name,
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }

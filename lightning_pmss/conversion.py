@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -210,7 +209,9 @@ def find_targets(
             " make them in `__init__` or `configure_model`."
         )
     if clash := [n for n in targets if _below(n, also_train)]:
-        raise ValueError(f"{_some(clash)} match both target_modules and also_train; a module is either converted or trained.")
+        raise ValueError(
+            f"{_some(clash)} match both target_modules and also_train; a module is either converted or trained."
+        )
     return targets, left_out
 
 
@@ -250,13 +251,17 @@ def _matches_regex(pattern: str, name: str, field: str) -> bool:
     try:
         return re.fullmatch(pattern, name) is not None
     except re.error as error:
-        raise ValueError(f"{field}={pattern!r} is not a regular expression ({error}); for plain names type a list.") from error
+        raise ValueError(
+            f"{field}={pattern!r} is not a regular expression ({error}); for plain names type a list."
+        ) from error
 
 
 def _refuse_no_match(pattern: str, hits: list[str], modules: Mapping[str, nn.Module], field: str, linear: bool) -> None:
     if hits:
         kinds = sorted({type(modules[n]).__name__ for n in hits})
-        raise ValueError(f"{field}: {pattern!r} matches only {', '.join(kinds)}; PMSS converts nn.Linear and Conv1D layers.")
+        raise ValueError(
+            f"{field}: {pattern!r} matches only {', '.join(kinds)}; PMSS converts nn.Linear and Conv1D layers."
+        )
     known = [n for n in modules if not linear or is_supported(modules[n])]
     endings = {n.rsplit(".", 1)[-1] for n in known}
     close = difflib.get_close_matches(pattern, sorted(endings | set(known)), n=4, cutoff=0.4) or sorted(endings)[:8]
@@ -281,19 +286,27 @@ def _refuse_unconvertible(
         weight: Tensor = layer.weight  # type: ignore[assignment]
         if len(shared := owners[id(weight)]) > 1:
             others = [n for n in shared if n != name]
-            raise ValueError(f"`{name}` shares its weight with {_some(others)}: a change to one would change both; exclude it.")
+            raise ValueError(
+                f"`{name}` shares its weight with {_some(others)}: a change to one would change both; exclude it."
+            )
         if any("DTensor" in c.__name__ for c in type(weight).__mro__):
             raise ValueError(f"`{name}` is already sharded; call `convert(model, config)` before `fully_shard`.")
         if weight.is_meta and skeleton is None:
-            raise ValueError(f"`{name}` is on the meta device: its rows and columns cannot be chosen; load the weights first or give skeleton_file=.")
+            raise ValueError(
+                f"`{name}` is on the meta device: its rows and columns cannot be chosen; load the weights first or give skeleton_file=."
+            )
         if weight.is_meta and config.coordinates != "raw":
-            raise ValueError(f"`{name}` is on the meta device: coordinates={config.coordinates!r} need W; load the weights first.")
+            raise ValueError(
+                f"`{name}` is on the meta device: coordinates={config.coordinates!r} need W; load the weights first."
+            )
         if skeleton is not None and name not in skeleton:
             raise ValueError(f"the skeleton has no rows and columns for `{name}`; it holds {_some(sorted(skeleton))}.")
         if name.endswith("out_proj") and isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
             raise ValueError(f"`{name}` belongs to nn.MultiheadAttention, which never calls its forward; exclude it.")
         if config.edit == "output" and not can_output_edit(layer):
-            raise ValueError(f"`{name}`: edit='output' needs the product without its bias, which {type(layer).__name__} hides; use edit='auto'.")
+            raise ValueError(
+                f"`{name}`: edit='output' needs the product without its bias, which {type(layer).__name__} hides; use edit='auto'."
+            )
 
 
 def _ranks(config: PMSSConfig, targets: list[str], modules: Mapping[str, nn.Module]) -> dict[str, int]:
@@ -317,9 +330,12 @@ def _heads(model: nn.Module, modules: Mapping[str, nn.Module], candidates: list[
         parent = modules.get(name.rpartition(".")[0])
         if id(modules[name].weight) in embedded:
             heads[name] = "shares the embedding's weight"
-        elif inside is not None and id(modules[name]) not in inside:
-            heads[name] = "output head"
-        elif inside is None and any(part in HEAD_NAMES for part in name.split(".")):
+        elif (
+            inside is not None
+            and id(modules[name]) not in inside
+            or inside is None
+            and any(part in HEAD_NAMES for part in name.split("."))
+        ):
             heads[name] = "output head"
         elif isinstance(parent, nn.MultiheadAttention):
             heads[name] = "nn.MultiheadAttention never calls its forward"
@@ -334,7 +350,9 @@ def _leave_fast_paths(model: nn.Module) -> list[str]:
             continue
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # torch's own switch: without a known activation the plain path runs
-            notes.append(f"`{name}`: the fused inference path of nn.TransformerEncoderLayer reads weights directly; off")
+            notes.append(
+                f"`{name}`: the fused inference path of nn.TransformerEncoderLayer reads weights directly; off"
+            )
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
     return notes
@@ -342,8 +360,15 @@ def _leave_fast_paths(model: nn.Module) -> list[str]:
 
 def _checked(indices: tuple[Tensor, Tensor], shape: tuple[int, int], name: str) -> tuple[Tensor, Tensor]:
     for what, index, size in (("rows", indices[0], shape[0]), ("cols", indices[1], shape[1])):
-        if index.dim() != 1 or len(index) == 0 or len(index.unique()) != len(index) or not 0 <= int(index.min()) <= int(index.max()) < size:
-            raise ValueError(f"`{name}`: the stored {what} are not distinct indices below {size}; the file is for another model.")
+        if (
+            index.dim() != 1
+            or len(index) == 0
+            or len(index.unique()) != len(index)
+            or not 0 <= int(index.min()) <= int(index.max()) < size
+        ):
+            raise ValueError(
+                f"`{name}`: the stored {what} are not distinct indices below {size}; the file is for another model."
+            )
     return indices[0].long(), indices[1].long()
 
 
@@ -352,7 +377,9 @@ def _below(name: str, roots: Sequence[str]) -> bool:
 
 
 def _is_hugging_face(module: nn.Module) -> bool:
-    return any(c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers.") for c in type(module).__mro__)
+    return any(
+        c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers.") for c in type(module).__mro__
+    )
 
 
 def _some(names: Sequence[str], most: int = 5) -> str:

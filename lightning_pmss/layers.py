@@ -14,12 +14,13 @@ trained, as drawn in the figure, one learning rate does not fit layers whose nor
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lightning_pmss.edits import InputEdit, OutputEdit, compute_dtype
 
 COORDINATES = ("orthonormal", "spectral", "raw")
 EDITS = ("auto", "input", "output")
@@ -85,11 +86,17 @@ class PMSSCore(nn.Module):
     lower precision (``bf16-true``): small Adam steps on a bfloat16 U would be rounded away.
     """
 
+    weight: nn.Parameter
+    left: nn.Parameter | None
+    right: nn.Parameter | None
+    gain: Tensor | None
+
     def __init__(self, columns: int, rows: int, frame: Frame, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(columns, rows, dtype=dtype, device=device))
         self.register_buffer("gain", frame.gain)
         for name, factor in (("left", frame.left), ("right", frame.right)):
+            # No gradient, but a parameter: sharding engines split parameters and replicate buffers.
             self.register_parameter(name, None if factor is None else nn.Parameter(factor, requires_grad=False))
 
     def forward(self) -> Tensor:
@@ -219,14 +226,14 @@ class PMSSLinear(nn.Module):
         update = self.core_update()
         if self.edit == "input":
             flat = input.reshape(-1, input.shape[-1])
-            dtype = _compute_dtype(flat)
-            edited = _InputEdit.apply(flat, self.weight, update.to(dtype), self.rows, self.cols, *self._options(flat))
+            dtype = compute_dtype(flat)
+            edited = InputEdit.apply(flat, self.weight, update.to(dtype), self.rows, self.cols, *self._options(flat))
             return super().forward(edited.view(input.shape))
         # The gather must come before the bias: in bfloat16 a large bias would swamp h.
         base = super().forward(input) if self.bias is None else _product(self, input)
         flat = base.reshape(-1, base.shape[-1])
         update = update.to(flat.dtype)
-        output = _OutputEdit.apply(flat, self.weight, update, self.rows, self.cols, *self._options(flat))
+        output = OutputEdit.apply(flat, self.weight, update, self.rows, self.cols, *self._options(flat))
         output = output.view(base.shape)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
@@ -234,7 +241,7 @@ class PMSSLinear(nn.Module):
         """(dropout mask of h or None, keep the slices, transposed) for the edits."""
         mask = None
         if self.dropout > 0 and self.training:
-            ones = torch.ones(flat.shape[0], self.rows.shape[0], dtype=_compute_dtype(flat), device=flat.device)
+            ones = torch.ones(flat.shape[0], self.rows.shape[0], dtype=compute_dtype(flat), device=flat.device)
             mask = F.dropout(ones, self.dropout)
         return mask, self.memory == "keep", self.transposed
 
@@ -253,9 +260,13 @@ class PMSSLinear(nn.Module):
         return f"{super().extra_repr()}, pmss({ranks}, edit={self.edit}, coordinates={self.coordinates})".lstrip(", ")
 
 
-@cache
+_CLASSES: dict[type[nn.Module], type[PMSSLinear]] = {}
+
+
 def _pmss_class(base: type[nn.Module]) -> type[PMSSLinear]:
-    return type(f"PMSS{base.__name__}", (PMSSLinear, base), {"__module__": __name__})
+    if base not in _CLASSES:
+        _CLASSES[base] = type(f"PMSS{base.__name__}", (PMSSLinear, base), {"__module__": __name__})
+    return _CLASSES[base]
 
 
 def _rebuild(base: type[nn.Module]) -> PMSSLinear:
@@ -296,91 +307,10 @@ def choose_edit(layer: nn.Module, shape: tuple[int, int]) -> str:
 
 def can_output_edit(layer: nn.Module) -> bool:
     """Whether the layer's product can be had without its bias: no bias, or a forward that is known to us."""
-    base = type(layer).__mro__[2] if isinstance(layer, PMSSLinear) else type(layer)
+    base: type[Any] = type(layer).__mro__[2] if isinstance(layer, PMSSLinear) else type(layer)
     return getattr(layer, "bias", None) is None or base.forward is nn.Linear.forward or is_conv1d(layer)
 
 
 def _product(layer: PMSSLinear, input: Tensor) -> Tensor:
     """``W x`` without the bias, for the layers of which `can_output_edit` holds."""
     return input @ layer.weight if layer.transposed else F.linear(input, layer.weight)
-
-
-def _compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which a linear layer would compute: autocast's where it applies (never to float64), else the input's."""
-    device = tensor.device.type
-    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return tensor.dtype
-
-
-def _slice(weight: Tensor, index: Tensor, dim: int, transposed: bool, dtype: torch.dtype) -> Tensor:
-    """Rows (dim 0) or columns (dim 1) of the canonical W, in the compute dtype."""
-    if transposed:
-        return weight.index_select(1 - dim, index).T.to(dtype)
-    return weight.index_select(dim, index).to(dtype)
-
-
-class _OutputEdit(torch.autograd.Function):
-    """``y = y0 + (h U^T) C^T`` with ``h = y0[:, rows]``, row-wise over tokens; U carries the scale.
-
-    y0 ``[tokens, out]``, weight as stored, U ``[c, r]`` in y0's dtype; mask ``[tokens, r]`` or None multiplies h. Saved for
-    backward: h, U, the indices, and C (``keep``) or nothing but a reference to the weight, from which C is gathered again.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, y0: Tensor, weight: Tensor, u: Tensor, rows: Tensor, cols: Tensor, mask: Tensor | None, keep: bool, transposed: bool
-    ) -> Tensor:
-        c = _slice(weight, cols, 1, transposed, y0.dtype)
-        h = y0.index_select(1, rows)
-        if mask is not None:
-            h = h * mask
-        ctx.save_for_backward(h, u, rows, cols, mask, c if keep else weight)
-        ctx.keep, ctx.transposed = keep, transposed
-        return torch.addmm(y0, h @ u.T, c.T)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        h, u, rows, cols, mask, source = ctx.saved_tensors
-        c = source if ctx.keep else _slice(source, cols, 1, ctx.transposed, h.dtype)
-        through_c = grad @ c
-        grad_u = through_c.T @ h
-        grad_y0 = None
-        if ctx.needs_input_grad[0]:
-            grad_h = through_c @ u
-            grad_y0 = grad.index_add(1, rows, grad_h if mask is None else grad_h * mask)
-        return grad_y0, None, grad_u, None, None, None, None, None
-
-
-class _InputEdit(torch.autograd.Function):
-    """``x' = x + scatter_cols(h U^T)`` with ``h = x R^T``, row-wise over tokens; U carries the scale.
-
-    x ``[tokens, in]``, U ``[c, r]`` in the compute dtype. The sum is taken in x's own dtype: under autocast a float32 x
-    keeps updates that bfloat16 would round away. Saved for backward: h, U, the indices, and R or the weight.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, u: Tensor, rows: Tensor, cols: Tensor, mask: Tensor | None, keep: bool, transposed: bool
-    ) -> Tensor:
-        r = _slice(weight, rows, 0, transposed, u.dtype)
-        h = x.to(u.dtype) @ r.T
-        if mask is not None:
-            h = h * mask
-        ctx.save_for_backward(h, u, rows, cols, mask, r if keep else weight)
-        ctx.keep, ctx.transposed = keep, transposed
-        return x.index_add(1, cols, (h @ u.T).to(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        h, u, rows, cols, mask, source = ctx.saved_tensors
-        at_cols = grad.index_select(1, cols).to(h.dtype)
-        grad_u = at_cols.T @ h
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            r = source if ctx.keep else _slice(source, rows, 0, ctx.transposed, h.dtype)
-            grad_h = at_cols @ u
-            grad_x = grad + ((grad_h if mask is None else grad_h * mask) @ r).to(grad.dtype)
-        return grad_x, None, grad_u, None, None, None, None, None

@@ -116,7 +116,9 @@ def merge(model: nn.Module) -> MergeReport:
     """
     layers = _layers(model)
     if done := [name for name, layer in layers.items() if layer.merged]:
-        raise ValueError(f"`{done[0]}` is merged already; merging starts from the pristine weights only: `unmerge` first.")
+        raise ValueError(
+            f"`{done[0]}` is merged already; merging starts from the pristine weights only: `unmerge` first."
+        )
     for name, layer in layers.items():  # a check without keeping: the second pass must not fail half way
         if not torch.isfinite(layer.core_update()).all():
             raise ValueError(f"`{name}`: U holds NaN or infinite values; the run diverged. Nothing was merged.")

@@ -44,7 +44,11 @@ class GradientCheck:
                 " reads the layer's `weight` instead of calling it (list such layers in `exclude_modules`)."
             )
         if not self.infinities_are_normal:
-            broken = [n for n, x in self.layers.items() if x.core.weight.grad is not None and not torch.isfinite(x.core.weight.grad).all()]
+            broken = [
+                n
+                for n, x in self.layers.items()
+                if x.core.weight.grad is not None and not torch.isfinite(x.core.weight.grad).all()
+            ]
             if broken:
                 raise MisconfigurationException(
                     f"U of {len(broken)} converted layers got NaN or infinite gradients in the first step: {_some(broken)}."

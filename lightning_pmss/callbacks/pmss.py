@@ -190,7 +190,9 @@ class PMSSCallback(L.Callback):
         """Check that U, and nothing but U and ``also_train``, is going to be trained."""
         layers = pmss_layers(pl_module)
         if any(layer.merged for layer in layers.values()):
-            raise MisconfigurationException("The model is merged, so U has no effect; call `unmerge(model)` before `fit`.")
+            raise MisconfigurationException(
+                "The model is merged, so U has no effect; call `unmerge(model)` before `fit`."
+            )
         root, _ = hugging_face_root(pl_module)
         if root is not pl_module and not root.training:
             root.train()  # `from_pretrained` leaves eval mode, in which dropout and HF's activation checkpointing are off
@@ -202,12 +204,19 @@ class PMSSCallback(L.Callback):
                 logger.log_metrics({"pmss/trainable_parameters": self.report.trainable}, step=trainer.global_step)
 
     def _warn_about_batch_norm(self, pl_module: L.LightningModule) -> None:
-        kept = [m for n, m in pl_module.named_modules() if any(n.endswith(a) for a in (self.report.also_train if self.report else []))]
+        kept = [
+            m
+            for n, m in pl_module.named_modules()
+            if any(n.endswith(a) for a in (self.report.also_train if self.report else []))
+        ]
         inside = {id(m) for k in kept for m in k.modules()}
         moving = [
             name
             for name, m in pl_module.named_modules()
-            if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats and m.training and id(m) not in inside
+            if isinstance(m, nn.modules.batchnorm._NormBase)
+            and m.track_running_stats
+            and m.training
+            and id(m) not in inside
         ]
         if moving:
             rank_zero_warn(
@@ -221,7 +230,9 @@ class PMSSCallback(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say when a resumed run cannot be exact."""
         loaders = trainer.fit_loop._combined_loader
-        mid_epoch = trainer.fit_loop.epoch_loop.batch_progress.current.ready > 0 and not trainer.fit_loop.epoch_loop.done
+        mid_epoch = (
+            trainer.fit_loop.epoch_loop.batch_progress.current.ready > 0 and not trainer.fit_loop.epoch_loop.done
+        )
         if self._resume is not None and mid_epoch and loaders is not None:
             foreign = [type(x).__name__ for x in loaders.flattened if not hasattr(x, "load_state_dict")]
             if foreign:
@@ -242,7 +253,9 @@ class PMSSCallback(L.Callback):
             self._resume = None
 
     @override
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if self._resume is not None:
             # Resumed in the middle of an epoch: creating the iterator drew numbers that the uninterrupted run did not.
             set_random_states(self._resume)
@@ -266,7 +279,9 @@ class PMSSCallback(L.Callback):
                 values["pmss/tokens_per_second"] = tokens * trainer.world_size / seconds
             pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
         if self.log_u_norm and trainer.fit_loop.epoch_loop._batches_that_stepped % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            norms = {f"pmss/u_norm/{n}": layer.core_update().detach().norm() for n, layer in pmss_layers(pl_module).items()}
+            norms = {
+                f"pmss/u_norm/{n}": layer.core_update().detach().norm() for n, layer in pmss_layers(pl_module).items()
+            }
             pl_module.log_dict(norms, on_step=True, on_epoch=False, batch_size=1)
 
     # -- results ------------------------------------------------------------------------------------------------------
@@ -315,10 +330,16 @@ class PMSSCallback(L.Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         states = state_dict["random_states"]
-        rank = torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
+        rank = (
+            torch.distributed.get_rank()
+            if torch.distributed.is_available() and torch.distributed.is_initialized()
+            else 0
+        )
         world = torch.distributed.get_world_size() if rank or torch.distributed.is_initialized() else 1
         if len(states) != world:
-            rank_zero_warn(f"The checkpoint was made on {len(states)} devices, this run has {world}: random numbers will differ.")
+            rank_zero_warn(
+                f"The checkpoint was made on {len(states)} devices, this run has {world}: random numbers will differ."
+            )
             return
         self._resume = states[rank]
         set_random_states(states[rank])
