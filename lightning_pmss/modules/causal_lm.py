@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 from transformers import GenerationConfig
 
 from lightning_pmss.modules.hub import load_causal_lm, load_tokenizer
 from lightning_pmss.modules.predictions import Prediction, gather_predictions, write_predictions
 from lightning_pmss.modules.schedule import SCHEDULES, schedule_factor
+from lightning_pmss.modules.token_mean import TokenMean
 
 IGNORED = -100  # the label that marks a position without loss, as everywhere in PyTorch and transformers
 
@@ -100,8 +101,7 @@ class CausalLMModule(L.LightningModule):
         self.metric = metric
         if metric is not None:
             metric.sync_on_compute = False  # it is fed with the texts of all processes, see `_finish_texts`
-        # A NaN must show in the mean; torchmetrics would drop it with a warning.
-        self.mean_loss = nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in ("val", "test")})
+        self.mean_loss = nn.ModuleDict({name: TokenMean() for name in ("val", "test")})
         self._rows: list[Prediction] = []
 
     # -- building ------------------------------------------------------------------------------------------------
@@ -174,14 +174,18 @@ class CausalLMModule(L.LightningModule):
     def _evaluate(self, batch: dict[str, Any], name: Literal["val", "test"], stage: str) -> None:
         loss, tokens = self.response_loss(batch)
         mean: Any = self.mean_loss[name]
-        mean.update(loss, weight=tokens)
+        with torch.inference_mode(False):
+            mean.update(loss, tokens)
         if stage in self.generate_in and "prompt_ids" in batch:
             self._collect(batch, self.generate(batch["prompt_ids"], batch["prompt_mask"]))
 
     def _log_evaluation(self, name: Literal["val", "test"], stage: str) -> None:
         mean: Any = self.mean_loss[name]
-        self.log(f"{name}/loss", mean.compute(), prog_bar=True)
-        mean.reset()
+        # States that a metric makes in inference mode could not be changed by the validation inside a later fit, which
+        # Lightning runs without it.
+        with torch.inference_mode(False):
+            self.log(f"{name}/loss", mean.compute(), prog_bar=True)
+            mean.reset()
         for key, value in self._finish_texts(stage).items():
             self.log(f"{name}/{key}", value, prog_bar=True)
 
@@ -272,9 +276,10 @@ class CausalLMModule(L.LightningModule):
         if self.metric is None or stage == "predict":
             return {}
         metric = self._scorer()
-        metric.update([row["output"] for row in rows], [row["target"] for row in rows])
-        scores = metric.compute()
-        metric.reset()
+        with torch.inference_mode(False):  # as above
+            metric.update([row["output"] for row in rows], [row["target"] for row in rows])
+            scores = metric.compute()
+            metric.reset()
         return scores if isinstance(scores, dict) else {"exact_match": scores}
 
     def _scorer(self) -> Any:

@@ -49,9 +49,8 @@ def _load(loader: Any, what: str, name_or_path: str, **options: Any) -> Any:
     try:
         return loader.from_pretrained(str(folder) if is_folder else name_or_path, **options)
     except (OSError, ValueError) as error:
-        # transformers answers a mistyped folder with a page about hub tokens, or with the hub's naming rules.
-        if is_folder and not isinstance(error, OSError):
-            raise
+        # transformers answers a mistyped folder with a page about hub tokens, or with the hub's naming rules, and a
+        # folder without a tokenizer with advice to install others.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if is_folder:
             problem = f"The folder {name_or_path!r} holds no {what} that can be loaded ({reason})"

@@ -1,0 +1,39 @@
+"""The mean loss of a split over its tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from typing_extensions import override
+
+
+class TokenMean(Metric):
+    """Mean of batch means, each weighted by its number of tokens; summed over processes.
+
+    torchmetrics' ``MeanMetric`` does not serve: it drops NaN with a warning, and told to keep them
+    (``nan_strategy="disable"``, release 1.9.0) it ignores the weights.
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+
+    total: Tensor
+    tokens: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", default=torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("tokens", default=torch.tensor(0), dist_reduce_fx="sum")
+
+    @override
+    def update(self, mean: Tensor, tokens: Tensor) -> None:
+        """Add a batch: its mean (scalar) over `tokens` (int64 scalar)."""
+        self.total += mean.float() * tokens
+        self.tokens += tokens
+
+    @override
+    def compute(self) -> Tensor:
+        """The mean over all tokens, a float32 scalar; NaN if there was none."""
+        return self.total / self.tokens

@@ -1,0 +1,34 @@
+"""Predictions files: one line per example, each once, complete or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lightning_pmss.modules.predictions import Prediction, gather_predictions, write_predictions
+
+
+def row(number: int, output: str = "x") -> Prediction:
+    return {"id": number, "prompt": "p", "output": output, "target": "t", "correct": None}
+
+
+def test_rows_are_sorted_and_repeated_ones_dropped() -> None:
+    assert [r["id"] for r in gather_predictions([row(2), row(0), row(2), row(1)])] == [0, 1, 2]
+
+
+def test_file_holds_any_text(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "predictions-test.jsonl"
+    write_predictions([row(0, 'two\nlines, "quotes", ünï\u2028')], path)
+    with path.open(encoding="utf-8", newline="\n") as file:
+        assert [json.loads(line)["output"] for line in file] == ['two\nlines, "quotes", ünï\u2028']
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "predictions-test.jsonl"
+    write_predictions([row(0, "old")], path)
+    with pytest.raises(TypeError):
+        write_predictions([row(0), {**row(1), "output": object()}], path)  # type: ignore[typeddict-item]
+    assert "old" in path.read_text()
