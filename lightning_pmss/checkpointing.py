@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lightning_pmss.conversion import conversion_of, pmss_layers
 from lightning_pmss.files.fingerprint import fingerprint, same_base
+from lightning_pmss.messages import some
 
 METADATA = "pmss"
 FORMAT_VERSION = 1
@@ -58,9 +59,9 @@ def check(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         )
     problems = []
     if missing := sorted(trained - set(state)):
-        problems.append(f"lacks {_some(missing)}")
+        problems.append(f"lacks {some(missing)}")
     if foreign := sorted(set(state) - set(own)):
-        problems.append(f"holds {_some(foreign)}, which this model does not have")
+        problems.append(f"holds {some(foreign)}, which this model does not have")
     shapes = [k for k in sorted(set(state) & set(own)) if state[k].shape != own[k].shape]
     if shapes:
         k = shapes[0]
@@ -86,7 +87,7 @@ def check(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
                 strangers.append(prefix[0])
     if strangers:
         raise ValueError(
-            f"the checkpoint belongs to another base model: the rows and columns of {_some(strangers)} differ from those it"
+            f"the checkpoint belongs to another base model: the rows and columns of {some(strangers)} differ from those it"
             " was trained on. Load the weights that the run started from."
         )
 
@@ -174,8 +175,3 @@ def _named(module: nn.Module) -> list[tuple[tuple[str, str], Any]]:
     """((canonical name, prefix in ``module.state_dict()``), layer) of the converted layers."""
     full = {id(m): f"{n}." if n else "" for n, m in module.named_modules()}
     return [((name, full[id(layer)]), layer) for name, layer in pmss_layers(module).items()]
-
-
-def _some(names: list[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(f"`{n}`" for n in names[:most]) + more

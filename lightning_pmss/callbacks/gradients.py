@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_pmss.layers import PMSSLinear
+from lightning_pmss.messages import some
 
 
 class GradientCheck:
@@ -38,7 +39,7 @@ class GradientCheck:
             names = silent if len(silent) == len(self.layers) else cut_off
             self._remove_hooks()
             raise MisconfigurationException(
-                f"No gradient reached U of {len(names)} of {len(self.layers)} converted layers: {_some(names)}. Usual causes:"
+                f"No gradient reached U of {len(names)} of {len(self.layers)} converted layers: {some(names)}. Usual causes:"
                 " re-entrant activation checkpointing over frozen inputs (use `use_reentrant=False`, or call"
                 " `enable_input_require_grads()`), a `torch.no_grad()` or `detach()` around the model, or a parent that"
                 " reads the layer's `weight` instead of calling it (list such layers in `exclude_modules`)."
@@ -51,7 +52,7 @@ class GradientCheck:
             ]
             if broken:
                 raise MisconfigurationException(
-                    f"U of {len(broken)} converted layers got NaN or infinite gradients in the first step: {_some(broken)}."
+                    f"U of {len(broken)} converted layers got NaN or infinite gradients in the first step: {some(broken)}."
                     " The loss is not finite or the learning rate's warm-up is missing; check the batch and the base model."
                 )
         if not silent:
@@ -59,7 +60,7 @@ class GradientCheck:
         if self._hooks:  # the second look: these layers did not run, as happens to experts without tokens
             self._remove_hooks()
             rank_zero_warn(
-                f"U of {len(silent)} converted layers got no gradient because the layers did not run: {_some(silent)}. That is"
+                f"U of {len(silent)} converted layers got no gradient because the layers did not run: {some(silent)}. That is"
                 " normal for experts that saw no token; if the model never uses them, list them in `exclude_modules`."
             )
             return True
@@ -77,8 +78,3 @@ class GradientCheck:
     def _remove_hooks(self) -> None:
         while self._hooks:
             self._hooks.pop().remove()
-
-
-def _some(names: list[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(f"`{n}`" for n in names[:most]) + more

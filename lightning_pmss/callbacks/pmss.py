@@ -26,10 +26,11 @@ from typing_extensions import override
 from lightning_pmss.callbacks.gradients import GradientCheck
 from lightning_pmss.checkpointing import CheckpointSeam, random_states, set_random_states
 from lightning_pmss.config import PMSSConfig
-from lightning_pmss.conversion import conversion_of, convert, hugging_face_root, pmss_layers
+from lightning_pmss.conversion import conversion_of, convert, pmss_layers
 from lightning_pmss.files import save_adapter, write_merged
 from lightning_pmss.files.atomic import check_target
 from lightning_pmss.report import ConversionReport
+from lightning_pmss.targets import hugging_face_root
 
 MERGE_ON_SAVE = ("end", "checkpoint", None)
 
