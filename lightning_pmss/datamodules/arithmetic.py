@@ -17,8 +17,49 @@ from typing_extensions import override
 
 from lightning_pmss.datamodules.instruction import Example, InstructionDataModule, Split, check_int
 
-_NAMES = "Ann Ben Clara David Ella Felix Grace Hugo Iris Jonas Kate Leo Mia Noah Olga Paul Rosa Sam Tina Victor".split()
-_ITEMS = "apples books buttons cards coins cups eggs flowers keys marbles nuts pears pens plums shells stamps".split()
+_NAMES = [
+    "Ann",
+    "Ben",
+    "Clara",
+    "David",
+    "Ella",
+    "Felix",
+    "Grace",
+    "Hugo",
+    "Iris",
+    "Jonas",
+    "Kate",
+    "Leo",
+    "Mia",
+    "Noah",
+    "Olga",
+    "Paul",
+    "Rosa",
+    "Sam",
+    "Tina",
+    "Victor",
+]
+_ITEMS = [
+    "apples",
+    "books",
+    "buttons",
+    "cards",
+    "coins",
+    "cups",
+    "eggs",
+    "flowers",
+    "keys",
+    "marbles",
+    "nuts",
+    "pears",
+    "pens",
+    "plums",
+    "shells",
+    "stamps",
+]
+
+# Draws without a new problem after which there are held to be no more; about one draw in ten hits a test calculation.
+_PATIENCE = 20_000
 
 # Of ten calculations one is for the test set and one for validation.
 _BUCKETS: dict[int, Split] = {0: "test", 1: "val"}
@@ -182,10 +223,11 @@ def generate(split: Split, size: int, seed: int = 0, steps: int = 1, annotations
     rng = random.Random(f"{seed}/{split}/{steps}")
     templates = _TEMPLATES[steps]
     problems: dict[str, Example] = {}
-    attempts = 0
+    attempts, last = 0, 0
     while len(problems) < size:
-        attempts += 1
-        if attempts > 200 * size + 10_000:
+        attempts = attempts + 1 if len(problems) == last else 0
+        last = len(problems)
+        if attempts > _PATIENCE:
             raise ValueError(
                 f"Found only {len(problems)} different problems for the {split} set; ask for fewer than {size}."
             )
