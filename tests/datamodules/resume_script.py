@@ -1,6 +1,6 @@
 """A tiny fit that records which examples each step saw; run as a script, it resumes in a process of its own.
 
-``python resume.py CHECKPOINT OUTPUT KEY=VALUE ...`` resumes from CHECKPOINT and writes the record to OUTPUT as JSON.
+``python resume_script.py CHECKPOINT OUTPUT KEY=VALUE ...`` resumes from CHECKPOINT and writes the record to OUTPUT as JSON.
 """
 
 from __future__ import annotations

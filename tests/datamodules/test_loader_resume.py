@@ -14,7 +14,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-import resume as script  # the same file runs as a script, in a process of its own
+import resume_script as script  # the same file runs as a script, in a process of its own
 
 STEPS = {"every_n_train_steps": 2}
 EPOCH_END = {"every_n_epochs": 1, "save_on_train_epoch_end": True}

@@ -1,0 +1,38 @@
+"""Two processes: Lightning keeps our samplers, nothing is evaluated twice, and a resumed run sees the same batches."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_ranks(tiny_tokenizer: str, tmp_path: Path) -> None:
+    script = Path(__file__).with_name("two_ranks.py")
+    result = subprocess.run(
+        [sys.executable, str(script), tiny_tokenizer, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(script.parents[2])},
+        cwd=tmp_path,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert [rank["sampler"] for rank in ranks] == 2 * ["LengthGroupedSampler"]
+    assert [len(rank["batches"]) for rank in ranks] == [6, 6]
+    for epoch in range(2):
+        rows = [tuple(r) for rank in ranks for batch in rank["batches"][3 * epoch : 3 * epoch + 3] for r in batch]
+        assert len(rows) == 22  # 21 rows, one repeated
+    for rank in ranks:
+        assert rank["rest"] == rank["batches"][4:]
+    assert ranks[0]["batches"] != ranks[1]["batches"]
+    assert ranks[0]["evaluated"] == 2 * [0, 2, 4, 6, 8]
+    assert ranks[1]["evaluated"] == 2 * [1, 3, 5, 7]
+    assert [rank["accuracy"] for rank in ranks] == 2 * [pytest.approx(1 / 9)]
