@@ -63,8 +63,8 @@ def test_epochs_are_full_and_differ(tmp_path: Path) -> None:
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_resume_in_a_new_process(tmp_path: Path, num_workers: int) -> None:
+def test_resume_in_a_new_process(tmp_path: Path) -> None:
+    num_workers = 2
     whole, _ = script.fit(tmp_path, num_workers=num_workers, callbacks=[script.keep_all(tmp_path, **STEPS)])
     checkpoint = tmp_path / "epoch=1-step=10.ckpt"
     output = tmp_path / "rest.json"
