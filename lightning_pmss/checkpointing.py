@@ -8,14 +8,11 @@ dict would change what users see. Other strategies plug in here.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
-import torch
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
@@ -141,34 +138,6 @@ class CheckpointSeam:
         for name, function in self._patched.items():
             if self.strategy.__dict__.get(name) is function:
                 delattr(self.strategy, name)
-
-
-def random_states() -> dict[str, Any]:
-    """The states of all random generators that a training step draws from, as plain values and tensors."""
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    version, internal, gauss = random.getstate()
-    return {
-        "python": [version, list(internal), gauss],
-        "numpy": [
-            name,
-            torch.from_numpy(np.asarray(keys).astype(np.int64)),
-            int(position),
-            int(has_gauss),
-            float(cached),
-        ],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_random_states(states: Mapping[str, Any]) -> None:
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(states["torch"].cpu())
-    if states["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([s.cpu() for s in states["cuda"]])
 
 
 def _named(module: nn.Module) -> list[tuple[tuple[str, str], Any]]:

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_pmss.callbacks.gradients import GradientCheck
-from lightning_pmss.checkpointing import CheckpointSeam, random_states, set_random_states
+from lightning_pmss.callbacks.randomness import StepRandomness, set_random_states
+from lightning_pmss.checkpointing import CheckpointSeam
 from lightning_pmss.config import PMSSConfig
 from lightning_pmss.conversion import conversion_of, convert, pmss_layers
 from lightning_pmss.files import save_adapter, write_merged
@@ -126,6 +127,7 @@ class PMSSCallback(L.Callback):
         self.report: ConversionReport | None = None
         self._seam: CheckpointSeam | None = None
         self._gradients: GradientCheck | None = None
+        self._randomness = StepRandomness()
         self._resume: Mapping[str, Any] | None = None
         self._step_started = 0.0
 
@@ -245,22 +247,24 @@ class PMSSCallback(L.Callback):
 
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """A run resumed at the end of an epoch: the random states were restored when the checkpoint was loaded."""
-        if self._resume is not None:
-            loop = trainer.fit_loop
-            if trainer.current_epoch > 0 and not loop.is_resuming and not loop.epoch_loop.restarting:
-                # Lightning now creates the iterator that the uninterrupted run created here: it must draw the same number.
-                set_random_states(self._resume)
-            self._resume = None
+        """Let a loader that shuffles by the global random state draw what it would have drawn without the stop."""
+        loop = trainer.fit_loop
+        if (
+            self._resume is not None
+            and trainer.current_epoch > 0
+            and not loop.is_resuming
+            and not loop.epoch_loop.restarting
+        ):
+            set_random_states(self._resume["outside"])  # Lightning creates the epoch's iterator after this hook
+        self._resume = None
 
     @override
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._resume is not None:
-            # Resumed in the middle of an epoch: creating the iterator drew numbers that the uninterrupted run did not.
-            set_random_states(self._resume)
-            self._resume = None
+        """Begin the step's random stream and its clock."""
+        self._resume = None
+        self._randomness.enter()
         self._step_started = time.perf_counter()
 
     @override
@@ -273,6 +277,8 @@ class PMSSCallback(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """End the step's random stream; log time, throughput and norms."""
+        self._randomness.leave()
         if self.log_throughput:
             seconds = time.perf_counter() - self._step_started
             values = {"pmss/step_seconds": seconds}
@@ -322,28 +328,25 @@ class PMSSCallback(L.Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         """The random states of every rank, so that dropout goes on as if nothing had happened."""
-        states: list[Any] = [random_states()]
+        own = self._randomness.state()
+        states: list[Any] = [own]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             states = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(states, random_states())
+            torch.distributed.all_gather_object(states, own)
         return {"random_states": states}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         states = state_dict["random_states"]
-        rank = (
-            torch.distributed.get_rank()
-            if torch.distributed.is_available() and torch.distributed.is_initialized()
-            else 0
-        )
-        world = torch.distributed.get_world_size() if rank or torch.distributed.is_initialized() else 1
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
         if len(states) != world:
             rank_zero_warn(
                 f"The checkpoint was made on {len(states)} devices, this run has {world}: random numbers will differ."
             )
             return
         self._resume = states[rank]
-        set_random_states(states[rank])
+        self._randomness.load(states[rank])
 
 
 def _check_optimizers(trainer: L.Trainer, pl_module: L.LightningModule, layers: Mapping[str, nn.Module]) -> None:

@@ -1,0 +1,76 @@
+"""Random states that survive a resume: training steps draw from a stream of their own.
+
+Between two steps other things draw from the global generators: a loader's iterator takes a seed when it is created, a
+shuffling sampler its order, a validation loop its own iterator. A resumed run creates these at other moments, so one saved
+state could not fit. With a stream for the steps alone, dropout goes on exactly where it stopped, whatever is drawn between.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class StepRandomness:
+    """Swaps the global random states at both ends of a training step.
+
+    Attributes:
+        inside: States of the steps' stream, taken at the end of the last step; None before the first one, which goes on
+            from the global states and so respects the user's seed.
+        outside: States of everything else, taken at the beginning of the running step.
+    """
+
+    def __init__(self) -> None:
+        self.inside: Mapping[str, Any] | None = None
+        self.outside: Mapping[str, Any] | None = None
+
+    def enter(self) -> None:
+        self.outside = random_states()
+        if self.inside is not None:
+            set_random_states(self.inside)
+
+    def leave(self) -> None:
+        if self.outside is not None:
+            self.inside = random_states()
+            set_random_states(self.outside)
+            self.outside = None
+
+    def state(self) -> dict[str, Any]:
+        """Plain values and tensors, fit for a checkpoint that is loaded with ``weights_only=True``."""
+        return {"inside": self.inside, "outside": self.outside or random_states()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.inside, self.outside = state["inside"], None
+        set_random_states(state["outside"])
+
+
+def random_states() -> dict[str, Any]:
+    """The states of all random generators that a training step draws from, as plain values and tensors."""
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    version, internal, gauss = random.getstate()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [
+            name,
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_states(states: Mapping[str, Any]) -> None:
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(states["torch"].cpu())
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([s.cpu() for s in states["cuda"]])
