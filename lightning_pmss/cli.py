@@ -55,6 +55,13 @@ class PMSSCLI(LightningCLI):
         parser.add_lightning_class_args(PMSSCallback, "pmss")
         parser.link_arguments("model.init_args.model_name_or_path", "data.init_args.tokenizer")
 
+    def instantiate_classes(self) -> None:
+        """Make Trainer, model and data; what their constructors refuse is an error of the command line, not a crash."""
+        try:
+            super().instantiate_classes()
+        except (OSError, ValueError) as error:
+            self.parser.error(str(error), error)  # JSONARGPARSE_DEBUG=1 shows the traceback
+
 
 # -- tools ---------------------------------------------------------------------------------------------------------
 # A tool takes its part of the command line. It says what is wrong by ValueError or OSError: one line, exit code 2.
