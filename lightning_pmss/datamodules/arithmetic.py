@@ -78,6 +78,8 @@ class _Template:
 
     ``steps`` holds per step the operation, its right operand ("b" or "c"; the left one is "a", then the result so
     far), and the sentence around the calculation. ``largest`` bounds a, b and c; for a division a is made divisible.
+    The numbers are small on purpose: a model of 135 M parameters can calculate with them, so that its score measures
+    what fine-tuning teaches, to work a problem out and to end in the answer's form.
     """
 
     question: str
@@ -90,37 +92,37 @@ _TEMPLATES: dict[int, tuple[_Template, ...]] = {
         _Template(
             "{name} has {a} {item} and buys {b} more. How many {item} does {name} have now?",
             (("+", "b", "{name} now has {calculation} {item}."),),
-            (60, 40),
+            (40, 9),
         ),
         _Template(
-            "There are {a} {item} on the table and {b} {item} on the floor. How many {item} are there in all?",
-            (("+", "b", "In all there are {calculation} {item}."),),
-            (60, 40),
+            "{name} sees {a} {item} on the table and {b} on the floor. How many {item} does {name} see in all?",
+            (("+", "b", "{name} sees {calculation} {item}."),),
+            (40, 9),
         ),
         _Template(
             "{name} had {a} {item} and gave {b} of them to {friend}. How many {item} does {name} have left?",
             (("-", "b", "{name} has {calculation} {item} left."),),
-            (60, 40),
+            (40, 9),
         ),
         _Template(
             "{name} has {a} {item}. {friend} has {b} fewer. How many {item} does {friend} have?",
             (("-", "b", "{friend} has {calculation} {item}."),),
-            (60, 40),
+            (40, 9),
         ),
         _Template(
-            "A box holds {a} {item}. How many {item} are in {b} boxes?",
-            (("*", "b", "The boxes hold {calculation} {item}."),),
-            (15, 12),
+            "{name} packs {a} {item} into each of {b} boxes. How many {item} does {name} pack?",
+            (("*", "b", "{name} packs {calculation} {item}."),),
+            (10, 10),
         ),
         _Template(
             "{name} collects {a} {item} every day. How many {item} does {name} collect in {b} days?",
             (("*", "b", "{name} collects {calculation} {item}."),),
-            (15, 12),
+            (10, 10),
         ),
         _Template(
             "{name} shares {a} {item} equally among {b} friends. How many {item} does each friend get?",
             (("/", "b", "Each friend gets {calculation} {item}."),),
-            (12, 10),
+            (10, 10),
         ),
     ),
     2: (
@@ -130,7 +132,7 @@ _TEMPLATES: dict[int, tuple[_Template, ...]] = {
                 ("*", "b", "The bags hold {calculation} {item}."),
                 ("+", "c", "{name} now has {calculation} {item}."),
             ),
-            (10, 9, 20),
+            (10, 9, 9),
         ),
         _Template(
             "{name} fills {b} boxes with {a} {item} each and sells {c} of the {item}. How many {item} are left?",
@@ -138,7 +140,7 @@ _TEMPLATES: dict[int, tuple[_Template, ...]] = {
                 ("*", "b", "The boxes hold {calculation} {item}."),
                 ("-", "c", "After the sale {calculation} {item} are left."),
             ),
-            (10, 9, 20),
+            (10, 9, 9),
         ),
         _Template(
             "{name} has {a} {item}, finds {b} more and gives {c} to {friend}. How many {item} does {name} keep?",
@@ -146,7 +148,7 @@ _TEMPLATES: dict[int, tuple[_Template, ...]] = {
                 ("+", "b", "{name} first has {calculation} {item}."),
                 ("-", "c", "{name} keeps {calculation} {item}."),
             ),
-            (40, 30, 20),
+            (30, 9, 9),
         ),
         _Template(
             "{name} had {a} {item}, lost {b} and then got {c} from {friend}. How many {item} does {name} have now?",
@@ -154,15 +156,15 @@ _TEMPLATES: dict[int, tuple[_Template, ...]] = {
                 ("-", "b", "After the loss {name} has {calculation} {item}."),
                 ("+", "c", "{name} now has {calculation} {item}."),
             ),
-            (40, 20, 20),
+            (30, 9, 9),
         ),
         _Template(
-            "A bag holds {a} red and {b} green {item}. How many {item} are in {c} such bags?",
+            "{name} puts {a} red and {b} green {item} into a bag and fills {c} such bags. How many {item} are in them?",
             (
                 ("+", "b", "One bag holds {calculation} {item}."),
                 ("*", "c", "The bags hold {calculation} {item}."),
             ),
-            (8, 7, 6),
+            (9, 9, 6),
         ),
         _Template(
             "{name} shares {a} {item} equally among {b} friends. {friend}, one of them, eats {c}. How many {item} does"
@@ -171,7 +173,7 @@ _TEMPLATES: dict[int, tuple[_Template, ...]] = {
                 ("/", "b", "Each friend gets {calculation} {item}."),
                 ("-", "c", "{friend} has {calculation} {item} left."),
             ),
-            (12, 9, 8),
+            (10, 9, 8),
         ),
     ),
 }
