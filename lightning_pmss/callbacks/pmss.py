@@ -140,8 +140,6 @@ class PMSSCallback(L.Callback):
             raise MisconfigurationException(
                 f"PMSSCallback does not support `{type(trainer.strategy).__name__}` yet; use a single device or strategy='ddp'."
             )
-        if sum(isinstance(c, PMSSCallback) for c in trainer.callbacks) > 1:  # type: ignore[attr-defined]
-            raise MisconfigurationException("The Trainer has several `PMSSCallback`s; one converts all: keep one.")
         if conversion_of(pl_module) is None and is_overridden("configure_model", pl_module):
             original = pl_module.configure_model
 
