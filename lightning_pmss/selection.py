@@ -21,19 +21,22 @@ ROW_MODES = ("independent", "nested")
 
 
 def lupp(matrix: Tensor, rank: int, generator: torch.Generator, oversample: int) -> Tensor:
-    """Pivots of LU with partial pivoting on a Gaussian sketch of the rows: nearly the quality of pivoted QR, far cheaper.
+    """Pivots of LU with partial pivoting on a sketch of the rows: nearly the quality of pivoted QR, far cheaper.
 
     Source: Dong & Martinsson, "Simpler is better: a comparative study of randomized pivoting algorithms for CUR and
-    interpolative decompositions" (sketch ``Y = G W``, LU with partial pivoting of ``Y^T``).
+    interpolative decompositions" (Gaussian sketch ``Y = G W``, LU with partial pivoting of ``Y^T``). Step k of that LU
+    sees k rows of Y only, so extra rows would change nothing: Y is first rotated to its leading ``rank`` directions.
     """
-    m, n = matrix.shape
+    m = matrix.shape[0]
     sketch_rows = min(rank + oversample, m)
     if sketch_rows < m:
         gaussian = torch.randn(sketch_rows, m, generator=generator).to(matrix.device)
         matrix = gaussian @ matrix
-    _, swaps = torch.linalg.lu_factor(matrix.T)
+    directions = torch.linalg.eigh(matrix.double() @ matrix.double().T).eigenvectors[:, -rank:].flip(1)
+    # The `_ex` form: an exactly singular matrix still has pivots.
+    _, swaps, _ = torch.linalg.lu_factor_ex(matrix.T @ directions.to(matrix.dtype))
     # LAPACK reports the swaps one after the other; playing them back turns them into a permutation of the columns.
-    order = list(range(n))
+    order = list(range(matrix.shape[1]))
     for i, j in enumerate(swaps[:rank].tolist()):
         order[i], order[j - 1] = order[j - 1], order[i]
     return torch.tensor(order[:rank], device=matrix.device)
@@ -143,13 +146,14 @@ def select_skeleton(
         raise ValueError(f"{where}a skeleton needs a matrix, got a weight of shape {tuple(weight.shape)}.")
     if not 1 <= rank <= min(weight.shape):
         raise ValueError(f"{where}rank={rank} does not fit {tuple(weight.shape)}; the largest is {min(weight.shape)}.")
-    matrix = weight.detach().float()
+    matrix = weight.detach()
     if not torch.isfinite(matrix).all():
         raise ValueError(f"{where}the weight holds NaN or infinite values; load a sound checkpoint before converting.")
     largest = matrix.abs().max()
     if largest == 0:
         raise ValueError(f"{where}the weight is all zeros, so C U R can never change it; exclude this module.")
-    matrix = matrix / largest  # squared norms of tiny or huge weights must neither vanish nor overflow
+    # Squared norms of tiny or huge weights must neither vanish nor overflow, nor a float64 weight leave float32's range.
+    matrix = (matrix / largest).float() if matrix.dtype == torch.float64 else matrix.float() / largest.float()
     select = SELECTORS[selection]
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
     cols = select(matrix, rank, generator, oversample)
@@ -160,7 +164,10 @@ def select_skeleton(
 def projection_residual(weight: Tensor, cols: Tensor) -> float:
     """``||W - C C^+ W||_F / ||W||_F`` with ``C = W[:, cols]``: the share of W that its chosen columns do not span."""
     matrix = weight.detach().float()
-    basis = torch.linalg.qr(matrix[:, cols]).Q
+    basis, triangle = torch.linalg.qr(matrix[:, cols])
+    # Of columns that depend on one another, QR returns arbitrary directions that C does not span: leave those out.
+    left, singular, _ = torch.linalg.svd(triangle)
+    basis = basis @ left[:, singular > singular[0] * 1e-6]
     rest = matrix - basis @ (basis.T @ matrix)
     return float(torch.linalg.matrix_norm(rest) / torch.linalg.matrix_norm(matrix))
 
