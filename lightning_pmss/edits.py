@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -55,6 +56,7 @@ class OutputEdit(torch.autograd.Function):
         return torch.addmm(y0, h @ u.T, c.T)
 
     @staticmethod
+    @once_differentiable  # h is no input, so a second derivative would silently miss its part: refuse it
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         h, u, rows, cols, mask, source = ctx.saved_tensors
@@ -96,6 +98,7 @@ class InputEdit(torch.autograd.Function):
         return x.index_add(1, cols, (h @ u.T).to(x.dtype))
 
     @staticmethod
+    @once_differentiable  # h is no input, so a second derivative would silently miss its part: refuse it
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         h, u, rows, cols, mask, source = ctx.saved_tensors

@@ -100,9 +100,11 @@ class PMSSCore(nn.Module):
             self.register_parameter(name, None if factor is None else nn.Parameter(factor, requires_grad=False))
 
     def forward(self) -> Tensor:
-        """U ``[c, r]`` without the scale."""
+        """U ``[c, r]`` without the scale, in V's own dtype, also under autocast."""
         if self.left is not None and self.right is not None:
-            return self.left @ self.weight @ self.right
+            # In bfloat16 the inverse factors would lose what the slices' condition number multiplies.
+            with torch.autocast(self.weight.device.type, enabled=False):
+                return self.left @ self.weight @ self.right
         return self.weight if self.gain is None else self.weight * self.gain
 
     @torch.no_grad()
@@ -216,9 +218,9 @@ class PMSSLinear(nn.Module):
         weight = self.base_weight()
         return weight.index_select(1, self.cols.to(weight.device))
 
-    def refresh_frame(self) -> None:
+    def refresh_frame(self, name: str = "") -> None:
         """Recompute the coordinates after the weight or the indices were replaced; V is left as it is."""
-        self.core.set_frame(coordinate_frame(self.weight_columns(), self.weight_rows(), self.coordinates))
+        self.core.set_frame(coordinate_frame(self.weight_columns(), self.weight_rows(), self.coordinates, name))
 
     def forward(self, input: Tensor) -> Tensor:
         if self.merged:
@@ -249,7 +251,7 @@ class PMSSLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         # The indices that were stored count, not those selected now; the factors are never stored, so they follow.
         if any(prefix + key in state_dict for key in ("weight", "rows", "cols")):
-            self.refresh_frame()
+            self.refresh_frame(prefix[:-1])
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The dynamic class has no importable name: pickle and deepcopy rebuild it from the base class.

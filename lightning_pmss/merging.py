@@ -82,7 +82,8 @@ def merge_weight(weight: Tensor, rows: Tensor, cols: Tensor, update: Tensor, nam
     """
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     pristine = weight.to(wide)
-    delta = pristine[:, cols] @ (update.to(wide) @ pristine[rows])
+    with torch.autocast(weight.device.type, enabled=False):  # a caller's autocast would round the product
+        delta = pristine[:, cols] @ (update.to(wide) @ pristine[rows])
     exact = pristine + delta
     rounded = exact.to(weight.dtype)
     if not torch.isfinite(rounded).all():
@@ -109,7 +110,7 @@ def merge(model: nn.Module) -> MergeReport:
     """Put W' into every converted layer, so that the model runs at the base's cost.
 
     The pristine weights are kept on the CPU (as many bytes as the converted layers have) until `unmerge`. While merged, U
-    has no effect and gets no gradient. All layers are computed before the first is changed.
+    has no effect and gets no gradient. After an error the weights are as they were.
 
     Raises:
         ValueError: No converted layer, already merged, or a merged weight is not finite.
@@ -119,7 +120,7 @@ def merge(model: nn.Module) -> MergeReport:
         raise ValueError(
             f"`{done[0]}` is merged already; merging starts from the pristine weights only: `unmerge` first."
         )
-    for name, layer in layers.items():  # a check without keeping: the second pass must not fail half way
+    for name, layer in layers.items():
         if not torch.isfinite(layer.core_update()).all():
             raise ValueError(f"`{name}`: U holds NaN or infinite values; the run diverged. Nothing was merged.")
     drift = {}
@@ -128,7 +129,7 @@ def merge(model: nn.Module) -> MergeReport:
             new, drift[name] = merged_weight(layer, name)
             layer.pristine = layer.weight.detach().to("cpu", copy=True)
             layer.weight.copy_(new)
-    except ValueError:
+    except BaseException:  # also out of memory or an interrupt: never half merged
         _restore(layers)
         raise
     return MergeReport(drift)
@@ -168,7 +169,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     for prefix, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, PMSSLinear):
             start = f"{prefix}." if prefix else ""
-            for key in [k for k in state if k.startswith((f"{start}core.", f"{start}rows", f"{start}cols"))]:
+            for key in [k for k in state if k.startswith(f"{start}core.") or k in (f"{start}rows", f"{start}cols")]:
                 del state[key]
             state[f"{start}weight"] = merged_weight(module, prefix)[0]
     return state
