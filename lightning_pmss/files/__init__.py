@@ -1,0 +1,16 @@
+"""What is on disk: adapter folders, streamed safetensors, merged models."""
+
+from lightning_pmss.files.adapter import AdapterFile, AdapterModule, load_adapter, read_adapter, save_adapter
+from lightning_pmss.files.merged import merge_files, write_merged
+from lightning_pmss.files.model_folder import FileMergeReport
+
+__all__ = [
+    "AdapterFile",
+    "AdapterModule",
+    "FileMergeReport",
+    "load_adapter",
+    "merge_files",
+    "read_adapter",
+    "save_adapter",
+    "write_merged",
+]

@@ -1,0 +1,254 @@
+"""Save and load the adapter of a model; the format is described in `adapter_file`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_pmss.config import PMSSConfig
+from lightning_pmss.conversion import conversion_of, convert, pmss_layers
+from lightning_pmss.files.adapter_file import (
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    WEIGHTS_FILE,
+    AdapterFile,
+    AdapterModule,
+    library_versions,
+    not_finite,
+    read_adapter,
+)
+from lightning_pmss.files.atomic import WRITTEN_BY, atomic_folder, check_target
+from lightning_pmss.files.fingerprint import fingerprint, same_base
+from lightning_pmss.files.shards import few
+from lightning_pmss.layers import PMSSLinear, canonical_shape, is_supported, is_transposed
+from lightning_pmss.report import ConversionReport
+from lightning_pmss.targets import canonical_modules, find_targets, hugging_face_root, match_modules
+
+__all__ = ["AdapterFile", "AdapterModule", "load_adapter", "read_adapter", "save_adapter"]
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write the adapter of a converted model.
+
+    Args:
+        model: converted by `convert` or the callback; merged or not.
+        folder: written whole or not at all.
+        base: id or path of the base model; default: what the Hugging Face model knows of itself.
+        revision: commit of the base; default likewise.
+        overwrite: replace an earlier adapter of this library.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: see `atomic_folder`.
+        ValueError: not a converted model, or NaN or infinite values in what was trained.
+    """
+    target = Path(folder).expanduser()
+    check_target(target, overwrite=overwrite)
+    report = conversion_of(model)
+    layers = pmss_layers(model)
+    if report is None or not layers:
+        raise ValueError(f"{type(model).__name__} has no converted layer to save. Call convert(model, config) first.")
+
+    tensors: dict[str, Tensor] = {}
+    modules: dict[str, Any] = {}
+    for name, layer in layers.items():
+        update = layer.core_update().detach()
+        tensors[f"{name}.U"] = update.to("cpu", torch.float64 if update.dtype == torch.float64 else torch.float32)
+        tensors[f"{name}.rows"] = layer.rows.to("cpu", torch.int32)
+        tensors[f"{name}.cols"] = layer.cols.to("cpu", torch.int32)
+        modules[name] = {
+            "shape": list(canonical_shape(layer)),
+            "rank": update.shape[0] if update.shape[0] == update.shape[1] else list(update.shape),
+            "layout": "conv1d" if layer.transposed else "linear",
+            "fingerprint": fingerprint(layer.weight_rows(), layer.weight_columns()),
+        }
+    extra = _tensors_of(report.also_train, canonical_modules(model))
+    if clash := sorted(set(tensors) & set(extra)):
+        raise ValueError(f"also_train has tensors under the names of PMSS's own: {few(clash)}. Rename these modules.")
+    tensors.update({key: value.detach().cpu() for key, value in extra.items()})
+    if broken := not_finite(tensors):
+        raise ValueError(
+            f"NaN or infinite values in {few(broken)}: the training has diverged, and such an adapter is not saved. "
+            "Lower the learning rate, or go back to an earlier checkpoint."
+        )
+    tied = _other_names(extra, model)
+    known = getattr(hugging_face_root(model)[0], "config", None)
+    config = {
+        "written_by": WRITTEN_BY,
+        "files": [CONFIG_FILE, WEIGHTS_FILE],
+        "format_version": FORMAT_VERSION,
+        "peft_type": "PMSS",  # so that peft says at once that this is none of its own
+        "base_model_name_or_path": base or getattr(known, "_name_or_path", None) or None,
+        "revision": revision or getattr(known, "_commit_hash", None),
+        "config": report.config.to_dict(),
+        "modules": modules,
+        "also_train": {key: {"shape": list(value.shape), "tied": tied[key]} for key, value in extra.items()},
+        "versions": library_versions(),
+    }
+    with atomic_folder(target, overwrite=overwrite) as temporary:
+        # Copies, because safetensors refuses tensors that share memory (tied ones).
+        save_file({key: value.clone().contiguous() for key, value in tensors.items()}, temporary / WEIGHTS_FILE)
+        (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return target
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> ConversionReport:
+    """Load an adapter, to go on training or for inference.
+
+    A model that is not converted is converted with the stored config and indices. On one that is converted already,
+    to the same layers and indices, only the trained tensors are set; its own scale, coordinates and dropout stay. The
+    model is touched only after every check has passed.
+
+    Returns:
+        The report of the conversion.
+
+    Raises:
+        FileNotFoundError: folder or file missing.
+        ValueError: a damaged, incomplete or foreign file, another base, or a model that is merged or converted
+            otherwise. The message names file and modules.
+    """
+    adapter = read_adapter(folder)
+    config = _pmss_config(adapter)
+    modules = canonical_modules(model)
+    report = conversion_of(model)
+    if merged := [name for name, layer in pmss_layers(model).items() if layer.merged]:
+        raise ValueError(f"{few(merged, 3)}: the model is merged. Call unmerge(model), then load {adapter.folder}.")
+    if report is None:
+        also_train = match_modules(config.also_train, modules, "also_train")
+        wanted = set(find_targets(model, config, modules, also_train)[0])
+    else:
+        also_train, wanted = report.also_train, set(pmss_layers(model))
+    _check_modules(adapter, modules, wanted, converted=report is not None)
+    _check_base(adapter, modules, type(model).__name__)
+    places = _tensors_of(also_train, modules)
+    _check_also_train(adapter, places)
+
+    if report is None:
+        skeleton = {name: (stored.rows, stored.cols) for name, stored in adapter.modules.items()}
+        report = convert(model, config, skeleton=skeleton)
+    with torch.no_grad():
+        for name, layer in pmss_layers(model).items():
+            layer.set_update(adapter.modules[name].U)
+        for key, place in places.items():
+            place.copy_(adapter.also_train[key])
+    return report
+
+
+def _pmss_config(adapter: AdapterFile) -> PMSSConfig:
+    try:
+        return PMSSConfig(**adapter.config)
+    except (TypeError, ValueError) as error:
+        file = adapter.folder / CONFIG_FILE
+        raise ValueError(f"{file}: its PMSS options do not fit this version ({error}).") from error
+
+
+def _check_modules(
+    adapter: AdapterFile, modules: Mapping[str, nn.Module], wanted: set[str], *, converted: bool
+) -> None:
+    """The adapter's layers and the model's (converted, or about to be) must be the same ones, shape by shape."""
+    folder = adapter.folder
+    if absent := [name for name in adapter.modules if name not in modules]:
+        raise ValueError(
+            f"{folder} has layers that the model has not: {few(absent)}. Load it into the architecture it was trained "
+            f"on ({adapter.base_model or 'name not recorded'})."
+        )
+    for name, stored in adapter.modules.items():
+        module = modules[name]
+        if not isinstance(module, PMSSLinear) and not is_supported(module):
+            kind = type(module).__name__
+            raise ValueError(f"{folder}: {name} is a {kind} in this model, not a layer that PMSS can convert.")
+        if canonical_shape(module) != stored.shape:
+            raise ValueError(
+                f"{folder}: {name} was trained on W [out, in] = {list(stored.shape)}, and is "
+                f"{list(canonical_shape(module))} in this model. Load it into the base it was trained on."
+            )
+    more, less = sorted(wanted - set(adapter.modules)), sorted(set(adapter.modules) - wanted)
+    if converted:
+        differ = [
+            name
+            for name, stored in adapter.modules.items()
+            if isinstance(layer := modules[name], PMSSLinear)
+            and not (torch.equal(layer.rows.cpu(), stored.rows) and torch.equal(layer.cols.cpu(), stored.cols))
+        ]
+        if more or less or differ:
+            raise ValueError(
+                f"the model is already converted otherwise than {folder}: other layers or indices in "
+                f"{few(more + less + differ)}. Load the adapter into a fresh model."
+            )
+    elif more or less:
+        raise ValueError(
+            f"{folder}: its options select other layers in this model than the ones stored: "
+            f"{few(more + less)}. Load it into the architecture it was trained on."
+        )
+
+
+def _check_base(adapter: AdapterFile, modules: Mapping[str, nn.Module], model: str) -> None:
+    wrong = []
+    for name, stored in adapter.modules.items():
+        layer = modules[name]
+        if isinstance(layer, PMSSLinear):
+            rows, columns = layer.weight_rows(), layer.weight_columns()
+        else:
+            weight: Tensor = layer.weight  # type: ignore[assignment]
+            if weight.is_meta:
+                raise ValueError(f"{name} is on the meta device; load the base's weights before {adapter.folder}.")
+            canonical = weight.detach().T if is_transposed(layer) else weight.detach()
+            rows = canonical[stored.rows.to(weight.device)]
+            columns = canonical[:, stored.cols.to(weight.device)]
+        if not same_base(stored.fingerprint, rows, columns):
+            wrong.append(name)
+    if wrong:
+        raise ValueError(adapter.wrong_base(wrong, f"the given {model}"))
+
+
+def _check_also_train(adapter: AdapterFile, places: Mapping[str, Tensor]) -> None:
+    lost, foreign = sorted(set(places) - set(adapter.also_train)), sorted(set(adapter.also_train) - set(places))
+    if lost or foreign:
+        says = [f"lacks {few(lost)}"] if lost else []
+        says += [f"has {few(foreign)}, which the model does not train in full"] if foreign else []
+        raise ValueError(f"{adapter.folder} {' and '.join(says)}. Load it into the architecture it was trained on.")
+    for key, place in places.items():
+        if place.shape != adapter.also_train[key].shape:
+            raise ValueError(
+                f"{adapter.folder}: {key} has the shape {list(adapter.also_train[key].shape)}, the model's "
+                f"{list(place.shape)}. Build the model with the same settings (a head: the same number of labels)."
+            )
+
+
+def _tensors_of(names: list[str], modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Live parameters and persistent buffers of the modules trained in full."""
+    return {
+        f"{name}.{key}": value
+        for name in names
+        for key, value in modules[name].state_dict().items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _other_names(extra: Mapping[str, Tensor], model: nn.Module) -> dict[str, list[str]]:
+    """Under which names each also_train tensor is known besides its own: a checkpoint stores a tied one only once."""
+    prefix = hugging_face_root(model)[1]
+    by_address: dict[tuple[int, int], list[str]] = {}
+    for key, value in model.state_dict().items():
+        if isinstance(value, Tensor) and value.numel():
+            by_address.setdefault((value.data_ptr(), value.numel()), []).append(key.removeprefix(prefix))
+    return {
+        key: [name for name in by_address.get((value.data_ptr(), value.numel()), []) if name != key]
+        for key, value in extra.items()
+    }

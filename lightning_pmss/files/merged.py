@@ -1,0 +1,299 @@
+"""The merged model on disk: streamed from the base's files, or written from a live model.
+
+The streaming merge needs neither the model class nor room for the model: it reads the base's safetensors one tensor at
+a time, adds ``C (s U) R`` to those the adapter names, and copies everything else. Peak memory is one shard (mapped)
+plus one matrix and its merged copy.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.files.adapter_file import AdapterFile, AdapterModule, read_adapter
+from lightning_pmss.files.atomic import atomic_folder, check_target
+from lightning_pmss.files.fingerprint import same_base
+from lightning_pmss.files.model_folder import FileMergeReport, copy_others, refuse_overlap, write_report
+from lightning_pmss.files.naming import FLOATS, resolve_names
+from lightning_pmss.files.shards import (
+    SINGLE_FILE,
+    ShardReader,
+    ShardWriter,
+    TensorInfo,
+    open_shards,
+    parse_size,
+    plan_shards,
+    shard_names,
+    write_index,
+)
+from lightning_pmss.merging import LayerDrift, merged_state_dict, merged_weight
+from lightning_pmss.targets import hugging_face_root
+
+OUTSIDE_FILE = "other_modules.safetensors"
+_BLOCK = 2**20  # elements of W merged at a time, so that the half dozen wide copies stay small beside the matrix
+
+
+class _Sums:
+    """Squared norms gathered block by block, in float64."""
+
+    def __init__(self) -> None:
+        self.max_error = self.error = self.weight = self.update = 0.0
+
+    def add(self, update: Tensor, exact: Tensor, error: Tensor) -> None:
+        self.max_error = max(self.max_error, error.abs().max().item())
+        self.error += _square(error)
+        self.weight += _square(exact)
+        self.update += _square(update)
+
+    def drift(self) -> LayerDrift:
+        def ratio(part: float, whole: float) -> float:
+            return math.sqrt(part / whole) if whole else 0.0
+
+        return LayerDrift(self.max_error, ratio(self.error, self.weight), ratio(self.error, self.update))
+
+
+def _square(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+
+
+def merge_files(
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    max_shard_size: str | int | None = "5GB",
+    dtype: str | torch.dtype | None = None,
+    progress: bool = True,
+) -> FileMergeReport:
+    """Merge an adapter into a base on disk, tensor by tensor, and write a complete model folder.
+
+    ``W' = W + C (s U) R`` is computed from the base's W in float32 (float64 for a float64 base) and rounded once.
+
+    Args:
+        base: folder with config.json and safetensors weights, single or sharded.
+        adapter: folder written by `save_adapter`.
+        output: folder to write; appears only when it is complete.
+        overwrite: replace an earlier output.
+        max_shard_size: the base's shards are kept as they are unless one is larger than this (``"5GB"``, bytes, or
+            None for no limit).
+        dtype: dtype of the merged model's floating-point weights (``"float32"``, ...); None keeps the base's.
+        progress: show a progress bar.
+
+    Raises:
+        FileNotFoundError: base or adapter or one of their files is missing.
+        FileExistsError: see `atomic_folder`.
+        ValueError: another base than the adapter's, a module not found in the base, NaN or infinite results, an
+            output equal to, inside, or around base or adapter, unreadable files.
+    """
+    base, adapter, output = (Path(path).expanduser() for path in (base, adapter, output))
+    refuse_overlap(output, {"base": base, "adapter": adapter})
+    check_target(output, overwrite=overwrite)
+    target_dtype = _parse_dtype(dtype)
+    limit = None if max_shard_size is None else parse_size(max_shard_size)
+    trained = read_adapter(adapter)
+    with open_shards(base) as reader:
+        rename = resolve_names(trained, reader, base)
+        plan = _Plan(trained, reader, rename, target_dtype)
+        shards = plan_shards(plan.tensors, limit)
+        kept = [shard[0].file for shard in shards]
+        # Base file names are kept with its structure; a new division gets the usual names.
+        names = kept if len(set(kept)) == len(kept) == len(reader.files) else shard_names(len(shards))
+        if len(shards) == 1:
+            names = shard_names(1)
+        report = FileMergeReport(str(output), replaced=plan.replaced, added=plan.added, shards=names)
+        with atomic_folder(output, overwrite=overwrite) as folder:
+            report.copied_files = copy_others(base, folder, target_dtype)
+            _write_shards(plan, dict(zip(names, shards, strict=True)), folder, report, progress)
+            write_index(folder, dict(zip(names, shards, strict=True)), reader.metadata)
+            write_report(folder, report, base_model=trained.base_model, revision=trained.revision)
+    return report
+
+
+def merged_tensor(weight: Tensor, module: AdapterModule, dtype: torch.dtype) -> tuple[Tensor, _Sums]:
+    """``W + C (s U) R`` in the stored layout, and the errors of its one rounding to `dtype`.
+
+    Args:
+        weight: as stored, [out, in], or [in, out] for the layout ``conv1d``.
+        module: U, rows and cols of this layer, in the canonical layout.
+        dtype: of the result.
+    """
+    canonical = weight.T if module.layout == "conv1d" else weight
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    columns = canonical[:, module.cols].to(wide)
+    rows = canonical[module.rows].to(wide)
+    right = module.U.to(wide) @ rows
+    result = torch.empty(weight.shape, dtype=dtype)
+    view = result.T if module.layout == "conv1d" else result
+    sums = _Sums()
+    step = max(1, _BLOCK // canonical.shape[1])
+    for start in range(0, canonical.shape[0], step):
+        block = slice(start, start + step)
+        update = columns[block] @ right
+        exact = canonical[block].to(wide).add_(update)
+        rounded = exact.to(dtype)
+        view[block] = rounded
+        sums.add(update, exact, rounded.to(wide, copy=True).sub_(exact))
+    return result, sums
+
+
+@torch.no_grad()
+def write_merged(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+) -> FileMergeReport:
+    """Write a live model with its adapter merged, loadable with neither this library nor Lightning.
+
+    A Hugging Face model (also one inside a LightningModule) is written by its own ``save_pretrained``, for
+    ``from_pretrained``; parameters around it, which that form cannot hold, go to ``other_modules.safetensors``. Any
+    other module gives ``model.safetensors``: a plain state dict under the original keys. The model itself is not
+    changed and may be merged or not.
+
+    Args:
+        model: converted by `convert`, the callback or `load_adapter`.
+        folder: written whole or not at all.
+        base: folder of the base, from which tokenizer files and the like are copied; default: where the Hugging Face
+            model was loaded from, if that was a folder.
+        tokenizer: written by its ``save_pretrained``; goes before the base's files.
+        overwrite: replace an earlier output.
+
+    Raises:
+        FileExistsError: see `atomic_folder`.
+        ValueError: no converted layer, NaN or infinite merged weights, or a folder equal to, inside or around `base`.
+    """
+    target = Path(folder).expanduser()
+    root, prefix = hugging_face_root(model)
+    known = getattr(getattr(root, "config", None), "_name_or_path", None)
+    source = Path(base).expanduser() if base is not None else Path(known) if known and Path(known).is_dir() else None
+    if base is not None and source is not None and not source.is_dir():
+        source = None  # a hub id: nothing to copy from
+    if source is not None:
+        refuse_overlap(target, {"base": source})
+    check_target(target, overwrite=overwrite)
+    state = merged_state_dict(model)
+    drift = {name: merged_weight(layer, name)[1] for name, layer in pmss_layers(model).items()}
+    report = FileMergeReport(str(target), merged=drift)
+    with atomic_folder(target, overwrite=overwrite) as temporary:
+        save_pretrained = getattr(root, "save_pretrained", None)
+        if save_pretrained is not None:
+            inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            outside = {key: value for key, value in state.items() if not key.startswith(prefix)}
+            save_pretrained(temporary, state_dict=inside)
+            if outside:
+                _save_state(outside, temporary / OUTSIDE_FILE)
+        else:
+            _save_state(state, temporary / SINGLE_FILE)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        if source is not None and save_pretrained is not None:
+            report.copied_files = copy_others(source, temporary, None)
+        report.shards = sorted(path.name for path in temporary.glob("*.safetensors"))
+        write_report(temporary, report, base_model=str(base or known or "") or None)
+    return report
+
+
+def _save_state(state: Mapping[str, Any], file: Path) -> None:
+    """A state dict as safetensors; every key is kept, also of tensors that share memory (they become copies)."""
+    if strange := [key for key, value in state.items() if not isinstance(value, Tensor)]:
+        raise ValueError(f"safetensors holds tensors only, and the state dict has {', '.join(strange[:3])}.")
+    save_file({key: value.detach().cpu().clone().contiguous() for key, value in state.items()}, file, {"format": "pt"})
+
+
+class _Plan:
+    """What becomes of every tensor of the base."""
+
+    def __init__(
+        self, adapter: AdapterFile, reader: ShardReader, rename: Callable[[str], str], dtype: torch.dtype | None
+    ) -> None:
+        self.adapter, self.reader = adapter, reader
+        self.modules = {f"{rename(name)}.weight": name for name in adapter.modules}
+        self.trained: dict[str, Tensor] = {}
+        self.replaced: list[str] = []
+        self.added: list[str] = []
+        extra: list[TensorInfo] = []
+        for name, value in adapter.also_train.items():
+            # A tied tensor is stored under one of its names only.
+            aliases = [rename(name), *(rename(alias) for alias in adapter.tied.get(name, ()))]
+            present = [key for key in aliases if key in reader.tensors]
+            for key in present or aliases[:1]:
+                if key in self.modules:
+                    raise ValueError(f"{adapter.folder}: {key} is both a PMSS layer and trained in full.")
+                self.trained[key] = value
+                if present and reader.tensors[key].shape != tuple(value.shape):
+                    raise ValueError(
+                        f"{adapter.folder}: {name} has the shape {list(value.shape)}, the base's {key} "
+                        f"{list(reader.tensors[key].shape)}. This is not the base the adapter was trained on."
+                    )
+                (self.replaced if present else self.added).append(key)
+                if not present:
+                    extra.append(TensorInfo(key, value.dtype, tuple(value.shape), reader.files[-1]))
+        infos = [*reader.tensors.values(), *extra]
+        self.tensors = [
+            TensorInfo(info.key, dtype if dtype and info.dtype in FLOATS else info.dtype, info.shape, info.file)
+            for info in infos
+        ]
+
+
+def _write_shards(
+    plan: _Plan, shards: Mapping[str, list[TensorInfo]], folder: Path, report: FileMergeReport, progress: bool
+) -> None:
+    size = sum(info.bytes for shard in shards.values() for info in shard)
+    with tqdm(total=size, unit="B", unit_scale=True, desc="merging", disable=not progress) as bar:
+        for name, shard in shards.items():
+            with ShardWriter(folder / name, shard) as writer:
+                for info in writer.plan:
+                    writer.write(info.key, _output_tensor(plan, info, report))
+                    bar.update(info.bytes)
+
+
+def _output_tensor(plan: _Plan, info: TensorInfo, report: FileMergeReport) -> Tensor:
+    if info.key in plan.trained:
+        return plan.trained[info.key].to(info.dtype)
+    stored = plan.reader.read(info.key)
+    if info.key not in plan.modules:
+        return stored.to(info.dtype)
+    name = plan.modules[info.key]
+    if not _matches(plan.adapter.modules[name], stored):
+        _refuse_wrong_base(plan, name)
+    value, sums = merged_tensor(stored, plan.adapter.modules[name], info.dtype)
+    if not math.isfinite(sums.weight) or not bool(value.isfinite().all()):
+        reason = "The adapter is broken, or its update too large for this dtype: try dtype='float32'."
+        if not bool(stored.isfinite().all()):
+            reason = "The base's own weights are not finite."
+        raise ValueError(f"merging {name} gives NaN or infinite weights in {info.dtype}; nothing is written. {reason}")
+    report.merged[name] = sums.drift()
+    return value
+
+
+def _matches(module: AdapterModule, stored: Tensor) -> bool:
+    canonical = stored.T if module.layout == "conv1d" else stored
+    return same_base(module.fingerprint, canonical[module.rows], canonical[:, module.cols])
+
+
+def _refuse_wrong_base(plan: _Plan, first: str, limit: int = 20) -> None:
+    """Called at the first mismatch: look at some more layers, so that the message says whether it is one or all."""
+    checked = [(key, name) for key, name in plan.modules.items() if name != first][:limit]
+    wrong = [name for key, name in checked if not _matches(plan.adapter.modules[name], plan.reader.read(key))]
+    raise ValueError(plan.adapter.wrong_base([first, *wrong], str(plan.reader.folder)))
+
+
+def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None:
+        return None
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
+    if found not in FLOATS:
+        raise ValueError(f"dtype={dtype!r}: write float32, bfloat16, float16 or float64; left out, it is the base's.")
+    return found
