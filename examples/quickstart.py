@@ -30,7 +30,7 @@ def plain_texts(folder: Path, prompts: list[str], max_new_tokens: int) -> list[s
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
     tokens = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
     new = tokens[:, batch["input_ids"].shape[1] :]
@@ -62,8 +62,9 @@ def main(options: list[str]) -> int:
     if not Path(cli.model.model_name_or_path).is_dir():
         print(f"error: no model in {cli.model.model_name_or_path!r}. Type: python examples/smollm2.py", file=sys.stderr)
         return 2
-    pmss = next(callback for callback in cli.trainer.callbacks if isinstance(callback, PMSSCallback))
-    curve = next((callback for callback in cli.trainer.callbacks if isinstance(callback, LossCurve)), None)
+    callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
+    pmss = next(callback for callback in callbacks if isinstance(callback, PMSSCallback))
+    curve = next((callback for callback in callbacks if isinstance(callback, LossCurve)), None)
     folder = pmss.output_folder(cli.trainer)
 
     print("\n== 1/4  before: U is zero, so this is the pretrained model\n", flush=True)
