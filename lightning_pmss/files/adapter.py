@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_pmss.config import PMSSConfig
@@ -26,7 +25,7 @@ from lightning_pmss.files.adapter_file import (
 )
 from lightning_pmss.files.atomic import WRITTEN_BY, atomic_folder, check_target
 from lightning_pmss.files.fingerprint import fingerprint, same_base
-from lightning_pmss.files.shards import few
+from lightning_pmss.files.shards import few, save_tensors
 from lightning_pmss.layers import PMSSLinear, canonical_shape, is_supported, is_transposed
 from lightning_pmss.report import ConversionReport
 from lightning_pmss.targets import canonical_modules, find_targets, hugging_face_root, match_modules
@@ -102,8 +101,7 @@ def save_adapter(
         "versions": library_versions(),
     }
     with atomic_folder(target, overwrite=overwrite) as temporary:
-        # Copies, because safetensors refuses tensors that share memory (tied ones).
-        save_file({key: value.clone().contiguous() for key, value in tensors.items()}, temporary / WEIGHTS_FILE)
+        save_tensors(tensors, temporary / WEIGHTS_FILE)
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return target
 

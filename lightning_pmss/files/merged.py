@@ -2,7 +2,7 @@
 
 The streaming merge needs neither the model class nor room for the model: it reads the base's safetensors one tensor at
 a time, adds ``C (s U) R`` to those the adapter names, and copies everything else. Peak memory is one shard (mapped)
-plus one matrix and its merged copy.
+plus one matrix and its merged copy, beside the adapter itself.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -29,9 +28,11 @@ from lightning_pmss.files.shards import (
     ShardReader,
     ShardWriter,
     TensorInfo,
+    few,
     open_shards,
     parse_size,
     plan_shards,
+    save_tensors,
     shard_names,
     write_index,
 )
@@ -177,13 +178,14 @@ def write_merged(
     target = Path(folder).expanduser()
     root, prefix = hugging_face_root(model)
     known = getattr(getattr(root, "config", None), "_name_or_path", None)
-    source = Path(base).expanduser() if base is not None else Path(known) if known and Path(known).is_dir() else None
-    if base is not None and source is not None and not source.is_dir():
-        source = None  # a hub id: nothing to copy from
-    if source is not None:
+    source = _source(base or known)
+    if source is not None and (base is not None or target.resolve() == source.resolve()):
+        # A base that was not named may well lie around the output of a run; then only its top level is copied.
         refuse_overlap(target, {"base": source})
     check_target(target, overwrite=overwrite)
     state = merged_state_dict(model)
+    if strange := [key for key, value in state.items() if not isinstance(value, Tensor)]:
+        raise ValueError(f"safetensors holds tensors only; the state dict of the model has {few(strange)}.")
     drift = {name: merged_weight(layer, name)[1] for name, layer in pmss_layers(model).items()}
     report = FileMergeReport(str(target), merged=drift)
     with atomic_folder(target, overwrite=overwrite) as temporary:
@@ -193,23 +195,22 @@ def write_merged(
             outside = {key: value for key, value in state.items() if not key.startswith(prefix)}
             save_pretrained(temporary, state_dict=inside)
             if outside:
-                _save_state(outside, temporary / OUTSIDE_FILE)
+                save_tensors(outside, temporary / OUTSIDE_FILE)
         else:
-            _save_state(state, temporary / SINGLE_FILE)
+            save_tensors(state, temporary / SINGLE_FILE)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         if source is not None and save_pretrained is not None:
-            report.copied_files = copy_others(source, temporary, None)
+            report.copied_files = copy_others(source, temporary, None, top_only=base is None)
         report.shards = sorted(path.name for path in temporary.glob("*.safetensors"))
         write_report(temporary, report, base_model=str(base or known or "") or None)
     return report
 
 
-def _save_state(state: Mapping[str, Any], file: Path) -> None:
-    """A state dict as safetensors; every key is kept, also of tensors that share memory (they become copies)."""
-    if strange := [key for key, value in state.items() if not isinstance(value, Tensor)]:
-        raise ValueError(f"safetensors holds tensors only, and the state dict has {', '.join(strange[:3])}.")
-    save_file({key: value.detach().cpu().clone().contiguous() for key, value in state.items()}, file, {"format": "pt"})
+def _source(base: str | os.PathLike[str] | None) -> Path | None:
+    """The base as a folder, or None where it is a hub id and there is nothing to copy from."""
+    folder = Path(base).expanduser() if base else None
+    return folder if folder is not None and (folder / "config.json").is_file() else None
 
 
 class _Plan:

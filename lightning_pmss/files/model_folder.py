@@ -70,20 +70,21 @@ def refuse_overlap(output: Path, inputs: Mapping[str, Path]) -> None:
             raise ValueError(f"the output {output} contains the {role} {folder}; name a folder of its own.")
 
 
-def _other_files(folder: Path) -> Iterator[Path]:
+def _other_files(folder: Path, *, top_only: bool) -> Iterator[Path]:
     for entry in sorted(folder.iterdir()):
         if any(fnmatch.fnmatch(entry.name, pattern) for pattern in _NOT_COPIED):
             continue
         if entry.is_dir():
-            yield from _other_files(entry)
+            if not top_only:
+                yield from _other_files(entry, top_only=False)
         elif entry.is_file():
             yield entry
 
 
-def copy_others(base: Path, folder: Path, dtype: torch.dtype | None) -> list[str]:
+def copy_others(base: Path, folder: Path, dtype: torch.dtype | None, *, top_only: bool = False) -> list[str]:
     """Copy config, tokenizer and all else that is not weights; note a changed dtype in config.json."""
     copied = []
-    for source in _other_files(base):
+    for source in _other_files(base, top_only=top_only):
         relative = source.relative_to(base)
         target = folder / relative
         if target.exists():  # written by the caller already

@@ -6,11 +6,12 @@ appends the tensors as they come, so no shard is ever held in memory.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 SINGLE_FILE = "model.safetensors"
@@ -236,6 +238,20 @@ def write_index(folder: Path, shards: dict[str, list[TensorInfo]], metadata: dic
     weight_map = {info.key: file for file, shard in shards.items() for info in shard}
     content = {"metadata": {**metadata, "total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write tensors that fit into memory; every key is kept, also of tensors that share memory (they become copies).
+
+    Raises:
+        OSError: with the system's error number, such as that of a full disk; safetensors has an exception of its own.
+    """
+    copies = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
+    try:
+        save_file(copies, file, {"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, f"cannot be written ({error})", str(file)) from error
 
 
 def parse_size(size: str | int) -> int:

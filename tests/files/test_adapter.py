@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -354,13 +355,15 @@ def test_full_disk_keeps_the_old_adapter(
     model = train(_base(tiny_llama))
     save_adapter(model, tmp_path / "a")
 
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
+    def full(*_: Any, **__: Any) -> None:  # in the words of safetensors
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lightning_pmss.files.adapter.save_file", full)
-        with pytest.raises(OSError, match="No space left"):
+        patch.setattr("lightning_pmss.files.shards.save_file", full)
+        with pytest.raises(OSError, match="adapter_model.safetensors") as caught:
             save_adapter(train(_base(tiny_llama), seed=9), tmp_path / "a", overwrite=True)
+    assert caught.value.errno == 28
+    assert "Nothing was changed" in caught.value.__notes__[0]
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     again = _base(tiny_llama)
     load_adapter(again, tmp_path / "a")

@@ -422,6 +422,19 @@ def test_live_modules_around_the_hugging_face_model(tiny_llama: str, tmp_path: P
     assert set(load_file(tmp_path / "merged" / "other_modules.safetensors")) == {"head.weight", "head.bias"}
 
 
+def test_live_output_inside_the_folder_of_the_base(tiny_llama: str, tmp_path: Path, train: Train) -> None:
+    """A run started in the model's own folder must not lose its merged model at the end."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama, base)
+    model = train(_base(base))
+    report = write_merged(model, base / "runs" / "merged")
+    assert "tokenizer.json" in report.copied_files
+    assert not [file for file in report.copied_files if "/" in file]
+    write_merged(model, base / "runs" / "merged", overwrite=True)
+    with pytest.raises(ValueError, match="lies inside the base"):
+        write_merged(model, base / "runs" / "other", base=base)
+
+
 def test_live_model_refusals(tiny_llama: str, tmp_path: Path, train: Train) -> None:
     with pytest.raises(ValueError, match="no converted layer"):
         write_merged(_base(tiny_llama), tmp_path / "merged")
