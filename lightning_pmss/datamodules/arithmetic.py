@@ -92,22 +92,22 @@ _TEMPLATES: dict[int, tuple[_Template, ...]] = {
         _Template(
             "{name} has {a} {item} and buys {b} more. How many {item} does {name} have now?",
             (("+", "b", "{name} now has {calculation} {item}."),),
-            (40, 9),
+            (20, 9),
         ),
         _Template(
             "{name} sees {a} {item} on the table and {b} on the floor. How many {item} does {name} see in all?",
             (("+", "b", "{name} sees {calculation} {item}."),),
-            (40, 9),
+            (20, 9),
         ),
         _Template(
             "{name} had {a} {item} and gave {b} of them to {friend}. How many {item} does {name} have left?",
             (("-", "b", "{name} has {calculation} {item} left."),),
-            (40, 9),
+            (20, 9),
         ),
         _Template(
             "{name} has {a} {item}. {friend} has {b} fewer. How many {item} does {friend} have?",
             (("-", "b", "{friend} has {calculation} {item}."),),
-            (40, 9),
+            (20, 9),
         ),
         _Template(
             "{name} packs {a} {item} into each of {b} boxes. How many {item} does {name} pack?",
@@ -120,9 +120,9 @@ _TEMPLATES: dict[int, tuple[_Template, ...]] = {
             (10, 10),
         ),
         _Template(
-            "{name} shares {a} {item} equally among {b} friends. How many {item} does each friend get?",
-            (("/", "b", "Each friend gets {calculation} {item}."),),
-            (10, 10),
+            "{name} finds {a} {item} and {friend} finds {b}. How many {item} do they find together?",
+            (("+", "b", "Together they find {calculation} {item}."),),
+            (20, 9),
         ),
     ),
     2: (
@@ -148,7 +148,7 @@ _TEMPLATES: dict[int, tuple[_Template, ...]] = {
                 ("+", "b", "{name} first has {calculation} {item}."),
                 ("-", "c", "{name} keeps {calculation} {item}."),
             ),
-            (30, 9, 9),
+            (20, 9, 9),
         ),
         _Template(
             "{name} had {a} {item}, lost {b} and then got {c} from {friend}. How many {item} does {name} have now?",
@@ -156,7 +156,7 @@ _TEMPLATES: dict[int, tuple[_Template, ...]] = {
                 ("-", "b", "After the loss {name} has {calculation} {item}."),
                 ("+", "c", "{name} now has {calculation} {item}."),
             ),
-            (30, 9, 9),
+            (20, 9, 9),
         ),
         _Template(
             "{name} puts {a} red and {b} green {item} into a bag and fills {c} such bags. How many {item} are in them?",
