@@ -6,6 +6,7 @@ slice only if asked to. Equal to the plain form (tested, also by gradcheck in fl
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,9 +17,15 @@ from torch.autograd.function import once_differentiable
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which a linear layer would compute: autocast's where it applies (never to float64), else the input's."""
     device = tensor.device.type
-    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    # The meta device, on which shapes and operations are counted, has no autocast and raises when asked.
+    if tensor.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return tensor.dtype
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A context in which products of such tensors are computed in their own dtype."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 def _slice(weight: Tensor, index: Tensor, dim: int, transposed: bool, dtype: torch.dtype) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_pmss.edits import InputEdit, OutputEdit, compute_dtype
+from lightning_pmss.edits import InputEdit, OutputEdit, compute_dtype, without_autocast
 
 COORDINATES = ("orthonormal", "spectral", "raw")
 EDITS = ("auto", "input", "output")
@@ -103,7 +103,7 @@ class PMSSCore(nn.Module):
         """U ``[c, r]`` without the scale, in V's own dtype, also under autocast."""
         if self.left is not None and self.right is not None:
             # In bfloat16 the inverse factors would lose what the slices' condition number multiplies.
-            with torch.autocast(self.weight.device.type, enabled=False):
+            with without_autocast(self.weight):
                 return self.left @ self.weight @ self.right
         return self.weight if self.gain is None else self.weight * self.gain
 

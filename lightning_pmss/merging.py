@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.edits import without_autocast
 from lightning_pmss.layers import PMSSLinear
 
 
@@ -82,7 +83,7 @@ def merge_weight(weight: Tensor, rows: Tensor, cols: Tensor, update: Tensor, nam
     """
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     pristine = weight.to(wide)
-    with torch.autocast(weight.device.type, enabled=False):  # a caller's autocast would round the product
+    with without_autocast(weight):  # a caller's autocast would round the product
         delta = pristine[:, cols] @ (update.to(wide) @ pristine[rows])
     exact = pristine + delta
     rounded = exact.to(weight.dtype)
