@@ -80,8 +80,8 @@ class OutputEdit(torch.autograd.Function):
 class InputEdit(torch.autograd.Function):
     """``x' = x + scatter_cols(h U^T)`` with ``h = x R^T``, row-wise over tokens; U carries the scale.
 
-    x ``[tokens, in]``, U ``[c, r]`` in the compute dtype. The sum is taken in x's own dtype: under autocast a float32 x
-    keeps updates that bfloat16 would round away. Saved for backward: h, U, the indices, and R or the weight.
+    x ``[tokens, in]``, U ``[c, r]`` in the compute dtype. The sum is taken in x's own dtype: the base may
+    still cast it, as under autocast, but it is rounded only once. Saved for backward: h, U, the indices, R or the weight.
     """
 
     @staticmethod

@@ -1,0 +1,103 @@
+"""What a converted layer keeps from forward to backward, to the byte: h, and the slice only if asked to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dense import COORDINATES, EDITS, KINDS, base_layer, pmss_layer, random_like
+from torch import Tensor, nn
+
+TOKENS = 50
+
+
+def _saved(module: nn.Module, x: Tensor, autocast: bool = False) -> list[Tensor]:
+    """The tensors saved for backward, one per storage, without the parameters and buffers that exist anyway."""
+    existing = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in existing:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        y = module(x)
+    y.float().sum().backward()  # after counting, so that no storage is freed and taken again meanwhile
+    return list(kept.values())
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(t.untyped_storage().nbytes() for t in tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("out", "inp", "rank"), [(40, 30, 8), (30, 40, 8), (64, 64, 3)])
+@pytest.mark.parametrize("coordinates", COORDINATES)
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_above_the_frozen_layer(
+    kind: str, edit: str, coordinates: str, out: int, inp: int, rank: int, dtype: torch.dtype
+) -> None:
+    size = dtype.itemsize
+    x = random_like(2, TOKENS // 2, inp, dtype=dtype).requires_grad_()
+    frozen = _bytes(_saved(base_layer(kind, out, inp, dtype=dtype), x))
+    assert frozen == 0, "a frozen layer keeps nothing but its weight"
+    h = TOKENS * rank * size
+    thin_side = inp if edit == "input" else out
+    for memory, slice_bytes in (("regather", 0), ("keep", thin_side * rank * size)):
+        layer = pmss_layer(
+            kind, out, inp, rank, dtype=dtype, edit=edit, memory=memory, coordinates=coordinates, scale=0.5
+        )
+        above = _bytes(_saved(layer, x)) - h - slice_bytes
+        # U in the compute dtype, and in float32 on its way from V
+        assert 0 <= above <= rank * rank * (size + 4), (memory, above)
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("memory", ["keep", "regather"])
+def test_nothing_of_the_size_of_activations_or_weight(edit: str, memory: str) -> None:
+    rank, wide = 4, 48
+    layer = pmss_layer(out=wide, inp=wide, rank=rank, dtype=torch.float32, edit=edit, memory=memory)
+    for trained_input in (True, False):
+        x = random_like(TOKENS, wide, dtype=torch.float32).requires_grad_(trained_input)
+        for tensor in _saved(layer, x):
+            assert tensor.numel() <= rank * max(TOKENS, wide), tuple(tensor.shape)
+            assert tensor.untyped_storage().data_ptr() != x.untyped_storage().data_ptr(), "x is kept"
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_no_float32_copy_of_the_activations_in_a_bfloat16_model(edit: str, autocast: bool) -> None:
+    """Nor of h: what is kept per token has the compute dtype, also when the model trains in a chain."""
+    dtype = torch.float32 if autocast else torch.bfloat16
+    layers = [pmss_layer(out=48, inp=48, rank=4, dtype=dtype, edit=edit, seed=s) for s in range(3)]
+    x = random_like(TOKENS, 48, dtype=torch.bfloat16).requires_grad_()
+    for tensor in _saved(nn.Sequential(*layers), x, autocast):
+        if tensor.dtype == torch.float32:
+            assert tensor.numel() <= 4 * 48, f"float32 {tuple(tensor.shape)} is kept"
+
+
+def test_dropout_keeps_its_mask_and_nothing_else() -> None:
+    x = random_like(TOKENS, 30, dtype=torch.float32).requires_grad_()
+    layers = [pmss_layer(out=40, inp=30, rank=8, dtype=torch.float32, dropout=p) for p in (0.0, 0.5)]
+    without, with_dropout = (_bytes(_saved(layer.train(), x)) for layer in layers)
+    assert with_dropout - without == TOKENS * 8 * 4
+
+
+def test_the_count_can_fail() -> None:
+    """Plain autograd of the same update keeps x: the count must see it."""
+
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(48, 4, bias=False), nn.Linear(4, 48, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.b(self.a(x * 1.0))
+            return y
+
+    x = random_like(TOKENS, 48, dtype=torch.float32).requires_grad_()
+    assert _bytes(_saved(Plain(), x)) == TOKENS * (48 + 4) * 4
