@@ -83,9 +83,10 @@ class Numbers(L.LightningDataModule):
         self.num_workers = num_workers
 
     def train_dataloader(self) -> Any:
+        assert self.trainer is not None
         return ResumableDataLoader(
             inputs(),
-            sampler=LengthGroupedSampler([1] * EXAMPLES, BATCH, seed=5),
+            sampler=LengthGroupedSampler([1] * EXAMPLES, BATCH, 5, self.trainer.world_size, self.trainer.global_rank),
             progress=TrainerProgress(self.trainer),
             batch_size=BATCH,
             num_workers=self.num_workers,
