@@ -120,21 +120,28 @@ def run(args: argparse.Namespace, lr: float) -> dict[str, Any]:
     curve: list[float] = []
     held_out: dict[int, float] = {}
     seconds = 0.0
-    with torch.autocast("cpu", torch.bfloat16, enabled=not args.float32):
+
+    def mixed() -> torch.autocast:
+        # One context per pass: autocast caches the casts of trained weights until the context ends.
+        return torch.autocast("cpu", torch.bfloat16, enabled=not args.float32)
+
+    with mixed():
         held_out[0] = held_out_loss(model, test)
-        for step in (bar := tqdm(range(1, args.steps + 1), desc=f"{args.method} {lr:g}", disable=None)):
-            start = time.perf_counter()
+    for step in (bar := tqdm(range(1, args.steps + 1), desc=f"{args.method} {lr:g}", disable=None)):
+        start = time.perf_counter()
+        with mixed():
             loss, tokens = response_loss(model, next(source))
-            (loss / tokens).backward()
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            seconds += time.perf_counter() - start
-            curve.append(float(loss) / tokens)
-            bar.set_postfix(loss=curve[-1])
-            if not math.isfinite(curve[-1]):
-                break
-            if step % args.every == 0 or step == args.steps:
+        (loss / tokens).backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        seconds += time.perf_counter() - start
+        curve.append(loss.item() / tokens)
+        bar.set_postfix(loss=curve[-1])
+        if not math.isfinite(curve[-1]):
+            break
+        if step % args.every == 0 or step == args.steps:
+            with mixed():
                 held_out[step] = held_out_loss(model, test)
     return {
         "method": args.method,

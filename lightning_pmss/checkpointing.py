@@ -40,8 +40,13 @@ def metadata(module: nn.Module) -> dict[str, Any]:
     return {"format_version": FORMAT_VERSION, "config": report.config.to_dict(), "fingerprints": prints}
 
 
-def check(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+def check(module: nn.Module, checkpoint: Mapping[str, Any], *, compare_base: bool = True) -> None:
     """Refuse a checkpoint that does not fit the converted module, before anything is loaded.
+
+    Args:
+        module: The converted module.
+        checkpoint: A Lightning checkpoint.
+        compare_base: Whether to compare the base's fingerprints too.
 
     Raises:
         ValueError: It lacks trained tensors, holds foreign ones, has other shapes, or another meaning or base.
@@ -75,7 +80,7 @@ def check(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
             f"the checkpoint does not fit this run: it {'; it '.join(problems)}. Use the options of the run that made it."
         )
     strangers = []
-    for prefix, layer in _named(module):
+    for prefix, layer in _named(module) if compare_base else ():
         record = made.get("fingerprints", {}).get(prefix[0])
         if record is not None:
             w = layer.base_weight()
@@ -121,7 +126,8 @@ class CheckpointSeam:
                 after_save(Path(filepath))
 
         def load_model_state_dict(checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-            check(module, checkpoint)
+            # Under DDP rank 0's weights are sent to all ranks, but only after this: those of the others do not count yet.
+            check(module, checkpoint, compare_base=strategy.is_global_zero)
             described.clear()
             load(checkpoint, strict=False)  # `check` was strict both ways about everything that counts
 
