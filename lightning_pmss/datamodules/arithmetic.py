@@ -78,8 +78,8 @@ class _Template:
 
     ``steps`` holds per step the operation, its right operand ("b" or "c"; the left one is "a", then the result so
     far), and the sentence around the calculation. ``largest`` bounds a, b and c; for a division a is made divisible.
-    The numbers are small on purpose: a model of 135 M parameters can calculate with them, so that its score measures
-    what fine-tuning teaches, to work a problem out and to end in the answer's form.
+    The numbers are small because the model of the quickstart is: with 135 M parameters it still gets some held-out
+    sums wrong. Smaller ones were worse in a trial: fewer different calculations are learned by heart.
     """
 
     question: str
@@ -92,22 +92,22 @@ _TEMPLATES: dict[int, tuple[_Template, ...]] = {
         _Template(
             "{name} has {a} {item} and buys {b} more. How many {item} does {name} have now?",
             (("+", "b", "{name} now has {calculation} {item}."),),
-            (20, 9),
+            (40, 9),
         ),
         _Template(
             "{name} sees {a} {item} on the table and {b} on the floor. How many {item} does {name} see in all?",
             (("+", "b", "{name} sees {calculation} {item}."),),
-            (20, 9),
+            (40, 9),
         ),
         _Template(
             "{name} had {a} {item} and gave {b} of them to {friend}. How many {item} does {name} have left?",
             (("-", "b", "{name} has {calculation} {item} left."),),
-            (20, 9),
+            (40, 9),
         ),
         _Template(
             "{name} has {a} {item}. {friend} has {b} fewer. How many {item} does {friend} have?",
             (("-", "b", "{friend} has {calculation} {item}."),),
-            (20, 9),
+            (40, 9),
         ),
         _Template(
             "{name} packs {a} {item} into each of {b} boxes. How many {item} does {name} pack?",
@@ -122,7 +122,7 @@ _TEMPLATES: dict[int, tuple[_Template, ...]] = {
         _Template(
             "{name} finds {a} {item} and {friend} finds {b}. How many {item} do they find together?",
             (("+", "b", "Together they find {calculation} {item}."),),
-            (20, 9),
+            (40, 9),
         ),
     ),
     2: (
@@ -148,7 +148,7 @@ _TEMPLATES: dict[int, tuple[_Template, ...]] = {
                 ("+", "b", "{name} first has {calculation} {item}."),
                 ("-", "c", "{name} keeps {calculation} {item}."),
             ),
-            (20, 9, 9),
+            (30, 9, 9),
         ),
         _Template(
             "{name} had {a} {item}, lost {b} and then got {c} from {friend}. How many {item} does {name} have now?",
@@ -156,7 +156,7 @@ _TEMPLATES: dict[int, tuple[_Template, ...]] = {
                 ("-", "b", "After the loss {name} has {calculation} {item}."),
                 ("+", "c", "{name} now has {calculation} {item}."),
             ),
-            (20, 9, 9),
+            (30, 9, 9),
         ),
         _Template(
             "{name} puts {a} red and {b} green {item} into a bag and fills {c} such bags. How many {item} are in them?",
