@@ -174,7 +174,7 @@ class PMSSLinear(nn.Module):
         coordinates: str = "orthonormal",
         dropout: float = 0.0,
         edit: str = "auto",
-        memory: str = "keep",
+        memory: str = "regather",
     ) -> PMSSLinear:
         """Turn a supported layer into a PMSS layer, in place: the module object and its parameters stay the same."""
         shape = canonical_shape(layer)

@@ -60,7 +60,7 @@ class PMSSCallback(L.Callback):
         edit: ``auto``, ``input`` or ``output``.
         also_train: Modules trained in full and saved with the adapter, such as a fresh classification head.
         skeleton_file: Safetensors file with rows and columns to use instead of selecting.
-        memory: ``keep`` or ``regather``.
+        memory: ``regather`` or ``keep``.
         output_dir: Where adapter and merged model go; the run's log directory by default. Earlier results of this library
             there are replaced.
         merge_on_save: ``end``: write the merged model when ``fit`` ends; ``checkpoint``: also beside each checkpoint, as
@@ -95,7 +95,7 @@ class PMSSCallback(L.Callback):
         edit: str = "auto",
         also_train: str | list[str] | None = None,
         skeleton_file: str | Path | None = None,
-        memory: str = "keep",
+        memory: str = "regather",
         output_dir: str | Path | None = None,
         merge_on_save: str | None = "end",
         log_throughput: bool = True,
