@@ -182,7 +182,7 @@ class PMSSCallback(L.Callback):
             layer = layers[name]
             layer.rows.copy_(rows)
             layer.cols.copy_(cols)
-            layer.refresh_frame()
+            layer.refresh_frame(name)
 
     # -- checks at the start ------------------------------------------------------------------------------------------
 
