@@ -56,7 +56,9 @@ def pmss_layer(
     **adopt: Any,
 ) -> PMSSLinear:
     """A converted layer; the norm of its update is ``size`` times that of W."""
-    return train(adopted(base_layer(kind, out, inp, bias=bias, dtype=dtype, seed=seed), rank, coordinates, **adopt), size)
+    return train(
+        adopted(base_layer(kind, out, inp, bias=bias, dtype=dtype, seed=seed), rank, coordinates, **adopt), size
+    )
 
 
 def adopted(layer: nn.Module, rank: int, coordinates: str = "orthonormal", **adopt: Any) -> PMSSLinear:

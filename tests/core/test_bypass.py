@@ -46,9 +46,7 @@ def _outputs(model: nn.Module, x: Tensor, mask: Tensor | None) -> dict[str, Tens
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(("activation", "norm_first"), [("relu", False), ("gelu", True)])
 @pytest.mark.parametrize("kind", ["layer", "encoder"])
-def test_encoder_equals_the_dense_one_in_every_mode(
-    kind: str, activation: str, norm_first: bool, padded: bool
-) -> None:
+def test_encoder_equals_the_dense_one_in_every_mode(kind: str, activation: str, norm_first: bool, padded: bool) -> None:
     model, dense = _pair(kind, activation, norm_first)
     x = random_like(3, 5, 16)
     mask = PADDING if padded else None

@@ -52,9 +52,15 @@ def unchanged(model: nn.Module) -> bool:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, {"blocks.0.q_proj", "blocks.0.v_proj", "blocks.0.up", "blocks.1.q_proj", "blocks.1.v_proj", "blocks.1.up"}),
+        (
+            {},
+            {"blocks.0.q_proj", "blocks.0.v_proj", "blocks.0.up", "blocks.1.q_proj", "blocks.1.v_proj", "blocks.1.up"},
+        ),
         ({"target_modules": ["q_proj", "1.up"]}, {"blocks.0.q_proj", "blocks.1.q_proj", "blocks.1.up"}),
-        ({"target_modules": r".*\.(q|v)_proj", "exclude_modules": ["blocks.0"]}, {"blocks.1.q_proj", "blocks.1.v_proj"}),
+        (
+            {"target_modules": r".*\.(q|v)_proj", "exclude_modules": ["blocks.0"]},
+            {"blocks.1.q_proj", "blocks.1.v_proj"},
+        ),
         ({"target_modules": ["head"]}, {"head"}),
         ({"exclude_modules": r".*proj"}, {"blocks.0.up", "blocks.1.up"}),
     ],

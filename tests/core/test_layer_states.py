@@ -105,7 +105,11 @@ def test_double_and_back() -> None:
 
 
 def test_a_bfloat16_base_gets_a_float32_core() -> None:
-    for dtype, core in ((torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)):
+    for dtype, core in (
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float64, torch.float64),
+    ):
         layer = adopted(base_layer("linear", 12, 10, dtype=dtype), 4)
         assert {t.dtype for t in _core_tensors(layer).values()} == {core}
     optimizer = torch.optim.AdamW([layer.core.weight], lr=1e-4)

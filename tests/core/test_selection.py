@@ -64,9 +64,7 @@ class TestEveryRule:
             pytest.param(torch.eye(9)[:, :4] @ torch.eye(4, 7), id="zero rows and columns"),
         ],
     )
-    def test_dependent_columns_still_give_distinct_indices(
-        self, selection: str, row_mode: str, weight: Tensor
-    ) -> None:
+    def test_dependent_columns_still_give_distinct_indices(self, selection: str, row_mode: str, weight: Tensor) -> None:
         rank = min(weight.shape)
         rows, cols = select_skeleton(weight, rank, selection=selection, row_mode=row_mode)
         _check(rows, cols, (weight.shape[0], weight.shape[1]), rank)
