@@ -49,3 +49,4 @@ if __name__ == "__main__":
         "losses": module.losses,
     }
     (folder / f"rank{runner.global_rank}.json").write_text(json.dumps(record))
+    torch.distributed.destroy_process_group()  # else gloo's threads may abort the interpreter on its way out

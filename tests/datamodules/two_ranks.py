@@ -79,3 +79,4 @@ def main(tokenizer: str, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]))
+    torch.distributed.destroy_process_group()  # else gloo's threads may abort the interpreter on its way out
