@@ -56,6 +56,7 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
     temporary, lock = _locked_folder(target)
     try:
         yield temporary
+        _share(temporary)
         _sync_tree(temporary)
         check_target(target, overwrite=overwrite)  # again: minutes or hours may have passed
         _replace(temporary, target)
@@ -171,6 +172,14 @@ def _clean_leftovers(target: Path) -> None:
 
 def _escape(name: str) -> str:
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+def _share(folder: Path) -> None:
+    """Let files be read by those who may read the folder: safetensors writes its files for their owner alone."""
+    allowed = folder.stat().st_mode & 0o666  # a new folder's mode tells the umask
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(file.stat().st_mode | allowed)
 
 
 def _sync_tree(folder: Path) -> None:

@@ -156,3 +156,17 @@ def test_link_to_a_folder_is_followed(tmp_path: Path) -> None:
     _write(tmp_path / "link", "second", overwrite=True)
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real" / "sub" / "data.txt").read_text() == "second"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX's")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660)])
+def test_files_get_the_modes_that_the_umask_allows(tmp_path: Path, umask: int, mode: int) -> None:
+    """safetensors makes its files readable by their owner alone, which a served model must not stay."""
+    before = os.umask(umask)
+    try:
+        with atomic_folder(tmp_path / "out") as folder:
+            (folder / "weights").write_text("x")
+            (folder / "weights").chmod(0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out" / "weights").stat().st_mode & 0o777 == mode
