@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
 from lightning_pmss.conversion import conversion_of, pmss_layers
-from lightning_pmss.files.fingerprint import fingerprint, same_base
+from lightning_pmss.fingerprint import fingerprint, same_base
 from lightning_pmss.messages import some
 
 METADATA = "pmss"

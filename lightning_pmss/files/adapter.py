@@ -24,7 +24,7 @@ from lightning_pmss.files.adapter_file import (
     read_adapter,
 )
 from lightning_pmss.files.atomic import WRITTEN_BY, atomic_folder, check_target
-from lightning_pmss.files.fingerprint import fingerprint, same_base
+from lightning_pmss.fingerprint import fingerprint, same_base
 from lightning_pmss.files.shards import few, save_tensors
 from lightning_pmss.layers import PMSSLinear, canonical_shape, is_supported, is_transposed
 from lightning_pmss.report import ConversionReport

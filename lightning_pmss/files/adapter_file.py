@@ -43,7 +43,7 @@ class AdapterModule:
     Attributes:
         shape: (out, in) of W.
         layout: ``"linear"``: the base stores W; ``"conv1d"``: it stores W transposed.
-        fingerprint: see `lightning_pmss.files.fingerprint`.
+        fingerprint: see `lightning_pmss.fingerprint`.
         U: ``s U [c, r]``.
         rows: int64 [r].
         cols: int64 [c].
