@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
+from contextlib import nullcontext
 
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from lightning_pmss.config import PMSSConfig
+from lightning_pmss.fingerprint import same_base
 from lightning_pmss.layers import Frame, PMSSLinear, canonical_shape, coordinate_frame, core_dtype, is_transposed
+from lightning_pmss.messages import some
 from lightning_pmss.report import ConversionReport, LayerReport
 from lightning_pmss.selection import projection_residual, select_skeleton
+from lightning_pmss.skeleton import Skeleton, SkeletonLayer, read_skeleton
 from lightning_pmss.targets import (
-    Skeleton,
     canonical_modules,
     find_targets,
     hugging_face_root,
@@ -21,6 +23,7 @@ from lightning_pmss.targets import (
     ranks_of,
     refuse_unconvertible,
 )
+from lightning_pmss.whole import outside_zero_init, whole, whole_size
 
 
 def convert(model: nn.Module, config: PMSSConfig, *, skeleton: Skeleton | None = None) -> ConversionReport:
@@ -55,60 +58,22 @@ def convert(model: nn.Module, config: PMSSConfig, *, skeleton: Skeleton | None =
     refuse_unconvertible(targets, modules, config, skeleton)
     ranks = ranks_of(config, targets, modules)
 
-    plans: dict[str, tuple[Tensor, Tensor, Frame]] = {}
-    layers: list[LayerReport] = []
-    for name in tqdm(targets, desc="selecting rows and columns", unit="layer", disable=None):
-        layer = modules[name]
-        weight = layer.weight.detach()  # type: ignore[union-attr, operator]
-        weight = weight.T if is_transposed(layer) else weight
-        shape = canonical_shape(layer)
-        if skeleton is not None:
-            rows, cols = _checked(skeleton[name], shape, name)
-        else:
-            rank = min(ranks[name], *shape)
-            rows, cols = select_skeleton(
-                weight,
-                rank,
-                selection=config.selection,
-                row_mode=config.row_mode,
-                oversample=config.oversample,
-                seed=config.seed,
-                name=name,
+    with outside_zero_init():
+        plans = _plan(targets, modules, config, skeleton, ranks)
+        for name, plan in plans.items():
+            layer = PMSSLinear.adopt(
+                modules[name],
+                plan.rows,
+                plan.cols,
+                plan.frame or Frame(),
+                scale=config.scale,
+                coordinates=config.coordinates,
+                dropout=config.dropout,
+                edit=config.edit,
+                memory=config.memory,
             )
-        frame, residual = Frame(), None
-        if not weight.is_meta:
-            rows, cols = rows.to(weight.device), cols.to(weight.device)
-            frame = coordinate_frame(weight[:, cols], weight[rows], config.coordinates, name)
-            residual = projection_residual(weight, cols)
-        plans[name] = rows, cols, frame
-        layers.append(
-            LayerReport(
-                name=name,
-                shape=shape,
-                rank=len(cols),
-                requested_rank=ranks[name] if skeleton is None else len(cols),
-                edit="",
-                trainable=len(cols) * len(rows),
-                residual=residual,
-                kept_bytes_per_token=len(rows) * weight.element_size(),
-                file_bytes=len(cols) * len(rows) * core_dtype(weight.dtype).itemsize + 4 * (len(cols) + len(rows)),
-            )
-        )
-
-    for report in layers:
-        rows, cols, frame = plans[report.name]
-        layer = PMSSLinear.adopt(
-            modules[report.name],
-            rows,
-            cols,
-            frame,
-            scale=config.scale,
-            coordinates=config.coordinates,
-            dropout=config.dropout,
-            edit=config.edit,
-            memory=config.memory,
-        )
-        report.edit = layer.edit
+            layer.fingerprint = plan.fingerprint
+    layers = [_report(name, modules[name], ranks[name], plan.residual) for name, plan in plans.items()]
     notes = _leave_fast_paths(model)
     model.requires_grad_(False)
     for name in targets:
@@ -120,13 +85,76 @@ def convert(model: nn.Module, config: PMSSConfig, *, skeleton: Skeleton | None =
         layers=layers,
         left_out=left_out,
         also_train=sorted(also_train),
-        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        total=sum(p.numel() for n, p in model.named_parameters() if not n.endswith((".core.left", ".core.right"))),
+        trainable=sum(whole_size(p) for p in model.parameters() if p.requires_grad),
+        total=sum(whole_size(p) for n, p in model.named_parameters() if ".core.frame." not in n),
         also_train_bytes=sum(t.nbytes for name in also_train for t in modules[name].state_dict().values()),
         notes=notes,
     )
     hugging_face_root(model)[0].pmss_report = done  # type: ignore[assignment]
     return done
+
+
+def _plan(
+    targets: list[str],
+    modules: Mapping[str, nn.Module],
+    config: PMSSConfig,
+    skeleton: Skeleton | None,
+    ranks: Mapping[str, int],
+) -> dict[str, SkeletonLayer]:
+    """Rows, columns and frame of every target; nothing is touched. A collective where weights are kept in parts."""
+    plans: dict[str, SkeletonLayer] = {}
+    strangers = []
+    for name in tqdm(targets, desc="selecting rows and columns", unit="layer", disable=None):
+        layer, shape = modules[name], canonical_shape(modules[name])
+        if skeleton is not None:
+            stored = skeleton.layers[name]
+            _check_stored(stored, shape, min(ranks[name], *shape), name, skeleton.source)
+        with whole(layer.weight) if not layer.weight.is_meta else nullcontext() as weight:  # type: ignore[arg-type, union-attr]
+            weight = weight.T if weight is not None and is_transposed(layer) else weight
+            if skeleton is None:
+                assert weight is not None  # meta weights without a skeleton were refused
+                rows, cols = select_skeleton(
+                    weight,
+                    min(ranks[name], *shape),
+                    selection=config.selection,
+                    row_mode=config.row_mode,
+                    oversample=config.oversample,
+                    seed=config.seed,
+                    name=name,
+                )
+                stored = SkeletonLayer(rows, cols)
+            frame = stored.frame if skeleton is not None and skeleton.coordinates == config.coordinates else None
+            residual = stored.residual
+            if weight is not None:
+                rows, cols = stored.rows.to(weight.device), stored.cols.to(weight.device)
+                if stored.fingerprint is not None and not same_base(stored.fingerprint, weight[rows], weight[:, cols]):
+                    strangers.append(name)
+                    continue
+                frame = frame or coordinate_frame(weight[:, cols], weight[rows], config.coordinates, name)
+                residual = projection_residual(weight, cols) if residual is None else residual
+        plans[name] = SkeletonLayer(stored.rows, stored.cols, frame, stored.fingerprint, shape, residual)
+    if strangers and skeleton is not None:
+        raise ValueError(
+            f"{skeleton.source} belongs to another base model: the rows and columns of {some(strangers)} are not those it"
+            " was made from. Make it anew with `python -m lightning_pmss select --model <this base>`."
+        )
+    return plans
+
+
+def _report(name: str, layer: nn.Module, requested: int, residual: float | None) -> LayerReport:
+    assert isinstance(layer, PMSSLinear)
+    columns, rows = len(layer.cols), len(layer.rows)
+    return LayerReport(
+        name=name,
+        shape=canonical_shape(layer),
+        rank=columns,
+        requested_rank=requested,
+        edit=layer.edit,
+        trainable=columns * rows,
+        residual=residual,
+        kept_bytes_per_token=rows * layer.weight.element_size(),
+        file_bytes=columns * rows * core_dtype(layer.weight.dtype).itemsize + 4 * (columns + rows),
+    )
 
 
 def conversion_of(model: nn.Module) -> ConversionReport | None:
@@ -140,18 +168,6 @@ def conversion_of(model: nn.Module) -> ConversionReport | None:
 def pmss_layers(model: nn.Module) -> dict[str, PMSSLinear]:
     """The converted layers under their canonical names."""
     return {name: m for name, m in canonical_modules(model).items() if isinstance(m, PMSSLinear)}
-
-
-def read_skeleton(path: str | Path) -> Skeleton:
-    """Read ``<module>.rows`` and ``<module>.cols`` from a safetensors file."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"skeleton_file={str(path)!r} does not exist.")
-    with safe_open(str(path), framework="pt") as file:
-        keys = set(file.keys())
-        names = sorted(key.removesuffix(".rows") for key in keys if key.endswith(".rows"))
-        if not names or any(f"{n}.cols" not in keys for n in names):
-            raise ValueError(f"skeleton_file={str(path)!r} does not hold `<module>.rows` and `<module>.cols` in pairs.")
-        return {n: (file.get_tensor(f"{n}.rows").long(), file.get_tensor(f"{n}.cols").long()) for n in names}
 
 
 def _leave_fast_paths(model: nn.Module) -> list[str]:
@@ -170,8 +186,12 @@ def _leave_fast_paths(model: nn.Module) -> list[str]:
     return notes
 
 
-def _checked(indices: tuple[Tensor, Tensor], shape: tuple[int, int], name: str) -> tuple[Tensor, Tensor]:
-    for what, index, size in (("rows", indices[0], shape[0]), ("cols", indices[1], shape[1])):
+def _check_stored(stored: SkeletonLayer, shape: tuple[int, int], rank: int, name: str, source: str) -> None:
+    if stored.shape is not None and stored.shape != shape:
+        raise ValueError(
+            f"{source}: `{name}` was {stored.shape} there and is {shape} in this model; it is another base."
+        )
+    for what, index, size in (("rows", stored.rows, shape[0]), ("cols", stored.cols, shape[1])):
         if (
             index.dim() != 1
             or len(index) == 0
@@ -179,6 +199,10 @@ def _checked(indices: tuple[Tensor, Tensor], shape: tuple[int, int], name: str) 
             or not 0 <= int(index.min()) <= int(index.max()) < size
         ):
             raise ValueError(
-                f"`{name}`: the stored {what} are not distinct indices below {size}; the file is for another model."
+                f"{source}: the {what} of `{name}` are not distinct indices below {size}; the file is for another model."
             )
-    return indices[0].long(), indices[1].long()
+        if len(index) != rank:
+            raise ValueError(
+                f"{source} holds rank {len(index)} for `{name}`, this run asks for {rank}; type rank={len(index)} (or its"
+                " entry in rank_pattern), or make a skeleton of that rank."
+            )

@@ -13,7 +13,7 @@ trained, as drawn in the figure, one learning rate does not fit layers whose nor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_pmss.edits import InputEdit, OutputEdit, compute_dtype, without_autocast
+from lightning_pmss.whole import fill, whole, whole_shape
 
 COORDINATES = ("orthonormal", "spectral", "raw")
 EDITS = ("auto", "input", "output")
@@ -78,52 +79,89 @@ def core_dtype(weight_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if weight_dtype == torch.float64 else torch.float32
 
 
-class PMSSCore(nn.Module):
-    """Owns the one trained tensor, ``weight [c, r]`` (V), and turns it into U when called.
+class CoreFrame(nn.Module):
+    """The frozen factors of the coordinates, apart from V: sharding engines must never mix frozen and trained tensors.
 
-    A module of its own, so that sharding wrappers can treat it apart from the frozen weight. The inverse factors are
-    frozen *parameters*, not buffers, because only parameters are sharded. Stays float32 when its parent is cast to a
+    Parameters, not buffers, because engines split parameters and replicate buffers.
+    """
+
+    left: nn.Parameter | None
+    right: nn.Parameter | None
+    gain: nn.Parameter | None
+
+    def __init__(self, frame: Frame, device: torch.device) -> None:
+        super().__init__()
+        for name, factor in zip(Frame._fields, frame, strict=True):
+            # FSDP2 shards no scalar.
+            value = None if factor is None else torch.atleast_2d(factor).to(device)
+            kept = None if value is None else nn.Parameter(value, requires_grad=False)
+            self.register_parameter(name, kept)
+        # On the meta device the values wait here until the parameters get memory (see `reset_parameters`).
+        self.waiting = frame if device.type == "meta" else None
+
+    def forward(self, v: Tensor) -> Tensor:
+        """U ``[c, r]`` from V ``[c, r]``."""
+        if self.left is not None and self.right is not None:
+            # In bfloat16 the inverse factors would lose what the slices' condition number multiplies.
+            with without_autocast(v):
+                return self.left @ v @ self.right
+        assert self.gain is not None
+        return v * self.gain
+
+    @torch.no_grad()
+    def set(self, frame: Frame) -> None:
+        """Replace the factors."""
+        for name, new in zip(Frame._fields, frame, strict=True):
+            old = getattr(self, name)
+            if new is not None and old is not None:
+                fill(old, new.reshape(old.shape))
+
+    def reset_parameters(self) -> None:
+        """Called by engines once parameters that were made on the meta device have memory."""
+        if self.waiting is not None:
+            self.set(self.waiting)
+            self.waiting = None
+
+
+class PMSSCore(nn.Module):
+    """Owns the one trained tensor, ``weight [c, r]`` (V), and turns it into ``s U`` when called.
+
+    A module of its own, so that sharding wrappers can treat it apart from the frozen weight; what it returns is always a new
+    tensor, since wrappers take V's memory back when the call ends. Stays float32 when its parent is cast to a
     lower precision (``bf16-true``): small Adam steps on a bfloat16 U would be rounded away.
     """
 
     weight: nn.Parameter
-    left: nn.Parameter | None
-    right: nn.Parameter | None
-    gain: Tensor | None
+    frame: CoreFrame | None
 
     def __init__(self, columns: int, rows: int, frame: Frame, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(columns, rows, dtype=dtype, device=device))
-        self.register_buffer("gain", frame.gain)
-        for name, factor in (("left", frame.left), ("right", frame.right)):
-            # No gradient, but a parameter: sharding engines split parameters and replicate buffers.
-            self.register_parameter(name, None if factor is None else nn.Parameter(factor, requires_grad=False))
+        self.frame = CoreFrame(frame, device) if any(part is not None for part in frame) else None
 
-    def forward(self) -> Tensor:
-        """U ``[c, r]`` without the scale, in V's own dtype, also under autocast."""
-        if self.left is not None and self.right is not None:
-            # In bfloat16 the inverse factors would lose what the slices' condition number multiplies.
-            with without_autocast(self.weight):
-                return self.left @ self.weight @ self.right
-        return self.weight if self.gain is None else self.weight * self.gain
+    def forward(self, scale: float = 1.0) -> Tensor:
+        """``scale * U [c, r]``, in V's own dtype, also under autocast."""
+        return scale * (self.weight if self.frame is None else self.frame(self.weight))
 
-    @torch.no_grad()
     def set_frame(self, frame: Frame) -> None:
-        for name in ("left", "right", "gain"):
-            new, old = getattr(frame, name), getattr(self, name)
-            if new is not None and old is not None:
-                old.copy_(new)
+        """Replace the coordinates' factors; V is left as it is."""
+        if self.frame is not None:
+            self.frame.set(frame)
 
     @torch.no_grad()
     def set_u(self, u: Tensor) -> None:
         """Choose V such that the core yields ``u`` (solved in float64)."""
         v = u.to(self.weight.device, torch.float64)
-        if self.left is not None and self.right is not None:
-            v = torch.linalg.solve(self.left.double(), v)
-            v = torch.linalg.solve(self.right.double(), v, left=False)
-        if self.gain is not None:
-            v = v / self.gain.double()
+        if (frame := self.frame) is not None and frame.left is not None and frame.right is not None:
+            v = torch.linalg.solve(frame.left.double(), v)
+            v = torch.linalg.solve(frame.right.double(), v, left=False)
+        if frame is not None and frame.gain is not None:
+            v = v / frame.gain.double()
         self.weight.copy_(v)
+
+    def reset_parameters(self) -> None:
+        """Called by engines once parameters that were made on the meta device have memory: V starts at zero."""
+        nn.init.zeros_(self.weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PMSSCore:
         def keep_precision(tensor: Tensor) -> Tensor:
@@ -146,6 +184,7 @@ class PMSSLinear(nn.Module):
         rows, cols: int64 buffers ``[r]`` and ``[c]``.
         core: `PMSSCore`, owner of the trained tensor.
         scale, coordinates, dropout, memory: As configured.
+        fingerprint: Of the slices of W (`lightning_pmss.fingerprint`), where it was taken while W was whole; else None.
         edit: ``"input"`` or ``"output"``.
         transposed: Whether ``weight`` is stored ``[in, out]``.
     """
@@ -161,7 +200,9 @@ class PMSSLinear(nn.Module):
     edit: str
     memory: str
     transposed: bool
+    fingerprint: Mapping[str, str] | None
     pristine: Tensor | None
+    waiting: tuple[Tensor, Tensor] | None
 
     @staticmethod
     def adopt(
@@ -187,7 +228,9 @@ class PMSSLinear(nn.Module):
         layer.scale, layer.coordinates, layer.dropout, layer.memory = float(scale), coordinates, float(dropout), memory
         layer.transposed = is_transposed(layer)
         layer.edit = choose_edit(layer, shape) if edit == "auto" else edit
-        layer.pristine = None
+        layer.fingerprint = layer.pristine = None
+        # On the meta device the indices wait here until the layer gets memory (see `reset_parameters`).
+        layer.waiting = (rows.cpu(), cols.cpu()) if weight.is_meta else None
         return layer
 
     @property
@@ -197,7 +240,8 @@ class PMSSLinear(nn.Module):
 
     def core_update(self) -> Tensor:
         """``s U [c, r]``, everything folded in."""
-        return self.scale * self.core()
+        update: Tensor = self.core(self.scale)
+        return update
 
     def set_update(self, update: Tensor) -> None:
         """The inverse of `core_update`: choose V such that ``s U`` equals ``update [c, r]`` within rounding."""
@@ -208,19 +252,34 @@ class PMSSLinear(nn.Module):
         weight = self.weight.detach() if self.pristine is None else self.pristine
         return weight.T if self.transposed else weight
 
+    def slices(self) -> tuple[Tensor, Tensor]:
+        """R ``[r, in]`` and C ``[out, c]`` of the pristine W, in its dtype; a collective where W is kept in parts."""
+        with whole(self.weight if self.pristine is None else self.pristine) as stored:
+            weight = stored.T if self.transposed else stored
+            rows, cols = self.rows.to(weight.device), self.cols.to(weight.device)
+            return weight.index_select(0, rows), weight.index_select(1, cols)
+
     def weight_rows(self) -> Tensor:
         """R ``[r, in]`` of the pristine W, in its dtype."""
-        weight = self.base_weight()
-        return weight.index_select(0, self.rows.to(weight.device))
+        return self.slices()[0]
 
     def weight_columns(self) -> Tensor:
         """C ``[out, c]`` of the pristine W, in its dtype."""
-        weight = self.base_weight()
-        return weight.index_select(1, self.cols.to(weight.device))
+        return self.slices()[1]
 
     def refresh_frame(self, name: str = "") -> None:
         """Recompute the coordinates after the weight or the indices were replaced; V is left as it is."""
-        self.core.set_frame(coordinate_frame(self.weight_columns(), self.weight_rows(), self.coordinates, name))
+        rows, columns = self.slices()
+        self.core.set_frame(coordinate_frame(columns, rows, self.coordinates, name))
+
+    def reset_parameters(self) -> None:
+        """Called by engines once a layer that was made on the meta device has memory: the base's own, then the indices."""
+        if (base := getattr(super(), "reset_parameters", None)) is not None:
+            base()
+        if self.waiting is not None:
+            self.rows.copy_(self.waiting[0])
+            self.cols.copy_(self.waiting[1])
+            self.waiting = None
 
     def forward(self, input: Tensor) -> Tensor:
         if self.merged:
@@ -248,10 +307,15 @@ class PMSSLinear(nn.Module):
         return mask, self.memory == "keep", self.transposed
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        before = (self.rows.clone(), self.cols.clone())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        # The indices that were stored count, not those selected now; the factors are never stored, so they follow.
-        if any(prefix + key in state_dict for key in ("weight", "rows", "cols")):
-            self.refresh_frame(prefix[:-1])
+        new_weight = f"{prefix}weight" in state_dict
+        # The indices that were stored count, not those selected now. The factors follow, unless they come along.
+        moved = any(a.is_meta or not torch.equal(a, b) for a, b in zip(before, (self.rows, self.cols), strict=True))
+        if new_weight or moved:
+            self.fingerprint = None
+            if not any(key.startswith(f"{prefix}core.frame.") for key in state_dict):
+                self.refresh_frame(prefix[:-1])
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The dynamic class has no importable name: pickle and deepcopy rebuild it from the base class.
@@ -291,7 +355,7 @@ def is_supported(layer: nn.Module) -> bool:
     if not (isinstance(layer, nn.Linear) or is_conv1d(layer)) or isinstance(layer, nn.modules.lazy.LazyModuleMixin):
         return False
     weight = getattr(layer, "weight", None)
-    return isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2
+    return isinstance(weight, Tensor) and weight.is_floating_point() and len(whole_shape(weight)) == 2
 
 
 def canonical_shape(layer: nn.Module) -> tuple[int, int]:

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from lightning_pmss.config import PMSSConfig
 from lightning_pmss.layers import can_output_edit, is_conv1d, is_supported
 from lightning_pmss.messages import some
-
-Skeleton = Mapping[str, tuple[Tensor, Tensor]]
-"""Canonical module name -> (rows, cols)."""
+from lightning_pmss.skeleton import Skeleton
+from lightning_pmss.whole import is_dtensor
 
 # Names by which models that are no Hugging Face model usually call their output head.
 HEAD_NAMES = ("lm_head", "head", "heads", "classifier", "score", "qa_outputs", "embed_out")
@@ -146,19 +145,27 @@ def refuse_unconvertible(
             raise ValueError(
                 f"`{name}` shares its weight with {some(others)}: a change to one would change both; exclude it."
             )
-        if any("DTensor" in c.__name__ for c in type(weight).__mro__):
-            raise ValueError(f"`{name}` is already sharded; call `convert(model, config)` before `fully_shard`.")
+        if is_dtensor(weight):
+            raise ValueError(
+                f"`{name}` is already sharded; convert before `fully_shard`: call `model_built(self)` in `configure_model`"
+                " (PMSSCallback converts there), or `convert(model, config)`."
+            )
         if weight.is_meta and skeleton is None:
             raise ValueError(
                 f"`{name}` is on the meta device: its rows and columns cannot be chosen; load the weights first or give"
                 " skeleton_file=."
             )
-        if weight.is_meta and config.coordinates != "raw":
+        if skeleton is not None and name not in skeleton.layers:
             raise ValueError(
-                f"`{name}` is on the meta device: coordinates={config.coordinates!r} need W; load the weights first."
+                f"{skeleton.source} has no rows and columns for `{name}`; it holds {some(sorted(skeleton.layers))}."
             )
-        if skeleton is not None and name not in skeleton:
-            raise ValueError(f"the skeleton has no rows and columns for `{name}`; it holds {some(sorted(skeleton))}.")
+        if weight.is_meta and config.coordinates != "raw" and skeleton.coordinates != config.coordinates:  # type: ignore[union-attr]
+            stored = skeleton.coordinates or "no"  # type: ignore[union-attr]
+            raise ValueError(
+                f"`{name}` is on the meta device and coordinates={config.coordinates!r} need W, but {skeleton.source} holds"  # type: ignore[union-attr]
+                f" {stored} coordinates. Make it with `python -m lightning_pmss select --coordinates {config.coordinates}`, or"
+                " load the weights first."
+            )
         if name.endswith("out_proj") and isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
             raise ValueError(f"`{name}` belongs to nn.MultiheadAttention, which never calls its forward; exclude it.")
         if config.edit == "output" and not can_output_edit(layer):

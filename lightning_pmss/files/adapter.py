@@ -24,10 +24,11 @@ from lightning_pmss.files.adapter_file import (
     read_adapter,
 )
 from lightning_pmss.files.atomic import WRITTEN_BY, atomic_folder, check_target
-from lightning_pmss.fingerprint import fingerprint, same_base
 from lightning_pmss.files.shards import few, save_tensors
+from lightning_pmss.fingerprint import fingerprint, same_base
 from lightning_pmss.layers import PMSSLinear, canonical_shape, is_supported, is_transposed
 from lightning_pmss.report import ConversionReport
+from lightning_pmss.skeleton import Skeleton, SkeletonLayer
 from lightning_pmss.targets import canonical_modules, find_targets, hugging_face_root, match_modules
 
 __all__ = ["AdapterFile", "AdapterModule", "load_adapter", "read_adapter", "save_adapter"]
@@ -138,7 +139,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Conversion
     _check_also_train(adapter, places)
 
     if report is None:
-        skeleton = {name: (stored.rows, stored.cols) for name, stored in adapter.modules.items()}
+        layers = {name: SkeletonLayer(stored.rows, stored.cols) for name, stored in adapter.modules.items()}
+        skeleton = Skeleton(layers, source=str(adapter.folder))
         report = convert(model, config, skeleton=skeleton)
     with torch.no_grad():
         for name, layer in pmss_layers(model).items():

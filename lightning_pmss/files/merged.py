@@ -20,7 +20,6 @@ from tqdm.auto import tqdm
 from lightning_pmss.conversion import pmss_layers
 from lightning_pmss.files.adapter_file import AdapterFile, AdapterModule, read_adapter
 from lightning_pmss.files.atomic import atomic_folder, check_target
-from lightning_pmss.fingerprint import same_base
 from lightning_pmss.files.model_folder import FileMergeReport, copy_others, refuse_overlap, write_report
 from lightning_pmss.files.naming import FLOATS, resolve_names
 from lightning_pmss.files.shards import (
@@ -36,6 +35,7 @@ from lightning_pmss.files.shards import (
     shard_names,
     write_index,
 )
+from lightning_pmss.fingerprint import same_base
 from lightning_pmss.merging import LayerDrift, merged_state_dict, merged_weight
 from lightning_pmss.targets import hugging_face_root
 

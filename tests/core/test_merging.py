@@ -187,11 +187,11 @@ def test_everything_reads_the_pristine_weight_while_merged(tmp_path: Path) -> No
     before = read()
     with merged(model):
         during = read()
-        frames = [layer.core.left.clone() for layer in convert_free.values() if layer.core.left is not None]
+        frames = [layer.core.frame.left.clone() for layer in convert_free.values() if layer.core.frame.left is not None]
         for layer in convert_free.values():
             layer.refresh_frame()
         assert all(
-            torch.equal(f, layer.core.left)  # type: ignore[arg-type]
+            torch.equal(f, layer.core.frame.left)  # type: ignore[arg-type]
             for f, layer in zip(frames, convert_free.values(), strict=True)
         )
     assert before.keys() == during.keys()

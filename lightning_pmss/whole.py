@@ -1,0 +1,76 @@
+"""Tensors that a strategy keeps in parts: read them whole, one at a time, and write into them.
+
+FSDP2 keeps a parameter as a ``DTensor``, ZeRO-3 as an empty tensor with a partition beside it. Both can be gathered on their
+own, so that no more than one weight is ever whole. FSDP1 keeps one flat tensor per wrapped module and cannot: see `sharding`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def whole(tensor: Tensor) -> Iterator[Tensor]:
+    """The whole tensor, detached, for reading; where it is kept in parts this is a collective: enter it on every rank."""
+    if is_zero_partitioned(tensor):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            yield tensor.detach()
+    elif is_dtensor(tensor):
+        yield tensor.detach().full_tensor()  # type: ignore[attr-defined]
+    else:
+        yield tensor.detach()
+
+
+@torch.no_grad()
+def fill(tensor: Tensor, value: Tensor) -> None:
+    """Copy a whole value, equal on all ranks, into a tensor that may be a ``DTensor``."""
+    if is_dtensor(tensor):
+        from torch.distributed.tensor import distribute_tensor
+
+        place: Any = tensor
+        value = distribute_tensor(value.to(place.device, place.dtype), place.device_mesh, place.placements)
+    tensor.copy_(value)
+
+
+def whole_shape(tensor: Tensor) -> tuple[int, ...]:
+    """The shape of the whole tensor (of what FSDP1 flattened: of the part)."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def whole_size(tensor: Tensor) -> int:
+    """Number of elements of the whole tensor."""
+    return math.prod(whole_shape(tensor))
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether this is a ``DTensor``, asked by name so that torch.distributed need not be there."""
+    return any(c.__name__ == "DTensor" for c in type(tensor).__mro__)
+
+
+def is_zero_partitioned(tensor: Tensor) -> bool:
+    """Whether ZeRO-3 manages this parameter."""
+    return hasattr(tensor, "ds_id")
+
+
+@contextmanager
+def outside_zero_init() -> Iterator[None]:
+    """Suspend ``deepspeed.zero.Init``: inside it every new tensor gets the engine's dtype and every new module is split."""
+    name = "deepspeed.runtime.zero.partition_parameters"
+    module: Any = sys.modules.get(name)  # never imported here: without DeepSpeed there is nothing to suspend
+    if module is None:
+        yield
+        return
+    module.shutdown_init_context()
+    try:
+        yield
+    finally:
+        module.restore_init_context()
