@@ -7,6 +7,7 @@ line and exit code 2. Each imports what it needs when it is called, so that ``--
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 
 PROGRAM = "python -m lightning_pmss"
@@ -31,6 +32,54 @@ def _merge(args: Sequence[str]) -> None:
     print(merge_files(**chosen))
 
 
+def _select(args: Sequence[str]) -> None:
+    from lightning_pmss.config import PMSSConfig
+    from lightning_pmss.files.select import select_files
+    from lightning_pmss.layers import COORDINATES
+    from lightning_pmss.selection import ROW_MODES, SELECTORS
+
+    usual = PMSSConfig()
+    parser = _parser("select")
+    parser.add_argument("--model", required=True, metavar="MODEL_DIR", help="folder of the model (safetensors)")
+    parser.add_argument("--output", required=True, metavar="FILE", help="skeleton file to write (.safetensors)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file, or unfinished work, if it exists")
+    parser.add_argument("--workers", type=int, metavar="N", help="matrices at a time (default: the CPU cores at hand)")
+    parser.add_argument("--architecture", metavar="CLASS", help="class of transformers (default: config.json's)")
+    names = "'all-linear', names (endings) of modules, or one regular expression"
+    parser.add_argument("--target-modules", nargs="+", metavar="NAME", help=f"{names} (default: all-linear)")
+    parser.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="modules left out, with all below them")
+    parser.add_argument("--rank", type=int, help=f"rows and columns per matrix (default: {usual.rank})")
+    parser.add_argument("--rank-pattern", nargs="+", metavar="NAME=RANK", help="rank of some modules, as v_proj=128")
+    parser.add_argument("--selection", choices=SELECTORS, help=f"rule (default: {usual.selection})")
+    parser.add_argument("--row-mode", choices=ROW_MODES, help=f"default: {usual.row_mode}")
+    parser.add_argument("--oversample", type=int, help=f"extra rows of lupp's sketch (default: {usual.oversample})")
+    parser.add_argument("--seed", type=int, help=f"of the selection (default: {usual.seed})")
+    parser.add_argument("--coordinates", choices=COORDINATES, help=f"default: {usual.coordinates}")
+    given = {key: value for key, value in vars(parser.parse_args(args)).items() if value is not None}
+    files = {key: given.pop(key) for key in ("model", "output", "overwrite", "workers", "architecture") if key in given}
+    for key in ("target_modules", "exclude_modules"):
+        if key in given:
+            given[key] = _patterns(given[key])
+    if "rank_pattern" in given:
+        given["rank_pattern"] = dict(_rank_entry(entry) for entry in given["rank_pattern"])
+    print(select_files(config=PMSSConfig(**given), **files))
+
+
+def _patterns(words: list[str]) -> str | list[str]:
+    """Words of the command line as the config has them: a lone word that is no plain name is a regular expression."""
+    if len(words) > 1 or words != ["all-linear"] and re.fullmatch(r"[\w.]+", words[0]):
+        return words
+    return words[0]
+
+
+def _rank_entry(entry: str) -> tuple[str, int]:
+    name, _, rank = entry.rpartition("=")
+    if not name or not rank.isdecimal():
+        raise ValueError(f"--rank-pattern {entry!r} is not NAME=RANK; type it as v_proj=128.")
+    return name, int(rank)
+
+
 TOOLS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+    "select": (_select, "select rows and columns of a model on disk, matrix by matrix, into a skeleton file"),
     "merge": (_merge, "write base + adapter as a plain model folder, shard by shard"),
 }

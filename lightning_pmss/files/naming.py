@@ -1,9 +1,10 @@
-"""Find an adapter's layers among the tensors of a checkpoint on disk."""
+"""Find a model's layers among the tensors of a checkpoint on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -13,20 +14,70 @@ from lightning_pmss.files.shards import ShardReader, few
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+class Wording(NamedTuple):
+    """What the messages say of the one who looks for its layers.
+
+    Attributes:
+        whose: Whose layers they are: "the adapter's".
+        owner: The same by its name: "the adapter runs/adapter".
+        expects: How it knows their shapes: "was trained on".
+        missing: What to do where no tensor fits the names.
+        ambiguous: What to do where several do.
+        mismatch: What to do where a shape differs.
+        quantised: Why no other dtype will do, and what to do.
+    """
+
+    whose: str
+    owner: str
+    expects: str
+    missing: str
+    ambiguous: str
+    mismatch: str
+    quantised: str
+
+
 def resolve_names(adapter: AdapterFile, reader: ShardReader, base: Path) -> Callable[[str], str]:
-    """How the adapter's module names become the base's keys.
+    """How the adapter's module names become the base's keys; see `match_names`."""
+    in_python = "load_adapter(model, folder), then write_merged(model, output)."
+    right_base = "Give the base that the adapter was trained on."
+    wording = Wording(
+        whose="the adapter's",
+        owner=f"the adapter {adapter.folder}",
+        expects="was trained on",
+        missing=(
+            "Give the base that the adapter was trained on; if its checkpoint stores these layers under other names, load "
+            f"base and adapter in Python instead: {in_python}"
+        ),
+        ambiguous=f"Merge in Python instead: {in_python}",
+        mismatch=right_base,
+        quantised="a quantised form that cannot be merged into. Give the unquantised base.",
+    )
+    stored = {n: m.shape[::-1] if m.layout == "conv1d" else m.shape for n, m in adapter.modules.items()}
+    return match_names(stored, reader, base, wording)
+
+
+def match_names(
+    stored: Mapping[str, tuple[int, ...]], reader: ShardReader, base: Path, wording: Wording
+) -> Callable[[str], str]:
+    """How canonical module names become the keys of a checkpoint (without ``.weight``).
 
     A checkpoint may be stored with or without the model's base prefix (``transformer.h.0...`` or ``h.0...``), and the
-    adapter may come from either. The names as they are go first; else exactly one prefix, added to or taken from every
+    names may come from either. The names as they are go first; else exactly one prefix, added to or taken from every
     name that has a weight, must find all of them.
 
+    Args:
+        stored: Shape of each module's weight as the checkpoint stores it.
+        reader: The checkpoint.
+        base: Its folder, for messages.
+        wording: See `Wording`.
+
     Raises:
-        ValueError: nothing fits, or more than one prefix does.
+        ValueError: nothing fits, or more than one prefix does; another shape; a dtype that is not floating-point.
     """
     keys = reader.tensors
 
     def fits(rename: Callable[[str], str]) -> bool:
-        return all(f"{rename(name)}.weight" in keys for name in adapter.modules)
+        return all(f"{rename(name)}.weight" in keys for name in stored)
 
     def same(name: str) -> str:
         return name
@@ -39,27 +90,24 @@ def resolve_names(adapter: AdapterFile, reader: ShardReader, base: Path) -> Call
         return lambda name: name.removeprefix(prefix)
 
     if fits(same):
-        _check_shapes(adapter, reader, same, base)
+        _check(stored, reader, same, base, wording)
         return same
     candidates = [adder(prefix) for prefix in _prefixes(keys)]
-    candidates += [remover(prefix) for prefix in _prefixes(adapter.modules)]
+    candidates += [remover(prefix) for prefix in _prefixes(stored)]
     fitting = [rename for rename in candidates if fits(rename)]
-    results = {tuple(rename(name) for name in adapter.modules) for rename in fitting}
+    results = {tuple(rename(name) for name in stored) for rename in fitting}
     if not results:
-        missing = [name for name in adapter.modules if f"{name}.weight" not in keys]
+        missing = [name for name in stored if f"{name}.weight" not in keys]
         raise ValueError(
-            f"{base} has no weights for {len(missing)} of the {len(adapter.modules)} modules of the adapter "
-            f"{adapter.folder}: {few(missing)}. Its own tensors are called {few(list(keys), 3)}. Give the base that "
-            "the adapter was trained on; if its checkpoint stores these layers under other names, load base and "
-            "adapter in Python instead: load_adapter(model, folder), then write_merged(model, output)."
+            f"{base} has no weights for {len(missing)} of the {len(stored)} modules of {wording.owner}: {few(missing)}. "
+            f"Its own tensors are called {few(list(keys), 3)}. {wording.missing}"
         )
     if len(results) > 1:
         options = [next(iter(names)) for names in results]
         raise ValueError(
-            f"{base}: the adapter's module {next(iter(adapter.modules))} may be any of {few(sorted(options))}. "
-            "Merge in Python instead: load_adapter(model, folder), then write_merged(model, output)."
+            f"{base}: {wording.whose} module {next(iter(stored))} may be any of {few(sorted(options))}. {wording.ambiguous}"
         )
-    _check_shapes(adapter, reader, fitting[0], base)
+    _check(stored, reader, fitting[0], base, wording)
     return fitting[0]
 
 
@@ -72,17 +120,19 @@ def _prefixes(names: Iterable[str]) -> list[str]:
     return list(found)
 
 
-def _check_shapes(adapter: AdapterFile, reader: ShardReader, rename: Callable[[str], str], base: Path) -> None:
-    for name, module in adapter.modules.items():
+def _check(
+    stored: Mapping[str, tuple[int, ...]],
+    reader: ShardReader,
+    rename: Callable[[str], str],
+    base: Path,
+    wording: Wording,
+) -> None:
+    for name, shape in stored.items():
         info = reader.tensors[f"{rename(name)}.weight"]
-        stored = module.shape[::-1] if module.layout == "conv1d" else module.shape
-        if info.shape != stored:
+        if info.dtype not in FLOATS:  # first, since packed weights have other shapes, too
+            raise ValueError(f"{base}: {info.key} is stored as {info.dtype}, {wording.quantised}")
+        if info.shape != shape:
             raise ValueError(
-                f"{base}: {info.key} is stored as {list(info.shape)}, the adapter {adapter.folder} was trained on "
-                f"{list(stored)}. Give the base that the adapter was trained on."
-            )
-        if info.dtype not in FLOATS:
-            raise ValueError(
-                f"{base}: {info.key} is stored as {info.dtype}, a quantised form that cannot be merged into. "
-                "Give the unquantised base."
+                f"{base}: {info.key} is stored as {list(info.shape)}, {wording.owner} {wording.expects} {list(shape)}. "
+                f"{wording.mismatch}"
             )

@@ -1,0 +1,175 @@
+"""A model folder's architecture without its weights, and where the checkpoint keeps the layers that PMSS would convert."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_pmss.config import PMSSConfig
+from lightning_pmss.files.naming import Wording, match_names
+from lightning_pmss.files.shards import ShardReader, few
+from lightning_pmss.layers import canonical_shape, is_transposed
+from lightning_pmss.skeleton import Skeleton, SkeletonLayer
+from lightning_pmss.targets import canonical_modules, find_targets, match_modules, ranks_of, refuse_unconvertible
+
+_IN_PYTHON = "load the model in Python and convert it there: convert(model, PMSSConfig(...))."
+
+
+@dataclass(frozen=True)
+class Target:
+    """One matrix on disk that is going to be converted.
+
+    Attributes:
+        name: Canonical module name.
+        key: Name of the tensor in the checkpoint.
+        shape: (out, in) of W.
+        transposed: Whether the checkpoint stores W^T (``Conv1D``).
+        rank: Rows and columns to select.
+        requested_rank: The rank asked for, before it was clipped to the smaller side.
+    """
+
+    name: str
+    key: str
+    shape: tuple[int, int]
+    transposed: bool
+    rank: int
+    requested_rank: int
+
+
+def model_on_meta(folder: Path, architecture: str | None = None) -> nn.Module:
+    """The model of a folder's ``config.json``, on the meta device: modules and shapes, no weights.
+
+    Args:
+        folder: Model folder.
+        architecture: A class of transformers, such as ``LlamaForSequenceClassification``. By default the class that
+            ``config.json`` names; where that is none, or a bare body without its head, the causal language model (what
+            `CausalLMModule` trains), else the body.
+
+    Raises:
+        FileNotFoundError: No ``config.json``.
+        ValueError: transformers does not know the model, or the class that was asked for.
+    """
+    import transformers  # not at the top: the library itself works without it
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, AutoConfig, PreTrainedModel
+
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no config.json, which says what the model's layers are. Give the folder that "
+            "`save_pretrained` or `hf download MODEL --local-dir FOLDER` wrote."
+        )
+    try:
+        config: Any = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise ValueError(
+            f"{file}: transformers {transformers.__version__} cannot read it ({reason}). Upgrade transformers; if the "
+            f"model comes with its own code, {_IN_PYTHON}"
+        ) from error
+
+    def known(name: str) -> type[nn.Module] | None:
+        found = getattr(transformers, name, None)
+        return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
+
+    causal: type[nn.Module] | None = _first(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None))
+    body = _first(MODEL_MAPPING.get(type(config), None))
+    if architecture is not None:
+        cls = known(architecture)
+        if cls is None:
+            raise ValueError(
+                f"architecture={architecture!r} is no model class of transformers {transformers.__version__}; "
+                f"{file.name} names {few(list(config.architectures or ['none']))}."
+            )
+    else:
+        named = next(filter(None, map(known, config.architectures or ())), None)
+        cls = (causal or named) if named in (None, body) else named
+        cls = cls or body
+    if cls is None:
+        raise ValueError(
+            f"{file} names no model class that transformers {transformers.__version__} knows; upgrade transformers, or "
+            f"{_IN_PYTHON}"
+        )
+    try:
+        with torch.device("meta"):
+            model: nn.Module = cls(config)
+    except (AttributeError, TypeError, ValueError, ImportError) as error:
+        raise ValueError(f"{cls.__name__} cannot be built from {file} ({error}).") from error
+    return model
+
+
+def _first(found: Any) -> type[nn.Module] | None:
+    """A few models have several classes of one kind."""
+    one: type[nn.Module] | None = found[0] if isinstance(found, tuple) else found
+    return one
+
+
+def find_matrices(model: nn.Module, config: PMSSConfig, reader: ShardReader) -> tuple[list[Target], dict[str, str]]:
+    """The matrices that `convert` would convert with this config, and where the checkpoint has them.
+
+    Args:
+        model: Of `model_on_meta`.
+        config: Targets and ranks.
+        reader: The checkpoint.
+
+    Returns:
+        The targets in the order of the files, and the linear layers left out with the reason.
+
+    Raises:
+        ValueError: As `convert` raises for patterns and layers; a weight that is missing, has another shape, is quantised,
+            or is changed by transformers when it is loaded.
+    """
+    modules = canonical_modules(model)
+    names, left_out = find_targets(model, config, modules, match_modules(config.also_train, modules, "also_train"))
+    nothing = torch.empty(0, dtype=torch.int64)
+    # The meta device is refused without a skeleton: this stands for the one that is about to be made.
+    coming = Skeleton(dict.fromkeys(names, SkeletonLayer(nothing, nothing)), config.coordinates)
+    refuse_unconvertible(names, modules, config, coming)
+    ranks = ranks_of(config, names, modules)
+    shapes = {name: canonical_shape(modules[name]) for name in names}
+    stored = {name: shape[::-1] if is_transposed(modules[name]) else shape for name, shape in shapes.items()}
+    rename = match_names(stored, reader, reader.folder, _wording(model))
+    keys = {name: f"{rename(name)}.weight" for name in names}
+    _refuse_changed(model, keys)
+    place = {key: number for number, key in enumerate(reader.tensors)}
+    targets = [
+        Target(name, keys[name], shape, is_transposed(modules[name]), min(ranks[name], *shape), ranks[name])
+        for name, shape in shapes.items()
+    ]
+    return sorted(targets, key=lambda target: place[target.key]), left_out
+
+
+def _wording(model: nn.Module) -> Wording:
+    quantised = "a quantised form, of which no rows and columns can be selected. Give the unquantised model."
+    missing = f"Config and weights belong to different models, or transformers renames these layers: then {_IN_PYTHON}"
+    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+        missing = "By its config.json the model is quantised: give the unquantised one."
+    return Wording(
+        whose="the model's",
+        owner=f"{type(model).__name__} (config.json)",
+        expects="has",
+        missing=missing,
+        ambiguous=f"So {_IN_PYTHON}",
+        mismatch="Config and weights belong to different models; copy the folder again.",
+        quantised=quantised,
+    )
+
+
+def _refuse_changed(model: nn.Module, keys: Mapping[str, str]) -> None:
+    """Refuse tensors that transformers splits, joins, permutes or transposes on loading: the model has other numbers."""
+    try:
+        from transformers.conversion_mapping import WeightConverter, get_model_conversion_mapping
+    except ImportError:
+        return  # a transformers that loads tensors as they are
+    loaded: Any = model  # a PreTrainedModel, as `model_on_meta` builds it
+    converters = [c for c in get_model_conversion_mapping(loaded) if isinstance(c, WeightConverter)]
+    changed = [name for name, key in keys.items() if any(c.rename_source_key(key)[1] is not None for c in converters)]
+    if changed:
+        raise ValueError(
+            f"transformers changes the weights of {few(changed)} when it loads a {type(model).__name__}, so the rows and "
+            f"columns on disk are not the model's; list them in exclude_modules, or {_IN_PYTHON}"
+        )

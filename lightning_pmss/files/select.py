@@ -1,0 +1,265 @@
+"""Select the rows and columns of a model on disk, matrix by matrix, and write them as a skeleton file.
+
+Neither the model's weights nor a GPU are needed at once: the architecture is built on the meta device, and the workers read
+one matrix each from the safetensors files. What is selected is what `convert` would select from the loaded model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lightning_pmss.config import PMSSConfig
+from lightning_pmss.files.adapter_file import library_versions
+from lightning_pmss.files.architecture import Target, find_matrices, model_on_meta
+from lightning_pmss.files.pieces import Pieces, file_states, sync
+from lightning_pmss.files.select_report import SelectedLayer, SelectReport, peak_memory
+from lightning_pmss.files.shards import ShardReader, ShardWriter, TensorInfo, few, open_shards
+from lightning_pmss.fingerprint import fingerprint, same_base
+from lightning_pmss.layers import coordinate_frame
+from lightning_pmss.selection import projection_residual, select_skeleton
+from lightning_pmss.skeleton import FORMAT_VERSION, METADATA
+
+# What is done to one matrix. The patterns that choose the matrices are apart: changing them keeps what is finished.
+PER_MATRIX = ("rank", "selection", "row_mode", "oversample", "seed", "coordinates")
+Result = TypeVar("Result")
+OPTIONS = (*PER_MATRIX, "target_modules", "exclude_modules", "rank_pattern")
+
+
+def select_files(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    config: PMSSConfig,
+    *,
+    architecture: str | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> SelectReport:
+    """Select rows and columns of every matrix that `convert` would convert, and write the skeleton file.
+
+    An interrupted run leaves ``<output>.partial/`` and is taken up by the next one with the same options.
+
+    Args:
+        model: Folder with ``config.json`` and safetensors weights, single or sharded.
+        output: File to write; appears only when it is complete. Format: `lightning_pmss.skeleton`.
+        config: Targets, ranks, selection, seed and coordinates (`OPTIONS`); its other fields play no part.
+        architecture: Class of transformers to convert; by default the one that ``config.json`` names.
+        workers: Matrices at a time, one thread each; by default the CPU cores that this process may use. Each holds one
+            matrix and its float32 copies in memory.
+        overwrite: Replace an earlier skeleton file, and unfinished work with other options or of another base.
+        progress: Show a progress bar.
+
+    Raises:
+        FileNotFoundError: No model folder, no ``config.json``, no weights or a missing shard.
+        FileExistsError: The output exists (without `overwrite`), is no skeleton file, or another run is writing it.
+        ValueError: As `convert` raises (a pattern matches nothing, NaN, a zero matrix, linearly dependent rows or columns);
+            weights missing, quantised or of other shapes; unfinished work with other options or of another base.
+    """
+    start = time.perf_counter()
+    folder, target_file = Path(model).expanduser(), Path(output).expanduser()
+    _refuse(target_file, config, workers, overwrite)
+    with open_shards(folder) as reader:
+        net = model_on_meta(folder, architecture)
+        targets, left_out = find_matrices(net, config, reader)
+    options = {name: getattr(config, name) for name in PER_MATRIX}
+    states = file_states(folder, sorted({reader.tensors[target.key].file for target in targets}))
+    with Pieces(target_file, options, states, overwrite=overwrite) as pieces:
+        count = max(1, min(workers or _cores(), len(targets)))
+        with _one_thread(), ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            finished = [target for target in targets if _is_finished(pieces, target)]
+            if not pieces.base_unchanged:
+                finished = _check_base(pieces, reader, finished, partial(_each, pool, progress), overwrite)
+            todo = [target for target in targets if target not in finished]
+            begun = time.perf_counter()
+            work = partial(_select, reader=reader, config=config, pieces=pieces)
+            for _ in _each(pool, progress, work, todo, "selecting rows and columns", len(finished)):
+                pass
+            selecting = time.perf_counter() - begun
+        about = {
+            "format_version": FORMAT_VERSION,
+            "options": {name: getattr(config, name) for name in OPTIONS},
+            "coordinates": config.coordinates,
+            "base": {"name": folder.resolve().name, "architecture": type(net).__name__},
+            "versions": library_versions(),
+        }
+        layers = _write(target_file, targets, pieces, about)
+        pieces.remove()
+    return SelectReport(
+        output=str(target_file),
+        architecture=type(net).__name__,
+        selection=f"{config.selection}, {config.row_mode} rows, {config.coordinates} coordinates",
+        layers=layers,
+        left_out=left_out,
+        resumed=len(finished),
+        workers=count,
+        seconds=time.perf_counter() - start,
+        selecting_seconds=selecting,
+        bytes=target_file.stat().st_size,
+        peak_memory=peak_memory(),
+    )
+
+
+def _refuse(output: Path, config: PMSSConfig, workers: int | None, overwrite: bool) -> None:
+    """What can be refused before any file is opened."""
+    if config.skeleton_file is not None:
+        raise ValueError("skeleton_file is given, but selecting makes such a file; leave it out.")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers={workers} is not a number of workers; type at least 1, or leave it out.")
+    if output.is_dir():
+        raise FileExistsError(f"{output} is a folder; name a file in it, such as {output / 'skeleton.safetensors'}.")
+    if not output.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{output} exists. To replace it give --overwrite, or name another file.")
+    try:
+        with safe_open(str(output), framework="pt") as opened:
+            ours = METADATA in (opened.metadata() or {})
+    except (SafetensorError, OSError):
+        ours = False
+    if not ours:
+        raise FileExistsError(f"{output} is no skeleton file, and overwriting would destroy it. Name another file.")
+
+
+def _each(
+    pool: ThreadPoolExecutor,
+    progress: bool,
+    work: Callable[[Target], Result],
+    todo: Sequence[Target],
+    title: str,
+    done: int = 0,
+) -> Iterator[tuple[Target, Result]]:
+    """Run `work` on every target and yield the results as they come; after an error, those at work finish, none begins."""
+    futures = {pool.submit(work, target): target for target in todo}
+    total = done + len(todo)
+    try:
+        with tqdm(desc=title, total=total, initial=done, unit="matrix", disable=not progress) as bar:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+                bar.update()
+    except BaseException:
+        pool.shutdown(wait=True, cancel_futures=True)
+        raise
+
+
+def _select(target: Target, reader: ShardReader, config: PMSSConfig, pieces: Pieces) -> None:
+    """Select from one matrix and keep the result."""
+    weight = _read(target, reader)
+    rows, cols = select_skeleton(
+        weight,
+        target.rank,
+        selection=config.selection,
+        row_mode=config.row_mode,
+        oversample=config.oversample,
+        seed=config.seed,
+        name=target.name,
+    )
+    rows_of_w, columns_of_w = weight[rows], weight[:, cols]
+    frame = coordinate_frame(columns_of_w, rows_of_w, config.coordinates, target.name)
+    tensors = {"rows": rows.to(torch.int32), "cols": cols.to(torch.int32)}
+    tensors |= {part: value for part, value in frame._asdict().items() if value is not None}
+    about = {
+        "shape": list(target.shape),
+        "fingerprint": fingerprint(rows_of_w, columns_of_w),
+        "residual": projection_residual(weight, cols),
+    }
+    pieces.save(target.name, tensors, {"rank": target.rank, "layer": about})
+
+
+def _read(target: Target, reader: ShardReader) -> Tensor:
+    """W in canonical layout. A reader of its own: its shard is unmapped with the matrix, so mapped pages never add up."""
+    with ShardReader(reader.folder, reader.tensors) as own:
+        weight = own.read(target.key)
+    return weight.T if target.transposed else weight
+
+
+def _is_finished(pieces: Pieces, target: Target) -> bool:
+    about = pieces.about(target.name)
+    return about is not None and about["rank"] == target.rank and tuple(about["layer"]["shape"]) == target.shape
+
+
+def _check_base(
+    pieces: Pieces,
+    reader: ShardReader,
+    finished: list[Target],
+    each: Callable[[Callable[[Target], bool], Sequence[Target], str], Iterator[tuple[Target, bool]]],
+    overwrite: bool,
+) -> list[Target]:
+    """The base's files changed in size or time: go on only if the weights are still those of the finished pieces."""
+
+    def same(target: Target) -> bool:
+        stored, about = pieces.load(target.name), pieces.about(target.name)
+        weight = _read(target, reader)
+        rows, cols = stored["rows"].long(), stored["cols"].long()
+        return about is not None and same_base(about["layer"]["fingerprint"], weight[rows], weight[:, cols])
+
+    strangers = [target.name for target, fits in each(same, finished, "checking what is finished") if not fits]
+    if strangers and not overwrite:
+        raise ValueError(
+            f"{pieces.folder} holds an unfinished selection from another base: {few(strangers)} in {reader.folder} are not "
+            "the weights it was made from. Start anew with --overwrite, or give another --output."
+        )
+    if strangers or not finished:
+        pieces.start_anew()
+        return []
+    pieces.write_identity()
+    return finished
+
+
+def _write(output: Path, targets: Sequence[Target], pieces: Pieces, about: dict[str, Any]) -> list[SelectedLayer]:
+    """Put the pieces together, one in memory at a time."""
+    infos: list[TensorInfo] = []
+    layers: list[SelectedLayer] = []
+    modules: dict[str, Any] = {}
+    for target in targets:
+        piece = pieces.about(target.name)
+        assert piece is not None
+        modules[target.name] = piece["layer"]
+        infos += [
+            TensorInfo(f"{target.name}.{i.key}", i.dtype, i.shape, target.name) for i in pieces.infos(target.name)
+        ]
+        layers.append(
+            SelectedLayer(
+                target.name, target.shape, target.rank, target.requested_rank, float(piece["layer"]["residual"])
+            )
+        )
+    temporary = pieces.folder / "skeleton.tmp"  # beside the output, so that a rename puts it in place
+    with ShardWriter(temporary, infos, {METADATA: json.dumps({**about, "modules": modules})}) as writer:
+        held: tuple[str, dict[str, Tensor]] = ("", {})
+        for info in writer.plan:
+            if held[0] != info.file:
+                held = (info.file, pieces.load(info.file))
+            writer.write(info.key, held[1][info.key.removeprefix(f"{info.file}.")])
+    sync(temporary)
+    os.replace(temporary, output)
+    return layers
+
+
+def _cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))  # what a scheduler gave this process, not what the machine has
+    except AttributeError:
+        return os.cpu_count() or 1
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One torch thread per worker: several matrices at a time use the cores better than one product split over them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,127 @@
+"""What a selection from files did, as data and as a table."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class SelectedLayer:
+    """One matrix.
+
+    Attributes:
+        name: Canonical module name.
+        shape: ``(out, in)`` of W.
+        rank: Number of selected columns and rows, after clipping.
+        requested_rank: The rank asked for.
+        residual: ``||W - C C^+ W||_F / ||W||_F``.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    requested_rank: int
+    residual: float
+
+
+@dataclass(frozen=True)
+class SelectReport:
+    """What `select_files` did; ``print`` it for a table.
+
+    Attributes:
+        output: The skeleton file.
+        architecture: Model class.
+        selection: Rule, row mode and coordinates in words.
+        layers: One entry per matrix, in the order of the base's files.
+        left_out: Linear layers that were not selected from, with the reason.
+        resumed: Matrices that an earlier, interrupted run had finished.
+        workers: Matrices at a time.
+        seconds: Wall time in all.
+        selecting_seconds: Wall time of the selection alone.
+        bytes: Size of the file.
+        peak_memory: Largest resident memory of the process so far in bytes, libraries included; None where unknown.
+    """
+
+    output: str
+    architecture: str
+    selection: str
+    layers: list[SelectedLayer]
+    left_out: dict[str, str]
+    resumed: int
+    workers: int
+    seconds: float
+    selecting_seconds: float
+    bytes: int
+    peak_memory: int | None
+
+    @property
+    def selected(self) -> int:
+        """Matrices that this run selected from."""
+        return len(self.layers) - self.resumed
+
+    @property
+    def matrices_per_second(self) -> float:
+        """Of this run, while it was selecting; 0 if it selected nothing."""
+        return self.selected / self.selecting_seconds if self.selected else 0.0
+
+    @property
+    def mean_residual(self) -> float:
+        """Mean of the layers' residuals."""
+        return sum(layer.residual for layer in self.layers) / len(self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, fit for JSON."""
+        sums = {name: getattr(self, name) for name in ("selected", "matrices_per_second", "mean_residual")}
+        return asdict(self) | sums
+
+    def __str__(self) -> str:
+        kinds: dict[tuple[Any, ...], list[SelectedLayer]] = {}
+        for layer in self.layers:
+            kind = ".".join("*" if part.isdigit() else part for part in layer.name.split("."))
+            kinds.setdefault((kind, layer.shape, layer.rank, layer.requested_rank), []).append(layer)
+        table = [("module", "count", "out x in", "rank", "residual")]
+        for (kind, shape, rank, asked), group in kinds.items():
+            values = [layer.residual for layer in group]
+            residual = f"{min(values):.3f}" + (f"-{max(values):.3f}" if len(values) > 1 else "")
+            clipped = str(rank) if rank == asked else f"{rank} (asked {asked})"
+            table.append((kind, str(len(group)), f"{shape[0]} x {shape[1]}", clipped, residual))
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+        ]
+        lines.insert(1, "-" * max(map(len, lines)))
+        for why in dict.fromkeys(self.left_out.values()):
+            names = [name for name, reason in self.left_out.items() if reason == why]
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            lines.append(f"left out ({why}): {', '.join(names[:4])}{more}")
+        kept = f", {self.resumed} of them by an earlier run" if self.resumed else ""
+        memory = "" if self.peak_memory is None else f"; peak memory {self.peak_memory / 2**20:.0f} MiB"
+        lines.append(f"{len(self.layers)} matrices of {self.architecture}{kept} ({self.selection})")
+        lines.append(
+            f"{self.seconds:.1f} s, {self.matrices_per_second:.2f} matrices per second with {self.workers} worker"
+            f"{'s' if self.workers > 1 else ''}; mean residual {self.mean_residual:.3f}{memory}"
+        )
+        lines.append(f"written: {self.output} ({self.bytes / 2**20:.2f} MiB)")
+        return "\n".join(lines)
+
+
+def peak_memory() -> int | None:
+    """Largest resident memory of this process so far, in bytes."""
+    try:  # on Linux getrusage's peak is inherited from the process that started this one; the kernel's own is not
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        found = None
+    if found is not None:
+        return 1024 * int(found[1])
+    if resource is None:
+        return None
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
