@@ -1,0 +1,146 @@
+"""MetaMath's answer rule for GSM8K
+================================
+
+The rule of "MetaMath: Bootstrap Your Own Mathematical Questions for Large Language Models" (Yu et al. 2023,
+``meta-math/MetaMath``, ``eval_gsm8k.py``), which PiSSA and others evaluate with.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from decimal import Decimal
+from fractions import Fraction
+
+from typing_extensions import override
+
+from lightning_pmss.metrics.base import TextAccuracy
+
+MARK = "The answer is: "
+
+_STRICT = re.compile(r"[\-+]?\d*[\.,/]?\d+")
+_MARKS = re.compile(r"the (?:final )?answer is:?|####", re.IGNORECASE)
+_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d))(?:\s*/\s*\d+(?:\.\d+)?)?")
+_GOLD = re.compile(r"#### ?([-+]?[\d,]*\.?\d+)")
+
+
+def _strict_number(text: str) -> int | None:
+    parts = text.split(MARK)
+    if len(parts) < 2:
+        return None
+    match = _STRICT.search(parts[-1].strip())
+    if match is None:
+        return None
+    number = match.group().replace(",", "")
+    try:
+        if "/" not in number:
+            return round(float(number))
+        top, bottom = number.split("/")
+        if not top:
+            return None
+        # A float quotient before rounding, as published; "0" alone is the denominator that is passed over.
+        return round(float(top)) if bottom == "0" else round(float(Fraction(int(top), int(bottom))))
+    except (ValueError, ZeroDivisionError, OverflowError):  # "+/3", "1/00", more digits than a float holds
+        return None
+
+
+def _number(text: str) -> Fraction | None:
+    match = _NUMBER.search(text)
+    if match is None:
+        return None
+    top, _, bottom = match.group().replace(",", "").partition("/")
+    try:
+        return Fraction(Decimal(top.strip())) / Fraction(Decimal(bottom.strip() or "1"))
+    except (ArithmeticError, ValueError):
+        return None
+
+
+def _corrected_number(text: str) -> Fraction | None:
+    marks = list(_MARKS.finditer(text))
+    if not marks:
+        return None
+    line = text[marks[-1].end() :].strip().split("\n", 1)[0]
+    return _number(line.replace("$", "").replace("\\", ""))
+
+
+class MetaMathAccuracy(TextAccuracy):
+    r"""Share of generated texts whose final number equals GSM8K's gold one, by MetaMath's rule.
+
+    The number of a text is the first match of ``[\-+]?\d*[\.,/]?\d+`` behind the **last** ``The answer is: ``, without
+    commas. It is **rounded** (to the nearest whole number, halves to the even one) and compared as a number. A text
+    without the mark, or without a number behind it, is wrong.
+
+    ``strict=True`` keeps what is known to be wrong with that rule (it is the rule of published numbers):
+
+    * Rounding: 17.6 and 18.4 are right where 18 is.
+    * The expression takes one separator: ``1,234,567`` is read as 1234, ``3.50/2`` as 3.5, and so 4.
+    * The mark must be byte for byte so: ``the answer is 18``, ``The answer is:18`` are wrong.
+    * Where the published script would stop with an error (``1/00``), the text is wrong here.
+
+    ``strict=False`` corrects these: numbers are exact (fractions and decimals, nothing is rounded), thousands are read
+    whole, the mark may be ``The answer is``, ``The final answer is`` or ``####`` in any case, with or without the colon
+    and the blank; currency signs are passed over.
+
+    As input to ``update`` the metric takes:
+
+    * ``preds`` (``list[str]``): generated texts, the response alone.
+    * ``targets`` (``list[str]``): gold answers: in GSM8K's format (``#### N``), or a text with ``The answer is: N`` as
+      in MetaMathQA, or the number alone.
+
+    As output of ``compute`` it returns the accuracy, a float32 scalar tensor in 0-1. Counts are summed over ranks.
+
+    Args:
+        strict: Score by MetaMath's rule as published; else by the corrected one.
+
+    Raises:
+        ValueError: If the lists differ in length, a target holds no number, or ``compute`` has seen no example.
+
+    Example:
+        >>> from lightning_pmss.metrics import MetaMathAccuracy
+        >>> metric = MetaMathAccuracy()
+        >>> metric.update(["So 3 * 6 = 18.\nThe answer is: 18", "The answer is: 17.6"], ["#### 18", "#### 18"])
+        >>> metric.compute()
+        tensor(1.)
+
+    """
+
+    def extract(self, text: str) -> int | Fraction | None:
+        """Return the final number of ``text``, ``None`` where it holds none."""
+        return _strict_number(text) if self.strict else _corrected_number(text)
+
+    @staticmethod
+    def gold(target: str) -> Fraction:
+        """Return the number of a target, exactly.
+
+        Raises:
+            ValueError: If it holds none.
+
+        """
+        match = _GOLD.search(target)
+        if match is not None:
+            number = _number(match.group(1))
+        elif MARK in target:
+            number = _corrected_number(target)
+        else:
+            number = _number(target) if re.fullmatch(r"\s*\$?[-+]?[\d,./]+\s*", target) else None
+        if number is None:
+            raise ValueError(
+                f"The target {target[-60:]!r} holds no answer; it must end in a line such as '#### 42' or"
+                " 'The answer is: 42', or be a number."
+            )
+        return number
+
+    @override
+    def score(self, pred: str, target: str) -> float:
+        """Return 1.0 if the number of ``pred`` is that of ``target``, else 0.0."""
+        gold = self.gold(target)
+        answer = self.extract(pred)
+        if answer is None:
+            return 0.0
+        # The published script holds gold answers as int: GSM8K has no others. Others are rounded as the answers are.
+        return float(answer == (_half_even(gold) if self.strict else gold))
+
+
+def _half_even(number: Fraction) -> int:
+    value = float(number)
+    return round(value) if math.isfinite(value) else round(number)
