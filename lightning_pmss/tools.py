@@ -79,7 +79,14 @@ def _rank_entry(entry: str) -> tuple[str, int]:
     return name, int(rank)
 
 
+def _estimate(args: Sequence[str]) -> None:
+    from lightning_pmss.estimate.command import run
+
+    run(_parser("estimate"), args)
+
+
 TOOLS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "select": (_select, "select rows and columns of a model on disk, matrix by matrix, into a skeleton file"),
     "merge": (_merge, "write base + adapter as a plain model folder, shard by shard"),
+    "estimate": (_estimate, "memory per device, host memory and file sizes of a run, from config.json alone"),
 }

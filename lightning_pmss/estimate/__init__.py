@@ -1,0 +1,5 @@
+"""What a run takes, before it is started: from a model's ``config.json`` alone."""
+
+from lightning_pmss.estimate.memory import Estimate, MethodEstimate, Run, estimate
+
+__all__ = ["Estimate", "MethodEstimate", "Run", "estimate"]

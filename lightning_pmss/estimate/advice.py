@@ -1,0 +1,81 @@
+"""What to change where a run does not fit, each change tried by an estimate of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_pmss.estimate.memory import Run, estimate, with_options
+
+MOST_DEVICES = 64
+RANK_STEP = 16
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change and what one device needs with it.
+
+    Attributes:
+        change: The options to type.
+        total: Bytes.
+    """
+
+    change: str
+    total: int
+
+
+def remedies(run: Run, gpu: float) -> list[Remedy]:
+    """Single changes with which PMSS fits; where none does, the same with gradient checkpointing switched on too.
+
+    Args:
+        run: One that does not fit.
+        gpu: Bytes of one device.
+    """
+    found = _tried(run, gpu)
+    if found or run.gradient_checkpointing:
+        return found
+    both = _tried(with_options(run, gradient_checkpointing=True), gpu)
+    return [Remedy(f"--gradient-checkpointing {r.change}", r.total) for r in both]
+
+
+def _tried(run: Run, gpu: float) -> list[Remedy]:
+    changes: list[tuple[str, dict[str, Any]]] = []
+    if not run.gradient_checkpointing:
+        changes.append(("--gradient-checkpointing", {"gradient_checkpointing": True}))
+    if run.micro_batch > 1:
+        changes.append(("--micro-batch 1 (and accumulate gradients)", {"micro_batch": 1}))
+    if run.strategy in ("ddp", "zero2"):
+        changes.append(("--strategy fsdp2", {"strategy": "fsdp2"}))
+    found = [Remedy(text, total) for text, options in changes if (total := _total(run, **options)) <= gpu]
+    if (fewer := _largest_rank(run, gpu)) is not None:
+        found.append(fewer)
+    more = run if run.strategy not in ("single", "ddp", "zero2") else with_options(run, strategy="fsdp2")
+    devices = run.devices
+    while devices * run.nodes < MOST_DEVICES:
+        devices *= 2
+        if (total := _total(more, devices=devices)) <= gpu:
+            strategy = "" if more.strategy == run.strategy else f" --strategy {more.strategy}"
+            found.append(Remedy(f"--devices {devices}{strategy} (or the same number on more nodes)", total))
+            break
+    if run.strategy != "zero3_offload" and (total := _total(run, strategy="zero3_offload")) <= gpu:
+        found.append(Remedy("--strategy zero3_offload (slow, and see the host's memory)", total))
+    return found
+
+
+def _largest_rank(run: Run, gpu: float) -> Remedy | None:
+    """The largest multiple of `RANK_STEP` below the rank that fits, by halving the interval."""
+    low, high = 0, (run.config.rank - 1) // RANK_STEP  # in steps; `low` fits, or is nothing
+    if high < 1 or _total(run, rank=RANK_STEP) > gpu:
+        return None
+    low = 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if _total(run, rank=middle * RANK_STEP) <= gpu:
+            low = middle
+        else:
+            high = middle - 1
+    return Remedy(f"--rank {low * RANK_STEP}", _total(run, rank=low * RANK_STEP))
+
+
+def _total(run: Run, **options: Any) -> int:
+    return estimate(with_options(run, **options), ("pmss",), both=False).methods["pmss"].total

@@ -1,0 +1,286 @@
+"""The estimate of a run: every column for PMSS, for LoRA with as many parameters, and for full fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from lightning_pmss.config import PMSSConfig
+from lightning_pmss.estimate.architecture import (
+    METHODS,
+    Architecture,
+    Piece,
+    count,
+    inventory,
+    read_config,
+    weights_dtype,
+)
+from lightning_pmss.estimate.depth import estimate_step
+from lightning_pmss.estimate.strategies import (
+    OPTIMIZERS,
+    STRATEGIES,
+    ZeroSettings,
+    engine_dtype,
+    host_bytes,
+    place,
+    reserve,
+)
+
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is to be estimated.
+
+    Args:
+        model: Folder with ``config.json``, or the file.
+        strategy: One of `STRATEGIES`.
+        devices: Per node.
+        nodes: Number of nodes.
+        config: How the model is converted.
+        micro_batch: Sequences per device and pass.
+        sequence_length: Tokens of the longest sequence.
+        precision: Of the Trainer.
+        weights_dtype: Of the loaded weights: ``"auto"`` (the configuration's), ``"float32"``, ``"bfloat16"``.
+        gradient_checkpointing: Whether decoder layers are recomputed in the backward pass.
+        optimizer: One of `OPTIMIZERS`.
+        zero: DeepSpeed's settings.
+
+    Raises:
+        ValueError: A value is out of its range; the message says what to type.
+    """
+
+    model: str
+    strategy: str = "single"
+    devices: int = 1
+    nodes: int = 1
+    config: PMSSConfig = field(default_factory=PMSSConfig)
+    micro_batch: int = 1
+    sequence_length: int = 2048
+    precision: str = "bf16-true"
+    weights_dtype: str = "auto"
+    gradient_checkpointing: bool = False
+    optimizer: str = "adamw"
+    zero: ZeroSettings = field(default_factory=ZeroSettings)
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "strategy": STRATEGIES,
+            "precision": PRECISIONS,
+            "weights_dtype": ("auto", "float32", "bfloat16"),
+            "optimizer": tuple(OPTIMIZERS),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {list(values)}.")
+        for name in ("devices", "nodes", "micro_batch", "sequence_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.strategy == "single" and self.world > 1:
+            raise ValueError(f"strategy 'single' has one device, not {self.world}; choose 'ddp', 'fsdp2' or 'zero3'.")
+
+    @property
+    def world(self) -> int:
+        """Number of processes."""
+        return self.devices * self.nodes
+
+
+@dataclass(frozen=True)
+class MethodEstimate:
+    """One method's columns, in bytes; see `strategies.Placement` for those that are not explained here.
+
+    Attributes:
+        method: ``"pmss"``, ``"lora"`` or ``"full"``.
+        rank: Of the adapters; None in full fine-tuning. For PMSS the rank asked for.
+        trainable: Parameters trained.
+        activations: Kept by the decoder layers from the forward to the backward pass.
+        logits: What head and loss add to them at their largest.
+        work: What the rest of the step (a layer that is recomputed) takes beyond that.
+        reserve: Set aside, not counted.
+        total: Sum of the columns: what one device needs.
+        activations_other: ``activations`` + ``logits`` + ``work`` with gradient checkpointing the other way.
+        host: Peak of one node's host memory.
+        checkpoint: Of the files of one checkpoint.
+        adapter: Of the adapter file (full fine-tuning: of the model).
+    """
+
+    method: str
+    rank: int | None
+    trainable: int
+    base: int
+    trained: int
+    factors: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    buckets: int
+    activations: int
+    logits: int
+    work: int
+    reserve: int
+    activations_other: int | None
+    host: int
+    checkpoint: int
+    adapter: int
+
+    @property
+    def columns(self) -> dict[str, int]:
+        """What the total is the sum of."""
+        return {name: getattr(self, name) for name in COLUMNS}
+
+    @property
+    def total(self) -> int:
+        """Bytes that one device needs."""
+        return sum(self.columns.values())
+
+
+COLUMNS = (
+    "base",
+    "trained",
+    "factors",
+    "gradients",
+    "optimizer",
+    "gathered",
+    "buckets",
+    "activations",
+    "logits",
+    "work",
+    "reserve",
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run takes.
+
+    Attributes:
+        run: What was asked for.
+        architecture: Name of the model's class.
+        parameters: Of the base.
+        dtype: Of the weights, as loaded.
+        methods: By name.
+    """
+
+    run: Run
+    architecture: str
+    parameters: int
+    dtype: str
+    methods: Mapping[str, MethodEstimate]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, fit for JSON."""
+        about = asdict(self.run) | {"config": self.run.config.to_dict(), "world": self.run.world}
+        methods = {n: asdict(m) | {"total": m.total} for n, m in self.methods.items()}
+        return {
+            "run": about,
+            "architecture": self.architecture,
+            "parameters": self.parameters,
+            "dtype": self.dtype,
+            "methods": methods,
+        }
+
+
+def estimate(run: Run, methods: tuple[str, ...] = METHODS, *, both: bool = True) -> Estimate:
+    """Estimate a run from its model's ``config.json``.
+
+    Args:
+        run: What is to be run.
+        methods: Which columns.
+        both: Also the activations with gradient checkpointing the other way.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: The model or the options cannot be converted.
+    """
+    config = read_config(run.model)
+    loaded = weights_dtype(config, run.weights_dtype)
+    return _estimate(run, config, loaded, methods, both)
+
+
+def _estimate(run: Run, config: Any, loaded: torch.dtype, methods: tuple[str, ...], both: bool) -> Estimate:
+    deepspeed = run.strategy.startswith("zero")
+    low = run.precision.startswith("bf16")
+    if deepspeed:
+        trains = torch.bfloat16 if low else torch.float32
+    else:
+        trains = torch.bfloat16 if run.precision == "bf16-true" else loaded
+    architecture = Architecture(config, trains)
+    base = architecture.base()
+    parameters = sum(p.numel() for p in base.parameters())
+    results = {}
+    for method in methods:
+        rank: int | None = None
+        if method == "pmss":
+            model, rank = architecture.pmss(run.config), run.config.rank
+        elif method == "lora":
+            # peft keeps its matrices in float32 beside bfloat16 weights; ``bf16-true`` and DeepSpeed cast them too.
+            cast = deepspeed or run.precision == "bf16-true"
+            model, rank = architecture.lora(run.config, trains if cast else torch.float32)
+        else:
+            model = architecture.full()
+        pieces = engine_dtype(inventory(model), run.strategy, run.precision)
+        steps = {
+            checkpointing: estimate_step(
+                architecture,
+                model,
+                micro_batch=run.micro_batch,
+                sequence_length=run.sequence_length,
+                gradient_checkpointing=checkpointing,
+                autocast=torch.bfloat16 if run.precision == "bf16-mixed" and not deepspeed else None,
+            )
+            # Without first: what transformers switches on for checkpointing stays on.
+            for checkpointing in (False, True)
+            if both or checkpointing == run.gradient_checkpointing
+        }
+        step = steps[run.gradient_checkpointing]
+        other = steps.get(not run.gradient_checkpointing)
+        where = place(pieces, run.strategy, run.world, run.optimizer, run.zero)
+        of_base = parameters * loaded.itemsize
+        checkpoint, adapter = _file_bytes(pieces, run, method)
+        results[method] = MethodEstimate(
+            method=method,
+            rank=rank,
+            trainable=count(pieces)["trained"],
+            base=where.base + (where.trained if method == "full" else 0),
+            trained=0 if method == "full" else where.trained,
+            factors=where.factors,
+            gradients=where.gradients,
+            optimizer=where.optimizer,
+            gathered=where.gathered,
+            buckets=where.buckets,
+            activations=step.kept,
+            logits=step.head - step.kept,
+            work=step.peak - step.head,
+            reserve=reserve(run.world),
+            activations_other=None if other is None else other.peak,
+            host=host_bytes(of_base, where, run.strategy, run.devices),
+            checkpoint=checkpoint,
+            adapter=adapter,
+        )
+    return Estimate(run, type(base).__name__, parameters, str(loaded).removeprefix("torch."), results)
+
+
+def _file_bytes(pieces: list[Piece], run: Run, method: str) -> tuple[int, int]:
+    """(checkpoint, adapter): tensors without headers."""
+    trained = [p for p in pieces if p.kind == "trained" and not p.buffer]
+    indices = [p for p in pieces if p.kind == "index"]
+    deepspeed = run.strategy.startswith("zero")
+    alone = place([replace(p, block="") for p in trained], "zero2" if deepspeed else "single", 1, run.optimizer)
+    checkpoint = alone.trained + alone.optimizer + sum(p.nbytes for p in pieces if p.buffer)
+    if method == "pmss":
+        # U in float32 and int32 indices, whatever the run holds.
+        return checkpoint, sum(p.numel for p in trained) * 4 + sum(p.numel for p in indices) * 4
+    return checkpoint, sum(p.nbytes for p in trained)
+
+
+def with_options(run: Run, **changes: Any) -> Run:
+    """The run with other options; ``rank`` also lowers the ranks of ``rank_pattern`` to it."""
+    rank = changes.pop("rank", None)
+    if rank is not None:
+        pattern = {key: min(value, rank) for key, value in run.config.rank_pattern.items()}
+        changes["config"] = replace(run.config, rank=rank, rank_pattern=pattern)
+    return replace(run, **changes)

@@ -1,0 +1,173 @@
+"""What lies on one device, and on one node's host, before any activation: by strategy, from the list of a model's tensors.
+
+FSDP: PyTorch's per-parameter (2) and flat (1) sharding, one unit per decoder layer and one for the rest, which stays whole
+from the forward to the backward pass. ZeRO: DeepSpeed's optimizer as Lightning configures it. The tests measure each on two
+processes; what only a GPU shows (streams, communication buffers of NCCL) is in the fixed reserve.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from lightning_pmss.estimate.architecture import Piece
+
+STRATEGIES = ("single", "ddp", "fsdp", "fsdp2", "zero2", "zero3", "zero3_offload")
+# Bytes of optimizer state per trained element: tensors of the parameter's own dtype, or a number of bytes.
+OPTIMIZERS: dict[str, float] = {"adamw": 2, "adam": 2, "lion": 1, "sgd-momentum": 1, "sgd": 0}
+PROCESS_BYTES = 2_000_000_000  # Python, PyTorch, transformers and CUDA's libraries in host memory
+RESERVE_ALONE = 1_000_000_000  # CUDA context, workspaces of cuBLAS, a little fragmentation
+RESERVE_AMONG_SEVERAL = 2_000_000_000  # and NCCL's buffers
+
+
+@dataclass(frozen=True)
+class ZeroSettings:
+    """What of DeepSpeed's configuration counts; defaults as in Lightning's ``DeepSpeedStrategy``.
+
+    Attributes:
+        bucket: ``reduce_bucket_size``, elements.
+        overlap: ``overlap_comm``: ZeRO-2 fills a second bucket meanwhile.
+        persistence: ``stage3_param_persistence_threshold``: smaller parameters stay whole, elements.
+        live: ``stage3_max_live_parameters``: gathered at once, elements.
+    """
+
+    bucket: int = 200_000_000
+    overlap: bool = True
+    persistence: int = 100_000
+    live: int = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Bytes per device, except where said.
+
+    Attributes:
+        base: Frozen weights and the model's buffers.
+        trained: V with its indices; the adapters; or nothing in full fine-tuning, where ``base`` is trained.
+        factors: Frozen factors of PMSS's coordinates.
+        gradients: Of what is trained.
+        optimizer: Its states (DeepSpeed: and its float32 copies).
+        gathered: Weights that are whole for a moment, and their gradients before they are reduced.
+        buckets: Communication buffers that the strategy itself allocates.
+        offloaded: Bytes per process that went to the host.
+    """
+
+    base: int = 0
+    trained: int = 0
+    factors: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    gathered: int = 0
+    buckets: int = 0
+    offloaded: int = 0
+
+
+def place(
+    pieces: list[Piece], strategy: str, world: int, optimizer: str = "adamw", settings: ZeroSettings | None = None
+) -> Placement:
+    """Distribute a model's tensors.
+
+    Args:
+        pieces: Of the model, with the dtypes that the run gives them (see `engine_dtype`).
+        strategy: One of `STRATEGIES`.
+        world: Number of processes.
+        optimizer: One of `OPTIMIZERS`.
+        settings: DeepSpeed's.
+    """
+    zero = settings or ZeroSettings()
+    held = dict.fromkeys(("base", "trained", "factor", "index"), 0)
+    gradients = states = master = 0
+    sharded = strategy in ("fsdp", "fsdp2", "zero3", "zero3_offload")
+    split_optimizer = sharded or strategy == "zero2"
+    stage3 = strategy.startswith("zero3")
+    persistent = live = offloaded = 0
+    for piece in pieces:
+        if piece.buffer:
+            held[piece.kind] += piece.nbytes
+            continue
+        part = _part(piece, world, by_rows=strategy == "fsdp2")
+        here = (part if sharded else piece.numel) * piece.itemsize
+        held[piece.kind] += here
+        if stage3:
+            whole = piece.numel <= zero.persistence
+            persistent += piece.nbytes if whole else 0
+            live += 0 if whole else piece.numel
+        if piece.kind == "trained":
+            mine = part if split_optimizer else piece.numel
+            gradients += mine * piece.itemsize
+            states += int(mine * OPTIMIZERS[optimizer] * (4 if strategy.startswith("zero") else piece.itemsize))
+            master += mine * 4 if strategy.startswith("zero") else 0
+    itemsize = max((p.itemsize for p in pieces if p.kind == "trained" and not p.buffer), default=0)
+    gathered = buckets = 0
+    if strategy in ("fsdp", "fsdp2") and world > 1:
+        gathered = _gathered_by_fsdp(pieces)
+    elif strategy == "ddp" and world > 1:
+        buckets = gradients  # DDP copies every gradient into its buckets
+    elif strategy == "zero2":
+        buckets = zero.bucket * itemsize * (2 if zero.overlap else 1)
+    elif stage3:
+        widest = max(p.itemsize for p in pieces if not p.buffer)
+        gathered = persistent + min(live, zero.live) * widest
+        buckets = zero.bucket * itemsize
+    optimizer_bytes = states + master
+    if strategy == "zero3_offload":
+        offloaded = sum(held[k] for k in ("base", "trained", "factor")) + optimizer_bytes + gradients
+        held = dict.fromkeys(held, 0) | {"index": held["index"]}
+        optimizer_bytes = gradients = 0
+    return Placement(
+        held["base"],
+        held["trained"] + held["index"],
+        held["factor"],
+        gradients,
+        optimizer_bytes,
+        gathered,
+        buckets,
+        offloaded,
+    )
+
+
+def engine_dtype(pieces: list[Piece], strategy: str, precision: str) -> list[Piece]:
+    """DeepSpeed casts every parameter to the one dtype of its engine; the others leave them as they are."""
+    if not strategy.startswith("zero"):
+        return pieces
+    size = 2 if precision.startswith("bf16") else 4
+    return [p if p.buffer else replace(p, itemsize=size) for p in pieces]
+
+
+def host_bytes(base: int, placement: Placement, strategy: str, devices: int) -> int:
+    """Peak of one node's host memory: processes, the checkpoint while it is loaded, and what is offloaded.
+
+    Args:
+        base: Bytes of the base's weights as loaded.
+        placement: Of one process.
+        strategy: Name.
+        devices: Processes on the node.
+    """
+    # FSDP2 and ZeRO-3 load on rank 0 and send; with the others every process loads for itself.
+    copies = 1 if strategy in ("fsdp2", "zero3", "zero3_offload") else devices
+    return devices * (PROCESS_BYTES + placement.offloaded) + copies * base
+
+
+def reserve(world: int) -> int:
+    """Bytes per device that are set aside, not counted."""
+    return RESERVE_AMONG_SEVERAL if world > 1 else RESERVE_ALONE
+
+
+def _part(piece: Piece, world: int, *, by_rows: bool) -> int:
+    """Elements of the largest share of one parameter."""
+    if not by_rows:
+        return math.ceil(piece.numel / world)
+    rows = piece.shape[0] if piece.shape else 1
+    return math.ceil(rows / world) * (piece.numel // rows if rows else 0)
+
+
+def _gathered_by_fsdp(pieces: list[Piece]) -> int:
+    """The unit of what is outside of the decoder layers, the layer at work and the one fetched meanwhile."""
+    units: dict[str, int] = {}
+    gradients: dict[str, int] = {}
+    for piece in pieces:
+        if not piece.buffer:
+            units[piece.block] = units.get(piece.block, 0) + piece.nbytes
+            gradients[piece.block] = gradients.get(piece.block, 0) + (piece.nbytes if piece.kind == "trained" else 0)
+    root = units.pop("", 0)
+    return root + 2 * max(units.values(), default=0) + 2 * max(gradients.values(), default=0)
