@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,9 +131,14 @@ def find_matrices(model: nn.Module, config: PMSSConfig, reader: ShardReader) -> 
     ranks = ranks_of(config, names, modules)
     shapes = {name: canonical_shape(modules[name]) for name in names}
     stored = {name: shape[::-1] if is_transposed(modules[name]) else shape for name, shape in shapes.items()}
-    rename = match_names(stored, reader, reader.folder, _wording(model))
-    keys = {name: f"{rename(name)}.weight" for name in names}
-    _refuse_changed(model, keys)
+    as_loaded, changed = _names_in_the_model(model, reader)
+    rename = match_names(stored, as_loaded, reader.folder, _wording(model))
+    keys = {name: as_loaded.tensors[f"{rename(name)}.weight"].key for name in names}
+    if strange := [name for name, key in keys.items() if key in changed]:
+        raise ValueError(
+            f"transformers changes the weights of {few(strange)} when it loads a {type(model).__name__}, so the rows and "
+            f"columns on disk are not the model's; list them in exclude_modules, or {_IN_PYTHON}"
+        )
     place = {key: number for number, key in enumerate(reader.tensors)}
     targets = [
         Target(name, keys[name], shape, is_transposed(modules[name]), min(ranks[name], *shape), ranks[name])
@@ -159,17 +163,26 @@ def _wording(model: nn.Module) -> Wording:
     )
 
 
-def _refuse_changed(model: nn.Module, keys: Mapping[str, str]) -> None:
-    """Refuse tensors that transformers splits, joins, permutes or transposes on loading: the model has other numbers."""
+def _names_in_the_model(model: nn.Module, reader: ShardReader) -> tuple[ShardReader, set[str]]:
+    """The checkpoint under the names that transformers gives its tensors on loading, each still knowing its own key.
+
+    Returns:
+        The renamed view, and the keys of the tensors that are also split, joined, permuted or transposed: of those the
+        model holds other numbers than the file.
+    """
     try:
-        from transformers.conversion_mapping import WeightConverter, get_model_conversion_mapping
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
     except ImportError:
-        return  # a transformers that loads tensors as they are
+        return reader, set()  # a transformers that loads tensors as they are
     loaded: Any = model  # a PreTrainedModel, as `model_on_meta` builds it
-    converters = [c for c in get_model_conversion_mapping(loaded) if isinstance(c, WeightConverter)]
-    changed = [name for name, key in keys.items() if any(c.rename_source_key(key)[1] is not None for c in converters)]
-    if changed:
-        raise ValueError(
-            f"transformers changes the weights of {few(changed)} when it loads a {type(model).__name__}, so the rows and "
-            f"columns on disk are not the model's; list them in exclude_modules, or {_IN_PYTHON}"
-        )
+    steps = get_model_conversion_mapping(loaded)
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    converters = [step for step in steps if isinstance(step, WeightConverter)]
+    tensors, changed = {}, set()
+    for key in sorted(reader.tensors, key=dot_natural_key):  # the loader's order, on which some renamings depend
+        name, converted = rename_source_key(key, renamings, converters)
+        tensors[name] = reader.tensors[key]
+        if converted is not None:
+            changed.add(key)
+    return ShardReader(reader.folder, tensors), changed

@@ -80,6 +80,9 @@ class Pieces:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        # Refused before the first matrix was done: nothing to take up.
+        if kind is not None and not any(self.folder.glob("*.safetensors")):
+            self.remove()
         self._unlock()
 
     def _unlock(self) -> None:
