@@ -92,8 +92,8 @@ class CoreFrame(nn.Module):
     def __init__(self, frame: Frame, device: torch.device) -> None:
         super().__init__()
         for name, factor in zip(Frame._fields, frame, strict=True):
-            # FSDP2 shards no scalar.
-            value = None if factor is None else torch.atleast_2d(factor).to(device)
+            # FSDP2 shards neither scalars nor transposed tensors.
+            value = None if factor is None else torch.atleast_2d(factor).to(device).contiguous()
             kept = None if value is None else nn.Parameter(value, requires_grad=False)
             self.register_parameter(name, kept)
         # On the meta device the values wait here until the parameters get memory (see `reset_parameters`).
@@ -185,6 +185,7 @@ class PMSSLinear(nn.Module):
         core: `PMSSCore`, owner of the trained tensor.
         scale, coordinates, dropout, memory: As configured.
         fingerprint: Of the slices of W (`lightning_pmss.fingerprint`), where it was taken while W was whole; else None.
+        on_trust: Converted without its weight, so that nobody has compared it with the fingerprint yet.
         edit: ``"input"`` or ``"output"``.
         transposed: Whether ``weight`` is stored ``[in, out]``.
     """
@@ -203,6 +204,7 @@ class PMSSLinear(nn.Module):
     fingerprint: Mapping[str, str] | None
     pristine: Tensor | None
     waiting: tuple[Tensor, Tensor] | None
+    on_trust: bool
 
     @staticmethod
     def adopt(
@@ -231,6 +233,7 @@ class PMSSLinear(nn.Module):
         layer.fingerprint = layer.pristine = None
         # On the meta device the indices wait here until the layer gets memory (see `reset_parameters`).
         layer.waiting = (rows.cpu(), cols.cpu()) if weight.is_meta else None
+        layer.on_trust = weight.is_meta
         return layer
 
     @property

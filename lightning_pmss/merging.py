@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from lightning_pmss.conversion import pmss_layers
 from lightning_pmss.edits import without_autocast
+from lightning_pmss.gathering import is_sharded, whole_tensors, whole_update
 from lightning_pmss.layers import PMSSLinear
+from lightning_pmss.whole import clean_name
 
 
 @dataclass
@@ -116,7 +118,7 @@ def merge(model: nn.Module) -> MergeReport:
     Raises:
         ValueError: No converted layer, already merged, or a merged weight is not finite.
     """
-    layers = _layers(model)
+    layers = _unsharded_layers(model)
     if done := [name for name, layer in layers.items() if layer.merged]:
         raise ValueError(
             f"`{done[0]}` is merged already; merging starts from the pristine weights only: `unmerge` first."
@@ -143,7 +145,7 @@ def unmerge(model: nn.Module) -> None:
     Raises:
         ValueError: The model is not merged.
     """
-    layers = _layers(model)
+    layers = _unsharded_layers(model)
     if not any(layer.merged for layer in layers.values()):
         raise ValueError("the model is not merged, so there is nothing to unmerge.")
     _restore(layers)
@@ -159,21 +161,55 @@ def merged(model: nn.Module) -> Iterator[MergeReport]:
         unmerge(model)
 
 
-@torch.no_grad()
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The model's state dict as if it had never been converted, with W' in the converted layers; the model is unchanged.
 
     Keys are those of ``model.state_dict()`` without the adapters'. Tensors that were not converted are the live ones.
     """
-    _layers(model)
-    state: dict[str, Tensor] = dict(model.state_dict())
-    for prefix, module in model.named_modules(remove_duplicate=False):
+    return merged_state(model)[0]
+
+
+@torch.no_grad()
+def merged_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, LayerDrift]]:
+    """`merged_state_dict` and, by canonical module name, what the rounding of each merge cost.
+
+    On a sharded model this is a collective, and rank 0 gets the whole state on its CPU, the others an empty one.
+    """
+    layers = _layers(model)
+    if not is_sharded(model):
+        state: dict[str, Tensor] = dict(model.state_dict())
+        results = {name: merged_weight(layer, name) for name, layer in layers.items()}
+    else:
+        updates = {name: whole_update(model, layer) for name, layer in layers.items()}
+        first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        state, results = dict(whole_tensors(model, keep=first)), {}
+        if not first:
+            return {}, {}
+    drift = {}
+    own = {id(layer): name for name, layer in layers.items()}
+    for full, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, PMSSLinear):
-            start = f"{prefix}." if prefix else ""
-            for key in [k for k in state if k.startswith(f"{start}core.") or k in (f"{start}rows", f"{start}cols")]:
+            name = own[id(module)]
+            start = f"{clean_name(full)}." if clean_name(full) else ""
+            indices = [state.pop(f"{start}{what}").cpu() for what in ("rows", "cols")]
+            for key in [k for k in state if k.startswith(f"{start}core.")]:
                 del state[key]
-            state[f"{start}weight"] = merged_weight(module, prefix)[0]
-    return state
+            if name not in results:
+                weight = state[f"{start}weight"]
+                canonical = weight.T if module.transposed else weight
+                value, cost = merge_weight(canonical, indices[0], indices[1], updates[name].cpu(), name)
+                results[name] = (value.T.contiguous() if module.transposed else value), cost
+            state[f"{start}weight"], drift[name] = results[name]
+    return state, drift
+
+
+def _unsharded_layers(model: nn.Module) -> dict[str, PMSSLinear]:
+    if is_sharded(model):
+        raise ValueError(
+            "a sharded model cannot be merged in place; write the adapter and merge it into the base on disk"
+            " (`python -m lightning_pmss merge`), which PMSSCallback does when `fit` ends."
+        )
+    return _layers(model)
 
 
 def _layers(model: nn.Module) -> dict[str, PMSSLinear]:

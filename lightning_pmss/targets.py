@@ -12,7 +12,7 @@ from lightning_pmss.config import PMSSConfig
 from lightning_pmss.layers import can_output_edit, is_conv1d, is_supported
 from lightning_pmss.messages import some
 from lightning_pmss.skeleton import Skeleton
-from lightning_pmss.whole import is_dtensor
+from lightning_pmss.whole import clean_name, is_dtensor
 
 # Names by which models that are no Hugging Face model usually call their output head.
 HEAD_NAMES = ("lm_head", "head", "heads", "classifier", "score", "qa_outputs", "embed_out")
@@ -21,7 +21,8 @@ HEAD_NAMES = ("lm_head", "head", "heads", "classifier", "score", "qa_outputs", "
 def hugging_face_root(model: nn.Module) -> tuple[nn.Module, str]:
     """The one outermost Hugging Face model inside ``model`` and its dotted prefix, else ``(model, "")``."""
     found: list[tuple[str, nn.Module]] = []
-    for name, module in model.named_modules():
+    for full, module in model.named_modules():
+        name = clean_name(full)
         inside = any(name.startswith(f"{outer}.") or outer == "" for outer, _ in found)
         if not inside and is_hugging_face(module):
             found.append((name, module))
@@ -37,7 +38,8 @@ def canonical_modules(model: nn.Module) -> dict[str, nn.Module]:
     stay full.
     """
     _, prefix = hugging_face_root(model)
-    named = {name: module for name, module in model.named_modules() if name}
+    # A wrapper and what it wraps have one clean name, and come in this order: the wrapped module stays.
+    named = {clean_name(name): module for name, module in model.named_modules() if clean_name(name)}
     short = {name.removeprefix(prefix): module for name, module in named.items() if name + "." != prefix}
     return short if len(short) == len([n for n in named if n + "." != prefix]) else named
 

@@ -32,7 +32,13 @@ def whole(tensor: Tensor) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def fill(tensor: Tensor, value: Tensor) -> None:
-    """Copy a whole value, equal on all ranks, into a tensor that may be a ``DTensor``."""
+    """Copy a whole value, equal on all ranks, into a tensor that may be kept in parts; then it is a collective."""
+    if is_zero_partitioned(tensor):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0):
+            tensor.copy_(value)
+        return
     if is_dtensor(tensor):
         from torch.distributed.tensor import distribute_tensor
 
@@ -74,3 +80,10 @@ def outside_zero_init() -> Iterator[None]:
         yield
     finally:
         module.restore_init_context()
+
+
+def clean_name(name: str) -> str:
+    """A module or parameter name without what FSDP1, activation checkpointing and ``torch.compile`` put into it."""
+    for wrapper in ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"):
+        name = name.replace(f"{wrapper}.", "").removesuffix(wrapper)
+    return name.removesuffix(".")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_pmss.layers import PMSSLinear
 from lightning_pmss.messages import some
@@ -20,13 +20,28 @@ class GradientCheck:
     Args:
         layers: Canonical name -> converted layer.
         infinities_are_normal: Under a loss scaler the first steps overflow on purpose.
+        sharded: Engines take gradients away as they come, and give a rank without a share of U none: the gradient of what
+            the core returns is looked at instead.
     """
 
-    def __init__(self, layers: Mapping[str, PMSSLinear], *, infinities_are_normal: bool = False) -> None:
+    def __init__(
+        self, layers: Mapping[str, PMSSLinear], *, infinities_are_normal: bool = False, sharded: bool = False
+    ) -> None:
         self.layers = dict(layers)
         self.infinities_are_normal = infinities_are_normal
         self._called: set[str] = set()
+        self._looked = False
         self._hooks: list[Any] = []
+        self._passed: dict[str, bool] | None = {} if sharded else None  # name -> whether its gradient was finite
+        if sharded:
+            self._hooks = [x.core.register_forward_hook(self._watching(n)) for n, x in self.layers.items()]
+
+    def _gradient(self, name: str) -> bool | None:
+        """Whether the gradient of U is finite, None where there is none."""
+        if self._passed is not None:
+            return self._passed.get(name)
+        grad = self.layers[name].core.weight.grad
+        return None if grad is None else bool(torch.isfinite(grad).all())
 
     def check(self) -> bool:
         """Look at the gradients after a backward pass; True when there is nothing more to look at.
@@ -34,7 +49,8 @@ class GradientCheck:
         Raises:
             MisconfigurationException: No U got a gradient; or one did not although its layer ran; or one is not finite.
         """
-        silent = [name for name, layer in self.layers.items() if layer.core.weight.grad is None]
+        found = {name: self._gradient(name) for name in self.layers}
+        silent = [name for name, finite in found.items() if finite is None]
         if len(silent) == len(self.layers) or (cut_off := [n for n in silent if n in self._called]):
             names = silent if len(silent) == len(self.layers) else cut_off
             self._remove_hooks()
@@ -45,28 +61,37 @@ class GradientCheck:
                 " reads the layer's `weight` instead of calling it (list such layers in `exclude_modules`)."
             )
         if not self.infinities_are_normal:
-            broken = [
-                n
-                for n, x in self.layers.items()
-                if x.core.weight.grad is not None and not torch.isfinite(x.core.weight.grad).all()
-            ]
+            broken = [name for name, finite in found.items() if finite is False]
             if broken:
                 raise MisconfigurationException(
                     f"U of {len(broken)} converted layers got NaN or infinite gradients in the first step: {some(broken)}."
                     " The loss is not finite or the learning rate's warm-up is missing; check the batch and the base model."
                 )
         if not silent:
+            self._remove_hooks()
             return True
-        if self._hooks:  # the second look: these layers did not run, as happens to experts without tokens
+        if self._looked:  # the second look: these layers did not run, as happens to experts without tokens
             self._remove_hooks()
             rank_zero_warn(
                 f"U of {len(silent)} converted layers got no gradient because the layers did not run: {some(silent)}. That is"
                 " normal for experts that saw no token; if the model never uses them, list them in `exclude_modules`."
             )
             return True
+        self._looked = True
         for name in silent:
             self._hooks.append(self.layers[name].register_forward_hook(self._noting(name)))
         return False
+
+    def _watching(self, name: str) -> Any:
+        def note(grad: Tensor) -> None:
+            assert self._passed is not None
+            self._passed[name] = bool(torch.isfinite(grad).all())
+
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(note)
+
+        return hook
 
     def _noting(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:

@@ -8,7 +8,6 @@ Fine-tunes the model of any LightningModule by PMSS.
 from __future__ import annotations
 
 import functools
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,21 +15,28 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
+from lightning_pmss.callbacks.checks import (
+    agree_on_indices,
+    agree_on_weights,
+    check_bases,
+    check_optimizers,
+    warn_about_batch_norm,
+)
 from lightning_pmss.callbacks.gradients import GradientCheck
 from lightning_pmss.callbacks.randomness import StepRandomness, set_random_states
-from lightning_pmss.checkpointing import CheckpointSeam
+from lightning_pmss.callbacks.results import merge_beside, remove_beside, write_results
+from lightning_pmss.checkpointing import CheckpointSeam, record_fingerprints
 from lightning_pmss.config import PMSSConfig
 from lightning_pmss.conversion import conversion_of, convert, pmss_layers
-from lightning_pmss.files import save_adapter, write_merged
-from lightning_pmss.files.atomic import check_target
+from lightning_pmss.gathering import whole_update
 from lightning_pmss.report import ConversionReport
+from lightning_pmss.sharding import Engine, prepare_strategy
 from lightning_pmss.targets import hugging_face_root
 
 MERGE_ON_SAVE = ("end", "checkpoint", None)
@@ -43,7 +49,9 @@ class PMSSCallback(L.Callback):
     builds them there. Checkpoints hold what is trained and resume exactly; at the end of ``fit`` the adapter folder
     ``<output_dir>/adapter`` and the merged model ``<output_dir>/merged`` are written.
 
-    Single device and DDP are supported; other strategies are refused.
+    Works on a single device and under DDP, FSDP1 (`FSDPStrategy`), FSDP2 (`ModelParallelStrategy`) and DeepSpeed ZeRO-2 and
+    ZeRO-3. Under FSDP2 the LightningModule calls `lightning_pmss.model_built(self)` in ``configure_model`` between building
+    and ``fully_shard``; what cannot work is refused before any work.
 
     Args:
         target_modules: ``"all-linear"``, a list of module name endings, or a regular expression.
@@ -125,6 +133,7 @@ class PMSSCallback(L.Callback):
         self.log_throughput = log_throughput
         self.log_u_norm = log_u_norm
         self.report: ConversionReport | None = None
+        self._engine: Engine = "plain"
         self._seam: CheckpointSeam | None = None
         self._gradients: GradientCheck | None = None
         self._randomness = StepRandomness()
@@ -136,10 +145,7 @@ class PMSSCallback(L.Callback):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Convert now, or arrange for it right after ``configure_model``."""
-        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
-            raise MisconfigurationException(
-                f"PMSSCallback does not support `{type(trainer.strategy).__name__}` yet; use a single device or strategy='ddp'."
-            )
+        self._engine = prepare_strategy(trainer, pl_module)
         if conversion_of(pl_module) is None and is_overridden("configure_model", pl_module):
             original = pl_module.configure_model
 
@@ -148,41 +154,35 @@ class PMSSCallback(L.Callback):
                 # The patch goes first: it must not survive in a pickle or a copy, nor run twice.
                 del pl_module.configure_model
                 original()
-                self._convert(trainer, pl_module)
+                self._attach(trainer, pl_module)
 
             pl_module.configure_model = configure_model  # type: ignore[method-assign]
         else:
-            self._convert(trainer, pl_module)
+            self._attach(trainer, pl_module)
 
-    def _convert(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        before = conversion_of(pl_module)
-        self.report = convert(pl_module, self.config)
-        if before is None:
-            self._agree_on_indices(trainer, pl_module)
+    def on_model_built(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Convert in the middle of ``configure_model``, before it shards: what `lightning_pmss.model_built` calls."""
+        if conversion_of(pl_module) is None:
+            agree_on_weights(trainer, pl_module, self._engine)
+            self.report = convert(pl_module, self.config)
+            agree_on_indices(trainer, pl_module)
+            if self._engine != "plain":
+                record_fingerprints(pl_module)
             rank_zero_info(f"PMSS:\n{self.report}")
+
+    def _attach(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.on_model_built(trainer, pl_module)
+        self.report = convert(pl_module, self.config)  # converted before: the same config, or an error
         pl_module.strict_loading = False
         if self._seam is not None:
             self._seam.remove()
         beside = self.merge_on_save == "checkpoint"
         self._seam = CheckpointSeam(
-            trainer.strategy,
+            trainer,
             pl_module,
-            after_save=functools.partial(self._merge_beside, trainer, pl_module) if beside else None,
-            after_remove=functools.partial(self._remove_beside, trainer) if beside else None,
+            after_save=functools.partial(merge_beside, trainer, pl_module) if beside else None,
+            after_remove=functools.partial(remove_beside, trainer) if beside else None,
         )
-
-    @staticmethod
-    def _agree_on_indices(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Rank 0's rows and columns count: freshly initialised weights may still differ between ranks here."""
-        if trainer.world_size == 1:
-            return
-        layers = pmss_layers(pl_module)
-        chosen = {name: (layer.rows.cpu(), layer.cols.cpu()) for name, layer in layers.items()}
-        for name, (rows, cols) in trainer.strategy.broadcast(chosen).items():
-            layer = layers[name]
-            layer.rows.copy_(rows)
-            layer.cols.copy_(cols)
-            layer.refresh_frame(name)
 
     # -- checks at the start ------------------------------------------------------------------------------------------
 
@@ -197,33 +197,16 @@ class PMSSCallback(L.Callback):
         root, _ = hugging_face_root(pl_module)
         if root is not pl_module and not root.training:
             root.train()  # `from_pretrained` leaves eval mode, in which dropout and HF's activation checkpointing are off
-        _check_optimizers(trainer, pl_module, layers)
-        self._warn_about_batch_norm(pl_module)
-        self._gradients = GradientCheck(layers, infinities_are_normal=trainer.precision == "16-mixed")
+        also_train = self.report.also_train if self.report else []
+        check_bases(trainer, pl_module)
+        check_optimizers(trainer, pl_module, also_train)
+        warn_about_batch_norm(pl_module, also_train)
+        self._gradients = GradientCheck(
+            layers, infinities_are_normal=trainer.precision == "16-mixed", sharded=self._engine != "plain"
+        )
         if self.report is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             for logger in trainer.loggers:
                 logger.log_metrics({"pmss/trainable_parameters": self.report.trainable}, step=trainer.global_step)
-
-    def _warn_about_batch_norm(self, pl_module: L.LightningModule) -> None:
-        kept = [
-            m
-            for n, m in pl_module.named_modules()
-            if any(n.endswith(a) for a in (self.report.also_train if self.report else []))
-        ]
-        inside = {id(m) for k in kept for m in k.modules()}
-        moving = [
-            name
-            for name, m in pl_module.named_modules()
-            if isinstance(m, nn.modules.batchnorm._NormBase)
-            and m.track_running_stats
-            and m.training
-            and id(m) not in inside
-        ]
-        if moving:
-            rank_zero_warn(
-                f"`{moving[0]}` ({len(moving)} such) updates its running statistics while training, which the adapter file"
-                " does not hold: name it in also_train, or put it into eval mode."
-            )
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -284,9 +267,7 @@ class PMSSCallback(L.Callback):
                 values["pmss/tokens_per_second"] = tokens * trainer.world_size / seconds
             pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
         if self.log_u_norm and trainer.fit_loop.epoch_loop._batches_that_stepped % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            norms = {
-                f"pmss/u_norm/{n}": layer.core_update().detach().norm() for n, layer in pmss_layers(pl_module).items()
-            }
+            norms = {f"pmss/u_norm/{n}": whole_update(pl_module, x).norm() for n, x in pmss_layers(pl_module).items()}
             pl_module.log_dict(norms, on_step=True, on_epoch=False, batch_size=1)
 
     # -- results ------------------------------------------------------------------------------------------------------
@@ -297,29 +278,15 @@ class PMSSCallback(L.Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         folder = self.output_folder(trainer)
-        if trainer.is_global_zero:
-            save_adapter(pl_module, folder / "adapter", overwrite=True)
-            rank_zero_info(f"PMSS: adapter in {folder / 'adapter'}")
-            if self.merge_on_save is not None:
-                written = write_merged(pl_module, folder / "merged", tokenizer=_tokenizer(pl_module), overwrite=True)
-                rank_zero_info(f"PMSS: merged model in {folder / 'merged'}\n{written}")
-        trainer.strategy.barrier("PMSSCallback.on_train_end")
+        merged = None if self.merge_on_save is None else folder / "merged"
+        written = write_results(trainer, pl_module, folder / "adapter", merged)
+        rank_zero_info(f"PMSS: adapter in {folder / 'adapter'}")
+        if merged is not None:
+            rank_zero_info(f"PMSS: merged model in {merged}\n{written}")
 
     def output_folder(self, trainer: L.Trainer) -> Path:
         """Where the results go: ``output_dir``, else the log directory (call it on all ranks)."""
         return self.output_dir or Path(trainer.log_dir or trainer.default_root_dir)
-
-    def _merge_beside(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: Path) -> None:
-        if trainer.is_global_zero:
-            write_merged(pl_module, _beside(checkpoint), tokenizer=_tokenizer(pl_module), overwrite=True)
-        trainer.strategy.barrier("PMSSCallback.merge_beside")
-
-    def _remove_beside(self, trainer: L.Trainer, checkpoint: Path) -> None:
-        if trainer.is_global_zero:
-            folder = _beside(checkpoint)
-            if folder.exists():
-                check_target(folder, overwrite=True)  # nothing that this library did not write is ever removed
-                shutil.rmtree(folder)
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -347,29 +314,6 @@ class PMSSCallback(L.Callback):
         self._randomness.load(states[rank])
 
 
-def _check_optimizers(trainer: L.Trainer, pl_module: L.LightningModule, layers: Mapping[str, nn.Module]) -> None:
-    report = conversion_of(pl_module)
-    trained = {n: p for n, p in pl_module.named_parameters() if p.requires_grad}
-    cores = {id(layer.core.weight): name for name, layer in layers.items()}  # type: ignore[union-attr, attr-defined]
-    allowed = set(cores)
-    for name, module in pl_module.named_modules():
-        if any(name == a or name.endswith(f".{a}") for a in (report.also_train if report else [])):
-            allowed |= {id(p) for p in module.parameters()}
-    if strangers := [n for n, p in trained.items() if id(p) not in allowed]:
-        raise MisconfigurationException(
-            f"{len(strangers)} parameters train although only U should: {', '.join(f'`{n}`' for n in strangers[:5])}. Something"
-            " unfroze them after the conversion; to train a module on purpose, name it in `also_train`."
-        )
-    held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
-    if missing := [n for n, p in trained.items() if id(p) not in held]:
-        raise MisconfigurationException(
-            f"{len(missing)} of {len(trained)} trainable tensors are in no optimizer and would never learn:"
-            f" {', '.join(f'`{n}`' for n in missing[:5])}. The optimizer was made before the model was converted: make it in"
-            " `configure_optimizers` from `[p for p in self.parameters() if p.requires_grad]`; with LightningCLI pass"
-            " `auto_configure_optimizers=False`."
-        )
-
-
 def _tokens(batch: Any) -> int | None:
     """Tokens of a language model's batch; None for any other batch."""
     if not isinstance(batch, Mapping):
@@ -377,12 +321,3 @@ def _tokens(batch: Any) -> int | None:
     if isinstance(mask := batch.get("attention_mask"), Tensor):
         return int(mask.sum())
     return ids.numel() if isinstance(ids := batch.get("input_ids"), Tensor) else None
-
-
-def _tokenizer(pl_module: L.LightningModule) -> Any:
-    tokenizer = getattr(pl_module, "tokenizer", None)
-    return tokenizer if hasattr(tokenizer, "save_pretrained") else None
-
-
-def _beside(checkpoint: Path) -> Path:
-    return checkpoint.with_name(f"{checkpoint.stem}-merged")

@@ -26,10 +26,12 @@ from lightning_pmss.files.adapter_file import (
 from lightning_pmss.files.atomic import WRITTEN_BY, atomic_folder, check_target
 from lightning_pmss.files.shards import few, save_tensors
 from lightning_pmss.fingerprint import fingerprint, same_base
+from lightning_pmss.gathering import is_sharded, whole_tensors, whole_update
 from lightning_pmss.layers import PMSSLinear, canonical_shape, is_supported, is_transposed
 from lightning_pmss.report import ConversionReport
 from lightning_pmss.skeleton import Skeleton, SkeletonLayer
 from lightning_pmss.targets import canonical_modules, find_targets, hugging_face_root, match_modules
+from lightning_pmss.whole import clean_name
 
 __all__ = ["AdapterFile", "AdapterModule", "load_adapter", "read_adapter", "save_adapter"]
 
@@ -42,7 +44,7 @@ def save_adapter(
     revision: str | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write the adapter of a converted model.
+    """Write the adapter of a converted model; a sharded one on every rank, of which rank 0 writes.
 
     Args:
         model: converted by `convert` or the callback; merged or not.
@@ -68,7 +70,7 @@ def save_adapter(
     tensors: dict[str, Tensor] = {}
     modules: dict[str, Any] = {}
     for name, layer in layers.items():
-        update = layer.core_update().detach()
+        update = whole_update(model, layer)
         tensors[f"{name}.U"] = update.to("cpu", torch.float64 if update.dtype == torch.float64 else torch.float32)
         tensors[f"{name}.rows"] = layer.rows.to("cpu", torch.int32)
         tensors[f"{name}.cols"] = layer.cols.to("cpu", torch.int32)
@@ -76,9 +78,13 @@ def save_adapter(
             "shape": list(canonical_shape(layer)),
             "rank": update.shape[0] if update.shape[0] == update.shape[1] else list(update.shape),
             "layout": "conv1d" if layer.transposed else "linear",
-            "fingerprint": fingerprint(layer.weight_rows(), layer.weight_columns()),
+            "fingerprint": dict(layer.fingerprint or fingerprint(*layer.slices())),
         }
-    extra = _tensors_of(report.also_train, canonical_modules(model))
+    named = canonical_modules(model)
+    if sharded := is_sharded(model):
+        extra = {f"{n}.{k}": value for n in report.also_train for k, value in whole_tensors(named[n])}
+    else:
+        extra = _tensors_of(report.also_train, named)
     if clash := sorted(set(tensors) & set(extra)):
         raise ValueError(f"also_train has tensors under the names of PMSS's own: {few(clash)}. Rename these modules.")
     tensors.update({key: value.detach().cpu() for key, value in extra.items()})
@@ -88,6 +94,8 @@ def save_adapter(
             "Lower the learning rate, or go back to an earlier checkpoint."
         )
     tied = _other_names(extra, model)
+    if sharded and torch.distributed.get_rank() != 0:
+        return target
     known = getattr(hugging_face_root(model)[0], "config", None)
     config = {
         "written_by": WRITTEN_BY,
@@ -244,6 +252,8 @@ def _tensors_of(names: list[str], modules: Mapping[str, nn.Module]) -> dict[str,
 def _other_names(extra: Mapping[str, Tensor], model: nn.Module) -> dict[str, list[str]]:
     """Under which names each also_train tensor is known besides its own: a checkpoint stores a tied one only once."""
     prefix = hugging_face_root(model)[1]
+    if is_sharded(model):
+        return {key: _aliases(key, model, prefix) for key in extra}
     by_address: dict[tuple[int, int], list[str]] = {}
     for key, value in model.state_dict().items():
         if isinstance(value, Tensor) and value.numel():
@@ -252,3 +262,9 @@ def _other_names(extra: Mapping[str, Tensor], model: nn.Module) -> dict[str, lis
         key: [name for name in by_address.get((value.data_ptr(), value.numel()), []) if name != key]
         for key, value in extra.items()
     }
+
+
+def _aliases(key: str, model: nn.Module, prefix: str) -> list[str]:
+    """The same for a sharded model, whose parts have addresses that say nothing: tied parameters are one object."""
+    live = {clean_name(n).removeprefix(prefix): p for n, p in model.named_parameters(remove_duplicate=False)}
+    return [name for name, parameter in live.items() if name != key and parameter is live.get(key)]

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lightning_pmss.conversion import pmss_layers
 from lightning_pmss.files.adapter_file import AdapterFile, AdapterModule, read_adapter
 from lightning_pmss.files.atomic import atomic_folder, check_target
 from lightning_pmss.files.model_folder import FileMergeReport, copy_others, refuse_overlap, write_report
@@ -36,7 +35,7 @@ from lightning_pmss.files.shards import (
     write_index,
 )
 from lightning_pmss.fingerprint import same_base
-from lightning_pmss.merging import LayerDrift, merged_state_dict, merged_weight
+from lightning_pmss.merging import LayerDrift, merged_state
 from lightning_pmss.targets import hugging_face_root
 
 OUTSIDE_FILE = "other_modules.safetensors"
@@ -161,7 +160,7 @@ def write_merged(
     A Hugging Face model (also one inside a LightningModule) is written by its own ``save_pretrained``, for
     ``from_pretrained``; parameters around it, which that form cannot hold, go to ``other_modules.safetensors``. Any
     other module gives ``model.safetensors``: a plain state dict under the original keys. The model itself is not
-    changed and may be merged or not.
+    changed and may be merged or not. A sharded one is gathered on rank 0's CPU: call it on every rank, rank 0 writes.
 
     Args:
         model: converted by `convert`, the callback or `load_adapter`.
@@ -183,10 +182,11 @@ def write_merged(
         # A base that was not named may well lie around the output of a run; then only its top level is copied.
         refuse_overlap(target, {"base": source})
     check_target(target, overwrite=overwrite)
-    state = merged_state_dict(model)
+    state, drift = merged_state(model)
+    if not state:  # a sharded model, and this is not rank 0
+        return FileMergeReport(str(target))
     if strange := [key for key, value in state.items() if not isinstance(value, Tensor)]:
         raise ValueError(f"safetensors holds tensors only; the state dict of the model has {few(strange)}.")
-    drift = {name: merged_weight(layer, name)[1] for name, layer in pmss_layers(model).items()}
     report = FileMergeReport(str(target), merged=drift)
     with atomic_folder(target, overwrite=overwrite) as temporary:
         save_pretrained = getattr(root, "save_pretrained", None)

@@ -191,9 +191,12 @@ def test_batch_norm_outside_also_train_is_reported(tmp_path: Path) -> None:
 
 
 def test_unsupported_strategy_is_refused(tmp_path: Path) -> None:
-    strategy = L.pytorch.strategies.ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
-    fake: Any = types.SimpleNamespace(strategy=strategy)
-    with pytest.raises(MisconfigurationException, match="does not support `ModelParallelStrategy` yet"):
+    class Pipelines(L.pytorch.strategies.ParallelStrategy):
+        pass
+
+    Pipelines.__abstractmethods__ = frozenset()
+    fake: Any = types.SimpleNamespace(strategy=Pipelines())
+    with pytest.raises(MisconfigurationException, match="does not support `Pipelines`; use one device, 'ddp', FSDP"):
         callback(tmp_path).setup(fake, Toy(), "fit")
 
 

@@ -1,0 +1,129 @@
+"""What `PMSSCallback` makes sure of before the first step, on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
+
+from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.fingerprint import same_base
+from lightning_pmss.messages import some
+from lightning_pmss.sharding import Engine
+from lightning_pmss.whole import clean_name
+
+
+def agree_on_weights(trainer: L.Trainer, module: L.LightningModule, engine: Engine) -> None:
+    """Warn where ranks begin with different weights: FSDP would put shards of different models together."""
+    if trainer.world_size == 1 or engine not in ("fsdp1", "fsdp2"):
+        return
+    if getattr(trainer.strategy, "kwargs", {}).get("sync_module_states"):
+        return
+    sums = {n: float(p.detach().double().sum()) for n, p in module.named_parameters() if not p.is_meta}
+    others: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(others, sums)
+    if differ := [n for n in sums if any(o.get(n, sums[n]) != sums[n] for o in others)]:
+        rank_zero_warn(
+            f"{len(differ)} parameters differ between the ranks before sharding ({some(differ)}), and each rank keeps its"
+            " shard of its own. Load the same weights everywhere, or call `seed_everything` with one seed on all ranks."
+        )
+
+
+def agree_on_indices(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Rank 0's rows and columns count: freshly initialised weights may still differ between ranks here."""
+    if trainer.world_size == 1:
+        return
+    layers = pmss_layers(module)
+    chosen = {name: (layer.rows.cpu(), layer.cols.cpu()) for name, layer in layers.items() if not layer.rows.is_meta}
+    for name, (rows, cols) in trainer.strategy.broadcast(chosen).items():
+        layer = layers[name]
+        if layer.rows.is_meta:
+            continue
+        moved = not (torch.equal(layer.rows.cpu(), rows) and torch.equal(layer.cols.cpu(), cols))
+        flags = [moved]
+        if hasattr(layer.weight, "ds_id"):  # gathering is a collective, so all ranks take part or none
+            flags = [False] * trainer.world_size
+            torch.distributed.all_gather_object(flags, moved)
+        if any(flags):
+            layer.rows.copy_(rows)
+            layer.cols.copy_(cols)
+            layer.refresh_frame(name)
+
+
+def check_bases(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Layers that were converted without their weights: the weights that came must be those the skeleton was made from.
+
+    Raises:
+        MisconfigurationException: They are not.
+    """
+    unproven = {n: layer for n, layer in pmss_layers(module).items() if layer.on_trust}
+    if strangers := [n for n, x in unproven.items() if x.fingerprint and not same_base(x.fingerprint, *x.slices())]:
+        raise MisconfigurationException(
+            f"The skeleton file belongs to another base model: the rows and columns of {some(strangers)} are not those it was"
+            " made from, or the weights were not loaded after the model got its memory."
+        )
+    for layer in unproven.values():
+        layer.on_trust = False
+
+
+def check_optimizers(trainer: L.Trainer, pl_module: L.LightningModule, also_train: Sequence[str]) -> None:
+    """U, and nothing but U and ``also_train``, is going to be trained.
+
+    Raises:
+        MisconfigurationException: The optimizer lacks U, or something else trains.
+    """
+    layers = pmss_layers(pl_module)
+    trained = {n: p for n, p in pl_module.named_parameters() if p.requires_grad}
+    cores = {id(layer.core.weight): name for name, layer in layers.items()}  # type: ignore[union-attr, attr-defined]
+    allowed = set(cores)
+    for name, module in pl_module.named_modules():
+        clean = clean_name(name)
+        if any(clean == a or clean.endswith(f".{a}") for a in also_train):
+            allowed |= {id(p) for p in module.parameters()}
+    if strangers := [n for n, p in trained.items() if id(p) not in allowed]:
+        raise MisconfigurationException(
+            f"{len(strangers)} parameters train although only U should: {', '.join(f'`{n}`' for n in strangers[:5])}. Something"
+            " unfroze them after the conversion; to train a module on purpose, name it in `also_train`."
+        )
+    held = _held(trainer)
+    if missing := [n for n, p in trained.items() if id(p) not in held]:
+        raise MisconfigurationException(
+            f"{len(missing)} of {len(trained)} trainable tensors are in no optimizer and would never learn:"
+            f" {', '.join(f'`{n}`' for n in missing[:5])}. The optimizer was made before the model was converted: make it in"
+            " `configure_optimizers` from `[p for p in self.parameters() if p.requires_grad]`; with LightningCLI pass"
+            " `auto_configure_optimizers=False`."
+        )
+
+
+def _held(trainer: L.Trainer) -> set[int]:
+    """Ids of the parameters that the optimizers step; ZeRO flattens them, but keeps its own list of the originals."""
+    held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    engine_optimizer = getattr(trainer.strategy.model, "optimizer", None)
+    for name in ("bit16_groups", "fp16_groups"):
+        for group in getattr(engine_optimizer, name, None) or ():
+            held |= {id(p) for p in group}
+    return held
+
+
+def warn_about_batch_norm(pl_module: L.LightningModule, also_train: Sequence[str]) -> None:
+    """Running statistics change while training and are not in the adapter file."""
+    kept = [m for n, m in pl_module.named_modules() if any(clean_name(n).endswith(a) for a in also_train)]
+    inside = {id(m) for k in kept for m in k.modules()}
+    moving = [
+        name
+        for name, m in pl_module.named_modules()
+        if isinstance(m, nn.modules.batchnorm._NormBase)
+        and m.track_running_stats
+        and m.training
+        and id(m) not in inside
+    ]
+    if moving:
+        rank_zero_warn(
+            f"`{moving[0]}` ({len(moving)} such) updates its running statistics while training, which the adapter file"
+            " does not hold: name it in also_train, or put it into eval mode."
+        )

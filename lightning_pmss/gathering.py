@@ -1,0 +1,158 @@
+"""A converted model that FSDP1, FSDP2 or ZeRO-3 keeps in parts: reach one layer at a time, and what was trained.
+
+Everything here is a collective: call it on every rank, in the same order. Never more than one layer (FSDP1: one wrapped
+block) is whole at a time. On a model that is whole already the functions only read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+from lightning_pmss.layers import Frame, PMSSCore, PMSSLinear
+from lightning_pmss.whole import clean_name, is_dtensor, is_zero_partitioned, whole
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parts of the model live on other ranks."""
+    return is_fsdp1(model) or any(is_dtensor(p) or is_zero_partitioned(p) for p in model.parameters())
+
+
+def is_fsdp1(model: nn.Module) -> bool:
+    """Whether FSDP1 has wrapped the model or modules in it."""
+    return any(isinstance(module, FSDP) for module in model.modules())
+
+
+@contextmanager
+def gathered(model: nn.Module, layer: PMSSLinear, *, write: bool = False) -> Iterator[None]:
+    """Inside, ``layer.slices()`` and the frame's ``set`` work, also under FSDP1; do not call modules inside.
+
+    Args:
+        model: The whole model (under FSDP1 the wrapped root, or the module that it wraps).
+        layer: A converted layer of it.
+        write: Whether changes are to be kept.
+    """
+    with ExitStack() as stack:
+        if is_fsdp1(model):
+            owner = next((u for u in reversed(list(_units(model))) if any(m is layer for m in u.modules())), None)
+            for unit in (owner, layer.core):
+                if unit is not None:
+                    recurse = unit is not owner
+                    stack.enter_context(FSDP.summon_full_params(unit, recurse=recurse, writeback=write))
+        yield
+
+
+def whole_update(model: nn.Module, layer: PMSSLinear) -> Tensor:
+    """``s U [c, r]`` of one layer, whole and detached, on every rank."""
+    core = layer.core
+    if not is_sharded(core):
+        return layer.core_update().detach()
+    tensors: dict[str, Tensor] = {}
+    with gathered(model, layer):
+        for name, parameter in core.named_parameters():
+            with whole(parameter) as value:
+                tensors[clean_name(name)] = value.clone()
+    frame = Frame(*(tensors.get(f"frame.{part}") for part in Frame._fields))
+    weight = tensors["weight"]
+    plain = PMSSCore(weight.shape[0], weight.shape[1], frame, weight.dtype, weight.device)
+    with torch.no_grad():
+        plain.weight.copy_(weight)
+        update: Tensor = plain(layer.scale)
+    return update
+
+
+def whole_tensors(model: nn.Module, *, keep: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """All parameters and persistent buffers of a module under clean names, whole, one after the other.
+
+    Args:
+        model: A module, sharded or not. Under FSDP1: one that holds whole wrapped units.
+        keep: Whether this rank wants the values, copied to the CPU; if not, it takes part and gets nothing.
+    """
+    seen: set[str] = set()
+    flat = is_fsdp1(model)
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        with ExitStack() as stack:
+            if isinstance(module, FSDP):
+                stack.enter_context(FSDP.summon_full_params(module, recurse=False, writeback=False))
+                inside = [(f"{prefix}.{n}".lstrip("."), p) for n, p in module.named_parameters() if _own(module, n)]
+            else:
+                inside = [] if flat else [(f"{prefix}.{n}", p) for n, p in module._parameters.items()]
+            inside += [(f"{prefix}.{n}", b) for n, b in module._buffers.items() if n not in _volatile(module)]
+            for full, tensor in inside:
+                name = clean_name(full.lstrip("."))
+                if tensor is None or name in seen:
+                    continue
+                seen.add(name)
+                with whole(tensor) as value:
+                    if keep:
+                        yield name, value.to("cpu", copy=True)
+
+
+def trained_state(model: nn.Module, keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of the model's state dict that a checkpoint keeps, in the form that the strategy writes.
+
+    Args:
+        model: The module that the strategy trains (under FSDP1 its root, inside a state-dict context).
+        keys: Clean names to keep.
+
+    Returns:
+        FSDP1: what the units that train give, so that frozen units are never gathered; else a plain selection.
+    """
+    if not is_fsdp1(model):
+        state = nn.Module.state_dict(model)
+        return {k: v for k, v in state.items() if clean_name(k) in keys}
+    found: dict[str, Any] = {}
+    for prefix, unit in _trained_units(model):
+        for key, value in unit.state_dict().items():
+            found[f"{prefix}{clean_name(key)}"] = value
+    for name, buffer in model.named_buffers():
+        found[clean_name(name)] = buffer
+    return {k: v for k, v in found.items() if k in keys}
+
+
+def load_trained_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """The inverse of `trained_state`; keys that are not given stay as they are."""
+    if not is_fsdp1(model):
+        nn.Module.load_state_dict(model, state, strict=False)
+        return
+    for prefix, unit in _trained_units(model):
+        part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        if part:
+            unit.load_state_dict(part, strict=False)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if clean_name(name) in state:
+                buffer.copy_(state[clean_name(name)])
+
+
+def _units(model: nn.Module) -> Iterator[FSDP]:
+    yield from (module for module in model.modules() if isinstance(module, FSDP))
+
+
+def _trained_units(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(clean prefix, unit) of the FSDP1 units that own trained parameters."""
+    if isinstance(root, FSDP):
+        root.check_is_root()  # else the first unit that is asked for its state would take itself for the root
+    for name, module in root.named_modules():
+        if isinstance(module, FSDP) and any(p.requires_grad and _own(module, n) for n, p in module.named_parameters()):
+            clean = clean_name(name)
+            yield (f"{clean}." if clean else ""), module
+
+
+def _own(unit: nn.Module, name: str) -> bool:
+    """Whether the parameter of this name belongs to the unit itself and not to one nested in it."""
+    parts, module = name.split("."), unit
+    for part in parts[:-1]:
+        module = getattr(module, part)
+        if module is not unit and isinstance(module, FSDP):
+            return False
+    return True
+
+
+def _volatile(module: nn.Module) -> set[str]:
+    return module._non_persistent_buffers_set
