@@ -1,8 +1,12 @@
 """Data modules for instruction tuning, and the samplers and the resumable loader under them."""
 
 from lightning_pmss.datamodules.arithmetic import ArithmeticDataModule
+from lightning_pmss.datamodules.collate import InstructionCollator
+from lightning_pmss.datamodules.commonsense import CommonsenseDataModule
+from lightning_pmss.datamodules.drop import DROPDataModule
 from lightning_pmss.datamodules.gsm8k import GSM8KDataModule
-from lightning_pmss.datamodules.instruction import Example, InstructionCollator, InstructionDataModule
+from lightning_pmss.datamodules.instruction import InstructionDataModule
+from lightning_pmss.datamodules.prompts import Example, PromptStyle
 from lightning_pmss.datamodules.sampler import (
     LengthGroupedSampler,
     ResumableDataLoader,
@@ -12,11 +16,14 @@ from lightning_pmss.datamodules.sampler import (
 
 __all__ = [
     "ArithmeticDataModule",
+    "CommonsenseDataModule",
+    "DROPDataModule",
     "Example",
     "GSM8KDataModule",
     "InstructionCollator",
     "InstructionDataModule",
     "LengthGroupedSampler",
+    "PromptStyle",
     "ResumableDataLoader",
     "ShardSampler",
     "TrainerProgress",

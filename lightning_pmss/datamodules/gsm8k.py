@@ -1,26 +1,37 @@
-"""GSM8K
-=====
+"""GSM8K, MetaMathQA, MATH
+=======================
 
-Grade-school word problems (Cobbe et al. 2021, "Training Verifiers to Solve Math Word Problems") from the hub or from
-JSONL files in the published format: one object per line with ``question`` and ``answer``, whose last line is
-``#### N``.
+Mathematical word problems from the hub or from local files in the published formats: GSM8K (Cobbe et al. 2021,
+"Training Verifiers to Solve Math Word Problems"), MetaMathQA (Yu et al. 2023, "MetaMath") with PiSSA's copy of it, and
+MATH (Hendrycks et al. 2021, "Measuring Mathematical Problem Solving With the MATH Dataset").
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lightning_pmss.datamodules.instruction import Example, InstructionDataModule, Split
-from lightning_pmss.metrics import GSM8KAccuracy
+from lightning_pmss.datamodules.instruction import Example, InstructionDataModule, Split, check_int
+from lightning_pmss.datamodules.prompts import STYLES, PromptStyle
+from lightning_pmss.datamodules.rows import (
+    Row,
+    check_mapping,
+    existing,
+    load_hub_rows,
+    looks_like_file,
+    read_rows,
+    split_file,
+    text,
+)
+from lightning_pmss.metrics import GSM8KAccuracy, MATHAccuracy, MetaMathAccuracy
 
 _ANNOTATION = re.compile(r"<<[^<>\n]*>>")
-_COLUMNS = ("question", "answer")
 
 
 def strip_annotations(answer: str) -> str:
@@ -28,92 +39,153 @@ def strip_annotations(answer: str) -> str:
     return _ANNOTATION.sub("", answer)
 
 
+def _is_answer(gold: Callable[[str], Any]) -> Callable[[str], bool]:
+    def check(response: str) -> bool:
+        try:
+            gold(response)
+        except ValueError:
+            return False
+        return True
+
+    return check
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A published format: its name, the columns of question and answer, and what an answer must hold to be scored."""
+
+    name: str
+    columns: tuple[str, str]
+    scored: Callable[[str], bool]
+    needs: str
+
+
+_GSM8K = _Kind(
+    "GSM8K",
+    ("question", "answer"),
+    lambda answer: GSM8KAccuracy.extract(answer) is not None,
+    "the final line '#### N' that GSM8K's answers are scored by",
+)
+_KINDS = (
+    # GSM8K_Backward of MetaMath has GSM8K's columns and others, and its answers are bare numbers.
+    _Kind("GSM8K_Backward", ("question", "answer"), _is_answer(MetaMathAccuracy.gold), "a number"),
+    _Kind("MetaMathQA", ("query", "response"), _is_answer(MetaMathAccuracy.gold), "a final 'The answer is: N'"),
+    _Kind("MATH", ("problem", "solution"), _is_answer(MATHAccuracy.gold), "a final answer in \\boxed{}"),
+    _Kind("pissa-dataset", ("instruction", "output"), _is_answer(MetaMathAccuracy.gold), "a final 'The answer is: N'"),
+    _GSM8K,
+)
+_MATH_SUBJECTS = (
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
+    "precalculus",
+)
+# What `load_dataset` needs beside the id, and the splits that are there.
+_HUB: dict[str, tuple[list[dict[str, Any]], tuple[str, ...]]] = {
+    "openai/gsm8k": ([{"name": "main"}], ("train", "test")),
+    "EleutherAI/hendrycks_math": ([{"name": subject} for subject in _MATH_SUBJECTS], ("train", "test")),
+    "HuggingFaceH4/MATH-500": ([{}], ("test",)),
+    "meta-math/MetaMathQA": ([{}], ("train",)),
+    "fxmeng/pissa-dataset": ([{"data_dir": "metamath"}], ("train", "test")),
+}
+
+
+def _kind_of(row: Any) -> _Kind:
+    if isinstance(row, Mapping):
+        if "inv_question_pred_answer" in row or "original_answer" in row:
+            return _KINDS[0]
+        for kind in _KINDS[1:]:
+            if all(column in row for column in kind.columns):
+                return kind
+    return _GSM8K
+
+
+def _parse(rows: Iterable[Row], split: Split, types: Sequence[str] = ()) -> Iterator[tuple[Example, bool]]:
+    """Yield each example of the wanted types, and whether its answer can be scored."""
+    kind: _Kind | None = None
+    for where, row in rows:
+        if kind is None:
+            kind = _kind_of(row)
+        row = check_mapping(where, row, (*kind.columns, "type") if types else kind.columns, kind.name)
+        question, answer = (text(where, row, column).strip() for column in kind.columns)
+        if types and not str(row["type"]).startswith(tuple(types)):
+            continue
+        scored = kind.scored(answer)
+        if not scored and (split == "test" or kind is _GSM8K):
+            raise ValueError(f"{where}: the answer ends in {answer[-40:]!r}, without {kind.needs}. Add it.")
+        yield Example(question, answer), scored
+
+
+def _read(path: Path, split: Split, types: Sequence[str] = ()) -> list[tuple[Example, bool]]:
+    found = list(_parse(read_rows(path), split, types))
+    if not found:
+        of_type = f" of type {' or '.join(types)}" if types else ""
+        raise ValueError(f"{path}: no examples{of_type} in this file; it needs one JSON object per line.")
+    return found
+
+
 def read_jsonl(path: str | Path) -> list[Example]:
-    """Read and check a JSONL file in GSM8K's format. Empty lines are skipped.
+    """Read and check a file in the format of GSM8K, MetaMathQA or MATH. Empty lines are skipped.
 
     Args:
-        path: the file, in UTF-8.
+        path: the file: JSONL, JSON or parquet, by its name.
 
     Returns:
         Its examples, in order.
 
     Raises:
         ValueError: If a line is not UTF-8, not a JSON object, lacks a column, or has an empty question or answer or one
-            without the final ``#### N``; the message names the file and the line. Also if the file has no examples.
+            that cannot be scored; the message names the file and the line. Also if the file has no examples.
 
     """
-    examples = list(_check_rows(_parse_lines(Path(path))))
-    if not examples:
-        raise ValueError(f"{path}: no examples in this file; it needs one JSON object per line.")
-    return examples
-
-
-def _parse_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            where = f"{path}:{number}"
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{where}: not UTF-8 (byte 0x{raw[error.start]:02x} at position {error.start + 1} of the line)."
-                    " Save the file as UTF-8."
-                ) from error
-            if not line:
-                continue
-            try:
-                yield where, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{where}: not valid JSON ({error.msg} at column {error.colno}). Each line must be one whole object"
-                    ' such as {"question": "...", "answer": "... #### 42"}.'
-                ) from error
-
-
-def _check_rows(rows: Iterable[tuple[str, Any]]) -> Iterator[Example]:
-    for where, row in rows:
-        if not isinstance(row, Mapping):
-            raise ValueError(
-                f"{where}: expected a JSON object with {' and '.join(_COLUMNS)}, got {type(row).__name__}."
-            )
-        missing = [column for column in _COLUMNS if column not in row]
-        if missing:
-            raise ValueError(
-                f"{where}: no column {' and '.join(map(repr, missing))}; found {sorted(map(str, row))}. GSM8K's columns"
-                " are 'question' and 'answer'."
-            )
-        for column in _COLUMNS:
-            if not isinstance(row[column], str) or not row[column].strip():
-                raise ValueError(f"{where}: the {column} is {row[column]!r}; it must be a text that is not empty.")
-        if GSM8KAccuracy.extract(row["answer"]) is None:
-            raise ValueError(
-                f"{where}: the answer ends in {row['answer'][-40:]!r}, without the final line '#### N' that GSM8K's"
-                " answers are scored by. Add it."
-            )
-        yield Example(row["question"].strip(), row["answer"].strip())
+    return [example for example, _ in _read(Path(path), "test")]
 
 
 class GSM8KDataModule(InstructionDataModule):
-    """GSM8K, from the hub or from local files.
+    """GSM8K, MetaMathQA or MATH, from the hub or from local files; which one, the columns of the first row tell.
 
-    The data has train (7,473 rows) and test (1,319); validation is held out from train by ``seed``.
+    =========================  ======================  ==========================================================
+    data                       columns                 hub ids
+    =========================  ======================  ==========================================================
+    GSM8K                      question, answer        openai/gsm8k (train 7,473 rows, test 1,319)
+    MetaMathQA                 query, response, type   meta-math/MetaMathQA (train only)
+    MetaMathQA of PiSSA        instruction, output     fxmeng/pissa-dataset
+    MATH                       problem, solution       EleutherAI/hendrycks_math, HuggingFaceH4/MATH-500 (test only)
+    =========================  ======================  ==========================================================
+
+    Validation is held out from the training rows by ``seed``. To train on MetaMathQA and test on GSM8K give both paths;
+    a model that learnt to end in "The answer is: " is scored by ``MetaMathAccuracy``.
 
     Args:
         tokenizer: Folder or hub id of the model's tokenizer.
-        path: Hub id (configuration "main"), or a folder with ``train.jsonl`` and ``test.jsonl``, or one JSONL file to
+        path: Hub id, or a folder with ``train.jsonl`` and ``test.jsonl`` (or ``.json``, ``.parquet``), or one file to
             train on.
-        test_path: JSONL file to test on. Null: the test split of ``path``, which a single file does not have.
+        test_path: Hub id, folder or file to test on. Null: the test split of ``path``, which a single file and
+            MetaMathQA do not have.
         keep_annotations: Keep the calculator annotations ``<<48/2=24>>`` in the answers. On by default: the text as
             published, which other results are made with, and a scratch pad for the model. Off: about a quarter fewer
             tokens per answer.
-        **kwargs: Arguments of :class:`~lightning_pmss.datamodules.instruction.InstructionDataModule`.
+        types: Train on rows whose ``type`` starts with one of these only; MetaMathQA's are ``GSM_...`` and
+            ``MATH_...``. Null: all.
+        first_rows: Train (and validate) on the first N rows that are left, the convention of PiSSA and others
+            (100,000). Null: all. (``train_limit`` draws by seed instead, from what is left here.)
+        **kwargs: Arguments of :class:`~lightning_pmss.datamodules.instruction.InstructionDataModule`; here
+            ``prompt_style`` may also be "lm_eval" (the same text as "plain").
 
     Raises:
         FileNotFoundError: If ``path`` looks like a path and nothing is there.
-        ValueError: If a file is not in GSM8K's format; names file and line.
+        ValueError: If a file is not in one of the formats; names file and line.
         ConnectionError: If the data cannot be had from the hub.
 
     """
+
+    styles: ClassVar[dict[str, PromptStyle]] = {
+        **STYLES,
+        "lm_eval": PromptStyle(InstructionDataModule.plain_template),
+    }
 
     def __init__(
         self,
@@ -121,53 +193,56 @@ class GSM8KDataModule(InstructionDataModule):
         path: str = "openai/gsm8k",
         test_path: str | None = None,
         keep_annotations: bool = True,
+        types: str | Sequence[str] | None = None,
+        first_rows: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(tokenizer, **kwargs)
+        check_int(type(self).__name__, "first_rows", first_rows, 1, optional=True)
         self.path = path
         self.test_path = test_path
         self.keep_annotations = keep_annotations
+        self.types = [types] if isinstance(types, str) else list(types or ())
+        self.first_rows = first_rows
 
     @override
     def load_examples(self, split: Split) -> list[Example] | None:
-        """Return the checked examples of ``split``; GSM8K has no validation split."""
+        """Return the checked examples of ``split``; none of the data sets has a validation split."""
         if split == "val":
             return None
-        examples = self._load(split)
-        if examples is None or self.keep_annotations:
+        found = self._load(split)
+        if found is None:
+            return None
+        if split == "train":
+            found = found[: self.first_rows]
+            without = sum(not scored for _, scored in found)
+            if without:
+                rank_zero_warn(f"{without} of {len(found)} training answers of {self.path} end without a final answer.")
+        examples = [example for example, _ in found]
+        if self.keep_annotations:
             return examples
         return [Example(example.question, strip_annotations(example.response)) for example in examples]
 
-    def _load(self, split: Split) -> list[Example] | None:
-        if split == "test" and self.test_path is not None:
-            return read_jsonl(self._existing(Path(self.test_path)))
-        path = Path(self.path).expanduser()
-        if path.is_dir():
-            return read_jsonl(self._existing(path / f"{split}.jsonl"))
-        if path.exists():
-            return read_jsonl(path) if split == "train" else None
-        if path.suffix in (".jsonl", ".json") or path.is_absolute() or self.path.startswith((".", "~")):
-            self._existing(path)
-        return self._load_from_hub(split)
-
-    @staticmethod
-    def _existing(path: Path) -> Path:
-        if not path.expanduser().is_file():
-            raise FileNotFoundError(
-                f"There is no file {str(path)!r}. Give --data.path a folder with train.jsonl and test.jsonl (columns"
-                " question, answer), one such file, or a hub id such as openai/gsm8k."
-            )
-        return path.expanduser()
-
-    def _load_from_hub(self, split: Split) -> list[Example]:
-        import datasets
-
-        try:
-            rows = datasets.load_dataset(self.path, "main", split=split)
-        except Exception as error:  # the hub, its cache and the network raise a dozen unrelated classes
-            raise ConnectionError(
-                f"Could not load {self.path!r} from the hub ({type(error).__name__}: {error}). Without a connection (or"
-                " with HF_HUB_OFFLINE=1) pass local files: --data.path FOLDER, with train.jsonl and test.jsonl from"
-                " grade_school_math/data of github.com/openai/grade-school-math."
-            ) from error
-        return list(_check_rows((f"{self.path} {split} row {number}", row) for number, row in enumerate(rows)))
+    def _load(self, split: Split) -> list[tuple[Example, bool]] | None:
+        given = self.path if split == "train" or self.test_path is None else self.test_path
+        option = "test_path" if split == "test" and self.test_path is not None else "path"
+        types = self.types if split == "train" else ()
+        remedy = (
+            f"Give --data.{option} a folder with train.jsonl and test.jsonl (columns question, answer), one such file,"
+            " or a hub id such as openai/gsm8k."
+        )
+        if looks_like_file(given):
+            path = Path(given).expanduser()
+            if path.is_dir():
+                return _read(split_file(path, [split], remedy), split, types)
+            if split == "test" and self.test_path is None and path.is_file():
+                return None
+            return _read(existing(path, remedy), split, types)
+        options, splits = _HUB.get(given, ([{}], ("train", "test")))
+        if split not in splits:
+            return None
+        files = (
+            f"--data.{option} FOLDER, with train.jsonl and test.jsonl (GSM8K's are in grade_school_math/data of"
+            " github.com/openai/grade-school-math)."
+        )
+        return list(_parse(load_hub_rows(given, split, options, files), split, types))

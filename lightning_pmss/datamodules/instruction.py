@@ -6,21 +6,22 @@ Questions and responses to padded batches of tokens, with the loss on the respon
 
 from __future__ import annotations
 
-import hashlib
-import json
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_pmss.datamodules.collate import IGNORED as IGNORED
+from lightning_pmss.datamodules.collate import Batch as Batch
+from lightning_pmss.datamodules.collate import InstructionCollator as InstructionCollator
+from lightning_pmss.datamodules.prompts import STYLES, PromptEncoder, PromptStyle
+from lightning_pmss.datamodules.prompts import Example as Example
 from lightning_pmss.datamodules.sampler import (
     LengthGroupedSampler,
     ResumableDataLoader,
@@ -32,17 +33,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Split = Literal["train", "val", "test"]
-Batch = dict[str, Any]
-
-IGNORED = -100
-_CACHE_FORMAT = 1  # goes into the names of cached files: raise it when `PromptEncoder` changes what it writes
-
-
-class Example(NamedTuple):
-    """One example before tokenisation."""
-
-    question: str
-    response: str
 
 
 def check_int(owner: str, name: str, value: int | None, least: int, *, optional: bool = False) -> None:
@@ -54,123 +44,11 @@ def check_int(owner: str, name: str, value: int | None, least: int, *, optional:
         raise ValueError(f"`{owner}({name}={value!r})`: give {kind}, for example --data.{name} {max(least, 1)}.")
 
 
-@dataclass
-class PromptEncoder:
-    """Turns a batch of question and response texts into token ids; a picklable callable for ``datasets.map``.
-
-    Prompt and response are tokenised apart and then joined, so that the boundary of the loss is exact and the prompt
-    has the same tokens in training and in generation.
-
-    Args:
-        tokenizer: a tokenizer with an end-of-sequence token.
-        style: "plain" fills ``template``, and the response starts with a blank; "chat" applies the chat template.
-        template: the prompt of the plain style, with ``{question}`` in it.
-
-    """
-
-    tokenizer: Any
-    style: Literal["plain", "chat"]
-    template: str
-
-    def __post_init__(self) -> None:
-        name = getattr(self.tokenizer, "name_or_path", "")
-        if self.tokenizer.eos_token_id is None:
-            raise ValueError(f"The tokenizer {name!r} has no end-of-sequence token, so no response would ever end.")
-        if self.style == "chat" and not self.tokenizer.chat_template:
-            raise ValueError(f"The tokenizer {name!r} has no chat template; use --data.prompt_style plain.")
-        # What the tokenizer itself puts in front of a text (a beginning-of-sequence token, or nothing).
-        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
-        full = self.tokenizer("a", add_special_tokens=True)["input_ids"]
-        starts = [i for i in range(len(full)) if full[i : i + len(bare)] == bare]
-        self.prefix: list[int] = full[: starts[0]] if starts else []
-
-    def prompt(self, question: str) -> str:
-        """Return the prompt text of ``question``, without tokens that only the plain style's prefix adds."""
-        if self.style == "plain":
-            return self.template.format(question=question)
-        messages = [{"role": "user", "content": question}]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-
-    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """Return the columns prompt, target, prompt_ids, response_ids (ends with eos) and length."""
-        prompts = [self.prompt(question) for question in batch["question"]]
-        blank, prefix = (" ", self.prefix) if self.style == "plain" else ("", [])
-        prompt_ids = self._ids(prompts)
-        response_ids = self._ids([blank + response for response in batch["response"]])
-        prompt_ids = [prefix + ids for ids in prompt_ids]
-        response_ids = [[*ids, self.tokenizer.eos_token_id] for ids in response_ids]
-        return {
-            "prompt": prompts,
-            "target": batch["response"],
-            "prompt_ids": prompt_ids,
-            "response_ids": response_ids,
-            "length": [len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True)],
-        }
-
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        encoded = self.tokenizer(texts, add_special_tokens=False, padding=False, truncation=False)
-        return [list(ids) for ids in encoded["input_ids"]]
-
-    def fingerprint(self, examples: Sequence[Example]) -> str:
-        """Return a hash of the texts and of all that decides their tokens; equal in every process."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            spec: Any = [type(self.tokenizer).__name__, sorted(self.tokenizer.get_vocab().items())]
-        else:
-            spec = json.loads(backend.to_str())
-            # A tokenizer remembers the padding and truncation of its last call. They are off here.
-            spec.pop("padding", None)
-            spec.pop("truncation", None)
-        settings = [
-            _CACHE_FORMAT,
-            spec,
-            self.style,
-            self.tokenizer.chat_template if self.style == "chat" else self.template,
-            self.prefix,
-            self.tokenizer.eos_token_id,
-        ]
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-        for example in examples:
-            digest.update(json.dumps(example).encode())
-        return digest.hexdigest()[:32]
-
-
-@dataclass(frozen=True)
-class InstructionCollator:
-    """Pads rows of token ids to a batch; see :class:`InstructionDataModule` for what is in it.
-
-    Args:
-        pad_id: token put on padding. It may be a real token too: padding is known by the masks and labels alone.
-        evaluation: add what generation and scoring need.
-
-    """
-
-    pad_id: int
-    evaluation: bool = False
-
-    def __call__(self, rows: list[dict[str, Any]]) -> Batch:
-        whole = [row["prompt_ids"] + row["response_ids"] for row in rows]
-        labels = [[IGNORED] * len(row["prompt_ids"]) + row["response_ids"] for row in rows]
-        batch: Batch = {
-            "input_ids": self._pad(whole, self.pad_id),
-            "attention_mask": self._pad([[1] * len(ids) for ids in whole], 0),
-            "labels": self._pad(labels, IGNORED),
-        }
-        if self.evaluation:
-            prompts = [row["prompt_ids"] for row in rows]
-            batch["prompt_ids"] = self._pad(prompts, self.pad_id, left=True)
-            batch["prompt_mask"] = self._pad([[1] * len(ids) for ids in prompts], 0, left=True)
-            batch["id"] = torch.tensor([row["id"] for row in rows], dtype=torch.int64)
-            batch["prompt"] = [row["prompt"] for row in rows]
-            batch["target"] = [row["target"] for row in rows]
-        return batch
-
-    @staticmethod
-    def _pad(rows: list[list[int]], value: int, left: bool = False) -> Tensor:
-        width = max(map(len, rows))
-        fills = [[value] * (width - len(row)) for row in rows]
-        padded = [fill + row if left else row + fill for row, fill in zip(rows, fills, strict=True)]
-        return torch.tensor(padded, dtype=torch.int64)
+def check_choice(owner: str, name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        told = " or ".join(f"--data.{name} {choice}" for choice in choices)
+        raise ValueError(f"`{owner}({name}={value!r})`: give {told}.")
 
 
 class InstructionDataModule(L.LightningDataModule):
@@ -178,24 +56,27 @@ class InstructionDataModule(L.LightningDataModule):
 
     A batch is a dictionary of
 
-    * ``input_ids``, ``attention_mask``, ``labels``: int64 ``[B, T]``, padded on the right; the labels are -100 on the
-      prompt and on padding, and include the response's end-of-sequence token,
+    * ``input_ids``, ``attention_mask``, ``labels``: int64 ``[B, T]``, padded on the right; the labels are -100 on padding
+      and, unless ``loss_on`` is "all", on the prompt, and include the response's end-of-sequence token,
     * in evaluation also ``prompt_ids``, ``prompt_mask``: int64 ``[B, P]``, padded on the left; ``id``: int64 ``[B]``,
       the row's number in the source (for a validation set held out from the training rows: its number there);
-      ``prompt``, ``target``: lists of texts.
+      ``prompt``: list of texts; ``target``: list of what answers are scored against, texts or lists of texts.
 
     Texts are tokenised once, by ``datasets.map`` into its cache; later runs with the same texts and tokenizer read
     them from there. Training batches hold examples of similar length, in an order that depends on ``seed`` and the
     epoch alone, and resume exactly (:class:`~lightning_pmss.datamodules.sampler.ResumableDataLoader`).
-    Nothing is ever cut: a training example that is longer than ``max_length`` is left out, counted in ``dropped`` and
-    warned of; evaluation keeps all examples whole, so that scores are over the whole set.
+    A response is never cut, and nothing is cut silently: what is longer than ``max_length`` is left out of training,
+    counted in ``dropped`` and warned of; evaluation keeps all examples whole, so that scores are over the whole set.
+    ``too_long`` has the other ways.
 
     Args:
         tokenizer: Folder or hub id of the model's tokenizer.
         batch_size: Examples per training batch and device.
         eval_batch_size: Examples per evaluation batch and device; ``batch_size`` if null.
         max_length: Longest training example, prompt and response together, in tokens.
-        prompt_style: "plain" ("Question: ...", newline, "Answer:") or "chat" (the tokenizer's chat template).
+        prompt_style: "plain" ("Question: ...", newline, "Answer:"), "chat" (the tokenizer's chat template), or, byte for
+            byte as in the literature, "llm_adapters" or "metamath" (which evaluate with another prompt than they train
+            with); a data module may have more.
         train_limit: Train on that many examples (chosen by ``seed``); on all if null.
         val_limit: Validate on that many examples, the first ones; on all if null.
         test_limit: Test on that many examples, the first ones; on all if null.
@@ -204,6 +85,11 @@ class InstructionDataModule(L.LightningDataModule):
         seed: Seed of the split and of the order of training.
         num_workers: Worker processes per loader.
         cache_dir: Folder for tokenised data; the one of ``datasets`` if null.
+        loss_on: "response", or "all" to train on the prompt as well (as LLM-Adapters does). Evaluation losses are over
+            the response either way.
+        too_long: What happens to examples longer than ``max_length``. "drop": left out of training, kept whole in
+            evaluation. "cut_prompt": the *beginning* of the prompt is cut, in evaluation of prompts that are longer by
+            themselves; counted in ``cut`` and warned of. "error": refused.
 
     Raises:
         ValueError: If an argument is out of range, or if no training example is short enough.
@@ -211,6 +97,8 @@ class InstructionDataModule(L.LightningDataModule):
     """
 
     plain_template: ClassVar[str] = "Question: {question}\nAnswer:"
+    styles: ClassVar[dict[str, PromptStyle]] = STYLES
+    """The prompt styles by name, besides "plain" and "chat"."""
 
     def __init__(
         self,
@@ -218,7 +106,7 @@ class InstructionDataModule(L.LightningDataModule):
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         max_length: int = 512,
-        prompt_style: Literal["plain", "chat"] = "plain",
+        prompt_style: str = "plain",
         train_limit: int | None = None,
         val_limit: int | None = None,
         test_limit: int | None = None,
@@ -226,6 +114,8 @@ class InstructionDataModule(L.LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
         cache_dir: str | None = None,
+        loss_on: Literal["response", "all"] = "response",
+        too_long: Literal["drop", "cut_prompt", "error"] = "drop",
     ) -> None:
         super().__init__()
         owner = type(self).__name__
@@ -236,9 +126,13 @@ class InstructionDataModule(L.LightningDataModule):
         limits = {"train_limit": train_limit, "val_limit": val_limit, "test_limit": test_limit}
         for name, limit in {"eval_batch_size": eval_batch_size, **limits}.items():
             check_int(owner, name, limit, 1, optional=True)
-        if prompt_style not in ("plain", "chat"):
+        check_choice(owner, "prompt_style", prompt_style, ("plain", *self.styles, "chat"))
+        check_choice(owner, "loss_on", loss_on, ("response", "all"))
+        check_choice(owner, "too_long", too_long, ("drop", "cut_prompt", "error"))
+        if (prompt_style, too_long) == ("chat", "cut_prompt"):
             raise ValueError(
-                f"`{owner}(prompt_style={prompt_style!r})`: give --data.prompt_style plain or --data.prompt_style chat."
+                f"`{owner}`: cutting the beginning of a chat would cut its template; with --data.prompt_style chat give"
+                " --data.too_long drop or a larger --data.max_length."
             )
         self.save_hyperparameters(logger=False)
         self.batch_size = batch_size
@@ -250,12 +144,16 @@ class InstructionDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.cache_dir = cache_dir
         self.prompt_style = prompt_style
+        self.loss_on = loss_on
+        self.too_long = too_long
         self.tokenizer_name = tokenizer
         self.data: dict[Split, Dataset] = {}
         """The tokenised splits that :meth:`setup` has made."""
         self.dropped = 0
         """Training examples left out because they are longer than ``max_length``."""
-        self._encoder: PromptEncoder | None = None
+        self.cut: dict[Split, int] = {}
+        """Examples per split whose prompt is cut to ``max_length``, where ``too_long`` says so."""
+        self._encoders: tuple[PromptEncoder, PromptEncoder] | None = None
 
     @abstractmethod
     def load_examples(self, split: Split) -> list[Example] | None:
@@ -263,8 +161,16 @@ class InstructionDataModule(L.LightningDataModule):
 
     @property
     def encoder(self) -> PromptEncoder:
-        """The prompt format with its tokenizer, loaded at first use."""
-        if self._encoder is None:
+        """The prompt format of training with its tokenizer, loaded at first use."""
+        return self._load_encoders()[0]
+
+    @property
+    def eval_encoder(self) -> PromptEncoder:
+        """The prompt format of evaluation."""
+        return self._load_encoders()[1]
+
+    def _load_encoders(self) -> tuple[PromptEncoder, PromptEncoder]:
+        if self._encoders is None:
             from transformers import AutoTokenizer
 
             try:
@@ -274,8 +180,14 @@ class InstructionDataModule(L.LightningDataModule):
                     f"Could not load the tokenizer {self.tokenizer_name!r} ({error}). Give the folder of a model with"
                     " its tokenizer files, or a hub id, as --data.tokenizer."
                 ) from error
-            self._encoder = PromptEncoder(tokenizer, self.prompt_style, self.plain_template)
-        return self._encoder
+            plain = PromptStyle(self.plain_template)
+            style = self.styles.get(self.prompt_style, plain)
+            templates = style.template, style.eval_template or style.template
+            train, evaluation = (
+                PromptEncoder(tokenizer, self.prompt_style, template, style.lead, style.tail) for template in templates
+            )
+            self._encoders = train, evaluation
+        return self._encoders
 
     @override
     def prepare_data(self) -> None:
@@ -293,7 +205,7 @@ class InstructionDataModule(L.LightningDataModule):
             test = self._encode("test")
             if test is None:
                 raise ValueError(f"`{type(self).__name__}` has no test examples; give it data with a test split.")
-            self.data["test"] = self._first(test, "test")
+            self.data["test"] = self._evaluated(test, "test")
 
     def _setup_fit(self) -> None:
         train, val = self._encode("train"), self._encode("val")
@@ -306,11 +218,26 @@ class InstructionDataModule(L.LightningDataModule):
                     f"`val_size` is {self.val_size}, but there are only {len(train)} training rows to hold it out from;"
                     f" give --data.val_size below {len(train)}."
                 )
-            val = train.select(sorted(order[: self.val_size]))
+            held_out = train
+            if self.val_size and self.eval_encoder != self.encoder:
+                held_out = cast("Dataset", self._encode("train", evaluation=True))
+            val = held_out.select(sorted(order[: self.val_size]))
             order = order[self.val_size :]
-        lengths = train["length"][:]
-        fitting = [index for index in order if lengths[index] <= self.max_length]
+        lengths, prompts = train["length"][:], train["prompt_length"][:]
+        if self.too_long == "cut_prompt":  # a response that leaves no room for a prompt is left out all the same
+            least = len(self.encoder.prefix) + 1
+            fitting = [index for index in order if lengths[index] - prompts[index] + least <= self.max_length]
+            self._count_cut("train", sum(lengths[index] > self.max_length for index in fitting), len(order))
+        else:
+            fitting = [index for index in order if lengths[index] <= self.max_length]
         self.dropped = len(order) - len(fitting)
+        if self.dropped and self.too_long == "error":
+            first = min(index for index in order if lengths[index] > self.max_length)
+            raise ValueError(
+                f"{self.dropped} of {len(order)} training examples are longer than max_length {self.max_length} tokens,"
+                f" row {train['id'][first]} the first with {lengths[first]}; raise --data.max_length to {max(lengths)}"
+                " or give --data.too_long drop."
+            )
         if not fitting:
             raise ValueError(
                 f"All {len(order)} training examples are longer than max_length {self.max_length} (the shortest has"
@@ -322,26 +249,52 @@ class InstructionDataModule(L.LightningDataModule):
                 f" and are left out (the longest has {max(lengths)}). Raise --data.max_length to train on them."
             )
         self.data["train"] = train.select(sorted(fitting[: self.limits["train"]]))
-        self.data["val"] = self._first(val, "val")
+        self.data["val"] = self._evaluated(val, "val")
 
-    def _first(self, data: Dataset, split: Split) -> Dataset:
+    def _evaluated(self, data: Dataset, split: Split) -> Dataset:
+        """Return the part of an evaluation set that ``split`` is limited to, its long prompts dealt with."""
         limit = self.limits[split]
-        return data if limit is None else data.select(range(min(limit, len(data))))
+        data = data if limit is None else data.select(range(min(limit, len(data))))
+        if not len(data):
+            return data
+        long = [length for length in data["prompt_length"][:] if length > self.max_length]
+        if long and self.too_long == "error":
+            raise ValueError(
+                f"{len(long)} of {len(data)} prompts of the {split} set are longer than max_length {self.max_length}"
+                f" tokens; raise --data.max_length to {max(long)} or give --data.too_long drop (which leaves evaluation"
+                " prompts whole)."
+            )
+        if self.too_long == "cut_prompt":
+            self._count_cut(split, len(long), len(data))
+        return data
 
-    def _encode(self, split: Split) -> Dataset | None:
+    def _count_cut(self, split: Split, count: int, total: int) -> None:
+        self.cut[split] = count
+        if count:
+            rank_zero_warn(
+                f"{count} of {total} prompts of the {split} set lose their beginning, to fit into max_length"
+                f" {self.max_length} tokens. Raise --data.max_length to keep them whole."
+            )
+
+    def _encode(self, split: Split, evaluation: bool | None = None) -> Dataset | None:
         """Return a whole split as tokens, from the cache where it has been tokenised before."""
         import datasets
 
         examples = self.load_examples(split)
         if examples is None:
             return None
-        fingerprint = self.encoder.fingerprint(examples)
+        encoder = self.eval_encoder if (split != "train" if evaluation is None else evaluation) else self.encoder
+        fingerprint = encoder.fingerprint(examples)
         folder = Path(self.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "lightning_pmss")
         folder.mkdir(parents=True, exist_ok=True)
-        questions, responses = zip(*examples, strict=True) if examples else ((), ())
-        rows = {"id": list(range(len(examples))), "question": list(questions), "response": list(responses)}
+        rows = {
+            "id": list(range(len(examples))),
+            "question": [example.question for example in examples],
+            "response": [example.response for example in examples],
+            "target": [example.response if example.target is None else example.target for example in examples],
+        }
         return datasets.Dataset.from_dict(rows).map(
-            self.encoder,
+            encoder,
             batched=True,
             remove_columns=["question", "response"],
             cache_file_name=str(folder / f"{fingerprint}.arrow"),
@@ -355,21 +308,28 @@ class InstructionDataModule(L.LightningDataModule):
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return dict(kwargs) if kwargs else {"num_replicas": 1, "rank": 0}
 
-    def _pad_id(self) -> int:
+    def _collator(self, evaluation: bool = False) -> InstructionCollator:
         tokenizer = self.encoder.tokenizer
-        return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+        return InstructionCollator(
+            int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id),
+            evaluation,
+            loss_on_prompt=self.loss_on == "all" and not evaluation,
+            max_length=self.max_length if self.too_long == "cut_prompt" else None,
+            prefix=len(self.encoder.prefix),
+        )
 
     @override
     def train_dataloader(self) -> ResumableDataLoader[Any]:
         data = self.data["train"]
-        sampler = LengthGroupedSampler(data["length"][:], self.batch_size, self.seed, **self._replicas())
+        lengths = [min(length, self.max_length) for length in data["length"][:]]
+        sampler = LengthGroupedSampler(lengths, self.batch_size, self.seed, **self._replicas())
         return ResumableDataLoader(
             cast("torch.utils.data.Dataset[Any]", data),
             sampler=sampler,
             progress=TrainerProgress(self.trainer) if self.trainer is not None else None,
             seed=self.seed,
             batch_size=self.batch_size,
-            collate_fn=InstructionCollator(self._pad_id()),
+            collate_fn=self._collator(),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )
@@ -380,7 +340,7 @@ class InstructionDataModule(L.LightningDataModule):
             cast("torch.utils.data.Dataset[Any]", data),
             sampler=ShardSampler(len(data), **self._replicas()),
             batch_size=self.eval_batch_size,
-            collate_fn=InstructionCollator(self._pad_id(), evaluation=True),
+            collate_fn=self._collator(evaluation=True),
             num_workers=self.num_workers,
             generator=torch.Generator().manual_seed(self.seed),  # else each validation would move the global state
         )

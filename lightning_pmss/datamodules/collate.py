@@ -1,0 +1,78 @@
+"""Rows of token ids to padded batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Batch = dict[str, Any]
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class InstructionCollator:
+    """Pads rows of token ids to a batch; see :class:`InstructionDataModule` for what is in it.
+
+    Args:
+        pad_id: token put on padding. It may be a real token too: padding is known by the masks and labels alone.
+        evaluation: add what generation and scoring need.
+        loss_on_prompt: give the prompt labels too.
+        max_length: cut prompts (see :meth:`room`) to this many tokens; null: cut nothing.
+        prefix: number of tokens in front of each prompt that a cut leaves (the beginning-of-sequence token).
+
+    """
+
+    pad_id: int
+    evaluation: bool = False
+    loss_on_prompt: bool = False
+    max_length: int | None = None
+    prefix: int = 0
+
+    def room(self, response: int) -> int:
+        """Return how many tokens a prompt may have beside a response of ``response`` tokens.
+
+        In training both share ``max_length``. In evaluation the prompt has it alone, because what it is cut to must not
+        depend on the gold response.
+        """
+        assert self.max_length is not None
+        return self.max_length - (0 if self.evaluation else response)
+
+    def _prompt(self, row: dict[str, Any]) -> list[int]:
+        ids: list[int] = row["prompt_ids"]
+        if self.max_length is None or len(ids) <= (room := self.room(len(row["response_ids"]))):
+            return ids
+        kept = max(room - self.prefix, 0)  # of the end, where the question is
+        return ids[: self.prefix] + (ids[-kept:] if kept else [])
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Batch:
+        prompts = [self._prompt(row) for row in rows]
+        responses = [row["response_ids"] for row in rows]
+        whole = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+        if self.loss_on_prompt:
+            labels = whole
+        else:
+            pairs = zip(prompts, responses, strict=True)
+            labels = [[IGNORED] * len(prompt) + response for prompt, response in pairs]
+        batch: Batch = {
+            "input_ids": self._pad(whole, self.pad_id),
+            "attention_mask": self._pad([[1] * len(ids) for ids in whole], 0),
+            "labels": self._pad(labels, IGNORED),
+        }
+        if self.evaluation:
+            batch["prompt_ids"] = self._pad(prompts, self.pad_id, left=True)
+            batch["prompt_mask"] = self._pad([[1] * len(ids) for ids in prompts], 0, left=True)
+            batch["id"] = torch.tensor([row["id"] for row in rows], dtype=torch.int64)
+            batch["prompt"] = [row["prompt"] for row in rows]
+            batch["target"] = [row["target"] for row in rows]
+        return batch
+
+    @staticmethod
+    def _pad(rows: list[list[int]], value: int, left: bool = False) -> Tensor:
+        width = max(map(len, rows))
+        fills = [[value] * (width - len(row)) for row in rows]
+        padded = [fill + row if left else row + fill for row, fill in zip(rows, fills, strict=True)]
+        return torch.tensor(padded, dtype=torch.int64)

@@ -1,0 +1,148 @@
+"""Prompts
+=======
+
+From a question and a response to text, in the named styles of the literature, and from text to tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+_CACHE_FORMAT = 2  # goes into the names of cached files: raise it when `PromptEncoder` changes what it writes
+
+
+class Example(NamedTuple):
+    """One example before tokenisation."""
+
+    question: str
+    response: str
+    target: Any = None
+    """What answers are scored against: a text, or lists of texts. ``None``: the response."""
+
+
+@dataclass(frozen=True)
+class PromptStyle:
+    """How a question becomes a prompt, and what surrounds the response.
+
+    Args:
+        template: the prompt, with ``{question}`` in it.
+        eval_template: the prompt that is evaluated with, where the literature's differs; null: the same.
+        lead: text between prompt and response. It belongs to the response's tokens.
+        tail: text between the response and the end-of-sequence token.
+
+    """
+
+    template: str
+    eval_template: str | None = None
+    lead: str = " "
+    tail: str = ""
+
+
+_BELOW = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+_INDENT = 16 * " "  # of LLM-Adapters' source, which is inside of its string
+
+STYLES = {
+    # LLM-Adapters (`finetune.py`, `commonsense_evaluate.py`): two blanks and a line of blanks in training, one blank and
+    # an empty line in evaluation.
+    "llm_adapters": PromptStyle(
+        f"{_BELOW}  \n\n{_INDENT}### Instruction:\n{_INDENT}{{question}}\n{_INDENT}\n{_INDENT}### Response:\n{_INDENT}",
+        f"{_BELOW} \n\n{_INDENT}### Instruction:\n{_INDENT}{{question}}\n\n{_INDENT}### Response:\n{_INDENT}",
+        lead="",
+    ),
+    # MetaMath (`train_math.py`, `eval_gsm8k.py`), PiSSA (`train.py`): the response follows without a blank.
+    "metamath": PromptStyle(
+        f"{_BELOW}\n\n### Instruction:\n{{question}}\n\n### Response:",
+        f"{_BELOW}\n\n### Instruction:\n{{question}}\n\n### Response: Let's think step by step.",
+        lead="",
+    ),
+}
+"""Styles that every data module has, byte for byte those of the literature."""
+
+
+@dataclass
+class PromptEncoder:
+    """Turns a batch of question and response texts into token ids; a picklable callable for ``datasets.map``.
+
+    Prompt and response are tokenised apart and then joined, so that the boundary of the loss is exact and the prompt
+    has the same tokens in training and in generation.
+
+    Args:
+        tokenizer: a tokenizer with an end-of-sequence token.
+        style: "chat" applies the chat template; any other name fills ``template``.
+        template: the prompt, with ``{question}`` in it.
+        lead: text between prompt and response; not in the chat style.
+        tail: text between the response and the end-of-sequence token; not in the chat style.
+
+    """
+
+    tokenizer: Any
+    style: str
+    template: str
+    lead: str = " "
+    tail: str = ""
+
+    def __post_init__(self) -> None:
+        name = getattr(self.tokenizer, "name_or_path", "")
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError(f"The tokenizer {name!r} has no end-of-sequence token, so no response would ever end.")
+        if self.style == "chat" and not self.tokenizer.chat_template:
+            raise ValueError(f"The tokenizer {name!r} has no chat template; use --data.prompt_style plain.")
+        # What the tokenizer itself puts in front of a text (a beginning-of-sequence token, or nothing).
+        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        full = self.tokenizer("a", add_special_tokens=True)["input_ids"]
+        starts = [i for i in range(len(full)) if full[i : i + len(bare)] == bare]
+        self.prefix: list[int] = full[: starts[0]] if starts else []
+
+    def prompt(self, question: str) -> str:
+        """Return the prompt text of ``question``, without the tokens that the tokenizer itself puts in front of it."""
+        if self.style != "chat":
+            return self.template.replace("{question}", question)
+        messages = [{"role": "user", "content": question}]
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """Return the columns prompt, prompt_ids, response_ids (ends with eos), prompt_length and length."""
+        prompts = [self.prompt(question) for question in batch["question"]]
+        lead, tail, prefix = ("", "", []) if self.style == "chat" else (self.lead, self.tail, self.prefix)
+        prompt_ids = self._ids(prompts)
+        response_ids = self._ids([lead + response + tail for response in batch["response"]])
+        prompt_ids = [prefix + ids for ids in prompt_ids]
+        response_ids = [[*ids, self.tokenizer.eos_token_id] for ids in response_ids]
+        return {
+            "prompt": prompts,
+            "prompt_ids": prompt_ids,
+            "response_ids": response_ids,
+            "prompt_length": [len(ids) for ids in prompt_ids],
+            "length": [len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True)],
+        }
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        encoded = self.tokenizer(texts, add_special_tokens=False, padding=False, truncation=False)
+        return [list(ids) for ids in encoded["input_ids"]]
+
+    def fingerprint(self, examples: Sequence[Example]) -> str:
+        """Return a hash of the texts and of all that decides their tokens; equal in every process."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            spec: Any = [type(self.tokenizer).__name__, sorted(self.tokenizer.get_vocab().items())]
+        else:
+            spec = json.loads(backend.to_str())
+            # A tokenizer remembers the padding and truncation of its last call. They are off here.
+            spec.pop("padding", None)
+            spec.pop("truncation", None)
+        settings = [
+            _CACHE_FORMAT,
+            spec,
+            self.style,
+            self.tokenizer.chat_template if self.style == "chat" else [self.template, self.lead, self.tail],
+            self.prefix,
+            self.tokenizer.eos_token_id,
+        ]
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        for example in examples:
+            digest.update(json.dumps(example).encode())
+        return digest.hexdigest()[:32]

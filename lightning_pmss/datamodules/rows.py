@@ -1,0 +1,197 @@
+"""Rows of published data sets: from JSONL, JSON and parquet files, or from the hub, each with its place for errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = tuple[str, Any]
+"""Where the row is ("FILE:LINE", "FILE row N"), and the row: in good data a mapping."""
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+def _decode(raw: bytes, where: str, encoding: str) -> str:
+    try:
+        return raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where}: not UTF-8 (byte 0x{raw[error.start]:02x} at position {error.start + 1} of the line)."
+            " Save the file as UTF-8."
+        ) from error
+
+
+def read_jsonl_rows(path: Path) -> Iterator[Row]:
+    """Yield the objects of a JSONL file. Empty lines are skipped.
+
+    Raises:
+        ValueError: If a line is not UTF-8 or not JSON; the message names file and line.
+
+    """
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            where = f"{path}:{number}"
+            line = _decode(raw, where, "utf-8-sig" if number == 1 else "utf-8").strip()
+            if not line:
+                continue
+            try:
+                yield where, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{where}: not valid JSON ({error.msg} at column {error.colno}). Each line must be one whole JSON"
+                    " object; a file with one list of all rows is to be named .json."
+                ) from error
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds.
+
+    Raises:
+        ValueError: If it is not UTF-8 or not JSON; the message names file and line.
+
+    """
+    raw = path.read_bytes()
+    for number, line in enumerate(raw.split(b"\n"), start=1):
+        _decode(line, f"{path}:{number}", "utf-8")
+    try:
+        return json.loads(raw.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        remedy = "Repair or download the file again."
+        if error.msg == "Extra data":
+            remedy = "If each line is an object of its own, name the file .jsonl."
+        raise ValueError(
+            f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno}). {remedy}"
+        ) from error
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Yield the rows of a file: JSONL, JSON (a list of objects) or parquet, by its name.
+
+    Raises:
+        ValueError: If it cannot be read as what its name says; the message names file and row.
+
+    """
+    if path.suffix == ".parquet":
+        yield from _read_parquet(path)
+    elif path.suffix == ".json":
+        rows = read_json(path)
+        if not isinstance(rows, list):
+            raise ValueError(f"{path}: expected a JSON list of rows, got {type(rows).__name__}.")
+        yield from ((f"{path} row {number}", row) for number, row in enumerate(rows))
+    else:
+        yield from read_jsonl_rows(path)
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow.parquet as parquet  # type: ignore[import-untyped]  # comes with `datasets`
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    yield f"{path} row {number}", row
+                    number += 1
+    except OSError as error:  # pyarrow's own errors are ValueErrors or OSErrors
+        raise ValueError(f"{path}: not a readable parquet file ({error}). Download it again.") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: not a readable parquet file ({error}). Download it again.") from error
+
+
+def load_hub_rows(hub_id: str, split: str, options: Sequence[Mapping[str, Any]], remedy: str) -> list[Row]:
+    """Return the rows of a split of a hub data set, of several configurations one after the other.
+
+    Args:
+        hub_id: its id.
+        split: the split's name on the hub.
+        options: keyword arguments of ``datasets.load_dataset``, one mapping per configuration.
+        remedy: what to type to go without the hub.
+
+    Raises:
+        ConnectionError: If they cannot be had.
+
+    """
+    import datasets
+
+    rows: list[Row] = []
+    for keywords in options:
+        try:
+            part = datasets.load_dataset(hub_id, split=split, **keywords)
+        except Exception as error:  # the hub, its cache and the network raise a dozen unrelated classes
+            raise ConnectionError(
+                f"Could not load {hub_id!r} from the hub ({type(error).__name__}: {error}). Without a connection (or"
+                f" with HF_HUB_OFFLINE=1) pass local files: {remedy}"
+            ) from error
+        rows += [(f"{hub_id} {split} row {len(rows) + number}", row) for number, row in enumerate(part)]
+    return rows
+
+
+def looks_like_file(path: str) -> bool:
+    """Return whether ``path`` is meant as a local path rather than as a hub id."""
+    return (
+        Path(path).suffix in SUFFIXES
+        or Path(path).expanduser().exists()
+        or Path(path).is_absolute()
+        or path.startswith((".", "~"))
+    )
+
+
+def existing(path: Path, remedy: str) -> Path:
+    """Return ``path`` if it is a file.
+
+    Raises:
+        FileNotFoundError: If not; the message ends in ``remedy``.
+
+    """
+    path = path.expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {str(path)!r}. {remedy}")
+    return path
+
+
+def split_file(folder: Path, stems: Sequence[str], remedy: str) -> Path:
+    """Return the first file of ``folder`` that is called one of ``stems``, with one of :data:`SUFFIXES`.
+
+    Raises:
+        FileNotFoundError: If there is none.
+
+    """
+    for stem in stems:
+        for suffix in SUFFIXES:
+            if (folder / f"{stem}{suffix}").is_file():
+                return folder / f"{stem}{suffix}"
+    return existing(folder / f"{stems[0]}{SUFFIXES[0]}", remedy)
+
+
+def check_mapping(where: str, row: Any, columns: Iterable[str], kind: str) -> Mapping[str, Any]:
+    """Return ``row`` if it is a mapping with all ``columns``.
+
+    Raises:
+        ValueError: If not; the message names the place, what is missing and what is there.
+
+    """
+    names = list(columns)
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where}: expected a JSON object with {' and '.join(names)}, got {type(row).__name__}.")
+    missing = [name for name in names if name not in row]
+    if missing:
+        raise ValueError(
+            f"{where}: no column {' and '.join(map(repr, missing))}; found {sorted(map(str, row))}. {kind}'s columns"
+            f" are {' and '.join(map(repr, names))}."
+        )
+    return row
+
+
+def text(where: str, row: Mapping[str, Any], column: str) -> str:
+    """Return the text in ``column``, as it is.
+
+    Raises:
+        ValueError: If it is not a text, or blank.
+
+    """
+    value = row[column]
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{where}: the {column} is {value!r}; it must be a text that is not empty.")
+    return value
