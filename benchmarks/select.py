@@ -5,8 +5,9 @@
 Writes a synthetic bfloat16 checkpoint to a temporary folder (below DIR, where given), one shard per decoder layer (405 MB),
 without embedding and output head, of which nothing is selected. The matrices are products of Gaussian factors with weights
 1 / sqrt(k) plus noise, since a plain Gaussian matrix has no columns better than others. Selects in a fresh process and
-prints the growth of its peak resident memory over what the imported libraries take. Then both rules, ``lupp`` and
-``pivoted_qr``, select from each matrix of one layer, on one thread. Peak memory: Linux only.
+prints the growth of its peak resident memory over what the imported libraries take. CPU seconds stand beside the wall time,
+since other work on the machine lengthens the latter more. Then both rules, ``lupp`` and ``pivoted_qr``, select from each
+matrix of one layer, on one thread. Peak memory: Linux only.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from lightning_pmss.selection import projection_residual, select_skeleton
 
 # Small products and a small model make the libraries allocate their buffers before the first reading.
 _CHILD = """
-import json, sys, torch
+import json, sys, time, torch
 from pathlib import Path
 from lightning_pmss.config import PMSSConfig
 from lightning_pmss.files.architecture import model_on_meta
@@ -40,10 +41,10 @@ from lightning_pmss.files.select_report import peak_memory
 model, output, rank, workers = sys.argv[1:]
 model_on_meta(Path(model))
 torch.linalg.eigh(torch.randn(64, 64) @ torch.randn(64, 64))
-before = peak_memory()
+before, cpu = peak_memory(), time.process_time()
 report = select_files(model, output, PMSSConfig(rank=int(rank)), workers=int(workers) or None)
 print(report, file=sys.stderr)
-print(json.dumps({**report.to_dict(), "peak_growth": peak_memory() - before}))
+print(json.dumps({**report.to_dict(), "peak_growth": peak_memory() - before, "cpu_seconds": time.process_time() - cpu}))
 """
 
 
@@ -91,7 +92,7 @@ def make_checkpoint(
 
 
 def select_in_a_fresh_process(model: Path, output: Path, rank: int, workers: int = 0) -> dict[str, Any]:
-    """The report of `select_files` and ``peak_growth``: bytes by which the peak resident memory grew."""
+    """The report of `select_files`, ``peak_growth`` (bytes by which the peak resident memory grew) and ``cpu_seconds``."""
     command = [sys.executable, "-c", _CHILD, str(model), str(output), str(rank), str(workers)]
     found: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     return found
@@ -107,10 +108,10 @@ def compare_rules(model: Path, rank: int) -> list[dict[str, Any]]:
             weight = reader.read(key)
             entry: dict[str, Any] = {"matrix": key.removesuffix(".weight"), "shape": list(weight.shape)}
             for rule in ("lupp", "pivoted_qr"):
-                start = time.perf_counter()
+                start, cpu = time.perf_counter(), time.process_time()
                 _, cols = select_skeleton(weight, rank, selection=rule, name=entry["matrix"])
-                seconds = time.perf_counter() - start
-                entry[rule] = {"seconds": seconds, "residual": projection_residual(weight, cols)}
+                seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+                entry[rule] = {**seconds, "residual": projection_residual(weight, cols)}
             found.append(entry)
             print(entry, file=sys.stderr)
     return found
@@ -133,8 +134,8 @@ def main() -> None:
         rules = [] if options.skip_rules else compare_rules(model, options.rank)
         size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     wanted = (
-        "selection", "workers", "selected", "seconds", "selecting_seconds", "matrices_per_second", "mean_residual",
-        "bytes", "peak_memory", "peak_growth",
+        "selection", "workers", "selected", "seconds", "selecting_seconds", "cpu_seconds", "matrices_per_second",
+        "mean_residual", "bytes", "peak_memory", "peak_growth",
     )  # fmt: skip
     result = {
         "layers": options.layers,
