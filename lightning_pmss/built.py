@@ -5,15 +5,18 @@ from __future__ import annotations
 import lightning as L
 
 
-def model_built(module: L.LightningModule) -> None:
+def model_built(module: L.LightningModule, *, everywhere: bool = True) -> None:
     """Tell the Trainer's callbacks that the layers exist and are not sharded yet.
 
     Lightning has no hook between building and sharding inside ``configure_model``; under FSDP2 this call is that hook.
-    Every callback with a method ``on_model_built(trainer, module)`` is called; `PMSSCallback` converts the model there.
+    Every callback with a method ``on_model_built(trainer, module, everywhere)`` is called; `PMSSCallback` converts the
+    model there.
     Without a Trainer (``load_from_checkpoint``) nothing happens.
 
     Args:
         module: The LightningModule itself.
+        everywhere: Whether every rank has built the model and makes this call. If not, only one has, the others will get
+            what it has made of it, and the callbacks must not communicate.
 
     Example::
 
@@ -31,4 +34,4 @@ def model_built(module: L.LightningModule) -> None:
         return
     for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
         if (told := getattr(callback, "on_model_built", None)) is not None:
-            told(module.trainer, module)
+            told(module.trainer, module, everywhere)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_pmss.edits import InputEdit, OutputEdit, compute_dtype, without_autocast
-from lightning_pmss.whole import fill, whole, whole_shape
+from lightning_pmss.whole import fill, is_dtensor, whole, whole_shape
 
 COORDINATES = ("orthonormal", "spectral", "raw")
 EDITS = ("auto", "input", "output")
@@ -316,7 +316,8 @@ class PMSSLinear(nn.Module):
         # The indices that were stored count, not those selected now. The factors follow, unless they come along.
         moved = any(a.is_meta or not torch.equal(a, b) for a, b in zip(before, (self.rows, self.cols), strict=True))
         if new_weight or moved:
-            self.fingerprint = None
+            if not is_dtensor(self.weight):  # else it was taken before sharding, or is compared when training starts
+                self.fingerprint = None
             if not any(key.startswith(f"{prefix}core.frame.") for key in state_dict):
                 self.refresh_frame(prefix[:-1])
 

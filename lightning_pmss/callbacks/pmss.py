@@ -160,12 +160,14 @@ class PMSSCallback(L.Callback):
         else:
             self._attach(trainer, pl_module)
 
-    def on_model_built(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_model_built(self, trainer: L.Trainer, pl_module: L.LightningModule, everywhere: bool = True) -> None:
         """Convert in the middle of ``configure_model``, before it shards: what `lightning_pmss.model_built` calls."""
         if conversion_of(pl_module) is None:
-            agree_on_weights(trainer, pl_module, self._engine)
+            if everywhere:
+                agree_on_weights(trainer, pl_module, self._engine)
             self.report = convert(pl_module, self.config)
-            agree_on_indices(trainer, pl_module)
+            if everywhere:
+                agree_on_indices(trainer, pl_module)
             if self._engine != "plain":
                 record_fingerprints(pl_module)
             rank_zero_info(f"PMSS:\n{self.report}")

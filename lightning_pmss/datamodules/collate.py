@@ -57,6 +57,8 @@ class InstructionCollator:
         else:
             pairs = zip(prompts, responses, strict=True)
             labels = [[IGNORED] * len(prompt) + response for prompt, response in pairs]
+        if self.evaluation:  # a filler is computed and counts for nothing
+            labels = [ids if row["id"] >= 0 else [IGNORED] * len(ids) for ids, row in zip(labels, rows, strict=True)]
         batch: Batch = {
             "input_ids": self._pad(whole, self.pad_id),
             "attention_mask": self._pad([[1] * len(ids) for ids in whole], 0),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 from typing_extensions import override
@@ -27,6 +28,7 @@ from lightning_pmss.datamodules.sampler import (
     ResumableDataLoader,
     ShardSampler,
     TrainerProgress,
+    WithFillers,
 )
 
 if TYPE_CHECKING:
@@ -337,12 +339,18 @@ class InstructionDataModule(L.LightningDataModule):
     def _eval_dataloader(self, split: Split) -> DataLoader[Any]:
         data = self.data[split]
         return DataLoader(
-            cast("torch.utils.data.Dataset[Any]", data),
-            sampler=ShardSampler(len(data), **self._replicas()),
+            WithFillers(data),
+            sampler=ShardSampler(len(data), **self._replicas(), fill=self._in_step()),
             batch_size=self.eval_batch_size,
             collate_fn=self._collator(evaluation=True),
             num_workers=self.num_workers,
             generator=torch.Generator().manual_seed(self.seed),  # else each validation would move the global state
+        )
+
+    def _in_step(self) -> bool:
+        """Whether the ranks must do equally many batches, because each forward pass is a collective."""
+        return self.trainer is not None and isinstance(
+            self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
         )
 
     @override

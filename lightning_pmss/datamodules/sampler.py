@@ -103,19 +103,23 @@ class ShardSampler(DistributedSampler[int]):
     """Rank ``r`` of ``n`` takes the examples ``r, r + n, ...`` in order: none twice, none left out.
 
     Stock Lightning pads an evaluation set with repeated examples, which makes distributed scores wrong by a little.
-    The price here: ranks may differ by one example, hence by one batch. That is safe where evaluation has no
-    collective per batch (single device, DDP), not under strategies that gather weights in every forward pass.
+    Ranks may then differ by one example, hence by one batch. Under strategies that gather weights in every forward pass
+    (FSDP, ZeRO-3) a rank with a batch more would wait for ever: with ``fill`` a rank that has one example less gets a
+    filler, the index ``size``, which :class:`WithFillers` turns into an example that is computed and not scored.
 
     Args:
         size: number of examples.
         num_replicas: number of ranks that share the data. Needs no process group.
         rank: rank of this process among them.
+        fill: give every rank equally many indices.
 
     """
 
-    def __init__(self, size: int, num_replicas: int = 1, rank: int = 0) -> None:
+    def __init__(self, size: int, num_replicas: int = 1, rank: int = 0, fill: bool = False) -> None:
         super().__init__(cast("Dataset[Any]", range(size)), num_replicas=num_replicas, rank=rank, shuffle=False)
-        self.indices = range(rank, size, num_replicas)
+        self.indices = [*range(rank, size, num_replicas)]
+        if fill and len(self.indices) < -(-size // num_replicas):
+            self.indices.append(size)
 
     @override
     def __iter__(self) -> Iterator[int]:
@@ -124,6 +128,20 @@ class ShardSampler(DistributedSampler[int]):
     @override
     def __len__(self) -> int:
         return len(self.indices)
+
+
+class WithFillers(Dataset[Any]):
+    """Rows by index; beyond the end the first row again, under the ``id`` -1 that says not to score it."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @override
+    def __getitem__(self, index: int) -> Any:
+        return self.rows[index] if index < len(self.rows) else {**self.rows[0], "id": -1}
 
 
 class ResumableDataLoader(DataLoader[T_co]):

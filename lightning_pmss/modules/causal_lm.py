@@ -12,13 +12,16 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torchmetrics import Metric
 from transformers import GenerationConfig
 
+from lightning_pmss.built import model_built
 from lightning_pmss.modules.hub import load_causal_lm, load_tokenizer
 from lightning_pmss.modules.predictions import Prediction, gather_predictions, write_predictions
 from lightning_pmss.modules.schedule import SCHEDULES, schedule_factor
+from lightning_pmss.modules.sharded import build_on_rank_zero
 from lightning_pmss.modules.token_mean import TokenMean
 
 IGNORED = -100  # the label that marks a position without loss, as everywhere in PyTorch and transformers
@@ -28,13 +31,14 @@ class CausalLMModule(L.LightningModule):
     """Fine-tunes a causal language model on the responses of prompt and response pairs.
 
     The model and its tokenizer are loaded in `configure_model`, so that a strategy can shard what is loaded and a
-    callback can change it afterwards. All parameters that require grad are trained: all of them, unless someone froze
+    callback can change it afterwards. Under FSDP2 rank 0 alone loads, and every rank gets its shards; under ZeRO-3
+    transformers partitions while it loads. All parameters that require grad are trained: all of them, unless someone froze
     some.
 
     A training batch is a dict of ``input_ids``, ``attention_mask`` and ``labels``, int64 [B, T], right padded, with the
     label -100 on prompt and padding. For generation an evaluation batch has in addition ``prompt_ids`` and
-    ``prompt_mask``, int64 [B, P], left padded, ``id``, int64 [B], and ``prompt`` and ``target``, lists of B strings.
-    Without them only the loss is computed.
+    ``prompt_mask``, int64 [B, P], left padded, ``id``, int64 [B] (negative: computed, not scored), and ``prompt`` and
+    ``target``, lists of B strings. Without them only the loss is computed.
 
     Logged: ``train/loss`` per step; ``val/loss`` and ``test/loss``, the mean over all response tokens of the split;
     ``val/exact_match`` and ``test/exact_match``, where texts are generated and a metric is given.
@@ -115,10 +119,36 @@ class CausalLMModule(L.LightningModule):
         if self.model is not None:
             return
         self.tokenizer = load_tokenizer(self.model_name_or_path, revision=self.revision)
-        model = load_causal_lm(self.model_name_or_path, dtype=self.dtype_name, revision=self.revision)
+        strategy = None if self._trainer is None else self.trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy):
+            mesh = strategy.device_mesh["data_parallel"]
+            self.model = build_on_rank_zero(self._load_alone, mesh, strategy.root_device)
+        else:
+            if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
+                self._zero3 = _announce_zero3(strategy)
+            self.model = load_causal_lm(self.model_name_or_path, dtype=self.dtype_name, revision=self.revision)
+        if isinstance(strategy, FSDPStrategy):
+            # On the instance: DeepSpeed warns about every class that overrides this hook.
+            self.configure_gradient_clipping = self._clip_sharded  # type: ignore[method-assign]
         if self.gradient_checkpointing:
-            _checkpoint_activations(model)
-        self.model = model
+            _checkpoint_activations(self.model)
+
+    def _load_alone(self) -> nn.Module:
+        """The model on the one rank that loads it, after the callbacks have had it."""
+        self.model = load_causal_lm(self.model_name_or_path, dtype=self.dtype_name, revision=self.revision)
+        model_built(self, everywhere=False)
+        model, self.model = self.model, None
+        return model
+
+    def _clip_sharded(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """FSDP1 knows the norm over all ranks; Lightning refuses to clip by norm there."""
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            root: Any = self.trainer.strategy.model
+            root.clip_grad_norm_(gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def configure_optimizers(self) -> Any:
         """Optimizer over what requires grad, and the schedule, stepped with every optimizer step.
@@ -260,6 +290,8 @@ class CausalLMModule(L.LightningModule):
     def _collect(self, batch: dict[str, Any], texts: list[str]) -> None:
         examples = zip(batch["id"].tolist(), batch["prompt"], texts, batch["target"], strict=True)
         for number, prompt, text, target in examples:
+            if number < 0:  # fills up a rank that has fewer examples than the others
+                continue
             correct = bool(self._scorer().score(text, target) >= 1) if self.metric is not None and target else None
             self._rows.append({"id": number, "prompt": prompt, "output": text, "target": target, "correct": correct})
 
@@ -284,6 +316,19 @@ class CausalLMModule(L.LightningModule):
 
     def _scorer(self) -> Any:
         return self.metric  # `score` is our contract, unknown to torchmetrics' own type
+
+
+def _announce_zero3(strategy: DeepSpeedStrategy) -> Any:
+    """Let transformers know of ZeRO-3 before it loads: else the partitioned parameters look empty to it.
+
+    Returns:
+        An object that must be kept: transformers holds a weak reference to it.
+    """
+    from transformers.integrations import HfDeepSpeedConfig
+
+    assert isinstance(strategy.config, dict)
+    strategy.config.setdefault("train_micro_batch_size_per_gpu", 1)
+    return HfDeepSpeedConfig(strategy.config)
 
 
 def _checkpoint_activations(model: Any) -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.utils.data import DistributedSampler, TensorDataset
 
-from lightning_pmss.datamodules.sampler import LengthGroupedSampler, ResumableDataLoader, ShardSampler
+from lightning_pmss.datamodules.collate import InstructionCollator
+from lightning_pmss.datamodules.sampler import LengthGroupedSampler, ResumableDataLoader, ShardSampler, WithFillers
 
 LENGTHS = torch.randint(10, 200, (203,), generator=torch.Generator().manual_seed(0)).tolist()
 
@@ -106,6 +107,19 @@ def test_shards_are_disjoint_and_complete(size: int, replicas: int) -> None:
     assert sorted(index for shard in shards for index in shard) == list(range(size))
     assert [len(shard) for shard in shards] == [len(list(shard)) for shard in shards]
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
+    filled = [ShardSampler(size, replicas, rank, fill=True) for rank in range(replicas)]
+    assert sorted(index for shard in filled for index in shard if index < size) == list(range(size))
+    assert {len(shard) for shard in filled} == {len(list(shard)) for shard in filled} == {-(-size // replicas)}
+    assert all(index <= size for shard in filled for index in shard)
+
+
+def test_fillers_are_computed_and_not_scored() -> None:
+    rows = [{"id": n, "prompt_ids": [5], "response_ids": [6, 7], "prompt": "p", "target": "t"} for n in range(3)]
+    collate = InstructionCollator(0, evaluation=True)
+    batch = collate([WithFillers(rows)[index] for index in ShardSampler(3, 2, rank=1, fill=True)])
+    assert batch["id"].tolist() == [1, -1]
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [5, 6, 7]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [-100, -100, -100]]
 
 
 def test_loader_refuses_orders_it_cannot_repeat() -> None:

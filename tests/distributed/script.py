@@ -1,8 +1,8 @@
 """One rank of a two-process run: ``python -m tests.distributed.script JSON``; rank r writes ``rank<r>.json``.
 
-The JSON object: folder, strategy, and optionally checkpoint, steps, precision, late (built in configure_model), meta (FSDP2: built
-on the meta device from a skeleton file), callback (options of PMSSCallback), differ (rank-dependent seed), then (what follows
-fit in the same process: "validate").
+The JSON object: folder, strategy, and optionally checkpoint, steps, precision, late (built in configure_model), meta (built on the
+meta device, from a skeleton file), callback (options of PMSSCallback), differ (rank-dependent seed), then (what follows fit
+in the same process: "validate", "fit" or "update").
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_pmss import PMSSCallback, model_built
 from lightning_pmss.conversion import conversion_of, pmss_layers
-from lightning_pmss.gathering import gathered, whole_update
+from lightning_pmss.datamodules.sampler import LengthGroupedSampler, ResumableDataLoader, TrainerProgress
+from lightning_pmss.gathering import whole_update
 from lightning_pmss.whole import clean_name
 from tests.distributed.strategies import make_strategy
 
@@ -117,9 +118,22 @@ class Module(L.LightningModule):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.02)
 
 
-def loader() -> DataLoader[Any]:
-    tokens = torch.randint(0, VOCABULARY, (EXAMPLES, LENGTH), generator=torch.Generator().manual_seed(3))
-    return DataLoader(TensorDataset(tokens), batch_size=4)
+def examples() -> TensorDataset:
+    return TensorDataset(torch.randint(0, VOCABULARY, (EXAMPLES, LENGTH), generator=torch.Generator().manual_seed(3)))
+
+
+class Sentences(L.LightningDataModule):
+    """Shuffled and resumable in the middle of an epoch (four steps on two ranks)."""
+
+    def train_dataloader(self) -> Any:
+        assert self.trainer is not None
+        sampler = LengthGroupedSampler([1] * EXAMPLES, 4, 5, self.trainer.world_size, self.trainer.global_rank)
+        return ResumableDataLoader(examples(), sampler=sampler, progress=TrainerProgress(self.trainer), batch_size=4)
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(examples(), batch_size=4)
+
+    test_dataloader = val_dataloader
 
 
 def make_trainer(task: dict[str, Any], callback: L.Callback | None, *more: L.Callback) -> L.Trainer:
@@ -155,16 +169,16 @@ def main(task: dict[str, Any]) -> None:
     trainer = make_trainer(task, callback, saver)
     record: dict[str, Any] = {}
     try:
-        trainer.fit(module, loader(), loader(), ckpt_path=task["checkpoint"])
+        trainer.fit(module, Sentences(), ckpt_path=task["checkpoint"])
         layers = pmss_layers(module)
         record["indices"] = {n: [x.rows.tolist(), x.cols.tolist()] for n, x in layers.items()}
         record["requires_grad"] = sorted(clean_name(n) for n, p in module.named_parameters() if p.requires_grad)
         if task["then"] == "validate":
             module.scores.clear()
-            trainer.validate(module, loader(), verbose=False)
+            trainer.validate(module, Sentences(), verbose=False)
         elif task["then"] == "fit":
             trainer.fit_loop.max_steps = 2 * task["steps"]  # type: ignore[misc]
-            trainer.fit(module, loader())
+            trainer.fit(module, Sentences())
         elif task["then"] == "update":
             root: Any = trainer.strategy.model
             record["update"] = {n: whole_update(root, x).tolist() for n, x in layers.items()}
@@ -178,8 +192,6 @@ def main(task: dict[str, Any]) -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # else gloo's threads may abort the interpreter on its way out
 
-
-_ = gathered
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
