@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_pmss.estimate.memory import Run, estimate, with_options
 
+CHECKPOINTING = "--gradient-checkpointing"
 MOST_DEVICES = 64
 RANK_STEP = 16
 
@@ -25,23 +26,23 @@ class Remedy:
 
 
 def remedies(run: Run, gpu: float) -> list[Remedy]:
-    """Single changes with which PMSS fits; where none does, the same with gradient checkpointing switched on too.
+    """Single changes with which PMSS fits; where checkpointing alone does not do, also others together with it.
 
     Args:
         run: One that does not fit.
         gpu: Bytes of one device.
     """
     found = _tried(run, gpu)
-    if found or run.gradient_checkpointing:
+    if run.gradient_checkpointing or any(r.change == CHECKPOINTING for r in found):
         return found
     both = _tried(with_options(run, gradient_checkpointing=True), gpu)
-    return [Remedy(f"--gradient-checkpointing {r.change}", r.total) for r in both]
+    return [*(Remedy(f"{CHECKPOINTING} {r.change}", r.total) for r in both), *found]
 
 
 def _tried(run: Run, gpu: float) -> list[Remedy]:
     changes: list[tuple[str, dict[str, Any]]] = []
     if not run.gradient_checkpointing:
-        changes.append(("--gradient-checkpointing", {"gradient_checkpointing": True}))
+        changes.append((CHECKPOINTING, {"gradient_checkpointing": True}))
     if run.micro_batch > 1:
         changes.append(("--micro-batch 1 (and accumulate gradients)", {"micro_batch": 1}))
     if run.strategy in ("ddp", "zero2"):

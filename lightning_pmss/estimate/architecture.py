@@ -74,9 +74,7 @@ def read_config(model: str | os.PathLike[str]) -> Any:
     try:
         return AutoConfig.from_pretrained(str(file), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # what a broken file raises depends on where it is broken
-        raise ValueError(
-            f"{file} is not a model configuration that transformers reads: {_first_line(error)}"
-        ) from error
+        raise ValueError(f"{file} is not a model configuration that transformers reads: {first_line(error)}") from error
 
 
 def weights_dtype(config: Any, asked: str) -> torch.dtype:
@@ -114,7 +112,7 @@ class Architecture:
         except Exception as error:
             kind = getattr(self.config, "model_type", type(self.config).__name__)
             raise ValueError(
-                f"no causal language model can be built of this {kind} config: {_first_line(error)}"
+                f"no causal language model can be built of this {kind} config: {first_line(error)}"
             ) from error
         return model.train()
 
@@ -261,5 +259,6 @@ def _quietly() -> Iterator[None]:
         logging.set_verbosity(level)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What went wrong, for a message of one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_pmss.estimate.architecture import Architecture
+from lightning_pmss.estimate.architecture import Architecture, first_line
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,9 @@ def simulate_step(
         sequence_length: Tokens per sequence, prompt, response and padding.
         gradient_checkpointing: Whether each decoder layer is computed again in the backward pass (non-reentrant).
         autocast: The lower precision of ``bf16-mixed``; None without.
+
+    Raises:
+        ValueError: The model computes something that needs values, or that has no fake form in this dtype.
     """
     from lightning_pmss.modules.causal_lm import CausalLMModule
 
@@ -129,6 +132,11 @@ def simulate_step(
                 with nullcontext() if autocast is None else torch.autocast("cpu", autocast):
                     loss, _ = module.response_loss(batch)
                 loss.backward()
+    except RuntimeError as error:  # an operation that looks at values, or that PyTorch has no shapes for
+        raise ValueError(
+            f"the step of {type(model).__name__} cannot be played through without values"
+            f" ({first_line(error)}); try --precision bf16-true, which more operations support."
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()

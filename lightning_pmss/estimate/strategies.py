@@ -100,7 +100,7 @@ def place(
     itemsize = max((p.itemsize for p in pieces if p.kind == "trained" and not p.buffer), default=0)
     gathered = buckets = 0
     if strategy in ("fsdp", "fsdp2") and world > 1:
-        gathered = _gathered_by_fsdp(pieces)
+        gathered = _gathered_by_fsdp(pieces, flat=strategy == "fsdp")
     elif strategy == "ddp" and world > 1:
         buckets = gradients  # DDP copies every gradient into its buckets
     elif strategy == "zero2":
@@ -161,13 +161,24 @@ def _part(piece: Piece, world: int, *, by_rows: bool) -> int:
     return math.ceil(rows / world) * (piece.numel // rows if rows else 0)
 
 
-def _gathered_by_fsdp(pieces: list[Piece]) -> int:
-    """The unit of what is outside of the decoder layers, the layer at work and the one fetched meanwhile."""
+def _gathered_by_fsdp(pieces: list[Piece], *, flat: bool) -> int:
+    """The unit of what is outside of the decoder layers, the layer at work and the one fetched meanwhile.
+
+    FSDP1 (``flat``) makes each adapter a unit of its own, whole only while it is called.
+    """
     units: dict[str, int] = {}
     gradients: dict[str, int] = {}
+    adapters: dict[str, int] = {}
     for piece in pieces:
-        if not piece.buffer:
-            units[piece.block] = units.get(piece.block, 0) + piece.nbytes
-            gradients[piece.block] = gradients.get(piece.block, 0) + (piece.nbytes if piece.kind == "trained" else 0)
+        if piece.buffer:
+            continue
+        owner = next((piece.name.partition(mark)[0] for mark in (".core.", ".lora_") if mark in piece.name), None)
+        if flat and owner is not None:
+            adapters[owner] = adapters.get(owner, 0) + piece.nbytes * (2 if piece.kind == "trained" else 1)
+            continue
+        units[piece.block] = units.get(piece.block, 0) + piece.nbytes
+        if piece.kind == "trained":
+            gradients[piece.block] = gradients.get(piece.block, 0) + piece.nbytes
     root = units.pop("", 0)
-    return root + 2 * max(units.values(), default=0) + 2 * max(gradients.values(), default=0)
+    largest = [max(sizes.values(), default=0) for sizes in (units, gradients, adapters)]
+    return root + 2 * sum(largest)
