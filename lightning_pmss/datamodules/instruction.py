@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Split = Literal["train", "val", "test"]
+_SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 def check_int(owner: str, name: str, value: int | None, least: int, *, optional: bool = False) -> None:
@@ -194,9 +195,9 @@ class InstructionDataModule(L.LightningDataModule):
     @override
     def prepare_data(self) -> None:
         """Load, check and tokenise everything once per node, into the cache that all ranks then read."""
-        splits: tuple[Split, ...] = ("train", "val", "test")
-        for split in splits:
-            self._encode(split)
+        sizes = {split: None if (data := self._encode(split)) is None else len(data) for split in _SPLITS}
+        if sizes["train"] is not None and sizes["val"] is None:
+            self._held_out(sizes["train"])
 
     @override
     def setup(self, stage: str | None = None) -> None:
@@ -213,17 +214,14 @@ class InstructionDataModule(L.LightningDataModule):
         train, val = self._encode("train"), self._encode("val")
         if train is None:
             raise ValueError(f"`{type(self).__name__}` has no training examples; give it data with a training split.")
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        order = self._order(len(train))
         if val is None:
             if self.val_size >= len(train):
                 raise ValueError(
                     f"`val_size` is {self.val_size}, but there are only {len(train)} training rows to hold it out from;"
                     f" give --data.val_size below {len(train)}."
                 )
-            held_out = train
-            if self.val_size and self.eval_encoder != self.encoder:
-                held_out = cast("Dataset", self._encode("train", evaluation=True))
-            val = held_out.select(sorted(order[: self.val_size]))
+            val = self._held_out(len(train)) or train.select(sorted(order[: self.val_size]))
             order = order[self.val_size :]
         lengths, prompts = train["length"][:], train["prompt_length"][:]
         if self.too_long == "cut_prompt":  # a response that leaves no room for a prompt is left out all the same
@@ -253,6 +251,16 @@ class InstructionDataModule(L.LightningDataModule):
         self.data["train"] = train.select(sorted(fitting[: self.limits["train"]]))
         self.data["val"] = self._evaluated(val, "val")
 
+    def _order(self, size: int) -> list[int]:
+        """Return the order in which training rows are held out for validation, then chosen for training."""
+        return torch.randperm(size, generator=torch.Generator().manual_seed(self.seed)).tolist()
+
+    def _held_out(self, size: int) -> Dataset | None:
+        """Return the held-out rows with the prompt of evaluation, ``None`` where that is the one of training."""
+        if not self.val_size or self.eval_encoder == self.encoder:
+            return None
+        return self._encode("train", sorted(self._order(size)[: self.val_size]))
+
     def _evaluated(self, data: Dataset, split: Split) -> Dataset:
         """Return the part of an evaluation set that ``split`` is limited to, its long prompts dealt with."""
         limit = self.limits[split]
@@ -278,19 +286,27 @@ class InstructionDataModule(L.LightningDataModule):
                 f" {self.max_length} tokens. Raise --data.max_length to keep them whole."
             )
 
-    def _encode(self, split: Split, evaluation: bool | None = None) -> Dataset | None:
-        """Return a whole split as tokens, from the cache where it has been tokenised before."""
+    def _encode(self, split: Split, ids: Sequence[int] | None = None) -> Dataset | None:
+        """Return a split as tokens, from the cache where it has been tokenised before.
+
+        Args:
+            split: all rows, for its own use;
+            ids: only these, for evaluation.
+
+        """
         import datasets
 
         examples = self.load_examples(split)
         if examples is None:
             return None
-        encoder = self.eval_encoder if (split != "train" if evaluation is None else evaluation) else self.encoder
-        fingerprint = encoder.fingerprint(examples)
+        if ids is not None:
+            examples = [examples[place] for place in ids]
+        encoder = self.encoder if split == "train" and ids is None else self.eval_encoder
+        fingerprint = encoder.fingerprint(examples, ids)
         folder = Path(self.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "lightning_pmss")
         folder.mkdir(parents=True, exist_ok=True)
         rows = {
-            "id": list(range(len(examples))),
+            "id": list(range(len(examples)) if ids is None else ids),
             "question": [example.question for example in examples],
             "response": [example.response for example in examples],
             "target": [example.response if example.target is None else example.target for example in examples],

@@ -124,8 +124,8 @@ class PromptEncoder:
         encoded = self.tokenizer(texts, add_special_tokens=False, padding=False, truncation=False)
         return [list(ids) for ids in encoded["input_ids"]]
 
-    def fingerprint(self, examples: Sequence[Example]) -> str:
-        """Return a hash of the texts and of all that decides their tokens; equal in every process."""
+    def fingerprint(self, examples: Sequence[Example], ids: Sequence[int] | None = None) -> str:
+        """Return a hash of the texts, their ids where given, and all that decides their tokens; equal in every process."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
             spec: Any = [type(self.tokenizer).__name__, sorted(self.tokenizer.get_vocab().items())]
@@ -141,6 +141,7 @@ class PromptEncoder:
             self.tokenizer.chat_template if self.style == "chat" else [self.template, self.lead, self.tail],
             self.prefix,
             self.tokenizer.eos_token_id,
+            None if ids is None else list(ids),
         ]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for example in examples:

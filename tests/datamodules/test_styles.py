@@ -10,6 +10,7 @@ import torch
 from lightning_pmss.datamodules import Example, InstructionCollator, InstructionDataModule
 from lightning_pmss.datamodules.collate import IGNORED
 from lightning_pmss.datamodules.instruction import Split
+from lightning_pmss.datamodules.prompts import PromptEncoder
 
 BELOW = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 S = " " * 16
@@ -131,3 +132,19 @@ def test_refusals(build: Any) -> None:
             build(**argument)
     with pytest.raises(ValueError, match="cutting the beginning of a chat would cut its template"):
         build(prompt_style="chat", too_long="cut_prompt")
+
+
+def test_held_out_rows_are_tokenised_once_and_on_one_process(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(prompt_style="metamath").prepare_data()
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("tokenised again")
+
+    monkeypatch.setattr(PromptEncoder, "__call__", refuse)
+    module = build(prompt_style="metamath")
+    module.setup()  # what every rank does
+    assert len(module.data["val"]) == 2
+    assert set(module.data["val"]["id"]) | set(module.data["train"]["id"]) == set(range(10))
+    assert [row["target"][1] for row in module.data["val"]] == [
+        ["d", str(number)] for number in module.data["val"]["id"]
+    ]
