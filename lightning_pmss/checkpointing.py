@@ -28,10 +28,10 @@ from torch import nn
 
 from lightning_pmss.conversion import conversion_of, pmss_layers
 from lightning_pmss.fingerprint import fingerprint, same_base
-from lightning_pmss.gathering import gathered, is_sharded, load_trained_state, trained_state
+from lightning_pmss.gathering import gathered, load_trained_state, trained_state
 from lightning_pmss.messages import some
 from lightning_pmss.sharding import Engine, engine_of
-from lightning_pmss.whole import whole_shape
+from lightning_pmss.whole import is_sharded, whole_shape
 
 METADATA = "pmss"
 SIDECAR = "pmss.json"

@@ -15,17 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from lightning_pmss.layers import Frame, PMSSCore, PMSSLinear
-from lightning_pmss.whole import clean_name, is_dtensor, is_zero_partitioned, whole
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether parts of the model live on other ranks."""
-    return is_fsdp1(model) or any(is_dtensor(p) or is_zero_partitioned(p) for p in model.parameters())
-
-
-def is_fsdp1(model: nn.Module) -> bool:
-    """Whether FSDP1 has wrapped the model or modules in it."""
-    return any(isinstance(module, FSDP) for module in model.modules())
+from lightning_pmss.whole import clean_name, is_fsdp1, is_sharded, whole
 
 
 @contextmanager

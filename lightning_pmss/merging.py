@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from lightning_pmss.conversion import pmss_layers
 from lightning_pmss.edits import without_autocast
-from lightning_pmss.gathering import is_sharded, whole_tensors, whole_update
+from lightning_pmss.gathering import whole_tensors, whole_update
 from lightning_pmss.layers import PMSSLinear
-from lightning_pmss.whole import clean_name
+from lightning_pmss.whole import clean_name, is_sharded
 
 
 @dataclass

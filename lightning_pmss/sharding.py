@@ -19,8 +19,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.distributed.fsdp.wrap import CustomPolicy, _Policy
 
-from lightning_pmss.gathering import is_fsdp1
 from lightning_pmss.layers import CoreFrame, PMSSCore
+from lightning_pmss.whole import is_fsdp1
 
 Engine = Literal["plain", "fsdp1", "fsdp2", "zero"]
 

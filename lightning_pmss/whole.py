@@ -1,7 +1,7 @@
 """Tensors that a strategy keeps in parts: read them whole, one at a time, and write into them.
 
 FSDP2 keeps a parameter as a ``DTensor``, ZeRO-3 as an empty tensor with a partition beside it. Both can be gathered on their
-own, so that no more than one weight is ever whole. FSDP1 keeps one flat tensor per wrapped module and cannot: see `sharding`.
+own, so that no more than one weight is ever whole. FSDP1 keeps one flat tensor per wrapped module and cannot: see `gathering`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 
 @contextmanager
@@ -65,6 +66,16 @@ def is_dtensor(tensor: Tensor) -> bool:
 def is_zero_partitioned(tensor: Tensor) -> bool:
     """Whether ZeRO-3 manages this parameter."""
     return hasattr(tensor, "ds_id")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parts of the model live on other ranks."""
+    return is_fsdp1(model) or any(is_dtensor(p) or is_zero_partitioned(p) for p in model.parameters())
+
+
+def is_fsdp1(model: nn.Module) -> bool:
+    """Whether FSDP1 has wrapped the model or modules in it."""
+    return any(isinstance(module, FSDP) for module in model.modules())
 
 
 @contextmanager

@@ -11,8 +11,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_pmss.files import merge_files, save_adapter, write_merged
 from lightning_pmss.files.atomic import check_target
-from lightning_pmss.gathering import is_fsdp1, is_sharded
 from lightning_pmss.targets import hugging_face_root
+from lightning_pmss.whole import is_fsdp1, is_sharded
 
 
 def write_results(trainer: L.Trainer, module: L.LightningModule, adapter: Path | None, merged: Path | None) -> Any:

@@ -26,12 +26,12 @@ from lightning_pmss.files.adapter_file import (
 from lightning_pmss.files.atomic import WRITTEN_BY, atomic_folder, check_target
 from lightning_pmss.files.shards import few, save_tensors
 from lightning_pmss.fingerprint import fingerprint, same_base
-from lightning_pmss.gathering import is_sharded, whole_tensors, whole_update
+from lightning_pmss.gathering import whole_tensors, whole_update
 from lightning_pmss.layers import PMSSLinear, canonical_shape, is_supported, is_transposed
 from lightning_pmss.report import ConversionReport
 from lightning_pmss.skeleton import Skeleton, SkeletonLayer
 from lightning_pmss.targets import canonical_modules, find_targets, hugging_face_root, match_modules
-from lightning_pmss.whole import clean_name
+from lightning_pmss.whole import clean_name, is_sharded
 
 __all__ = ["AdapterFile", "AdapterModule", "load_adapter", "read_adapter", "save_adapter"]
 

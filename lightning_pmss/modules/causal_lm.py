@@ -23,6 +23,7 @@ from lightning_pmss.modules.predictions import Prediction, gather_predictions, w
 from lightning_pmss.modules.schedule import SCHEDULES, schedule_factor
 from lightning_pmss.modules.sharded import build_on_rank_zero
 from lightning_pmss.modules.token_mean import TokenMean
+from lightning_pmss.whole import is_sharded
 
 IGNORED = -100  # the label that marks a position without loss, as everywhere in PyTorch and transformers
 
@@ -260,7 +261,11 @@ class CausalLMModule(L.LightningModule):
             eos_token_id=eos,
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        tokens = self.model.generate(input_ids=prompt_ids, attention_mask=prompt_mask, generation_config=greedy)
+        # Where each forward pass is a collective, ranks whose texts have ended go on until all have.
+        in_step = is_sharded(self.model)
+        tokens = self.model.generate(
+            input_ids=prompt_ids, attention_mask=prompt_mask, generation_config=greedy, synced_gpus=in_step
+        )
         texts = []
         for row in tokens[:, prompt_ids.shape[1] :].tolist():
             # The padding of a finished row may be the eos itself: cut at the first one, never strip by token id.

@@ -1,14 +1,13 @@
-"""One rank of a two-process run: ``python -m tests.distributed.script JSON``; rank r writes ``rank<r>.json``.
+"""One rank of a two-process run: ``python -m tests.distributed.script JSON``; rank r writes ``<folder>/rank<r>.json`` per task.
 
-The JSON object: folder, strategy, and optionally checkpoint, steps, precision, late (built in configure_model), meta (built on the
-meta device, from a skeleton file), callback (options of PMSSCallback), differ (rank-dependent seed), then (what follows fit
-in the same process: "validate", "fit" or "update").
+The JSON is a list of tasks, done one after the other with fresh modules and Trainers; `DEFAULTS` says what a task can hold.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,17 +18,37 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_pmss import PMSSCallback, model_built
-from lightning_pmss.conversion import conversion_of, pmss_layers
+from lightning_pmss.conversion import pmss_layers
 from lightning_pmss.datamodules.sampler import LengthGroupedSampler, ResumableDataLoader, TrainerProgress
-from lightning_pmss.gathering import whole_update
+from lightning_pmss.gathering import gathered, whole_update
 from lightning_pmss.whole import clean_name
 from tests.distributed.strategies import make_strategy
 
 WIDTH, VOCABULARY, LENGTH, EXAMPLES = 32, 40, 12, 32
+DEFAULTS: dict[str, Any] = {
+    "strategy": "ddp",
+    "steps": 4,
+    "checkpoint": None,
+    "callback": {},  # options of PMSSCallback
+    "precision": "32-true",
+    "inference_mode": False,
+    "late": True,  # the model is built in configure_model
+    "meta": False,  # ... on the meta device, and its weights come after sharding (FSDP2)
+    "careless": False,  # ... and sharded without model_built (FSDP2)
+    "differ": False,  # weights from a rank-dependent seed
+    "head": False,  # a fresh head trains in full
+    "weights_only": False,
+    "one_file": False,  # every checkpoint overwrites the last one
+    "kill_at": None,  # rank 1 is killed when the checkpoint of this step is being made
+    "stamp": False,  # before the last checkpoint every rank fills its part of U with its own number
+    "only": None,  # "test" instead of fit
+    "then": None,  # "validate" or "fit" with the same Trainer after fit
+}
 
 
 class Block(nn.Module):
@@ -40,7 +59,7 @@ class Block(nn.Module):
         self.down = nn.Linear(2 * WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = x + self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
+        out: Tensor = x + self.down(nn.functional.gelu(self.up(self.norm(x))))
         return out
 
 
@@ -75,6 +94,7 @@ class Module(L.LightningModule):
         self.losses: list[float] = []
         self.scores: list[float] = []
         self.frozen_gradients = -1
+        self.parts: dict[str, list[float]] = {}
         self.net: Any = None if task["late"] else base_model()
 
     def configure_model(self) -> None:
@@ -89,16 +109,28 @@ class Module(L.LightningModule):
         else:
             self.net = base_model()
         if self.task["strategy"].startswith("fsdp2"):
+            self.shard()
+
+    def shard(self) -> None:
+        if not self.task["careless"]:
             model_built(self)
-            mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
-            for block in self.net.blocks:
-                fully_shard(block, mesh=mesh)
-            fully_shard(self.net, mesh=mesh)
+        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
+        for block in self.net.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.net, mesh=mesh)
+        if self.task["meta"]:
+            self.net.to_empty(device="cpu")
+            for module in self.net.modules():
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
+            whole = base_model() if self.task["meta"] != "wrong" else Language()
+            options = StateDictOptions(full_state_dict=True, strict=False)
+            set_model_state_dict(self.net, whole.state_dict(), options=options)  # type: ignore[arg-type]
 
     def loss(self, batch: Any) -> Tensor:
         (tokens,) = batch
         logits = self.net(tokens[:, :-1])
-        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+        return nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = self.loss(batch)
@@ -108,18 +140,26 @@ class Module(L.LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.scores.append(self.loss(batch).item())
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self.scores.append(self.loss(batch).item())
+    test_step = validation_step
+
+    def on_train_start(self) -> None:
+        self.parts = {n: _part(p).flatten().tolist() for n, p in self.trained().items()}
 
     def on_after_backward(self) -> None:
         self.frozen_gradients = sum(p.grad is not None for p in self.parameters() if not p.requires_grad)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {clean_name(n): p for n, p in self.named_parameters() if p.requires_grad}
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.02)
 
 
-def examples() -> TensorDataset:
-    return TensorDataset(torch.randint(0, VOCABULARY, (EXAMPLES, LENGTH), generator=torch.Generator().manual_seed(3)))
+def _part(parameter: nn.Parameter) -> Tensor:
+    """What this rank holds of a parameter."""
+    whole_or_part = getattr(parameter, "ds_tensor", parameter.detach())
+    local: Tensor = getattr(whole_or_part, "_local_tensor", whole_or_part)
+    return local
 
 
 class Sentences(L.LightningDataModule):
@@ -128,71 +168,103 @@ class Sentences(L.LightningDataModule):
     def train_dataloader(self) -> Any:
         assert self.trainer is not None
         sampler = LengthGroupedSampler([1] * EXAMPLES, 4, 5, self.trainer.world_size, self.trainer.global_rank)
-        return ResumableDataLoader(examples(), sampler=sampler, progress=TrainerProgress(self.trainer), batch_size=4)
+        progress = TrainerProgress(self.trainer)
+        return ResumableDataLoader(self.examples(), sampler=sampler, progress=progress, batch_size=4)
 
     def val_dataloader(self) -> Any:
-        return DataLoader(examples(), batch_size=4)
+        return DataLoader(self.examples(), batch_size=4)
 
     test_dataloader = val_dataloader
 
+    def examples(self) -> TensorDataset:
+        generator = torch.Generator().manual_seed(3)
+        return TensorDataset(torch.randint(0, VOCABULARY, (EXAMPLES, LENGTH), generator=generator))
 
-def make_trainer(task: dict[str, Any], callback: L.Callback | None, *more: L.Callback) -> L.Trainer:
-    options: dict[str, Any] = {} if task["strategy"] == "single" else {"strategy": make_strategy(task["strategy"])}
-    return L.Trainer(
+
+class Incidents(L.Callback):
+    """What goes wrong, or is marked, on purpose."""
+
+    def __init__(self, task: dict[str, Any]) -> None:
+        self.task = task
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+        if self.task["stamp"] and trainer.global_step == self.task["steps"]:
+            for parameter in pl_module.trained().values():
+                _part(parameter).fill_(trainer.global_rank + 1.0)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: Any) -> None:
+        if trainer.global_step == self.task["kill_at"] and trainer.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run(task: dict[str, Any]) -> None:
+    folder = Path(task["folder"])
+    torch.manual_seed(1 + (task["checkpoint"] is not None))
+    module = Module(task)
+    also = {"also_train": ["head"]} if task["head"] else {}
+    callback = PMSSCallback(**{"rank": 8, "output_dir": folder / "out"} | also | task["callback"])
+    saver = ModelCheckpoint(
+        folder / "saved",
+        "last" if task["one_file"] else "{step}",
+        every_n_train_steps=2,
+        save_top_k=1 if task["one_file"] else -1,
+        save_weights_only=task["weights_only"],
+        enable_version_counter=False,
+    )
+    trainer = L.Trainer(
         accelerator="cpu",
-        devices=1 if task["strategy"] == "single" else 2,
+        devices=2,
+        strategy=make_strategy(task["strategy"]),
         max_steps=task["steps"],
         precision=task["precision"],
         inference_mode=task["inference_mode"],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        enable_checkpointing=bool(more),
-        default_root_dir=task["folder"],
-        callbacks=[c for c in (callback, *more) if c is not None],
-        **options,
+        default_root_dir=folder,
+        callbacks=[callback, Incidents(task), saver],
     )
-
-
-def main(task: dict[str, Any]) -> None:
-    defaults = {
-        "steps": 4, "precision": "32-true", "late": True, "meta": False, "differ": False, "callback": {}, "checkpoint": None,
-        "then": None, "inference_mode": False, "weights_only": False,
-    }  # fmt: skip
-    task = defaults | task
-    folder = Path(task["folder"])
-    module = Module(task)
-    callback = PMSSCallback(**{"rank": 8, "output_dir": str(folder / "out")} | task["callback"])
-    saver = ModelCheckpoint(
-        folder / "saved", "{step}", every_n_train_steps=2, save_top_k=-1, save_weights_only=task["weights_only"]
-    )
-    trainer = make_trainer(task, callback, saver)
     record: dict[str, Any] = {}
     try:
-        trainer.fit(module, Sentences(), ckpt_path=task["checkpoint"])
-        layers = pmss_layers(module)
-        record["indices"] = {n: [x.rows.tolist(), x.cols.tolist()] for n, x in layers.items()}
-        record["requires_grad"] = sorted(clean_name(n) for n, p in module.named_parameters() if p.requires_grad)
+        if task["only"] == "test":
+            trainer.test(module, Sentences(), ckpt_path=task["checkpoint"], verbose=False)
+        else:
+            trainer.fit(module, Sentences(), ckpt_path=task["checkpoint"])
+            root: Any = trainer.strategy.model
+            record["updates"] = {n: whole_update(root, x).tolist() for n, x in pmss_layers(module).items()}
+            record["sums"] = _sums(root, module)
+        module.scores.clear() if task["then"] else None
         if task["then"] == "validate":
-            module.scores.clear()
             trainer.validate(module, Sentences(), verbose=False)
         elif task["then"] == "fit":
-            trainer.fit_loop.max_steps = 2 * task["steps"]  # type: ignore[misc]
+            trainer.fit_loop.epoch_loop.max_steps = 2 * task["steps"]
             trainer.fit(module, Sentences())
-        elif task["then"] == "update":
-            root: Any = trainer.strategy.model
-            record["update"] = {n: whole_update(root, x).tolist() for n, x in layers.items()}
     except Exception as error:
         record["error"] = f"{type(error).__name__}: {error}"
-        if task.get("raise"):
-            raise
-    assert conversion_of(module) is not None or "error" in record
-    record |= {"losses": module.losses, "scores": module.scores, "frozen_gradients": module.frozen_gradients}
+    record |= {
+        "losses": module.losses,
+        "scores": module.scores,
+        "frozen_gradients": module.frozen_gradients,
+        "trained": sorted(module.trained()),
+        "parts": module.parts,
+        "indices": {n: [x.rows.tolist(), x.cols.tolist()] for n, x in pmss_layers(module).items()},
+    }
     (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(record))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # else gloo's threads may abort the interpreter on its way out
+
+
+def _sums(root: Any, module: Module) -> dict[str, float]:
+    """The sum of each layer's rows and columns, read through `gathered`."""
+    sums = {}
+    for name, layer in pmss_layers(module).items():
+        with gathered(root, layer):
+            sums[name] = sum(float(part.double().sum()) for part in layer.slices())
+    return sums
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(json.loads(sys.argv[1]))
+    for given in json.loads(sys.argv[1]):
+        Path(given["folder"]).mkdir(parents=True, exist_ok=True)
+        run(DEFAULTS | given)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # else gloo's threads may abort the interpreter on its way out
