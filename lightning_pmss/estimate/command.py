@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_pmss.config import PMSSConfig
-from lightning_pmss.estimate.strategies import OPTIMIZERS, STRATEGIES
+from lightning_pmss.estimate.strategies import OPTIMIZERS, STRATEGIES, ZeroSettings
 from lightning_pmss.layers import COORDINATES, MEMORY_MODES
 
 EPILOG = "Only config.json is read. What is counted and what is not: docs/estimate.md."
@@ -42,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="recompute decoder layers (default: no)",
     )
     add("--optimizer", choices=tuple(OPTIMIZERS), default="adamw", help="default: adamw")
+    bucket = ZeroSettings().bucket
+    add("--bucket", type=int, default=bucket, metavar="N", help=f"DeepSpeed's reduce_bucket_size (default: {bucket})")
     add("--gpu", type=_bytes, metavar="SIZE", help="memory of one device, such as 80GB: does it fit?")
     add("--json", action="store_true", help="print JSON, sizes in bytes")
     add("--output", metavar="FILE", help="write the JSON there too")
@@ -85,6 +87,7 @@ def run(parser: argparse.ArgumentParser, args: Sequence[str]) -> None:
         weights_dtype=given.weights_dtype,
         gradient_checkpointing=given.gradient_checkpointing,
         optimizer=given.optimizer,
+        zero=ZeroSettings(bucket=given.bucket),
     )
     result = estimate(asked)
     found = None

@@ -80,6 +80,8 @@ class Run:
         for name in ("devices", "nodes", "micro_batch", "sequence_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.zero.bucket < 0:
+            raise ValueError(f"bucket={self.zero.bucket} must not be negative; it is a number of elements.")
         if self.strategy == "single" and self.world > 1:
             raise ValueError(f"strategy 'single' has one device, not {self.world}; choose 'ddp', 'fsdp2' or 'zero3'.")
 

@@ -1,7 +1,7 @@
 """What lies on one device, and on one node's host, before any activation: by strategy, from the list of a model's tensors.
 
 FSDP: PyTorch's per-parameter (2) and flat (1) sharding, one unit per decoder layer and one for the rest, which stays whole
-from the forward to the backward pass. ZeRO: DeepSpeed's optimizer as Lightning configures it. The tests measure each on two
+from the forward to the backward pass. ZeRO: DeepSpeed's optimizers. The tests measure each on two
 processes; what only a GPU shows (streams, communication buffers of NCCL) is in the fixed reserve.
 """
 
@@ -22,7 +22,7 @@ RESERVE_AMONG_SEVERAL = 2_000_000_000  # and NCCL's buffers
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """What of DeepSpeed's configuration counts; defaults as in Lightning's ``DeepSpeedStrategy``.
+    """What of DeepSpeed's configuration counts; DeepSpeed's own defaults, with ``overlap_comm`` as in configs/strategy.
 
     Attributes:
         bucket: ``reduce_bucket_size``, elements.
@@ -31,7 +31,7 @@ class ZeroSettings:
         live: ``stage3_max_live_parameters``: gathered at once, elements.
     """
 
-    bucket: int = 200_000_000
+    bucket: int = 500_000_000
     overlap: bool = True
     persistence: int = 100_000
     live: int = 1_000_000_000

@@ -62,7 +62,8 @@ def small_batch() -> dict[str, Tensor]:
 def loss_of(model: nn.Module) -> Callable[[], Tensor]:
     module = CausalLMModule("small")
     module.model = model
-    return lambda: module.response_loss(small_batch())[0]
+    batch = {name: tensor.to(next(model.parameters()).device) for name, tensor in small_batch().items()}
+    return lambda: module.response_loss(dict(batch))[0]
 
 
 def checkpoint_activations(model: Any) -> None:
