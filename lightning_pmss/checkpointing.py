@@ -23,6 +23,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -250,10 +251,14 @@ class CheckpointSeam:
 
     def _load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(self.strategy.broadcast(checkpoint_path))
-        stage = self.trainer.state.fn
-        if isinstance(self.strategy, DeepSpeedStrategy) and self.strategy.zero_stage_3 and stage != "fit":
+        stage = self.trainer.state.fn or TrainerFn.FITTING
+        if (
+            isinstance(self.strategy, DeepSpeedStrategy)
+            and self.strategy.zero_stage_3
+            and stage is not TrainerFn.FITTING
+        ):
             raise MisconfigurationException(
-                f"DeepSpeed cannot load a ZeRO-3 checkpoint for `{stage}`. Evaluate right after `fit` in the same process"
+                f"DeepSpeed cannot load a ZeRO-3 checkpoint for `{stage.value}`. Evaluate right after `fit` in the same process"
                 " (without ckpt_path), or the adapter or merged folder of the run on one device or under DDP."
             )
         stored, made = _read_description(path)

@@ -6,7 +6,7 @@ block) is whole at a time. On a model that is whole already the functions only r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -56,31 +56,37 @@ def whole_update(model: nn.Module, layer: PMSSLinear) -> Tensor:
     return update
 
 
-def whole_tensors(model: nn.Module, *, keep: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """All parameters and persistent buffers of a module under clean names, whole, one after the other.
+def whole_tensors(
+    model: nn.Module, *, under: Sequence[str] | None = None, keep: bool = True
+) -> Iterator[tuple[str, Tensor]]:
+    """All parameters and persistent buffers of a model under clean names, whole, one after the other.
 
     Args:
-        model: A module, sharded or not. Under FSDP1: one that holds whole wrapped units.
+        model: Sharded or not; under FSDP1 what its root owns is left out unless this is the root.
+        under: Clean names of modules, to get only what lies in these.
         keep: Whether this rank wants the values, copied to the CPU; if not, it takes part and gets nothing.
     """
-    seen: set[str] = set()
     flat = is_fsdp1(model)
+    seen: set[str] = set()
     for prefix, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, FSDP):
+            owned = [(n, p) for n, p in module.named_parameters() if _own(module, n)]
+        else:
+            owned = [] if flat else [(n, p) for n, p in module._parameters.items() if p is not None]
+        volatile = module._non_persistent_buffers_set
+        owned += [(n, b) for n, b in module._buffers.items() if b is not None and n not in volatile]  # type: ignore[misc]
+        names = [clean_name(f"{prefix}.{n}".lstrip(".")) for n, _ in owned]
+        wanted = [n for n in names if n not in seen and (under is None or any(n.startswith(f"{u}.") for u in under))]
+        seen |= set(wanted)
         with ExitStack() as stack:
-            if isinstance(module, FSDP):
+            if isinstance(module, FSDP) and wanted:
                 stack.enter_context(FSDP.summon_full_params(module, recurse=False, writeback=False))
-                inside = [(f"{prefix}.{n}".lstrip("."), p) for n, p in module.named_parameters() if _own(module, n)]
-            else:
-                inside = [] if flat else [(f"{prefix}.{n}", p) for n, p in module._parameters.items()]
-            inside += [(f"{prefix}.{n}", b) for n, b in module._buffers.items() if n not in _volatile(module)]
-            for full, tensor in inside:
-                name = clean_name(full.lstrip("."))
-                if tensor is None or name in seen:
-                    continue
-                seen.add(name)
-                with whole(tensor) as value:
-                    if keep:
-                        yield name, value.to("cpu", copy=True)
+                owned = [(n, p) for n, p in module.named_parameters() if _own(module, n)] + owned[len(names) :]
+            for name, (_, tensor) in zip(names, owned, strict=True):
+                if name in wanted:
+                    with whole(tensor) as value:
+                        if keep:
+                            yield name, value.to("cpu", copy=True)
 
 
 def trained_state(model: nn.Module, keys: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,7 +148,3 @@ def _own(unit: nn.Module, name: str) -> bool:
         if module is not unit and isinstance(module, FSDP):
             return False
     return True
-
-
-def _volatile(module: nn.Module) -> set[str]:
-    return module._non_persistent_buffers_set

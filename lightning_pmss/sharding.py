@@ -52,6 +52,10 @@ class PMSSWrapPolicy(CustomPolicy):
         self.layers = None if layers is None else list(layers)
         self.policy = policy
 
+    def __call__(self, module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
+        """Never called: it makes the class one of the types that FSDPStrategy's argument has, so that YAML may name it."""
+        raise NotImplementedError("FSDP asks a policy object by `_run_policy`.")
+
     def _run_policy(
         self, root_module: nn.Module, ignored_modules: set[nn.Module], root_kwargs: dict[str, Any]
     ) -> dict[nn.Module, dict[str, Any]]:

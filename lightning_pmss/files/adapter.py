@@ -82,7 +82,14 @@ def save_adapter(
         }
     named = canonical_modules(model)
     if sharded := is_sharded(model):
-        extra = {f"{n}.{k}": value for n in report.also_train for k, value in whole_tensors(named[n])}
+        full = {id(module): clean_name(name) for name, module in model.named_modules()}
+        places = {full[id(named[name])]: name for name in report.also_train}
+        extra = {
+            places[place] + key.removeprefix(place): value
+            for key, value in whole_tensors(model, under=list(places))
+            for place in places
+            if key.startswith(f"{place}.")
+        }
     else:
         extra = _tensors_of(report.also_train, named)
     if clash := sorted(set(tensors) & set(extra)):

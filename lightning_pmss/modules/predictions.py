@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch.distributed as dist
 
@@ -16,7 +16,7 @@ class Prediction(TypedDict):
     id: int
     prompt: str
     output: str
-    target: str
+    target: Any
     correct: bool | None
 
 

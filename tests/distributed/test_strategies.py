@@ -1,0 +1,198 @@
+"""The same run under every strategy: losses, gradients, checkpoints, resume, results, evaluation."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
+
+from lightning_pmss import load_adapter, merge
+from lightning_pmss.conversion import pmss_layers
+from tests.distributed.launch import launch, ranks
+from tests.distributed.script import EXAMPLES, LENGTH, VOCABULARY, base_model
+from tests.distributed.strategies import NAMES
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+SHARDED = [name for name in NAMES if name not in ("ddp", "zero2")]
+WEIGHTS_ONLY = ("ddp", "fsdp1", "fsdp1-full", "fsdp2", "fsdp2-full", "zero3")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Strategy -> folder with all its runs, made once by one launch."""
+    parent = tmp_path_factory.mktemp("strategies")
+
+    @functools.cache
+    def run(name: str) -> Path:
+        folder = parent / name
+        dropout = {"callback": {"dropout": 0.3}, "steps": 6}
+        tasks = [
+            {"folder": "whole", "steps": 6, "then": "validate"},
+            {"folder": "dropout", **dropout},
+            {"folder": "resumed", **dropout, "checkpoint": str(folder / "dropout" / "saved" / "step=4.ckpt")},
+            {"folder": "differ", "differ": True, "steps": 1},
+            {"folder": "init", "late": name.startswith("fsdp2"), "steps": 2, "head": True},
+        ]
+        if name in WEIGHTS_ONLY:
+            tasks.append({"folder": "weights", "weights_only": True, "steps": 2})
+        if name in ("fsdp1", "fsdp2"):
+            raw = {"callback": {"coordinates": "raw"}}
+            tasks.append({"folder": "stamp", "stamp": True, "steps": 2, **raw})
+            stamped = str(folder / "stamp" / "saved" / "step=2.ckpt")
+            tasks.append({"folder": "stamped", "steps": 3, "checkpoint": stamped, **raw})
+        if name == "zero3":
+            path = str(folder / "whole" / "saved" / "step=4.ckpt")
+            tasks.append({"folder": "by path", "only": "test", "checkpoint": path})
+        launch(
+            "tests.distributed.script",
+            [t | {"strategy": name, "folder": str(folder / str(t["folder"]))} for t in tasks],
+        )
+        return folder
+
+    return run
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, (EXAMPLES, LENGTH), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_losses_are_those_of_ddp(runs: Any, name: str) -> None:
+    expected, found = ranks(runs("ddp") / "whole"), ranks(runs(name) / "whole")
+    for rank in (0, 1):
+        assert len(found[rank]["losses"]) == 6
+        assert found[rank]["losses"] == pytest.approx(expected[rank]["losses"], rel=1e-5)
+    assert found[0]["losses"] != found[1]["losses"]  # each rank saw its own share
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_u_trains_and_frozen_weights_get_no_gradients(runs: Any, name: str) -> None:
+    for rank in ranks(runs(name) / "whole"):
+        assert rank["frozen_gradients"] == 0
+        assert rank["trained"] == sorted(f"net.blocks.{i}.{w}.core.weight" for i in range(3) for w in ("up", "down"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_indices_are_equal_on_all_ranks_under_rank_dependent_seeds(runs: Any, name: str) -> None:
+    first, second = ranks(runs(name) / "differ")
+    assert "error" not in first
+    assert len(first["indices"]) == 6
+    assert first["indices"] == second["indices"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_resume_equals_never_stopped(runs: Any, name: str) -> None:
+    whole, resumed = ranks(runs(name) / "dropout"), ranks(runs(name) / "resumed")
+    for rank in (0, 1):
+        assert "error" not in resumed[rank]
+        assert resumed[rank]["losses"] == whole[rank]["losses"][4:]  # to the last bit
+        assert resumed[rank]["updates"] == whole[rank]["updates"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_checkpoints_hold_the_adapter_alone(runs: Any, name: str) -> None:
+    path = runs(name) / "whole" / "saved" / "step=4.ckpt"
+    if path.is_file():
+        keys = set(torch.load(path)["state_dict"])
+    elif name.startswith("zero"):
+        keys = set(torch.load(next(path.glob("checkpoint/*model_states.pt")), weights_only=False)["module"])
+    else:
+        metadata = FileSystemReader(path).read_metadata().state_dict_metadata
+        kind = "model." if name.startswith("fsdp1") else "state_dict."
+        keys = {k.removeprefix(kind) for k in metadata if k.startswith(kind)}
+    parts = ("core.weight", "rows", "cols")
+    assert keys == {f"net.blocks.{i}.{w}.{p}" for i in range(3) for w in ("up", "down") for p in parts}
+
+
+@pytest.mark.parametrize("name", WEIGHTS_ONLY)
+def test_weights_only_checkpoints_hold_the_adapter_alone(runs: Any, name: str) -> None:
+    path = runs(name) / "weights" / "saved" / "step=2.ckpt"
+    if path.is_file():
+        state = torch.load(path)
+        assert "optimizer_states" not in state
+        assert not [k for k in state["state_dict"] if not k.endswith(("core.weight", "rows", "cols"))]
+    else:
+        base = sum(p.nbytes for p in base_model().parameters())
+        written = sum(f.stat().st_size for f in path.rglob("*") if f.suffix in (".distcp", ".pt"))
+        trained = 6 * 8 * 8 * 4
+        assert written < base + 3 * trained  # pickled headers and indices, but not the base and its copy per rank
+        names = b"".join(f.read_bytes() for f in path.rglob("*") if f.is_file())
+        assert b"core.weight" in names
+        assert b"embed.weight" not in names
+        assert b"norm.weight" not in names
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_adapter_and_merged_model(runs: Any, name: str, tmp_path: Path) -> None:
+    folder = runs(name) / "whole"
+    expected = ranks(runs("ddp") / "whole")[0]["updates"]
+    for rank in ranks(folder):
+        for layer, update in rank["updates"].items():
+            assert torch.tensor(update).norm() > 1e-3
+            torch.testing.assert_close(torch.tensor(update), torch.tensor(expected[layer]), rtol=1e-3, atol=1e-5)
+    model = torch.nn.Module()
+    model.net = base_model()
+    load_adapter(model, folder / "out" / "adapter")
+    for layer, module in pmss_layers(model).items():
+        torch.testing.assert_close(module.core_update(), torch.tensor(ranks(folder)[0]["updates"][layer]))
+    with torch.no_grad():
+        adapted = model.net(tokens())
+        merge(model)
+        assert not torch.allclose(adapted, base_model()(tokens()), atol=1e-3)
+        plain = torch.nn.Module()
+        plain.net = base_model()
+        plain.load_state_dict(load_file(folder / "out" / "merged" / "model.safetensors"))
+        torch.testing.assert_close(plain.net(tokens()), adapted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_evaluation_after_fit(runs: Any, name: str) -> None:
+    expected, found = ranks(runs("ddp") / "whole"), ranks(runs(name) / "whole")
+    for rank in (0, 1):
+        if name.startswith("fsdp1"):
+            assert "wrapped by FSDP in an earlier Trainer call" in found[rank]["error"]
+            assert "build a fresh module" in found[rank]["error"]
+        else:
+            assert found[rank]["scores"] == pytest.approx(expected[rank]["scores"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_of_init_and_a_head_that_trains_in_full(runs: Any, name: str) -> None:
+    expected, found = ranks(runs("ddp") / "init"), ranks(runs(name) / "init")
+    assert found[0]["losses"] == pytest.approx(expected[0]["losses"], rel=1e-5)
+    assert found[0]["trained"][-2:] == ["net.head.bias", "net.head.weight"]
+    state = load_file(runs(name) / "init" / "out" / "adapter" / "adapter_model.safetensors")
+    assert state["net.head.weight"].shape == (VOCABULARY, 32)
+    assert not torch.equal(state["net.head.weight"], base_model().head.weight)
+    reference = load_file(runs("ddp") / "init" / "out" / "adapter" / "adapter_model.safetensors")
+    torch.testing.assert_close(state["net.head.weight"], reference["net.head.weight"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fsdp1", "fsdp2"])
+def test_what_each_rank_holds_of_u_survives(runs: Any, name: str) -> None:
+    stamped = ranks(runs(name) / "stamped")
+    values = [{v for part in rank["parts"].values() for v in part} for rank in stamped]
+    assert values == [{1.0}, {2.0}]
+    state = load_file(runs(name) / "stamp" / "out" / "adapter" / "adapter_model.safetensors")
+    for key in (k for k in state if k.endswith(".U")):
+        assert state[key].flatten().tolist() == [1.0] * 32 + [2.0] * 32
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_layers_can_be_read_whole(runs: Any, name: str) -> None:
+    model = torch.nn.Module()
+    model.net = base_model()
+    load_adapter(model, runs(name) / "whole" / "out" / "adapter")
+    for layer, module in pmss_layers(model).items():
+        expected = sum(float(part.double().sum()) for part in module.slices())
+        assert ranks(runs(name) / "whole")[1]["sums"][layer] == pytest.approx(expected)
+
+
+def test_a_zero3_checkpoint_is_not_evaluated_by_path(runs: Any) -> None:
+    for rank in ranks(runs("zero3") / "by path"):
+        assert "DeepSpeed cannot load a ZeRO-3 checkpoint for `test`. Evaluate right after `fit`" in rank["error"]
