@@ -147,13 +147,20 @@ def select_skeleton(
     if not 1 <= rank <= min(weight.shape):
         raise ValueError(f"{where}rank={rank} does not fit {tuple(weight.shape)}; the largest is {min(weight.shape)}.")
     matrix = weight.detach()
-    if not torch.isfinite(matrix).all():
+    # One pass without temporaries: NaN and infinity are among the extremes.
+    least, most = torch.aminmax(matrix)
+    largest = torch.maximum(most, -least)
+    if not torch.isfinite(largest):
         raise ValueError(f"{where}the weight holds NaN or infinite values; load a sound checkpoint before converting.")
-    largest = matrix.abs().max()
     if largest == 0:
         raise ValueError(f"{where}the weight is all zeros, so C U R can never change it; exclude this module.")
     # Squared norms of tiny or huge weights must neither vanish nor overflow, nor a float64 weight leave float32's range.
-    matrix = (matrix / largest).float() if matrix.dtype == torch.float64 else matrix.float() / largest.float()
+    if matrix.dtype == torch.float64:
+        matrix = (matrix / largest).float()
+    elif matrix.dtype == torch.float32:
+        matrix = matrix / largest
+    else:
+        matrix = matrix.float().div_(largest.float())  # in place: one float32 copy, not two
     select = SELECTORS[selection]
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
     cols = select(matrix, rank, generator, oversample)
@@ -163,13 +170,18 @@ def select_skeleton(
 
 def projection_residual(weight: Tensor, cols: Tensor) -> float:
     """``||W - C C^+ W||_F / ||W||_F`` with ``C = W[:, cols]``: the share of W that its chosen columns do not span."""
-    matrix = weight.detach().float()
-    basis, triangle = torch.linalg.qr(matrix[:, cols])
+    matrix = weight.detach()
+    basis, triangle = torch.linalg.qr(matrix[:, cols].float())
     # Of columns that depend on one another, QR returns arbitrary directions that C does not span: leave those out.
     left, singular, _ = torch.linalg.svd(triangle)
     basis = basis @ left[:, singular > singular[0] * 1e-6]
-    rest = matrix - basis @ (basis.T @ matrix)
-    return float(torch.linalg.matrix_norm(rest) / torch.linalg.matrix_norm(matrix))
+    rest = total = 0.0
+    for part in matrix.split(1024, dim=1):  # in blocks of columns: no copy of the whole matrix
+        part = part.float()
+        total += float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2
+        part = part - basis @ (basis.T @ part)
+        rest += float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2
+    return (rest / total) ** 0.5
 
 
 def _largest(score: Tensor, rank: int) -> Tensor:
