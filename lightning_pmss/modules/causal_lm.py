@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 
 from lightning_pmss.built import model_built
 from lightning_pmss.modules.hub import load_causal_lm, load_tokenizer
+from lightning_pmss.modules.packed import check_packing
 from lightning_pmss.modules.predictions import Prediction, gather_predictions, write_predictions
 from lightning_pmss.modules.schedule import SCHEDULES, schedule_factor
 from lightning_pmss.modules.sharded import build_on_rank_zero
@@ -37,7 +38,8 @@ class CausalLMModule(L.LightningModule):
     some.
 
     A training batch is a dict of ``input_ids``, ``attention_mask`` and ``labels``, int64 [B, T], right padded, with the
-    label -100 on prompt and padding. For generation an evaluation batch has in addition ``prompt_ids`` and
+    label -100 on prompt and padding; packed batches have ``position_ids`` in place of the mask, which restart where an
+    example begins. For generation an evaluation batch has in addition ``prompt_ids`` and
     ``prompt_mask``, int64 [B, P], left padded, ``id``, int64 [B] (negative: computed, not scored), and ``prompt`` and
     ``target``, lists of B strings. Without them only the loss is computed.
 
@@ -178,7 +180,7 @@ class CausalLMModule(L.LightningModule):
 
     # -- loss ----------------------------------------------------------------------------------------------------
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
         """Logits [B, T, vocabulary] of int64 `input_ids` [B, T]."""
         return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options).logits
 
@@ -189,7 +191,11 @@ class CausalLMModule(L.LightningModule):
             The mean over the batch's response tokens (float32 scalar, 0 where there is none) and their number (int64
             scalar): the weight of the batch in a mean over several.
         """
-        logits = self(batch["input_ids"], batch["attention_mask"])
+        packed = {}
+        if "position_ids" in batch:  # several examples per row: the positions say where each begins
+            check_packing(self.model)
+            packed["position_ids"] = batch["position_ids"]
+        logits = self(batch["input_ids"], batch.get("attention_mask") if packed else batch["attention_mask"], **packed)
         # The logits at t are for the token at t + 1. Shifting the labels spares a copy of the much larger logits.
         labels = F.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:]
         tokens = (labels != IGNORED).sum()

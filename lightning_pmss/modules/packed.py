@@ -1,0 +1,35 @@
+"""Which models keep the examples of a packed row apart, when they are told by restarting positions alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# What transformers builds a mask for. Its flash attention takes positions for one row per batch only, and would let the
+# examples of a larger batch see each other without a word.
+_MASKED = ("eager", "sdpa")
+
+
+def check_packing(model: Any) -> None:
+    """Raise unless ``model`` attends within each example where ``position_ids`` restart and no mask is given.
+
+    transformers does so in all models of its common attention interface. Others, and those with a state that runs along
+    the row (Mamba and hybrids), would mix the examples of a row without an error.
+
+    Args:
+        model: a model of transformers.
+
+    Raises:
+        ValueError: If it does not, or cannot be known to; the message says what to type.
+    """
+    name = type(model).__name__
+    if not getattr(model, "_supports_attention_backend", False) or getattr(model, "_is_stateful", False):
+        raise ValueError(
+            f"{name} would let packed examples see each other: it has a recurrent state, or an attention that does not "
+            "go by position_ids. Give --data.packing false."
+        )
+    attention = getattr(model.config, "_attn_implementation", None)
+    if attention not in _MASKED:
+        raise ValueError(
+            f"{name} runs with attention {attention!r}, which does not keep packed examples of a batch apart. Load it "
+            f"with attn_implementation {' or '.join(map(repr, _MASKED))}, or give --data.packing false."
+        )
