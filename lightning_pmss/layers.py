@@ -102,9 +102,11 @@ class CoreFrame(nn.Module):
     def forward(self, v: Tensor) -> Tensor:
         """U ``[c, r]`` from V ``[c, r]``."""
         if self.left is not None and self.right is not None:
-            # In bfloat16 the inverse factors would lose what the slices' condition number multiplies.
+            # In bfloat16 the inverse factors would lose what the slices' condition number multiplies; DeepSpeed's bf16 engine
+            # keeps V and the factors in it (and a float32 master of V), so at least the products are wide.
+            wide = torch.promote_types(v.dtype, torch.float32)
             with without_autocast(v):
-                return self.left @ v @ self.right
+                return self.left.to(wide) @ v.to(wide) @ self.right.to(wide)
         assert self.gain is not None
         return v * self.gain
 

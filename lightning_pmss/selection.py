@@ -30,7 +30,7 @@ def lupp(matrix: Tensor, rank: int, generator: torch.Generator, oversample: int)
     m = matrix.shape[0]
     sketch_rows = min(rank + oversample, m)
     if sketch_rows < m:
-        gaussian = torch.randn(sketch_rows, m, generator=generator).to(matrix.device)
+        gaussian = torch.randn(sketch_rows, m, generator=generator, dtype=torch.float32, device="cpu").to(matrix.device)
         matrix = gaussian @ matrix
     directions = torch.linalg.eigh(matrix.double() @ matrix.double().T).eigenvectors[:, -rank:].flip(1)
     # The `_ex` form: an exactly singular matrix still has pivots.
@@ -82,7 +82,7 @@ def norm(matrix: Tensor, rank: int, generator: torch.Generator, oversample: int)
 
 def random(matrix: Tensor, rank: int, generator: torch.Generator, oversample: int) -> Tensor:
     """Columns drawn uniformly without replacement (the control of every comparison)."""
-    return torch.randperm(matrix.shape[1], generator=generator)[:rank].to(matrix.device)
+    return torch.randperm(matrix.shape[1], generator=generator, device="cpu")[:rank].to(matrix.device)
 
 
 def inverse_norm(matrix: Tensor, rank: int, generator: torch.Generator, oversample: int) -> Tensor:
@@ -93,7 +93,7 @@ def inverse_norm(matrix: Tensor, rank: int, generator: torch.Generator, oversamp
     """
     squared = matrix.square().sum(0).double().cpu()
     # Gumbel top-k = sampling without replacement, with no limit on the number of categories.
-    uniform = torch.rand(squared.shape[0], generator=generator, dtype=torch.float64).clamp_(min=1e-300)
+    uniform = torch.rand(squared.shape[0], generator=generator, dtype=torch.float64, device="cpu").clamp_(min=1e-300)
     score = -torch.log(squared) - torch.log(-torch.log(uniform))
     score[squared == 0] = -torch.inf
     return _largest(score, rank).to(matrix.device)

@@ -129,10 +129,10 @@ def _prepare_fsdp2(trainer: L.Trainer, strategy: Strategy) -> None:
             " that PMSS selects. Type ModelParallelStrategy("
             f"data_parallel_size={trainer.world_size}, tensor_parallel_size=1)."
         )
-    if trainer.fit_loop.epoch_loop.val_loop.inference_mode:
+    if trainer.validate_loop.inference_mode:  # the Trainer's argument; the loop inside `fit` never uses it
         raise MisconfigurationException(
-            "FSDP2 fails when training follows a validation under torch.inference_mode, which Lightning uses by default"
-            " (the sanity check comes first). Type Trainer(inference_mode=False)."
+            "FSDP2's parameters cannot be trained any more once a forward pass has run under torch.inference_mode, which"
+            " Lightning uses by default in `validate`, `test` and `predict`. Type Trainer(inference_mode=False)."
         )
 
 

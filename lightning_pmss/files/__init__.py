@@ -3,6 +3,7 @@
 from lightning_pmss.files.adapter import AdapterFile, AdapterModule, load_adapter, read_adapter, save_adapter
 from lightning_pmss.files.merged import merge_files, write_merged
 from lightning_pmss.files.model_folder import FileMergeReport
+from lightning_pmss.files.skeleton_file import save_skeleton
 
 __all__ = [
     "AdapterFile",
@@ -12,5 +13,6 @@ __all__ = [
     "merge_files",
     "read_adapter",
     "save_adapter",
+    "save_skeleton",
     "write_merged",
 ]

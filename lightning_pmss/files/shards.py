@@ -240,7 +240,7 @@ def write_index(folder: Path, shards: dict[str, list[TensorInfo]], metadata: dic
     (folder / INDEX_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors that fit into memory; every key is kept, also of tensors that share memory (they become copies).
 
     Raises:
@@ -248,7 +248,7 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     """
     copies = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
     try:
-        save_file(copies, file, {"format": "pt"})
+        save_file(copies, file, {"format": "pt", **(metadata or {})})
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else errno.EIO, f"cannot be written ({error})", str(file)) from error

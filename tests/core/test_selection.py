@@ -262,3 +262,16 @@ def test_on_the_weights_of_a_trained_model(shared: Path) -> None:
         shares.append(found["lupp"] / found["random"])
     assert max(shares) < 1.005, shares
     assert sum(shares) / len(shares) < 0.97, shares
+
+
+@pytest.mark.parametrize("selection", sorted(SELECTORS))
+def test_the_default_dtype_does_not_matter(selection: str) -> None:
+    """Lightning builds and converts models under ``bf16-true`` with bfloat16 as the default."""
+    weight = torch.randn(24, 16, generator=torch.Generator().manual_seed(0))
+    expected = select_skeleton(weight, 5, selection=selection)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = select_skeleton(weight, 5, selection=selection)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))

@@ -1,10 +1,9 @@
-"""CausalLMModule and GSM8KDataModule on two processes: ``python -m tests.distributed.language JSON``; see `main`."""
+"""CausalLMModule and GSM8KDataModule on two processes: ``python -m tests.distributed.language JSON`` (a list of tasks)."""
 
 from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_pmss import PMSSCallback
 from lightning_pmss.conversion import pmss_layers
@@ -24,63 +22,82 @@ from tests.distributed.strategies import make_strategy
 
 
 class Recording(CausalLMModule):
-    """Notes the losses and whether frozen parameters got gradients."""
+    """Notes losses and texts, and whether frozen parameters got gradients."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.losses: list[float] = []
+        self.texts: list[str] = []
+        self.frozen_gradients = -1
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = super().training_step(batch, batch_idx)
-        self.__dict__.setdefault("losses", []).append(loss.item())
+        self.losses.append(loss.item())
         return loss
+
+    def generate(self, prompt_ids: Any, prompt_mask: Any) -> list[str]:
+        texts = super().generate(prompt_ids, prompt_mask)
+        self.texts.extend(texts)
+        return texts
 
     def on_after_backward(self) -> None:
         self.frozen_gradients = sum(p.grad is not None for p in self.parameters() if not p.requires_grad)
 
 
-def main(task: dict[str, Any]) -> None:
-    """Fit, validate and, where asked, generate, as ``task`` says."""
+def run(task: dict[str, Any]) -> None:
     folder = Path(task["folder"])
     torch.manual_seed(0)
+    sgd = {"optimizer": lambda p: torch.optim.SGD(p, lr=1e3)} if task.get("clip") else {}
     module = Recording(
         task["model"],
         warmup_ratio=0.0,
+        lr_schedule="constant",
         gradient_checkpointing=task.get("checkpointing", False),
         metric=GSM8KAccuracy() if task.get("generate") else None,
         generate_in=["validate"] if task.get("generate") else [],
         max_new_tokens=4,
         dtype=task.get("dtype", "auto"),
+        **sgd,
     )
     data = GSM8KDataModule(task["model"], path=task["data"], batch_size=2, eval_batch_size=2, val_size=5)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    options = {} if task["strategy"] == "single" else {"strategy": make_strategy(task["strategy"])}
-    saver = ModelCheckpoint(folder / "saved", "{step}", every_n_train_steps=2, save_top_k=-1)
     trainer = L.Trainer(
         accelerator="cpu",
-        devices=1 if task["strategy"] == "single" else 2,
-        max_steps=task.get("steps", 4),
+        devices=2,
+        strategy=make_strategy(task["strategy"]),
+        max_steps=task["steps"],
         precision=task.get("precision", "32-true"),
         inference_mode=False,
         gradient_clip_val=task.get("clip"),
-        limit_val_batches=task.get("val_batches", 1.0),
+        num_sanity_val_steps=0,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        enable_checkpointing=False,
         default_root_dir=folder,
-        callbacks=[PMSSCallback(**{"rank": 8, "output_dir": folder / "out"} | task.get("callback", {})), saver],
-        **options,  # type: ignore[arg-type]
+        callbacks=[PMSSCallback(rank=8, output_dir=folder / "out")],
     )
-    trainer.fit(module, data, ckpt_path=task.get("checkpoint"))
+    trainer.fit(module, data)
+    kinds = {flag: {str(p.dtype) for p in module.parameters() if p.requires_grad is flag} for flag in (True, False)}
+    engine: Any = trainer.strategy.model
+    groups = getattr(getattr(engine, "optimizer", None), "fp32_partitioned_groups_flat", None)  # ZeRO-3's own
+    stepped = groups or [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
     record = {
-        "losses": module.__dict__["losses"],
+        "losses": module.losses,
+        "texts": module.texts,
         "metrics": {k: float(v) for k, v in trainer.callback_metrics.items()},
         "frozen_gradients": module.frozen_gradients,
         "indices": {n: [x.rows.tolist(), x.cols.tolist()] for n, x in pmss_layers(module).items()},
-        "dtypes": sorted({str(p.dtype) for p in module.parameters() if p.requires_grad}),
-        "memory_growth": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before,
+        "trained_dtypes": sorted(kinds[True]),
+        "stepped_dtypes": sorted({str(p.dtype) for p in stepped}),
+        "frozen_dtypes": sorted(kinds[False]),
     }
     (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(record))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # else gloo's threads may abort the interpreter on its way out
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(json.loads(sys.argv[1]))
+    for given in json.loads(sys.argv[1]):
+        Path(given["folder"]).mkdir(parents=True, exist_ok=True)
+        run(given)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # else gloo's threads may abort the interpreter on its way out

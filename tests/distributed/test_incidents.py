@@ -1,0 +1,72 @@
+"""What happens on the way: a rank is killed, the model is born without weights, the user forgets a step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_pmss import PMSSConfig, convert
+from lightning_pmss.files import save_skeleton
+from tests.distributed.launch import launch, ranks
+from tests.distributed.script import base_model
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+
+@pytest.mark.parametrize("name", ["fsdp1", "fsdp2", "zero3"])
+def test_a_killed_rank_leaves_the_last_checkpoint(tmp_path: Path, name: str) -> None:
+    whole = {"folder": str(tmp_path / "whole"), "strategy": name, "steps": 6}
+    killed = {"folder": str(tmp_path / "killed"), "strategy": name, "steps": 6, "one_file": True, "kill_at": 4}
+    launch("tests.distributed.script", [killed], fails=True)
+    saved = tmp_path / "killed" / "saved" / "last.ckpt"
+    assert saved.is_dir()
+    again = {"folder": str(tmp_path / "again"), "strategy": name, "steps": 6, "checkpoint": str(saved)}
+    launch("tests.distributed.script", [whole, again])
+    for rank in (0, 1):
+        resumed = ranks(tmp_path / "again")[rank]["losses"]
+        assert resumed == ranks(tmp_path / "whole")[rank]["losses"][2:]  # the checkpoint is that of step 2
+
+
+@pytest.fixture(scope="module")
+def skeleton(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A skeleton file of the base, rows and columns by another seed than the default."""
+    model = torch.nn.Module()
+    model.net = base_model()
+    convert(model, PMSSConfig(rank=8, seed=7))
+    return save_skeleton(model, tmp_path_factory.mktemp("skeleton") / "skeleton.safetensors")
+
+
+def test_meta_and_partitioned_models_convert_from_a_skeleton_file(tmp_path: Path, skeleton: Path) -> None:
+    tasks: list[dict[str, Any]] = []
+    for name, extra in (("ddp", {}), ("fsdp2", {"meta": True}), ("zero3", {})):
+        options = {"callback": {"skeleton_file": str(skeleton)}, "strategy": name}
+        tasks.append({"folder": str(tmp_path / name), **options, **extra})
+    launch("tests.distributed.script", tasks[:2])
+    launch("tests.distributed.script", tasks[2:])
+    expected = ranks(tmp_path / "ddp")
+    for name in ("fsdp2", "zero3"):
+        found = ranks(tmp_path / name)
+        for rank in (0, 1):
+            assert "error" not in found[rank], found[rank]["error"]
+            assert found[rank]["indices"] == expected[rank]["indices"]
+            assert found[rank]["losses"] == pytest.approx(expected[rank]["losses"], rel=1e-5)
+            assert found[rank]["sums"] == pytest.approx(expected[rank]["sums"])
+
+
+def test_what_cannot_work_says_what_to_type(tmp_path: Path, skeleton: Path) -> None:
+    tasks: dict[str, dict[str, Any]] = {
+        "careless": {"careless": True},
+        "inference": {"inference_mode": True},
+        "meta": {"meta": True},
+        "wrong": {"meta": "wrong", "callback": {"skeleton_file": str(skeleton)}},
+    }
+    given = [{"folder": str(tmp_path / k), "strategy": "fsdp2", "steps": 1} | t for k, t in tasks.items()]
+    launch("tests.distributed.script", given)
+    errors = {k: ranks(tmp_path / k)[1]["error"] for k in tasks}
+    assert "already sharded; convert before `fully_shard`: call `model_built(self)`" in errors["careless"]
+    assert "Type Trainer(inference_mode=False)" in errors["inference"]
+    assert "is on the meta device: its rows and columns cannot be chosen; load the weights first" in errors["meta"]
+    assert "skeleton file belongs to another base model" in errors["wrong"]
