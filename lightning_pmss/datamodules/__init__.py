@@ -6,6 +6,7 @@ from lightning_pmss.datamodules.commonsense import CommonsenseDataModule
 from lightning_pmss.datamodules.drop import DROPDataModule
 from lightning_pmss.datamodules.gsm8k import GSM8KDataModule
 from lightning_pmss.datamodules.instruction import InstructionDataModule
+from lightning_pmss.datamodules.packing import PackingReport
 from lightning_pmss.datamodules.prompts import Example, PromptStyle
 from lightning_pmss.datamodules.sampler import (
     LengthGroupedSampler,
@@ -23,6 +24,7 @@ __all__ = [
     "InstructionCollator",
     "InstructionDataModule",
     "LengthGroupedSampler",
+    "PackingReport",
     "PromptStyle",
     "ResumableDataLoader",
     "ShardSampler",

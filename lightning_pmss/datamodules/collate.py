@@ -48,32 +48,33 @@ class InstructionCollator:
         kept = max(room - self.prefix, 0)  # of the end, where the question is
         return ids[: self.prefix] + (ids[-kept:] if kept else [])
 
+    def tokens(self, row: dict[str, Any]) -> tuple[list[int], list[int]]:
+        """Return the tokens of one example, prompt and response, and their labels."""
+        prompt, response = self._prompt(row), row["response_ids"]
+        whole = prompt + response
+        return whole, whole if self.loss_on_prompt else [IGNORED] * len(prompt) + response
+
     def __call__(self, rows: list[dict[str, Any]]) -> Batch:
-        prompts = [self._prompt(row) for row in rows]
-        responses = [row["response_ids"] for row in rows]
-        whole = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-        if self.loss_on_prompt:
-            labels = whole
-        else:
-            pairs = zip(prompts, responses, strict=True)
-            labels = [[IGNORED] * len(prompt) + response for prompt, response in pairs]
+        whole, labels = (list(part) for part in zip(*map(self.tokens, rows), strict=True))
         if self.evaluation:  # a filler is computed and counts for nothing
             labels = [ids if row["id"] >= 0 else [IGNORED] * len(ids) for ids, row in zip(labels, rows, strict=True)]
         batch: Batch = {
-            "input_ids": self._pad(whole, self.pad_id),
-            "attention_mask": self._pad([[1] * len(ids) for ids in whole], 0),
-            "labels": self._pad(labels, IGNORED),
+            "input_ids": self.pad(whole, self.pad_id),
+            "attention_mask": self.pad([[1] * len(ids) for ids in whole], 0),
+            "labels": self.pad(labels, IGNORED),
         }
         if self.evaluation:
-            batch["prompt_ids"] = self._pad(prompts, self.pad_id, left=True)
-            batch["prompt_mask"] = self._pad([[1] * len(ids) for ids in prompts], 0, left=True)
+            prompts = [self._prompt(row) for row in rows]
+            batch["prompt_ids"] = self.pad(prompts, self.pad_id, left=True)
+            batch["prompt_mask"] = self.pad([[1] * len(ids) for ids in prompts], 0, left=True)
             batch["id"] = torch.tensor([row["id"] for row in rows], dtype=torch.int64)
             batch["prompt"] = [row["prompt"] for row in rows]
             batch["target"] = [row["target"] for row in rows]
         return batch
 
     @staticmethod
-    def _pad(rows: list[list[int]], value: int, left: bool = False) -> Tensor:
+    def pad(rows: list[list[int]], value: int, left: bool = False) -> Tensor:
+        """Return rows as int64 ``[B, T]``, filled with ``value`` on the right, or the left."""
         width = max(map(len, rows))
         fills = [[value] * (width - len(row)) for row in rows]
         padded = [fill + row if left else row + fill for row, fill in zip(rows, fills, strict=True)]

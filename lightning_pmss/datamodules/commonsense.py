@@ -89,6 +89,7 @@ class CommonsenseDataModule(InstructionDataModule):
     """
 
     plain_template: ClassVar[str] = "{question}\nAnswer:"
+    few_shot: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -155,9 +155,11 @@ class DROPDataModule(InstructionDataModule):
       ``quanta-fine-tuning/quanta``, ``run/utils/templates.py``,
     * "lm_eval": ``{passage} {question}``.
 
+    ``num_shots`` questions in front are of training passages, each of another one, none of them evaluated.
+
     The dev set is the test set here (the hidden test set of the leaderboard is not public), and validation is held out
-    from the training rows by ``seed``: single questions, so that its passages occur in training too. A score on it is
-    too good and fit for choosing a checkpoint only.
+    from the training rows by ``seed``: whole passages with all their questions, ``val_size`` questions or up to one
+    passage more, so that no passage that is validated on occurs in training.
 
     Args:
         tokenizer: Folder or hub id of the model's tokenizer.
@@ -210,7 +212,7 @@ class DROPDataModule(InstructionDataModule):
             asked = f"{_PASSAGE}{question.passage}{_QUESTION}{question.question}"
         first = question.answers[0]
         response = first[0] if self.prompt_style == "quanta" else self.separator.join(span.strip() for span in first)
-        return Example(asked, response.strip(), question.answers)
+        return Example(asked, response.strip(), question.answers, question.passage)
 
     def _load(self, split: Split) -> list[DROPQuestion] | None:
         if split == "val":

@@ -173,7 +173,9 @@ class GSM8KDataModule(InstructionDataModule):
         first_rows: Train (and validate) on the first N rows that are left, the convention of PiSSA and others
             (100,000). Null: all. (``train_limit`` draws by seed instead, from what is left here.)
         **kwargs: Arguments of :class:`~lightning_pmss.datamodules.instruction.InstructionDataModule`; here
-            ``prompt_style`` may also be "lm_eval" (the same text as "plain").
+            ``prompt_style`` may also be "lm_eval" (the same text as "plain"), "cot" ("Q: ...", newline, "A:") and
+            "minerva" ("Problem:", "Solution:"), the forms of the usual 5 (GSM8K, from train), 8 and 4 (MATH) worked
+            examples; the fixed ones of the last two go into the file ``shots``.
 
     Raises:
         FileNotFoundError: If ``path`` looks like a path and nothing is there.
@@ -185,6 +187,9 @@ class GSM8KDataModule(InstructionDataModule):
     styles: ClassVar[dict[str, PromptStyle]] = {
         **STYLES,
         "lm_eval": PromptStyle(InstructionDataModule.plain_template),
+        # Chain-of-thought prompting (Wei et al. 2022), and MATH as asked by Minerva (Lewkowycz et al. 2022).
+        "cot": PromptStyle("Q: {question}\nA:"),
+        "minerva": PromptStyle("Problem:\n{question}\n\nSolution:", lead="\n"),
     }
 
     def __init__(

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_pmss.datamodules.cache import encode
 from lightning_pmss.datamodules.collate import IGNORED as IGNORED
 from lightning_pmss.datamodules.collate import Batch as Batch
 from lightning_pmss.datamodules.collate import InstructionCollator as InstructionCollator
-from lightning_pmss.datamodules.prompts import STYLES, PromptEncoder, PromptStyle
+from lightning_pmss.datamodules.options import check_choice as check_choice
+from lightning_pmss.datamodules.options import check_int as check_int
+from lightning_pmss.datamodules.packing import PackedCollator, PackingReport, pack_rows
+from lightning_pmss.datamodules.prompts import STYLES, PromptEncoder, PromptStyle, load_tokenizer
 from lightning_pmss.datamodules.prompts import Example as Example
 from lightning_pmss.datamodules.sampler import (
     LengthGroupedSampler,
@@ -30,28 +34,13 @@ from lightning_pmss.datamodules.sampler import (
     TrainerProgress,
     WithFillers,
 )
+from lightning_pmss.datamodules.splits import draw_shots, group_numbers, hold_out, read_shots
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 Split = Literal["train", "val", "test"]
 _SPLITS: tuple[Split, ...] = ("train", "val", "test")
-
-
-def check_int(owner: str, name: str, value: int | None, least: int, *, optional: bool = False) -> None:
-    """Raise ``ValueError`` unless ``value`` is an integer of at least ``least`` (or None where ``optional``)."""
-    if value is None and optional:
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        kind = f"an integer of at least {least}" + (" or null" if optional else "")
-        raise ValueError(f"`{owner}({name}={value!r})`: give {kind}, for example --data.{name} {max(least, 1)}.")
-
-
-def check_choice(owner: str, name: str, value: str, choices: Sequence[str]) -> None:
-    """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        told = " or ".join(f"--data.{name} {choice}" for choice in choices)
-        raise ValueError(f"`{owner}({name}={value!r})`: give {told}.")
 
 
 class InstructionDataModule(L.LightningDataModule):
@@ -70,7 +59,8 @@ class InstructionDataModule(L.LightningDataModule):
     epoch alone, and resume exactly (:class:`~lightning_pmss.datamodules.sampler.ResumableDataLoader`).
     A response is never cut, and nothing is cut silently: what is longer than ``max_length`` is left out of training,
     counted in ``dropped`` and warned of; evaluation keeps all examples whole, so that scores are over the whole set.
-    ``too_long`` has the other ways.
+    ``too_long`` has the other ways. A packed training batch has ``position_ids`` in place of ``attention_mask``
+    (:mod:`~lightning_pmss.datamodules.packing`).
 
     Args:
         tokenizer: Folder or hub id of the model's tokenizer.
@@ -83,8 +73,8 @@ class InstructionDataModule(L.LightningDataModule):
         train_limit: Train on that many examples (chosen by ``seed``); on all if null.
         val_limit: Validate on that many examples, the first ones; on all if null.
         test_limit: Test on that many examples, the first ones; on all if null.
-        val_size: Examples held out from the training rows (chosen by ``seed``) where the data has no validation set.
-            0 turns validation off.
+        val_size: Examples held out from the training rows (chosen by ``seed``) where the data has no validation set;
+            where several share a passage, whole passages, and so a few more. 0 turns validation off.
         seed: Seed of the split and of the order of training.
         num_workers: Worker processes per loader.
         cache_dir: Folder for tokenised data; the one of ``datasets`` if null.
@@ -93,6 +83,11 @@ class InstructionDataModule(L.LightningDataModule):
         too_long: What happens to examples longer than ``max_length``. "drop": left out of training, kept whole in
             evaluation. "cut_prompt": the *beginning* of the prompt is cut, in evaluation of prompts that are longer by
             themselves; counted in ``cut`` and warned of. "error": refused.
+        packing: Train on rows of several examples, at most ``max_length`` tokens together, that do not see each other;
+            ``batch_size`` then counts rows. What it saves is in ``packing_report``.
+        num_shots: Worked examples in front of each question in evaluation. They count as part of the prompt.
+        shots: Where they are from: "train", drawn by ``seed``, none of them evaluated; or a file of fixed ones, with the
+            columns question and response.
 
     Raises:
         ValueError: If an argument is out of range, or if no training example is short enough.
@@ -102,6 +97,8 @@ class InstructionDataModule(L.LightningDataModule):
     plain_template: ClassVar[str] = "Question: {question}\nAnswer:"
     styles: ClassVar[dict[str, PromptStyle]] = STYLES
     """The prompt styles by name, besides "plain" and "chat"."""
+    few_shot: ClassVar[bool] = True
+    """Whether worked examples can be put in front of questions."""
 
     def __init__(
         self,
@@ -119,12 +116,19 @@ class InstructionDataModule(L.LightningDataModule):
         cache_dir: str | None = None,
         loss_on: Literal["response", "all"] = "response",
         too_long: Literal["drop", "cut_prompt", "error"] = "drop",
+        packing: bool = False,
+        num_shots: int = 0,
+        shots: str = "train",
     ) -> None:
         super().__init__()
         owner = type(self).__name__
         for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2), ("seed", seed, 0)):
             check_int(owner, name, value, least)
-        for name, value, least in (("val_size", val_size, 0), ("num_workers", num_workers, 0)):
+        for name, value, least in (
+            ("val_size", val_size, 0),
+            ("num_workers", num_workers, 0),
+            ("num_shots", num_shots, 0),
+        ):
             check_int(owner, name, value, least)
         limits = {"train_limit": train_limit, "val_limit": val_limit, "test_limit": test_limit}
         for name, limit in {"eval_batch_size": eval_batch_size, **limits}.items():
@@ -132,6 +136,8 @@ class InstructionDataModule(L.LightningDataModule):
         check_choice(owner, "prompt_style", prompt_style, ("plain", *self.styles, "chat"))
         check_choice(owner, "loss_on", loss_on, ("response", "all"))
         check_choice(owner, "too_long", too_long, ("drop", "cut_prompt", "error"))
+        if num_shots and not self.few_shot:
+            raise ValueError(f"`{owner}(num_shots={num_shots})`: its protocol has no worked examples; give 0.")
         if (prompt_style, too_long) == ("chat", "cut_prompt"):
             raise ValueError(
                 f"`{owner}`: cutting the beginning of a chat would cut its template; with --data.prompt_style chat give"
@@ -149,6 +155,9 @@ class InstructionDataModule(L.LightningDataModule):
         self.prompt_style = prompt_style
         self.loss_on = loss_on
         self.too_long = too_long
+        self.packing = packing
+        self.num_shots = num_shots
+        self.shots = shots
         self.tokenizer_name = tokenizer
         self.data: dict[Split, Dataset] = {}
         """The tokenised splits that :meth:`setup` has made."""
@@ -156,7 +165,9 @@ class InstructionDataModule(L.LightningDataModule):
         """Training examples left out because they are longer than ``max_length``."""
         self.cut: dict[Split, int] = {}
         """Examples per split whose prompt is cut to ``max_length``, where ``too_long`` says so."""
-        self._encoders: tuple[PromptEncoder, PromptEncoder] | None = None
+        self.packing_report: PackingReport | None = None
+        """What packing saves, once there is a training loader."""
+        self._encoders: dict[str, PromptEncoder] = {}
 
     @abstractmethod
     def load_examples(self, split: Split) -> list[Example] | None:
@@ -165,39 +176,41 @@ class InstructionDataModule(L.LightningDataModule):
     @property
     def encoder(self) -> PromptEncoder:
         """The prompt format of training with its tokenizer, loaded at first use."""
-        return self._load_encoders()[0]
+        if "train" not in self._encoders:
+            tokenizer = load_tokenizer(self.tokenizer_name)
+            style = self._style
+            self._encoders["train"] = PromptEncoder(
+                tokenizer, self.prompt_style, style.template, style.lead, style.tail
+            )
+        return self._encoders["train"]
 
     @property
     def eval_encoder(self) -> PromptEncoder:
-        """The prompt format of evaluation."""
-        return self._load_encoders()[1]
-
-    def _load_encoders(self) -> tuple[PromptEncoder, PromptEncoder]:
-        if self._encoders is None:
-            from transformers import AutoTokenizer
-
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_name)
-            except Exception as error:
-                raise ValueError(
-                    f"Could not load the tokenizer {self.tokenizer_name!r} ({error}). Give the folder of a model with"
-                    " its tokenizer files, or a hub id, as --data.tokenizer."
-                ) from error
-            plain = PromptStyle(self.plain_template)
-            style = self.styles.get(self.prompt_style, plain)
-            templates = style.template, style.eval_template or style.template
-            train, evaluation = (
-                PromptEncoder(tokenizer, self.prompt_style, template, style.lead, style.tail) for template in templates
+        """The prompt format of evaluation, with its worked examples."""
+        if "eval" not in self._encoders:
+            style = self._style
+            self._encoders["eval"] = replace(
+                self.encoder, template=style.eval_template or style.template, shots=self._shots()
             )
-            self._encoders = train, evaluation
-        return self._encoders
+        return self._encoders["eval"]
+
+    @property
+    def _style(self) -> PromptStyle:
+        return self.styles.get(self.prompt_style, PromptStyle(self.plain_template))
+
+    def _shots(self) -> tuple[Example, ...]:
+        if not self.num_shots or self.shots != "train":
+            return read_shots(self.shots, self.num_shots) if self.num_shots else ()
+        train, val, test = (self.load_examples(split) or [] for split in _SPLITS)
+        left, held = hold_out(group_numbers(train), 0 if val else self.val_size, self.seed)
+        return draw_shots((train[row] for row in left), [*(train[row] for row in held), *val, *test], self.num_shots)
 
     @override
     def prepare_data(self) -> None:
         """Load, check and tokenise everything once per node, into the cache that all ranks then read."""
-        sizes = {split: None if (data := self._encode(split)) is None else len(data) for split in _SPLITS}
-        if sizes["train"] is not None and sizes["val"] is None:
-            self._held_out(sizes["train"])
+        train, val, _ = (self._encode(split) for split in _SPLITS)
+        if train is not None and val is None:
+            self._evaluated_rows(hold_out(train["group"][:], self.val_size, self.seed)[1])
 
     @override
     def setup(self, stage: str | None = None) -> None:
@@ -214,15 +227,14 @@ class InstructionDataModule(L.LightningDataModule):
         train, val = self._encode("train"), self._encode("val")
         if train is None:
             raise ValueError(f"`{type(self).__name__}` has no training examples; give it data with a training split.")
-        order = self._order(len(train))
+        order, held = hold_out(train["group"][:], 0 if val is not None else self.val_size, self.seed)
         if val is None:
-            if self.val_size >= len(train):
+            if not order:
                 raise ValueError(
-                    f"`val_size` is {self.val_size}, but there are only {len(train)} training rows to hold it out from;"
-                    f" give --data.val_size below {len(train)}."
+                    f"`val_size` is {self.val_size}, but there are only {len(train)} training rows to hold it out from"
+                    f" (whole passages, where rows share one); give --data.val_size below {len(train)}."
                 )
-            val = self._held_out(len(train)) or train.select(sorted(order[: self.val_size]))
-            order = order[self.val_size :]
+            val = self._evaluated_rows(held) or train.select(held)
         lengths, prompts = train["length"][:], train["prompt_length"][:]
         if self.too_long == "cut_prompt":  # a response that leaves no room for a prompt is left out all the same
             least = len(self.encoder.prefix) + 1
@@ -251,15 +263,11 @@ class InstructionDataModule(L.LightningDataModule):
         self.data["train"] = train.select(sorted(fitting[: self.limits["train"]]))
         self.data["val"] = self._evaluated(val, "val")
 
-    def _order(self, size: int) -> list[int]:
-        """Return the order in which training rows are held out for validation, then chosen for training."""
-        return torch.randperm(size, generator=torch.Generator().manual_seed(self.seed)).tolist()
-
-    def _held_out(self, size: int) -> Dataset | None:
-        """Return the held-out rows with the prompt of evaluation, ``None`` where that is the one of training."""
-        if not self.val_size or self.eval_encoder == self.encoder:
+    def _evaluated_rows(self, held: list[int]) -> Dataset | None:
+        """Return held-out rows with the prompt of evaluation, ``None`` where that is the one of training."""
+        if not held or self.eval_encoder == self.encoder:
             return None
-        return self._encode("train", sorted(self._order(size)[: self.val_size]))
+        return self._encode("train", held)
 
     def _evaluated(self, data: Dataset, split: Split) -> Dataset:
         """Return the part of an evaluation set that ``split`` is limited to, its long prompts dealt with."""
@@ -267,7 +275,8 @@ class InstructionDataModule(L.LightningDataModule):
         data = data if limit is None else data.select(range(min(limit, len(data))))
         if not len(data):
             return data
-        long = [length for length in data["prompt_length"][:] if length > self.max_length]
+        lengths = data["prompt_length"][:]
+        long = [length for length in lengths if length > self.max_length]
         if long and self.too_long == "error":
             raise ValueError(
                 f"{len(long)} of {len(data)} prompts of the {split} set are longer than max_length {self.max_length}"
@@ -276,6 +285,15 @@ class InstructionDataModule(L.LightningDataModule):
             )
         if self.too_long == "cut_prompt":
             self._count_cut(split, len(long), len(data))
+        else:
+            context = self.encoder.tokenizer.model_max_length
+            beyond = sum(length > context for length in lengths)
+            if beyond:
+                rank_zero_warn(
+                    f"{beyond} of {len(data)} prompts of the {split} set are longer than the {context} tokens that the"
+                    f" model takes; their answers will be poor. Give --data.too_long cut_prompt and --data.max_length"
+                    f" {context}{' or fewer --data.num_shots' if self.num_shots else ''}."
+                )
         return data
 
     def _count_cut(self, split: Split, count: int, total: int) -> None:
@@ -294,32 +312,13 @@ class InstructionDataModule(L.LightningDataModule):
             ids: only these, for evaluation.
 
         """
-        import datasets
-
         examples = self.load_examples(split)
         if examples is None:
             return None
         if ids is not None:
             examples = [examples[place] for place in ids]
         encoder = self.encoder if split == "train" and ids is None else self.eval_encoder
-        fingerprint = encoder.fingerprint(examples, ids)
-        folder = Path(self.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "lightning_pmss")
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = {
-            "id": list(range(len(examples)) if ids is None else ids),
-            "question": [example.question for example in examples],
-            "response": [example.response for example in examples],
-            "target": [example.response if example.target is None else example.target for example in examples],
-        }
-        return datasets.Dataset.from_dict(rows).map(
-            encoder,
-            batched=True,
-            remove_columns=["question", "response"],
-            cache_file_name=str(folder / f"{fingerprint}.arrow"),
-            load_from_cache_file=True,
-            new_fingerprint=fingerprint,  # `datasets` would hash the tokenizer, whose state changes when it is used
-            desc=f"Tokenising {split}",
-        )
+        return encode(examples, encoder, self.cache_dir, split, ids)
 
     def _replicas(self) -> dict[str, int]:
         """The number of ranks that share the data, and this one's number."""
@@ -338,16 +337,23 @@ class InstructionDataModule(L.LightningDataModule):
 
     @override
     def train_dataloader(self) -> ResumableDataLoader[Any]:
-        data = self.data["train"]
-        lengths = [min(length, self.max_length) for length in data["length"][:]]
-        sampler = LengthGroupedSampler(lengths, self.batch_size, self.seed, **self._replicas())
+        rows: Any = self.data["train"]
+        lengths = [min(length, self.max_length) for length in rows["length"][:]]
+        collator: Any = self._collator()
+        if self.packing:
+            packed = pack_rows(rows, lengths, self.max_length, self.batch_size, self.seed, **self._replicas())
+            rows, sampler, self.packing_report = packed
+            collator = PackedCollator(collator)
+            rank_zero_info(str(self.packing_report))
+        else:
+            sampler = LengthGroupedSampler(lengths, self.batch_size, self.seed, **self._replicas())
         return ResumableDataLoader(
-            cast("torch.utils.data.Dataset[Any]", data),
+            cast("torch.utils.data.Dataset[Any]", rows),
             sampler=sampler,
             progress=TrainerProgress(self.trainer) if self.trainer is not None else None,
             seed=self.seed,
             batch_size=self.batch_size,
-            collate_fn=self._collator(),
+            collate_fn=collator,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )

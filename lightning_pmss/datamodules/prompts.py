@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-_CACHE_FORMAT = 2  # goes into the names of cached files: raise it when `PromptEncoder` changes what it writes
+_CACHE_FORMAT = 3  # goes into the names of cached files: raise it when `PromptEncoder` changes what it writes
+_SHOT_GAP = "\n\n"  # between worked examples, as in lm_eval and the papers
 
 
 class Example(NamedTuple):
@@ -22,6 +23,8 @@ class Example(NamedTuple):
     response: str
     target: Any = None
     """What answers are scored against: a text, or lists of texts. ``None``: the response."""
+    group: str | None = None
+    """What examples that belong together share, such as their passage: they are held out for validation together."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,24 @@ STYLES = {
 """Styles that every data module has, byte for byte those of the literature."""
 
 
+def load_tokenizer(name: str) -> Any:
+    """Return the tokenizer of a folder or hub id.
+
+    Raises:
+        ValueError: If it cannot be loaded; the message says what to type.
+
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise ValueError(
+            f"Could not load the tokenizer {name!r} ({error}). Give the folder of a model with its tokenizer files, or a"
+            " hub id, as --data.tokenizer."
+        ) from error
+
+
 @dataclass
 class PromptEncoder:
     """Turns a batch of question and response texts into token ids; a picklable callable for ``datasets.map``.
@@ -76,6 +97,7 @@ class PromptEncoder:
         template: the prompt, with ``{question}`` in it.
         lead: text between prompt and response; not in the chat style.
         tail: text between the response and the end-of-sequence token; not in the chat style.
+        shots: worked examples in front of each question, with an empty line between (in the chat style: earlier turns).
 
     """
 
@@ -84,6 +106,7 @@ class PromptEncoder:
     template: str
     lead: str = " "
     tail: str = ""
+    shots: tuple[Example, ...] = ()
 
     def __post_init__(self) -> None:
         name = getattr(self.tokenizer, "name_or_path", "")
@@ -100,8 +123,11 @@ class PromptEncoder:
     def prompt(self, question: str) -> str:
         """Return the prompt text of ``question``, without the tokens that the tokenizer itself puts in front of it."""
         if self.style != "chat":
-            return self.template.replace("{question}", question)
-        messages = [{"role": "user", "content": question}]
+            ask = self.template.replace
+            worked = "".join(ask("{question}", q) + self.lead + response + _SHOT_GAP for q, response, *_ in self.shots)
+            return worked + ask("{question}", question)
+        turns = [turn for q, response, *_ in self.shots for turn in (("user", q), ("assistant", response))]
+        messages = [{"role": role, "content": content} for role, content in (*turns, ("user", question))]
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -142,6 +168,7 @@ class PromptEncoder:
             self.prefix,
             self.tokenizer.eos_token_id,
             None if ids is None else list(ids),
+            self.shots,
         ]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for example in examples:

@@ -1,0 +1,49 @@
+"""Texts to tokens, once: the result lies in a file that later runs and all ranks read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning_pmss.datamodules.prompts import Example, PromptEncoder
+from lightning_pmss.datamodules.splits import group_numbers
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def encode(
+    examples: Sequence[Example], encoder: PromptEncoder, cache_dir: str | None, name: str, ids: Sequence[int] | None
+) -> Dataset:
+    """Return examples as tokens, with a progress bar, or from the cache where they have been tokenised before.
+
+    Args:
+        examples: the texts.
+        encoder: makes the tokens.
+        cache_dir: folder of the cache; the one of ``datasets`` if null.
+        name: what the progress bar says is tokenised.
+        ids: the number of each example; null: 0, 1, ...
+
+    """
+    import datasets
+
+    fingerprint = encoder.fingerprint(examples, ids)
+    folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "lightning_pmss")
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = {
+        "id": list(range(len(examples)) if ids is None else ids),
+        "group": group_numbers(examples),
+        "question": [example.question for example in examples],
+        "response": [example.response for example in examples],
+        "target": [example.response if example.target is None else example.target for example in examples],
+    }
+    return datasets.Dataset.from_dict(rows).map(
+        encoder,
+        batched=True,
+        remove_columns=["question", "response"],
+        cache_file_name=str(folder / f"{fingerprint}.arrow"),
+        load_from_cache_file=True,
+        new_fingerprint=fingerprint,  # `datasets` would hash the tokenizer, whose state changes when it is used
+        desc=f"Tokenising {name}",
+    )

@@ -1,0 +1,95 @@
+"""Which training rows are held out for validation, and which are shown as worked examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from lightning_pmss.datamodules.prompts import Example
+from lightning_pmss.datamodules.rows import check_mapping, existing, read_rows, text
+
+
+def group_numbers(examples: Sequence[Example]) -> list[int]:
+    """Return the number of each example's group; examples without one are groups of their own."""
+    seen: dict[str, int] = {}
+    return [
+        number if example.group is None else seen.setdefault(example.group, number)
+        for number, example in enumerate(examples)
+    ]
+
+
+def hold_out(groups: Sequence[int], size: int, seed: int) -> tuple[list[int], list[int]]:
+    """Return the rows left for training, in an order that depends on ``seed`` alone, and the held-out rows, sorted.
+
+    Groups are held out whole, so that a passage never is on both sides: ``size`` rows or, where groups have several, up
+    to one group more.
+    """
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
+    members: dict[int, int] = {}
+    for group in groups:
+        members[group] = members.get(group, 0) + 1
+    held: set[int] = set()
+    count = 0
+    for row in order:
+        if count >= size:
+            break
+        if groups[row] not in held:
+            held.add(groups[row])
+            count += members[groups[row]]
+    left = [row for row in order if groups[row] not in held]
+    return left, sorted(row for row in order if groups[row] in held)
+
+
+def draw_shots(candidates: Iterable[Example], evaluated: Iterable[Example], count: int) -> tuple[Example, ...]:
+    """Return the first ``count`` candidates that are not evaluated and share no group with what is.
+
+    Each is of another group (another passage) too.
+
+    Raises:
+        ValueError: If there are fewer.
+
+    """
+    questions: set[str] = set()
+    taken: set[str | None] = set()
+    for example in evaluated:
+        questions.add(example.question)
+        taken.add(example.group)
+    taken.discard(None)
+    shots: list[Example] = []
+    for example in candidates:
+        if len(shots) == count:
+            break
+        if example.question in questions or example.group in taken:
+            continue
+        shots.append(example)
+        questions.add(example.question)
+        if example.group is not None:
+            taken.add(example.group)
+    if len(shots) < count:
+        raise ValueError(
+            f"num_shots is {count}, but only {len(shots)} training examples are neither evaluated nor share a passage"
+            f" with what is; give --data.num_shots {len(shots)}, or --data.shots FILE.jsonl with fixed ones."
+        )
+    return tuple(shots)
+
+
+def read_shots(path: str, count: int) -> tuple[Example, ...]:
+    """Return the first ``count`` worked examples of a file with the columns ``question`` and ``response``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is broken (names file and row) or holds fewer.
+
+    """
+    remedy = "Give --data.shots train, or a file with the columns question and response."
+    shots = []
+    for where, row in read_rows(existing(Path(path), remedy)):
+        row = check_mapping(where, row, ("question", "response"), "A file of worked examples")
+        shots.append(Example(text(where, row, "question"), text(where, row, "response")))
+    if len(shots) < count:
+        raise ValueError(
+            f"{path}: num_shots is {count}, but there are {len(shots)} examples; give --data.num_shots {len(shots)}."
+        )
+    return tuple(shots[:count])
