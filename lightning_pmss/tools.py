@@ -85,8 +85,29 @@ def _estimate(args: Sequence[str]) -> None:
     run(_parser("estimate"), args)
 
 
+def _compare(args: Sequence[str]) -> None:
+    import json
+
+    from lightning_pmss.evaluation.bootstrap import CONFIDENCE, RESAMPLES
+    from lightning_pmss.evaluation.compare import compare_files
+
+    parser = _parser("compare")
+    parser.add_argument("a", metavar="A.jsonl", help="predictions of one model (predictions-test.jsonl)")
+    parser.add_argument("b", metavar="B.jsonl", help="predictions of another model on the same questions")
+    parser.add_argument("--ignore-prompts", action="store_true", help="prompts may differ; ids and targets may not")
+    parser.add_argument("--resamples", type=int, default=RESAMPLES, help="of the bootstrap (default: %(default)s)")
+    parser.add_argument("--confidence", type=float, default=CONFIDENCE, help="of intervals (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = vars(parser.parse_args(args))
+    as_json = options.pop("json")
+    found = compare_files(**options)
+    print(json.dumps(found.to_dict(), indent=2) if as_json else found)
+
+
 TOOLS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "select": (_select, "select rows and columns of a model on disk, matrix by matrix, into a skeleton file"),
     "merge": (_merge, "write base + adapter as a plain model folder, shard by shard"),
     "estimate": (_estimate, "memory per device, host memory and file sizes of a run, from config.json alone"),
+    "compare": (_compare, "two predictions files: bootstrap interval of the difference, McNemar's exact test"),
 }

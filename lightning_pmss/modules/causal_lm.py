@@ -1,4 +1,4 @@
-"""`CausalLMModule`: any Hugging Face causal language model, trained on responses, evaluated by loss and greedy text."""
+"""`CausalLMModule`: any Hugging Face causal language model, trained on responses, evaluated by loss and text."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import Metric
-from transformers import GenerationConfig
 
 from lightning_pmss.built import model_built
-from lightning_pmss.modules.hub import load_causal_lm, load_tokenizer
+from lightning_pmss.modules.answering import AnswerBy, Answering
+from lightning_pmss.modules.evaluation import TextEvaluation, select
+from lightning_pmss.modules.generation import Generation
+from lightning_pmss.modules.hub import announce_zero3, checkpoint_activations, load_causal_lm, load_tokenizer
+from lightning_pmss.modules.identity import digest, model_hash, most
+from lightning_pmss.modules.journal import Existing, Journal
 from lightning_pmss.modules.packed import check_packing
-from lightning_pmss.modules.predictions import Prediction, gather_predictions, write_predictions
 from lightning_pmss.modules.schedule import SCHEDULES, schedule_factor
 from lightning_pmss.modules.sharded import build_on_rank_zero
 from lightning_pmss.modules.token_mean import TokenMean
-from lightning_pmss.whole import is_sharded
 
 IGNORED = -100  # the label that marks a position without loss, as everywhere in PyTorch and transformers
 
@@ -46,6 +49,9 @@ class CausalLMModule(L.LightningModule):
     Logged: ``train/loss`` per step; ``val/loss`` and ``test/loss``, the mean over all response tokens of the split;
     ``val/exact_match`` and ``test/exact_match``, where texts are generated and a metric is given.
 
+    ``test`` puts each batch of answers on the disk as it comes, and goes on where it was stopped if it is started again with
+    the same model, options and folder (``predictions_dir``).
+
     Args:
         model_name_or_path: Folder of the model, or its id on the model hub.
         optimizer: Makes the optimizer from the parameters that require grad.
@@ -60,6 +66,12 @@ class CausalLMModule(L.LightningModule):
         generate_in: Stages in which texts are generated: ``"test"``, ``"validate"``, both or none.
         predictions_dir: Folder of ``predictions-<stage>.jsonl``; by default the trainer's log folder.
         revision: Of the model on the hub: branch, tag or commit.
+        num_beams: 1: greedy. More: beam search with as many hypotheses.
+        stop: A generated text ends before the first of these strings.
+        answer_by: "generation", or "likelihood": the likeliest of the labels that the prompt offers; for data with labels
+            and a metric that knows them (`CommonsenseAccuracy`).
+        existing_predictions: Where ``test`` finds predictions in its folder: "resume" skips what the same model has answered
+            with the same options, and refuses those of another one; "replace" begins anew.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -78,6 +90,10 @@ class CausalLMModule(L.LightningModule):
         generate_in: Sequence[Literal["validate", "test"]] = ("test",),
         predictions_dir: str | None = None,
         revision: str | None = None,
+        num_beams: int = 1,
+        stop: Sequence[str] = (),
+        answer_by: AnswerBy = "generation",
+        existing_predictions: Existing = "resume",
     ) -> None:
         super().__init__()
         # No save_hyperparameters: LightningCLI would let those of a checkpoint silently override what is typed beside
@@ -86,8 +102,10 @@ class CausalLMModule(L.LightningModule):
             raise ValueError(f"warmup_ratio={warmup_ratio!r} is a share of the steps; type a number in [0, 1).")
         if lr_schedule not in SCHEDULES:
             raise ValueError(f"lr_schedule={lr_schedule!r} is not known; choose one of {list(SCHEDULES)}.")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens!r} must be at least 1.")
+        if existing_predictions not in ("resume", "replace"):
+            raise ValueError(
+                f"existing_predictions={existing_predictions!r} is not known; choose 'resume' or 'replace'."
+            )
         stages = [generate_in] if isinstance(generate_in, str) else list(generate_in)
         if unknown := sorted(set(stages) - {"validate", "test"}):
             raise ValueError(
@@ -100,6 +118,8 @@ class CausalLMModule(L.LightningModule):
         self.dtype_name = dtype
         self.gradient_checkpointing = gradient_checkpointing
         self.max_new_tokens = max_new_tokens
+        self.answering = Answering(Generation(max_new_tokens, num_beams, stop), answer_by, metric)
+        self.existing_predictions: Existing = existing_predictions
         self.generate_in = stages
         self.predictions_dir = predictions_dir
         self.revision = revision
@@ -109,7 +129,8 @@ class CausalLMModule(L.LightningModule):
         if metric is not None:
             metric.sync_on_compute = False  # it is fed with the texts of all processes, see `_finish_texts`
         self.mean_loss = nn.ModuleDict({name: TokenMean() for name in ("val", "test")})
-        self._rows: list[Prediction] = []
+        self._texts = TextEvaluation(metric)
+        self._written: dict[Path, str] = {}
 
     # -- building ------------------------------------------------------------------------------------------------
 
@@ -128,13 +149,13 @@ class CausalLMModule(L.LightningModule):
             self.model = build_on_rank_zero(self._load_alone, mesh, strategy.root_device)
         else:
             if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
-                self._zero3 = _announce_zero3(strategy)
+                self._zero3 = announce_zero3(strategy)
             self.model = load_causal_lm(self.model_name_or_path, dtype=self.dtype_name, revision=self.revision)
         if isinstance(strategy, FSDPStrategy):
             # On the instance: DeepSpeed warns about every class that overrides this hook.
             self.configure_gradient_clipping = self._clip_sharded  # type: ignore[method-assign]
         if self.gradient_checkpointing:
-            _checkpoint_activations(self.model)
+            checkpoint_activations(self.model)
 
     def _load_alone(self) -> nn.Module:
         """The model on the one rank that loads it, after the callbacks have had it."""
@@ -191,6 +212,12 @@ class CausalLMModule(L.LightningModule):
             The mean over the batch's response tokens (float32 scalar, 0 where there is none) and their number (int64
             scalar): the weight of the batch in a mean over several.
         """
+        sums, counts = self.example_losses(batch)
+        tokens = counts.sum()
+        return sums.sum() / tokens.clamp(min=1), tokens
+
+    def example_losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Sum of the cross entropy over the response tokens of each row, float32 [B], and their number, int64 [B]."""
         packed = {}
         if "position_ids" in batch:  # several examples per row: the positions say where each begins
             check_packing(self.model)
@@ -198,9 +225,8 @@ class CausalLMModule(L.LightningModule):
         logits = self(batch["input_ids"], batch.get("attention_mask") if packed else batch["attention_mask"], **packed)
         # The logits at t are for the token at t + 1. Shifting the labels spares a copy of the much larger logits.
         labels = F.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:]
-        tokens = (labels != IGNORED).sum()
-        total = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-        return total / tokens.clamp(min=1), tokens
+        losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+        return losses.view_as(labels).sum(1), (labels != IGNORED).sum(1)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch, logged as ``train/loss``."""
@@ -209,12 +235,28 @@ class CausalLMModule(L.LightningModule):
         return loss
 
     def _evaluate(self, batch: dict[str, Any], name: Literal["val", "test"], stage: str) -> None:
-        loss, tokens = self.response_loss(batch)
         mean: Any = self.mean_loss[name]
+        if stage not in self.generate_in or "prompt_ids" not in batch:
+            sums, tokens = self.example_losses(batch)
+            with torch.inference_mode(False):
+                mean.update(sums.sum() / tokens.sum().clamp(min=1), tokens.sum())
+            return
+        stored, missing = self._texts.split(batch)
+        losses = [(row["loss"], row["tokens"]) for row in stored]
+        # Where a forward pass is a collective, a rank with nothing left to answer computes along, for nothing.
+        if most(len(missing), self.model, self.device):
+            asked = select(batch, missing) if missing else batch
+            sums, tokens = self.example_losses(asked)
+            rows = self.answering.records(self.model, self.tokenizer, asked)
+            means = zip((sums / tokens.clamp(min=1)).tolist(), tokens.tolist(), strict=True)
+            new = [{**row, "loss": loss, "tokens": n} for row, (loss, n) in zip(rows, means, strict=True)]
+            if missing:
+                self._texts.add(new)
+                losses += [(row["loss"], row["tokens"]) for row in new]
         with torch.inference_mode(False):
-            mean.update(loss, tokens)
-        if stage in self.generate_in and "prompt_ids" in batch:
-            self._collect(batch, self.generate(batch["prompt_ids"], batch["prompt_mask"]))
+            for loss, n in losses:
+                mean.update(torch.tensor(loss), torch.tensor(n))
+        self._texts.show(self.trainer)
 
     def _log_evaluation(self, name: Literal["val", "test"], stage: str) -> None:
         mean: Any = self.mean_loss[name]
@@ -236,6 +278,28 @@ class CausalLMModule(L.LightningModule):
         """Log the means over the split."""
         self._log_evaluation("val", "validate")
 
+    def on_test_start(self) -> None:
+        """Look for what an earlier start of this evaluation has answered.
+
+        Raises:
+            ValueError: If predictions of another run are in the folder.
+        """
+        folder = self._predictions_folder()
+        if folder is None or "test" not in self.generate_in:
+            return
+        identity = self.answering.to_dict() | {
+            "model": model_hash(self.model),
+            "tokenizer": digest(sorted(self.tokenizer.get_vocab().items())),
+            "precision": str(self.trainer.precision),
+        }
+        # What this object has written itself (before a training, say) it may write again.
+        before = self._written.get(folder)
+        existing = "replace" if before not in (None, digest(identity)) else self.existing_predictions
+        journal = Journal(folder, "test", identity, existing)
+        self._texts = TextEvaluation(self.metric, journal, trusting=before is not None)
+        if journal.done:
+            rank_zero_info(f"{len(journal.done)} answers of this run are in {folder} and are not computed again.")
+
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Loss and, where asked, texts of one batch."""
         self._evaluate(batch, "test", "test")
@@ -246,41 +310,18 @@ class CausalLMModule(L.LightningModule):
 
     # -- texts ---------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def generate(self, prompt_ids: Tensor, prompt_mask: Tensor) -> list[str]:
-        """Greedy continuation of each prompt, as text without special tokens and outer white space.
+        """Continuation of each prompt, as text without special tokens and outer white space.
 
         Args:
             prompt_ids: int64 [B, P], left padded.
             prompt_mask: int64 [B, P], 0 on padding.
         """
-        eos = _eos_ids(self.model, self.tokenizer)
-        # Written out, because what is None here is filled from the model's own generation config (sampling, penalties).
-        greedy = GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            temperature=1.0,
-            top_k=50,
-            top_p=1.0,
-            repetition_penalty=1.0,
-            eos_token_id=eos,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
-        # Where each forward pass is a collective, ranks whose texts have ended go on until all have.
-        in_step = is_sharded(self.model)
-        tokens = self.model.generate(
-            input_ids=prompt_ids, attention_mask=prompt_mask, generation_config=greedy, synced_gpus=in_step
-        )
-        texts = []
-        for row in tokens[:, prompt_ids.shape[1] :].tolist():
-            # The padding of a finished row may be the eos itself: cut at the first one, never strip by token id.
-            end = next((place for place, token in enumerate(row) if token in eos), len(row))
-            texts.append(self.tokenizer.decode(row[:end], skip_special_tokens=True).strip())
-        return texts
+        batch = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask}
+        return self.answering.texts(self.model, self.tokenizer, batch)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[str]:
-        """Greedy texts of one batch; they are also written to ``predictions-predict.jsonl``.
+        """Texts of one batch; they are also written to ``predictions-predict.jsonl``.
 
         Raises:
             ValueError: If the batch holds no prompts.
@@ -290,69 +331,24 @@ class CausalLMModule(L.LightningModule):
                 f"predict needs batches with `prompt_ids` and `prompt_mask`, this one has {sorted(batch)}. "
                 "Give the DataModule a predict_dataloader that collates prompts."
             )
-        texts = self.generate(batch["prompt_ids"], batch["prompt_mask"])
-        self._collect(batch, texts)
-        return texts
+        rows = self.answering.records(self.model, self.tokenizer, batch)
+        self._texts.add([row for row in rows if row["id"] >= 0])
+        return [row["output"] for row in rows]
 
     def on_predict_epoch_end(self) -> None:
         """Write the texts."""
         self._finish_texts("predict")
 
-    def _collect(self, batch: dict[str, Any], texts: list[str]) -> None:
-        examples = zip(batch["id"].tolist(), batch["prompt"], texts, batch["target"], strict=True)
-        for number, prompt, text, target in examples:
-            if number < 0:  # fills up a rank that has fewer examples than the others
-                continue
-            correct = bool(self._scorer().score(text, target) >= 1) if self.metric is not None and target else None
-            self._rows.append({"id": number, "prompt": prompt, "output": text, "target": target, "correct": correct})
-
-    def _finish_texts(self, stage: str) -> dict[str, Tensor]:
-        """Write the texts gathered since the last call and return their scores."""
-        rows, self._rows = gather_predictions(self._rows), []
-        if not rows:
-            return {}
+    def _predictions_folder(self) -> Path | None:
+        """Where predictions go, on every rank; None in a trial run, which leaves nothing behind."""
         log_dir = self.trainer.log_dir  # asked for on every process: it is a broadcast
         trial = self.trainer.sanity_checking or getattr(self.trainer, "fast_dev_run", False)
-        if self.trainer.is_global_zero and not trial:
-            folder = Path(self.predictions_dir or log_dir or self.trainer.default_root_dir)
-            write_predictions(rows, folder / f"predictions-{stage}.jsonl")
-        if self.metric is None or stage == "predict":
-            return {}
-        metric = self._scorer()
-        with torch.inference_mode(False):  # as above
-            metric.update([row["output"] for row in rows], [row["target"] for row in rows])
-            scores = metric.compute()
-            metric.reset()
-        return scores if isinstance(scores, dict) else {"exact_match": scores}
+        return None if trial else Path(self.predictions_dir or log_dir or self.trainer.default_root_dir).expanduser()
 
-    def _scorer(self) -> Any:
-        return self.metric  # `score` is our contract, unknown to torchmetrics' own type
-
-
-def _announce_zero3(strategy: DeepSpeedStrategy) -> Any:
-    """Let transformers know of ZeRO-3 before it loads: else the partitioned parameters look empty to it.
-
-    Returns:
-        An object that must be kept: transformers holds a weak reference to it.
-    """
-    from transformers.integrations import HfDeepSpeedConfig
-
-    assert isinstance(strategy.config, dict)
-    strategy.config.setdefault("train_micro_batch_size_per_gpu", 1)
-    return HfDeepSpeedConfig(strategy.config)
-
-
-def _checkpoint_activations(model: Any) -> None:
-    # Reentrant checkpointing would train nothing where a block's input requires no grad, without an error.
-    options = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(options)
-    else:  # the name before it was changed within transformers 5
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-
-
-def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end a text: those of the model's generation config and the tokenizer's, with which responses end."""
-    configured = model.generation_config.eos_token_id
-    ids = configured if isinstance(configured, list) else [configured]
-    return sorted({int(token) for token in (*ids, tokenizer.eos_token_id) if token is not None})
+    def _finish_texts(self, stage: str) -> dict[str, Tensor]:
+        """Write the answers gathered since the last call and return their scores."""
+        folder = self._predictions_folder()
+        texts, self._texts = self._texts, TextEvaluation(self.metric)
+        if folder is not None and texts.journal is not None:
+            self._written[folder] = texts.journal.run
+        return texts.finish(folder, stage, first=self.trainer.is_global_zero)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -41,6 +42,29 @@ def load_tokenizer(name_or_path: str, **options: Any) -> Any:
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def announce_zero3(strategy: DeepSpeedStrategy) -> Any:
+    """Let transformers know of ZeRO-3 before it loads: else the partitioned parameters look empty to it.
+
+    Returns:
+        An object that must be kept: transformers holds a weak reference to it.
+    """
+    from transformers.integrations import HfDeepSpeedConfig
+
+    assert isinstance(strategy.config, dict)
+    strategy.config.setdefault("train_micro_batch_size_per_gpu", 1)
+    return HfDeepSpeedConfig(strategy.config)
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Recompute activations in the backward pass, non-reentrant."""
+    # Reentrant checkpointing would train nothing where a block's input requires no grad, without an error.
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(options)
+    else:  # the name before it was changed within transformers 5
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def _load(loader: Any, what: str, name_or_path: str, **options: Any) -> Any:

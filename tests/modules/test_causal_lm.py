@@ -167,7 +167,21 @@ def test_test_writes_predictions_and_logs_the_metric(tiny_llama: str, tmp_path: 
     assert [row["output"] for row in rows] == outputs
     assert [row["correct"] for row in rows] == [True, False, True, False, False]
     assert [row["id"] for row in rows] == list(range(5))
-    assert rows[1] == {"id": 1, "prompt": EXAMPLES[1][0], "output": outputs[1], "target": "no", "correct": False}
+    loss, tokens = loss_by_hand(texts, data, (1,))
+    assert rows[1] == {
+        "id": 1,
+        "prompt": EXAMPLES[1][0],
+        "target": "no",
+        "prompt_tokens": len(data.rows[1]["prompt_ids"]),
+        "output": outputs[1],
+        "extracted": outputs[1],  # the metric has no rule of its own: the text is the answer
+        "gold": "no",
+        "score": 0.0,
+        "correct": False,
+        "loss": pytest.approx(loss / tokens, rel=1e-4),
+        "tokens": tokens,
+        "run": rows[0]["run"],
+    }
     # The second evaluation starts from nothing: neither rows nor scores of the first are counted.
     assert trainer().test(module, data, verbose=False)[0] == logged
     assert len(read(tmp_path / "predictions-test.jsonl")) == 5

@@ -1,0 +1,100 @@
+"""Intervals by the percentile bootstrap over examples (Efron and Tibshirani 1993, chapter 13), and McNemar's exact test.
+
+The bootstrap answers: had other examples of the same kind been drawn, how different would the mean be? It knows nothing of
+other sources of noise, such as the seed of the training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+RESAMPLES = 10_000
+CONFIDENCE = 0.95
+_CHUNK = 4_000_000  # indices drawn at a time: 32 MB
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over `n` examples with the ends of its interval, in the unit of the values."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def interval_of_mean(
+    values: Sequence[float], *, resamples: int = RESAMPLES, confidence: float = CONFIDENCE, seed: int = 0
+) -> Interval:
+    """Mean of the values with its percentile bootstrap interval.
+
+    The indices drawn depend on ``seed``, ``resamples`` and the number of values alone. So two calls with as many values
+    see the same resamples: they are paired.
+
+    Args:
+        values: One number per example.
+        resamples: How often the examples are drawn again, with replacement.
+        confidence: Share of the resampled means inside the interval.
+        seed: Of the resampling.
+
+    Raises:
+        ValueError: If there is no value, one is not finite, or an option is out of its range.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or not len(array):
+        raise ValueError("There is no example to take a mean over.")
+    if not np.isfinite(array).all():
+        raise ValueError(f"The value of example {int(np.argmin(np.isfinite(array)))} is not finite.")
+    check_options(resamples, confidence)
+    # The mean that is exact where the values are: a constant has an interval of width 0.
+    mean = math.fsum(array) / len(array)
+    means = np.empty(resamples)
+    generator = np.random.default_rng(seed)
+    step = max(1, _CHUNK // len(array))
+    for start in range(0, resamples, step):
+        size = min(step, resamples - start)
+        means[start : start + size] = array[generator.integers(0, len(array), (size, len(array)))].mean(axis=1)
+    outside = (1 - confidence) / 2
+    low, high = np.quantile(means, [outside, 1 - outside])
+    return Interval(mean, min(float(low), mean), max(float(high), mean), len(array))
+
+
+def check_options(resamples: int, confidence: float) -> None:
+    """Refuse options of the bootstrap that are out of range.
+
+    Raises:
+        ValueError: Says what to give instead.
+    """
+    if resamples < 1:
+        raise ValueError(f"{resamples} resamples: give at least 1, better {RESAMPLES}.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"A confidence of {confidence}: give a share between 0 and 1, such as {CONFIDENCE}.")
+
+
+def mcnemar_exact(only_a: int, only_b: int) -> float:
+    """Two-sided p-value of McNemar's exact test (McNemar 1947, in the exact binomial form).
+
+    Under the null hypothesis an example on which just one of the two is right is as likely to be the one's as the other's:
+    the number is binomial with probability 1/2.
+
+    Args:
+        only_a: Examples that only A has right.
+        only_b: Examples that only B has right.
+
+    Returns:
+        The probability of a split at least as uneven; 1.0 where there is no such example.
+    """
+    n, least = only_a + only_b, min(only_a, only_b)
+    term, tail = 1, 1  # binomial coefficients in whole numbers: nothing is rounded before the end
+    for k in range(1, least + 1):
+        term = term * (n - k + 1) // k
+        tail += term
+    return min(1.0, 2 * tail / 2**n)

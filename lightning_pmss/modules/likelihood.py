@@ -1,0 +1,104 @@
+"""Choice by likelihood: which of the candidate answers does the model think likeliest? Nothing is generated.
+
+A candidate is the gold response with its label replaced by another ("the correct answer is answer2" for "... answer4"), for
+each label that the prompt offers. So candidates have the form of the responses that the model is trained on, and the gold
+label tells nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from lightning_pmss.modules.answers import labels_of
+
+IGNORED = -100
+
+
+def offered(prompt: str, labels: Sequence[str]) -> list[str]:
+    """The labels that occur in the prompt as words, in their own order; all of them where it names none."""
+    found = [label for label in labels if re.search(rf"\b{re.escape(label)}\b", prompt, re.IGNORECASE)]
+    return found or list(labels)
+
+
+def candidates(metric: Any, tokenizer: Any, batch: dict[str, Any]) -> list[dict[str, list[int]]]:
+    """Per example the tokens of each candidate response by label, without the end of sequence.
+
+    Raises:
+        ValueError: If the metric knows of no labels, or a response does not end in its label.
+    """
+    found = []
+    for prompt, target, response in zip(batch["prompt"], batch["target"], _responses(batch), strict=True):
+        task = labels_of(metric, target)
+        if task is None:
+            raise ValueError(
+                "Choice by likelihood needs targets with labels, as CommonsenseDataModule has, and a metric that knows "
+                "them: --model.metric CommonsenseAccuracy. For other data give --model.answer_by generation."
+            )
+        _, label, labels = task
+        if response and response[-1] == tokenizer.eos_token_id:
+            response = response[:-1]
+        text = tokenizer.decode(response)
+        stem, word, rest = text.rpartition(label)
+        if not word or rest.strip(" \n."):
+            raise ValueError(
+                f"The response {text[-60:]!r} does not end in its label {label!r}, so no candidates can be made of it."
+            )
+        texts = {name: stem + name + rest for name in offered(prompt, labels)}
+        texts.setdefault(label, text)
+        ids = {name: list(tokenizer(text, add_special_tokens=False).input_ids) for name, text in texts.items()}
+        if ids[label] != response:
+            raise ValueError(
+                f"The tokenizer reads {text!r} back as other tokens than the response's ({ids[label]} for {response}); "
+                "with it choice by likelihood would compare other texts. Give --model.answer_by generation."
+            )
+        found.append(ids)
+    return found
+
+
+def _responses(batch: dict[str, Any]) -> list[list[int]]:
+    return [ids[labels != IGNORED].tolist() for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)]
+
+
+@torch.no_grad()
+def log_likelihoods(
+    model: Any, prompt_ids: Tensor, prompt_mask: Tensor, responses: Sequence[Sequence[int]], pad: int
+) -> Tensor:
+    """Log-probability of each response behind its prompt, float32 [B].
+
+    Args:
+        model: A causal language model of transformers.
+        prompt_ids: int64 [B, P], left padded.
+        prompt_mask: int64 [B, P], 0 on padding.
+        responses: B lists of tokens, none empty.
+        pad: Token to pad with.
+    """
+    rows = [torch.tensor(list(ids), device=prompt_ids.device) for ids in responses]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    attention = torch.cat([prompt_mask, mask], dim=1)
+    places = (attention.cumsum(1) - 1).clamp(min=0)
+    logits = model(
+        input_ids=torch.cat([prompt_ids, ids], dim=1),
+        attention_mask=attention,
+        position_ids=places,
+        use_cache=False,
+        logits_to_keep=ids.shape[1] + 1,  # of the long prompt just the last one is needed
+    ).logits[:, :-1]
+    losses = F.cross_entropy(logits.float().flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
+    return -(losses * mask).sum(1)
+
+
+def choose(values: dict[str, tuple[float, int]]) -> tuple[str, str]:
+    """The likeliest label, by the sum of log-probabilities and by their mean per token; of equal ones the first.
+
+    Args:
+        values: By label: log-probability and number of tokens.
+    """
+    return max(values, key=lambda k: values[k][0]), max(values, key=lambda k: values[k][0] / values[k][1])
