@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from torch import Tensor
 
 from lightning_pmss.modules.answers import examine
 from lightning_pmss.modules.evaluation import question
 from lightning_pmss.modules.generation import Generation
 from lightning_pmss.modules.identity import most
 from lightning_pmss.modules.likelihood import candidates, choose, log_likelihoods
-from lightning_pmss.whole import is_sharded
 
 AnswerBy = Literal["generation", "likelihood"]
 
@@ -43,21 +44,23 @@ class Answering:
         """Plain values that, with the model, decide the answers."""
         return {"answer_by": self.by} | (self.generation.to_dict() if self.by == "generation" else {})
 
-    def texts(self, model: Any, tokenizer: Any, batch: Mapping[str, Any]) -> list[str]:
-        """Generated texts of a batch."""
-        ids, mask = batch["prompt_ids"], batch["prompt_mask"]
-        return self.generation.texts(model, tokenizer, ids, mask, in_step=is_sharded(model))
+    def records(
+        self, model: Any, tokenizer: Any, batch: dict[str, Any], generate: Callable[[Tensor, Tensor], list[str]]
+    ) -> list[dict[str, Any]]:
+        """One record per example of a batch; where the model is sharded, call it on every rank.
 
-    def records(self, model: Any, tokenizer: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
-        """One record per example of a batch; where the model is sharded, call it on every rank."""
+        Args:
+            model: A causal language model of transformers.
+            tokenizer: Its tokenizer.
+            batch: See `CausalLMModule`.
+            generate: Makes texts of left-padded prompts and their mask.
+        """
         if self.by == "likelihood":
             answers = self._choices(model, tokenizer, batch)
         else:
-            texts = self.texts(model, tokenizer, batch)
-            answers = [
-                {"output": text, **examine(self.metric, text, target)}
-                for text, target in zip(texts, batch["target"], strict=True)
-            ]
+            texts = generate(batch["prompt_ids"], batch["prompt_mask"])
+            pairs = zip(texts, batch["target"], strict=True)
+            answers = [{"output": text, **examine(self.metric, text, target)} for text, target in pairs]
         numbers = batch["id"].tolist()
         return [
             {"id": number, **question(batch, place), **answer}

@@ -28,6 +28,7 @@ from lightning_pmss.modules.packed import check_packing
 from lightning_pmss.modules.schedule import SCHEDULES, schedule_factor
 from lightning_pmss.modules.sharded import build_on_rank_zero
 from lightning_pmss.modules.token_mean import TokenMean
+from lightning_pmss.whole import is_sharded
 
 IGNORED = -100  # the label that marks a position without loss, as everywhere in PyTorch and transformers
 
@@ -130,7 +131,7 @@ class CausalLMModule(L.LightningModule):
             metric.sync_on_compute = False  # it is fed with the texts of all processes, see `_finish_texts`
         self.mean_loss = nn.ModuleDict({name: TokenMean() for name in ("val", "test")})
         self._texts = TextEvaluation(metric)
-        self._written: dict[Path, str] = {}
+        self._written: set[Path] = set()
 
     # -- building ------------------------------------------------------------------------------------------------
 
@@ -247,7 +248,7 @@ class CausalLMModule(L.LightningModule):
         if most(len(missing), self.model, self.device):
             asked = select(batch, missing) if missing else batch
             sums, tokens = self.example_losses(asked)
-            rows = self.answering.records(self.model, self.tokenizer, asked)
+            rows = self.answering.records(self.model, self.tokenizer, asked, self.generate)
             means = zip((sums / tokens.clamp(min=1)).tolist(), tokens.tolist(), strict=True)
             new = [{**row, "loss": loss, "tokens": n} for row, (loss, n) in zip(rows, means, strict=True)]
             if missing:
@@ -292,11 +293,10 @@ class CausalLMModule(L.LightningModule):
             "tokenizer": digest(sorted(self.tokenizer.get_vocab().items())),
             "precision": str(self.trainer.precision),
         }
-        # What this object has written itself (before a training, say) it may write again.
-        before = self._written.get(folder)
-        existing = "replace" if before not in (None, digest(identity)) else self.existing_predictions
+        # What this object has written itself, before a training say, it writes again.
+        existing = "replace" if folder in self._written else self.existing_predictions
         journal = Journal(folder, "test", identity, existing)
-        self._texts = TextEvaluation(self.metric, journal, trusting=before is not None)
+        self._texts = TextEvaluation(self.metric, journal)
         if journal.done:
             rank_zero_info(f"{len(journal.done)} answers of this run are in {folder} and are not computed again.")
 
@@ -317,8 +317,8 @@ class CausalLMModule(L.LightningModule):
             prompt_ids: int64 [B, P], left padded.
             prompt_mask: int64 [B, P], 0 on padding.
         """
-        batch = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask}
-        return self.answering.texts(self.model, self.tokenizer, batch)
+        in_step = is_sharded(self.model)
+        return self.answering.generation.texts(self.model, self.tokenizer, prompt_ids, prompt_mask, in_step=in_step)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[str]:
         """Texts of one batch; they are also written to ``predictions-predict.jsonl``.
@@ -331,7 +331,7 @@ class CausalLMModule(L.LightningModule):
                 f"predict needs batches with `prompt_ids` and `prompt_mask`, this one has {sorted(batch)}. "
                 "Give the DataModule a predict_dataloader that collates prompts."
             )
-        rows = self.answering.records(self.model, self.tokenizer, batch)
+        rows = self.answering.records(self.model, self.tokenizer, batch, self.generate)
         self._texts.add([row for row in rows if row["id"] >= 0])
         return [row["output"] for row in rows]
 
@@ -350,5 +350,5 @@ class CausalLMModule(L.LightningModule):
         folder = self._predictions_folder()
         texts, self._texts = self._texts, TextEvaluation(self.metric)
         if folder is not None and texts.journal is not None:
-            self._written[folder] = texts.journal.run
+            self._written.add(folder)
         return texts.finish(folder, stage, first=self.trainer.is_global_zero)

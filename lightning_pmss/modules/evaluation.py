@@ -20,8 +20,6 @@ from lightning_pmss.modules.answers import examine
 from lightning_pmss.modules.journal import Journal
 from lightning_pmss.modules.predictions import gather, gather_predictions, write_predictions
 
-_QUESTION = ("prompt", "target", "prompt_tokens")
-
 
 class TextEvaluation:
     """Collects the answers of one evaluation on this rank.
@@ -29,11 +27,10 @@ class TextEvaluation:
     Args:
         metric: Scores texts, see `CausalLMModule`; or None.
         journal: Where answers are kept while the evaluation runs; None: they are written at its end alone.
-        trusting: A stored answer to another question is replaced, not an error.
     """
 
-    def __init__(self, metric: Any, journal: Journal | None = None, trusting: bool = False) -> None:
-        self.metric, self.journal, self.trusting = metric, journal, trusting
+    def __init__(self, metric: Any, journal: Journal | None = None) -> None:
+        self.metric, self.journal = metric, journal
         self.rows: list[dict[str, Any]] = []
         self.resumed = 0
         self.started = time.perf_counter()
@@ -58,15 +55,13 @@ class TextEvaluation:
             row = None if self.journal is None else self.journal.done.get(number)
             if row is not None:
                 now = json.loads(json.dumps(question(batch, place)))
-                if other := [key for key in _QUESTION if row.get(key) != now[key]]:
-                    if not self.trusting:
-                        assert self.journal is not None
-                        raise ValueError(
-                            f"{self.journal.path.parent} holds an answer of this model to another question with the id "
-                            f"{number} (other {', '.join(other)}): the data or the prompt style have changed. Give "
-                            "--model.predictions_dir another folder, or --model.existing_predictions replace."
-                        )
-                    row = None
+                if other := [key for key in now if row.get(key) != now[key]]:
+                    assert self.journal is not None
+                    raise ValueError(
+                        f"{self.journal.path.parent} holds an answer of this model to another question with the id "
+                        f"{number} (other {', '.join(other)}): the data or the prompt style have changed. Give "
+                        "--model.predictions_dir another folder, or --model.existing_predictions replace."
+                    )
             if row is None:
                 missing.append(place)
             else:
