@@ -8,23 +8,36 @@ filter of common evaluation harnesses repeats.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
+from fractions import Fraction
+from types import MethodType
+from typing import Any
 
-import torch
-from torch import Tensor
-from torchmetrics import Metric
-from typing_extensions import override
+from lightning_pmss.metrics.base import TextAccuracy
+from lightning_pmss.metrics.exact import exact_number
 
 _ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")
+_MARK = re.compile(r"####[^\S\n]*\n?")
 
 
-class GSM8KAccuracy(Metric):
+class _OnClassToo:
+    """A method that the class has as well: called on it, with the class's own settings."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.__doc__ = function.__doc__
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        return MethodType(self.function, owner if instance is None else instance)
+
+
+class GSM8KAccuracy(TextAccuracy):
     r"""Share of generated texts whose final answer equals the gold one, by GSM8K's official rule.
 
     The answer of a text is the **first** match of ``#### (\-?[0-9\.\,]+)``, stripped, with commas removed; two answers
     are compared **as strings**. A text without a match is wrong.
 
-    The rule is kept as published, with what follows from it:
+    ``strict=True`` keeps the rule as published (it is the rule of published numbers), with what follows from it:
 
     * ``#### 18`` equals neither ``#### 18.0`` nor ``#### 18.`` (a full stop after the number is part of the match).
     * ``####18``, ``#### $18`` and ``####  18`` (no blank, a currency sign, two blanks) do not match: wrong.
@@ -32,12 +45,21 @@ class GSM8KAccuracy(Metric):
     * Where a text has several marked answers the first one counts; text after it does no harm.
     * A match of punctuation only (``#### ,``) is an answer, the empty string or dots, that no gold answer equals.
 
+    ``strict=False`` corrects the first two: behind the first ``####``, with blanks or a line's end or nothing between,
+    the first number of the line counts; currency signs are passed over and numbers compared exactly (``18``, ``18.0``,
+    ``18.`` and ``36/2`` are equal; nothing is rounded). Commas count only where they part thousands: ``1,8,0,0`` is 1.
+    Still a text without ``####`` is wrong: where texts end in "The answer is", take
+    :class:`~lightning_pmss.metrics.MetaMathAccuracy`.
+
     As input to ``update`` the metric takes:
 
     * ``preds`` (``list[str]``): generated texts (the response alone: a prompt with worked examples would match first).
     * ``targets`` (``list[str]``): gold answers in GSM8K's format, last line ``#### N``.
 
     As output of ``compute`` it returns the accuracy, a float32 scalar tensor in 0-1. Counts are summed over ranks.
+
+    Args:
+        strict: Score by the rule as published; else by the corrected one. :meth:`score` called on the class is strict.
 
     Raises:
         ValueError: If the lists differ in length, if a target holds no answer, or if ``compute`` has seen no example.
@@ -51,47 +73,28 @@ class GSM8KAccuracy(Metric):
 
     """
 
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-    plot_lower_bound = 0.0
-    plot_upper_bound = 1.0
-
-    correct: Tensor
-    total: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("correct", default=torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("total", default=torch.tensor(0), dist_reduce_fx="sum")
+    strict = True
 
     @staticmethod
     def extract(text: str) -> str | None:
-        """Return the final answer of ``text`` without commas, ``None`` where it holds none."""
+        """Return the final answer of ``text`` by the published rule, without commas; ``None`` where it holds none."""
         match = _ANSWER.search(text)
         return None if match is None else match.group(1).strip().replace(",", "")
 
-    @classmethod
-    def score(cls, pred: str, target: str) -> float:
+    @staticmethod
+    def extract_number(text: str) -> Fraction | None:
+        """Return the final number of ``text`` by the corrected rule, ``None`` where it holds none."""
+        mark = _MARK.search(text)
+        if mark is None:
+            return None
+        line = text[mark.end() :].split("\n", 1)[0]
+        return exact_number(line.replace("$", "").replace("\\", ""))
+
+    @_OnClassToo
+    def score(self, pred: str, target: str) -> float:
         """Return 1.0 if the answers of ``pred`` and ``target`` agree, else 0.0."""
-        gold = cls.extract(target)
+        extract: Callable[[str], Any] = self.extract if self.strict else self.extract_number
+        gold = extract(target)
         if gold is None:
             raise ValueError(f"The target {target!r} holds no answer; GSM8K's targets end in a line such as '#### 42'.")
-        return float(cls.extract(pred) == gold)
-
-    @override
-    def update(self, preds: Sequence[str], targets: Sequence[str]) -> None:
-        """Count a batch of generated texts against their gold answers."""
-        if isinstance(preds, str) or isinstance(targets, str):
-            raise TypeError("`preds` and `targets` are lists of texts; got a single text. Put it into a list.")
-        if len(preds) != len(targets):
-            raise ValueError(f"Got {len(preds)} texts for {len(targets)} targets; give one text per target.")
-        self.correct += int(sum(self.score(pred, target) for pred, target in zip(preds, targets, strict=True)))
-        self.total += len(preds)
-
-    @override
-    def compute(self) -> Tensor:
-        """Return the accuracy over all texts and ranks."""
-        if self.total == 0:
-            raise ValueError("`GSM8KAccuracy` has seen no example; call `update` before `compute`.")
-        return self.correct.float() / self.total
+        return float(extract(pred) == gold)

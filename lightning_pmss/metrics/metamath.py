@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import math
 import re
-from decimal import Decimal
 from fractions import Fraction
 
 from typing_extensions import override
 
 from lightning_pmss.metrics.base import TextAccuracy
+from lightning_pmss.metrics.exact import exact_number
 
 MARK = "The answer is: "
 
 _STRICT = re.compile(r"[\-+]?\d*[\.,/]?\d+")
 _MARKS = re.compile(r"the (?:final )?answer is:?|####", re.IGNORECASE)
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d))(?:\s*/\s*\d+(?:\.\d+)?)?")
 _GOLD = re.compile(r"#### ?([-+]?[\d,]*\.?\d+)")
 
 
@@ -44,23 +43,12 @@ def _strict_number(text: str) -> int | None:
         return None
 
 
-def _number(text: str) -> Fraction | None:
-    match = _NUMBER.search(text)
-    if match is None:
-        return None
-    top, _, bottom = match.group().replace(",", "").partition("/")
-    try:
-        return Fraction(Decimal(top.strip())) / Fraction(Decimal(bottom.strip() or "1"))
-    except (ArithmeticError, ValueError):
-        return None
-
-
 def _corrected_number(text: str) -> Fraction | None:
     marks = list(_MARKS.finditer(text))
     if not marks:
         return None
     line = text[marks[-1].end() :].strip().split("\n", 1)[0]
-    return _number(line.replace("$", "").replace("\\", ""))
+    return exact_number(line.replace("$", "").replace("\\", ""))
 
 
 class MetaMathAccuracy(TextAccuracy):
@@ -118,11 +106,11 @@ class MetaMathAccuracy(TextAccuracy):
         """
         match = _GOLD.search(target)
         if match is not None:
-            number = _number(match.group(1))
+            number = exact_number(match.group(1))
         elif MARK in target:
             number = _corrected_number(target)
         else:
-            number = _number(target) if re.fullmatch(r"\s*\$?[-+]?[\d,./]+\s*", target) else None
+            number = exact_number(target) if re.fullmatch(r"\s*\$?[-+]?[\d,./]+\s*", target) else None
         if number is None:
             raise ValueError(
                 f"The target {target[-60:]!r} holds no answer; it must end in a line such as '#### 42' or"

@@ -131,3 +131,50 @@ def test_every_published_answer_equals_itself(shared: Path) -> None:
         assert metric.total == count
         # The official rule and the plain reading (all behind the last mark) agree on the gold answers.
         assert all(GSM8KAccuracy.extract(a) == a.split("####")[-1].strip().replace(",", "") for a in answers)
+
+
+# What the two rules say; each row was checked by hand.
+@pytest.mark.parametrize(
+    ("pred", "target", "strict", "corrected"),
+    [
+        ("#### 18", "#### 18", 1, 1),
+        ("#### 1,800", "#### 1800", 1, 1),
+        ("#### 18.0", "#### 18", 0, 1),
+        ("#### 18.", "#### 18", 0, 1),
+        ("####18", "#### 18", 0, 1),
+        ("####  18", "#### 18", 0, 1),
+        ("####\n18", "#### 18", 0, 1),
+        ("#### $18", "#### 18", 0, 1),
+        ("#### -$18", "#### -18", 0, 1),
+        ("#### 36/2", "#### 18", 0, 1),
+        ("#### 17.6", "#### 18", 0, 0),
+        ("#### -18", "#### 18", 0, 0),
+        ("#### 18\n#### 5", "#### 18", 1, 1),
+        ("#### 5\n#### 18", "#### 18", 0, 0),
+        ("#### 1,8,0,0", "#### 1800", 1, 0),
+        ("####\n\n18", "#### 18", 0, 0),
+        ("#### none\n18", "#### 18", 0, 0),
+        ("#### ,", "#### 18", 0, 0),
+        ("The answer is 18", "#### 18", 0, 0),
+        ("", "#### 18", 0, 0),
+    ],
+)
+def test_strict_and_corrected(pred: str, target: str, strict: int, corrected: int) -> None:
+    assert GSM8KAccuracy().score(pred, target) == GSM8KAccuracy.score(pred, target) == strict
+    assert GSM8KAccuracy(strict=False).score(pred, target) == corrected
+    metric = GSM8KAccuracy(strict=False)
+    metric.update([pred], [target])
+    assert metric.compute() == corrected
+
+
+def test_corrected_refuses_targets_without_a_number() -> None:
+    with pytest.raises(ValueError, match="holds no answer"):
+        GSM8KAccuracy(strict=False).score("#### 1", "#### none")
+
+
+def test_published_answers_are_right_by_the_corrected_rule_too(shared: Path) -> None:
+    lines = (shared / "data" / "gsm8k" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    answers = [json.loads(line)["answer"] for line in lines]
+    metric = GSM8KAccuracy(strict=False)
+    metric.update(answers, answers)
+    assert metric.compute() == 1
