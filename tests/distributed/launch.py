@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,6 +37,16 @@ def launch(module: str, argument: Any, *, timeout: float = 240, fails: bool = Fa
                 os.killpg(process.pid, signal.SIGKILL)
     assert (process.returncode != 0) is fails, errors[-4000:]
     return errors
+
+
+def require(strategy: str) -> None:
+    """Skip the test where DeepSpeed cannot run."""
+    if strategy.startswith("zero"):
+        pytest.importorskip(
+            "deepspeed", reason="needs DeepSpeed (Linux): pip install -c constraints.txt -e '.[deepspeed]'"
+        )
+        if shutil.which("c++") is None and shutil.which("g++") is None:
+            pytest.skip("DeepSpeed on the CPU compiles an operation and needs a C++ compiler")
 
 
 def ranks(folder: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import torch
 
 from lightning_pmss import PMSSConfig, convert
 from lightning_pmss.files import save_skeleton
-from tests.distributed.launch import launch, ranks
+from tests.distributed.launch import launch, ranks, require
 from tests.distributed.script import base_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 @pytest.mark.parametrize("name", ["fsdp1", "fsdp2", "zero3"])
 def test_a_killed_rank_leaves_the_last_checkpoint(tmp_path: Path, name: str) -> None:
+    require(name)
     whole = {"folder": str(tmp_path / "whole"), "strategy": name, "steps": 6}
     killed = {"folder": str(tmp_path / "killed"), "strategy": name, "steps": 6, "one_file": True, "kill_at": 4}
     launch("tests.distributed.script", [killed], fails=True)
@@ -44,6 +45,7 @@ def test_meta_and_partitioned_models_convert_from_a_skeleton_file(tmp_path: Path
     for name, extra in (("ddp", {}), ("fsdp2", {"meta": True}), ("zero3", {})):
         options = {"callback": {"skeleton_file": str(skeleton)}, "strategy": name}
         tasks.append({"folder": str(tmp_path / name), **options, **extra})
+    require("zero3")
     launch("tests.distributed.script", tasks[:2])
     launch("tests.distributed.script", tasks[2:])
     expected = ranks(tmp_path / "ddp")

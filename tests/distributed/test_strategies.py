@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from lightning_pmss import load_adapter, merge
 from lightning_pmss.conversion import pmss_layers
-from tests.distributed.launch import launch, ranks
+from tests.distributed.launch import launch, ranks, require
 from tests.distributed.script import EXAMPLES, LENGTH, VOCABULARY, base_model
 from tests.distributed.strategies import NAMES
 
@@ -27,8 +27,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Strategy -> folder with all its runs, made once by one launch."""
     parent = tmp_path_factory.mktemp("strategies")
 
-    @functools.cache
     def run(name: str) -> Path:
+        require(name)
+        return launched(name)
+
+    @functools.cache
+    def launched(name: str) -> Path:
         folder = parent / name
         dropout = {"callback": {"dropout": 0.3}, "steps": 6}
         tasks = [
