@@ -46,6 +46,10 @@ class Steps(L.Callback):
         self.losses: list[float] = []
         self.seconds: list[float] = []
         self.started = 0.0
+        self.built_gb = 0.0
+
+    def on_fit_start(self, *args: Any) -> None:
+        self.built_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
     def on_train_batch_start(self, *args: Any) -> None:
         self.started = time.perf_counter()
@@ -99,6 +103,7 @@ def worker(task: dict[str, Any]) -> None:
     record = {
         "losses": steps.losses,
         "seconds": steps.seconds,
+        "built_gb": steps.built_gb,
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
     }
     (Path(task["folder"]) / f"{task['strategy']}-{trainer.global_rank}.json").write_text(json.dumps(record))
@@ -139,7 +144,10 @@ def main() -> None:
             for rank, run in enumerate(runs):
                 losses = " ".join(f"{x:.4f}" for x in run["losses"])
                 steps = " ".join(f"{x:.1f}" for x in run["seconds"])
-                print(f"{strategy} rank {rank}: losses {losses}; s/step {steps}; peak {run['peak_gb']:.1f} GB")
+                print(
+                    f"{strategy} rank {rank}: losses {losses}; s/step {steps}; peak {run['built_gb']:.1f} GB"
+                    f" when built, {run['peak_gb']:.1f} GB in all"
+                )
     Path(options.output).write_text(json.dumps(results, indent=1) + "\n")
 
 

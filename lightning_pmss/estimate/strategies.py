@@ -25,7 +25,8 @@ class ZeroSettings:
     """What of DeepSpeed's configuration counts; DeepSpeed's own defaults, with ``overlap_comm`` as in configs/strategy.
 
     Attributes:
-        bucket: ``reduce_bucket_size``, elements: by default that of ``configs/strategy`` (DeepSpeed's own is ten times as large).
+        bucket: ``reduce_bucket_size``, elements: by default that of ``configs/strategy``; DeepSpeed's own is ten times
+            as large.
         overlap: ``overlap_comm``: ZeRO-2 fills a second bucket meanwhile.
         persistence: ``stage3_param_persistence_threshold``: smaller parameters stay whole, elements.
         live: ``stage3_max_live_parameters``: gathered at once, elements.
