@@ -1,5 +1,6 @@
 # make quickstart   fine-tune SmolLM2-135M-Instruct with PMSS, no model hub needed
 # make test         the test suite            make lint    ruff and mypy
+# make test-distributed   the tests that start several processes: DDP, FSDP, DeepSpeed (make test leaves them out)
 # make deepspeed    install the extra `deepspeed` (Linux, C++ compiler)
 # make clean        remove .venv, caches, models/ and runs/
 #
@@ -12,23 +13,27 @@ SMOLLM2 ?= models/SmolLM2-135M-Instruct
 ARGS ?=
 
 BIN := $(VENV)/bin
+COMPILER := command -v c++ >/dev/null 2>&1 || command -v g++ >/dev/null 2>&1
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test lint deepspeed clean help
+.PHONY: quickstart test test-distributed lint deepspeed clean help
 
 help:
-	@sed -n '1,4s/^# //p' Makefile
+	@sed -n '1,5s/^# //p' Makefile
 
 quickstart: $(VENV)/.stamp-quickstart
 	$(BIN)/python examples/smollm2.py --output $(SMOLLM2)
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
 test: $(VENV)/.stamp-test
-	@command -v c++ >/dev/null 2>&1 || command -v g++ >/dev/null 2>&1 || \
-	  echo "note: no C++ compiler found; tests of torch.compile and DeepSpeed need one. Debian: apt-get install g++"
-	$(BIN)/python -m pytest $(ARGS)
+	@$(COMPILER) || echo "note: no C++ compiler found; tests of torch.compile need one. Debian: apt-get install g++"
+	$(BIN)/python -m pytest -m "not distributed" $(ARGS)
+
+test-distributed: $(VENV)/.stamp-test
+	@$(COMPILER) || echo "note: no C++ compiler found; tests of DeepSpeed need one. Debian: apt-get install g++"
+	$(BIN)/python -m pytest -m distributed $(ARGS)
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .
@@ -53,7 +58,7 @@ $(VENV)/.stamp-quickstart $(VENV)/.stamp-test $(VENV)/.stamp-dev: $(VENV)/.stamp
 	@touch $@
 
 $(VENV)/.stamp-deepspeed: $(VENV)/.stamp-python pyproject.toml constraints.txt
-	@command -v c++ >/dev/null 2>&1 || command -v g++ >/dev/null 2>&1 || { \
+	@$(COMPILER) || { \
 	  echo "error: DeepSpeed compiles its operations and needs a C++ compiler. Debian: apt-get install g++" >&2; exit 2; }
 	$(PIP) -e '.[deepspeed]' ninja
 	@touch $@

@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 
 from lightning_pmss.config import PMSSConfig
 from lightning_pmss.files.adapter_file import CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE
-from lightning_pmss.fingerprint import fingerprint
 from lightning_pmss.files.shards import INDEX_FILE, shard_names
+from lightning_pmss.fingerprint import fingerprint
 
 # The libraries' own peak comes first; a small product makes them allocate their buffers before it is read. The peak is
 # the kernel's VmHWM and not getrusage's, which on Linux a process inherits from the one that started it.
