@@ -168,6 +168,8 @@ class InstructionDataModule(L.LightningDataModule):
         self.packing_report: PackingReport | None = None
         """What packing saves, once there is a training loader."""
         self._encoders: dict[str, PromptEncoder] = {}
+        self._texts: dict[Split, list[Example] | None] = {}
+        self._prepared: dict[tuple[Split, tuple[int, ...] | None], Dataset | None] = {}
 
     @abstractmethod
     def load_examples(self, split: Split) -> list[Example] | None:
@@ -179,9 +181,8 @@ class InstructionDataModule(L.LightningDataModule):
         if "train" not in self._encoders:
             tokenizer = load_tokenizer(self.tokenizer_name)
             style = self._style
-            self._encoders["train"] = PromptEncoder(
-                tokenizer, self.prompt_style, style.template, style.lead, style.tail
-            )
+            ends = style.lead, style.tail
+            self._encoders["train"] = PromptEncoder(tokenizer, self.prompt_style, style.template, *ends)
         return self._encoders["train"]
 
     @property
@@ -189,9 +190,8 @@ class InstructionDataModule(L.LightningDataModule):
         """The prompt format of evaluation, with its worked examples."""
         if "eval" not in self._encoders:
             style = self._style
-            self._encoders["eval"] = replace(
-                self.encoder, template=style.eval_template or style.template, shots=self._shots()
-            )
+            template = style.eval_template or style.template
+            self._encoders["eval"] = replace(self.encoder, template=template, shots=self._shots())
         return self._encoders["eval"]
 
     @property
@@ -201,16 +201,21 @@ class InstructionDataModule(L.LightningDataModule):
     def _shots(self) -> tuple[Example, ...]:
         if not self.num_shots or self.shots != "train":
             return read_shots(self.shots, self.num_shots) if self.num_shots else ()
-        train, val, test = (self.load_examples(split) or [] for split in _SPLITS)
+        train, val, test = (self._examples(split) or [] for split in _SPLITS)
         left, held = hold_out(group_numbers(train), 0 if val else self.val_size, self.seed)
         return draw_shots((train[row] for row in left), [*(train[row] for row in held), *val, *test], self.num_shots)
 
     @override
     def prepare_data(self) -> None:
         """Load, check and tokenise everything once per node, into the cache that all ranks then read."""
-        train, val, _ = (self._encode(split) for split in _SPLITS)
-        if train is not None and val is None:
-            self._evaluated_rows(hold_out(train["group"][:], self.val_size, self.seed)[1])
+        self._prepared.clear()
+        made: dict[Any, Dataset | None] = {(split, None): self._encode(split) for split in _SPLITS}
+        train = made["train", None]
+        if train is not None and made["val", None] is None:
+            held = hold_out(train["group"][:], self.val_size, self.seed)[1]
+            made["train", tuple(held)] = self._evaluated_rows(held)
+        self._prepared = made  # for `setup` on this process, which would read and hash all texts once more
+        self._texts.clear()
 
     @override
     def setup(self, stage: str | None = None) -> None:
@@ -222,6 +227,7 @@ class InstructionDataModule(L.LightningDataModule):
             if test is None:
                 raise ValueError(f"`{type(self).__name__}` has no test examples; give it data with a test split.")
             self.data["test"] = self._evaluated(test, "test")
+        self._texts.clear()
 
     def _setup_fit(self) -> None:
         train, val = self._encode("train"), self._encode("val")
@@ -304,15 +310,16 @@ class InstructionDataModule(L.LightningDataModule):
                 f" {self.max_length} tokens. Raise --data.max_length to keep them whole."
             )
 
+    def _examples(self, split: Split) -> list[Example] | None:
+        self._texts[split] = self._texts[split] if split in self._texts else self.load_examples(split)
+        return self._texts[split]
+
     def _encode(self, split: Split, ids: Sequence[int] | None = None) -> Dataset | None:
-        """Return a split as tokens, from the cache where it has been tokenised before.
-
-        Args:
-            split: all rows, for its own use;
-            ids: only these, for evaluation.
-
-        """
-        examples = self.load_examples(split)
+        """Return a split as tokens, all rows for its own use or only ``ids`` for evaluation; from the cache if it can."""
+        key = (split, None if ids is None else tuple(ids))
+        if key in self._prepared:
+            return self._prepared.pop(key)
+        examples = self._examples(split)
         if examples is None:
             return None
         if ids is not None:

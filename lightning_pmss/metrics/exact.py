@@ -16,6 +16,7 @@ def exact_number(text: str) -> Fraction | None:
         return None
     top, _, bottom = match.group().replace(",", "").partition("/")
     try:
-        return Fraction(Decimal(top.strip())) / Fraction(Decimal(bottom.strip() or "1"))
+        number = Fraction(Decimal(top.strip()))
+        return number / Fraction(Decimal(bottom.strip())) if bottom else number
     except (ArithmeticError, ValueError):
         return None
