@@ -70,14 +70,17 @@ class Answering:
     def _choices(self, model: Any, tokenizer: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
         options = candidates(self.metric, tokenizer, batch)
         ids, mask = batch["prompt_ids"], batch["prompt_mask"]
+        # An example with fewer labels than others gives its first one again.
+        turns = [
+            [list(labels)[turn if turn < len(labels) else 0] for labels in options]
+            for turn in range(most(max(map(len, options)), model, ids.device))
+        ]
+        tokens = [[labels[name] for labels, name in zip(options, names, strict=True)] for names in turns]
+        values = log_likelihoods(model, ids, mask, tokens, tokenizer.pad_token_id).tolist()
         found: list[dict[str, tuple[float, int]]] = [{} for _ in options]
-        for turn in range(most(max(map(len, options)), model, ids.device)):
-            # An example with fewer labels than others gives its first one again.
-            names = [list(labels)[turn if turn < len(labels) else 0] for labels in options]
-            tokens = [labels[name] for labels, name in zip(options, names, strict=True)]
-            values = log_likelihoods(model, ids, mask, tokens, tokenizer.pad_token_id).tolist()
-            for place, (name, value) in enumerate(zip(names, values, strict=True)):
-                found[place].setdefault(name, (value, len(tokens[place])))
+        for names, responses, row in zip(turns, tokens, values, strict=True):
+            for place, name in enumerate(names):
+                found[place].setdefault(name, (row[place], len(responses[place])))
         return [self._choice(values, target) for values, target in zip(found, batch["target"], strict=True)]
 
     def _choice(self, values: dict[str, tuple[float, int]], target: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ label tells nothing.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -34,7 +35,11 @@ def candidates(metric: Any, tokenizer: Any, batch: dict[str, Any]) -> list[dict[
         ValueError: If the metric knows of no labels, or a response does not end in its label.
     """
     found = []
-    for prompt, target, response in zip(batch["prompt"], batch["target"], _responses(batch), strict=True):
+    numbers, responses = batch["id"].tolist(), _responses(batch)
+    for number, prompt, target, response in zip(numbers, batch["prompt"], batch["target"], responses, strict=True):
+        if number < 0:  # a filler, whose response has no labels: computed, not scored
+            found.append({"": [int(tokenizer.eos_token_id)]})
+            continue
         task = labels_of(metric, target)
         if task is None:
             raise ValueError(
@@ -68,31 +73,47 @@ def _responses(batch: dict[str, Any]) -> list[list[int]]:
 
 @torch.no_grad()
 def log_likelihoods(
-    model: Any, prompt_ids: Tensor, prompt_mask: Tensor, responses: Sequence[Sequence[int]], pad: int
+    model: Any, prompt_ids: Tensor, prompt_mask: Tensor, turns: Sequence[Sequence[Sequence[int]]], pad: int
 ) -> Tensor:
-    """Log-probability of each response behind its prompt, float32 [B].
+    """Log-probability of responses behind their prompts, float32 [turns, B].
+
+    The prompts are read once, and each turn goes on from a copy of what the model keeps of them.
 
     Args:
         model: A causal language model of transformers.
         prompt_ids: int64 [B, P], left padded.
         prompt_mask: int64 [B, P], 0 on padding.
-        responses: B lists of tokens, none empty.
+        turns: Each has B responses, lists of tokens, none empty.
         pad: Token to pad with.
     """
-    rows = [torch.tensor(list(ids), device=prompt_ids.device) for ids in responses]
-    ids = pad_sequence(rows, batch_first=True, padding_value=pad)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    attention = torch.cat([prompt_mask, mask], dim=1)
-    places = (attention.cumsum(1) - 1).clamp(min=0)
-    logits = model(
-        input_ids=torch.cat([prompt_ids, ids], dim=1),
-        attention_mask=attention,
-        position_ids=places,
-        use_cache=False,
-        logits_to_keep=ids.shape[1] + 1,  # of the long prompt just the last one is needed
-    ).logits[:, :-1]
-    losses = F.cross_entropy(logits.float().flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
-    return -(losses * mask).sum(1)
+    places = (prompt_mask.cumsum(1) - 1).clamp(min=0)
+    read = model(
+        input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=places, use_cache=True, logits_to_keep=1
+    )
+    if getattr(read, "past_key_values", None) is None:
+        raise ValueError(
+            f"{type(model).__name__} keeps nothing of a prompt (no past_key_values), which choice by likelihood goes on "
+            "from. Give --model.answer_by generation."
+        )
+    found = []
+    for responses in turns:
+        rows = [torch.tensor(list(ids), device=prompt_ids.device) for ids in responses]
+        ids = pad_sequence(rows, batch_first=True, padding_value=pad)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        logits = read.logits
+        # The last tokens predict nothing that is asked for; of responses of one token all are known from the prompt. They
+        # are computed nevertheless: ranks that share a sharded model must make the same passes.
+        more = model(
+            input_ids=ids,
+            attention_mask=torch.cat([prompt_mask, mask], dim=1),
+            position_ids=places[:, -1:] + mask.cumsum(1),
+            past_key_values=copy.deepcopy(read.past_key_values),
+            use_cache=True,
+        ).logits
+        logits = torch.cat([logits, more[:, :-1]], dim=1)
+        losses = F.cross_entropy(logits.float().flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
+        found.append(-(losses * mask).sum(1))
+    return torch.stack(found)
 
 
 def choose(values: dict[str, tuple[float, int]]) -> tuple[str, str]:

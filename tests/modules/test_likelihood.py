@@ -100,12 +100,16 @@ def test_padding_changes_nothing(module: CausalLMModule) -> None:
     data = Choices(module.tokenizer)
     batch = collate(data.rows, data.pad)
     made = candidates(module.metric, module.tokenizer, batch)
-    together = log_likelihoods(
-        module.model, batch["prompt_ids"], batch["prompt_mask"], [next(iter(x.values())) for x in made], data.pad
-    )
-    for place, row in enumerate(data.rows):
-        text = f" the correct answer is {next(iter(made[place]))}"
-        assert together[place].item() == pytest.approx(by_hand(module, row["prompt_ids"], text)[0], rel=1e-4)
+    # Two turns: the second must not see what the first has read.
+    names = [[list(labels)[turn] for labels in made] for turn in (0, 1)]
+    turns = [[labels[name] for labels, name in zip(made, row, strict=True)] for row in names]
+    together = log_likelihoods(module.model, batch["prompt_ids"], batch["prompt_mask"], turns, data.pad)
+    assert together.shape == (2, 3)
+    for turn in (0, 1):
+        for place, row in enumerate(data.rows):
+            text = f" the correct answer is {names[turn][place]}"
+            expected = by_hand(module, row["prompt_ids"], text)[0]
+            assert together[turn, place].item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_only_offered_labels_are_candidates_and_normalising_matters() -> None:
