@@ -40,6 +40,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
             {"folder": "dropout", **dropout},
             {"folder": "resumed", **dropout, "checkpoint": str(folder / "dropout" / "saved" / "step=4.ckpt")},
             {"folder": "differ", "differ": True, "steps": 1},
+            {"folder": "by path", "only": "test", "checkpoint": str(folder / "whole" / "saved" / "step=6.ckpt")},
             {"folder": "init", "late": name.startswith("fsdp2"), "steps": 2, "head": True},
         ]
         if name in WEIGHTS_ONLY:
@@ -49,9 +50,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
             tasks.append({"folder": "stamp", "stamp": True, "steps": 2, **raw})
             stamped = str(folder / "stamp" / "saved" / "step=2.ckpt")
             tasks.append({"folder": "stamped", "steps": 3, "checkpoint": stamped, **raw})
-        if name == "zero3":
-            path = str(folder / "whole" / "saved" / "step=4.ckpt")
-            tasks.append({"folder": "by path", "only": "test", "checkpoint": path})
+        if name in ("fsdp1", "fsdp2", "zero3"):
+            tasks.append({"folder": "beside", "steps": 2, "callback": {"merge_on_save": "checkpoint"}})
         launch(
             "tests.distributed.script",
             [t | {"strategy": name, "folder": str(folder / str(t["folder"]))} for t in tasks],
@@ -197,6 +197,21 @@ def test_layers_can_be_read_whole(runs: Any, name: str) -> None:
         assert ranks(runs(name) / "whole")[1]["sums"][layer] == pytest.approx(expected)
 
 
-def test_a_zero3_checkpoint_is_not_evaluated_by_path(runs: Any) -> None:
-    for rank in ranks(runs("zero3") / "by path"):
-        assert "DeepSpeed cannot load a ZeRO-3 checkpoint for `test`. Evaluate right after `fit`" in rank["error"]
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_is_evaluated_by_path(runs: Any, name: str) -> None:
+    for expected, found in zip(ranks(runs("ddp") / "whole"), ranks(runs(name) / "by path"), strict=True):
+        if name == "zero3":
+            assert "DeepSpeed cannot load a ZeRO-3 checkpoint for `test`. Evaluate right after `fit`" in found["error"]
+        else:
+            assert "error" not in found
+            assert found["scores"] == pytest.approx(expected["scores"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fsdp1", "fsdp2", "zero3"])
+def test_merged_model_beside_each_checkpoint(runs: Any, name: str) -> None:
+    folder = runs(name) / "beside"
+    assert sorted(p.name for p in (folder / "saved").iterdir()) == ["step=2-merged", "step=2.ckpt"]
+    beside = load_file(folder / "saved" / "step=2-merged" / "model.safetensors")
+    final = load_file(folder / "out" / "merged" / "model.safetensors")
+    assert beside.keys() == final.keys() == {f"net.{k}" for k in base_model().state_dict()}
+    assert all(torch.equal(beside[k], final[k]) for k in beside)
