@@ -25,7 +25,7 @@ from lightning_pmss.datamodules.collate import InstructionCollator as Instructio
 from lightning_pmss.datamodules.options import check_choice as check_choice
 from lightning_pmss.datamodules.options import check_int as check_int
 from lightning_pmss.datamodules.packing import PackedCollator, PackingReport, pack_rows
-from lightning_pmss.datamodules.prompts import STYLES, PromptEncoder, PromptStyle, load_tokenizer
+from lightning_pmss.datamodules.prompts import STYLES, PromptEncoder, PromptStyle, check_examples, load_tokenizer
 from lightning_pmss.datamodules.prompts import Example as Example
 from lightning_pmss.datamodules.sampler import (
     LengthGroupedSampler,
@@ -231,7 +231,7 @@ class InstructionDataModule(L.LightningDataModule):
 
     def _setup_fit(self) -> None:
         train, val = self._encode("train"), self._encode("val")
-        if train is None:
+        if not train:
             raise ValueError(f"`{type(self).__name__}` has no training examples; give it data with a training split.")
         order, held = hold_out(train["group"][:], 0 if val is not None else self.val_size, self.seed)
         if val is None:
@@ -311,7 +311,9 @@ class InstructionDataModule(L.LightningDataModule):
             )
 
     def _examples(self, split: Split) -> list[Example] | None:
-        self._texts[split] = self._texts[split] if split in self._texts else self.load_examples(split)
+        if split not in self._texts:
+            self._texts[split] = self.load_examples(split)
+            check_examples(type(self).__name__, split, self._texts[split] or ())
         return self._texts[split]
 
     def _encode(self, split: Split, ids: Sequence[int] | None = None) -> Dataset | None:

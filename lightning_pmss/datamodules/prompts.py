@@ -27,6 +27,17 @@ class Example(NamedTuple):
     """What examples that belong together share, such as their passage: they are held out for validation together."""
 
 
+def check_examples(owner: str, split: str, examples: Sequence[Example]) -> None:
+    """Raise ``ValueError`` unless a subclass's ``load_examples`` returned what can be tokenised."""
+    for number, example in enumerate(examples):
+        texts = example[:2] if isinstance(example, Example) else ()
+        if len(texts) != 2 or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise ValueError(
+                f"`{owner}.load_examples({split!r})`: example {number} is {str(example)[:80]!r}; it must be an"
+                " Example(question, response) of two texts that are not empty."
+            )
+
+
 @dataclass(frozen=True)
 class PromptStyle:
     """How a question becomes a prompt, and what surrounds the response.
