@@ -10,7 +10,8 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_pmss.evaluation.bootstrap import CONFIDENCE, RESAMPLES, interval_of_mean
@@ -82,9 +83,14 @@ class TextEvaluation:
     def show(self, trainer: L.Trainer) -> None:
         """Put the score so far (of this rank) into the progress bar."""
         scores = [row["score"] for row in self.rows if row.get("score") is not None]
-        shown = trainer.progress_bar_callback
-        if scores and isinstance(shown, TQDMProgressBar) and shown.is_enabled and trainer.testing:
-            shown.test_progress_bar.set_postfix_str(f"score {sum(scores) / len(scores):.3f} of {len(scores)}")
+        shown: Any = trainer.progress_bar_callback
+        if not scores or not trainer.testing or shown is None or not shown.is_enabled:
+            return
+        told = f"score {sum(scores) / len(scores):.3f} of {len(scores)}"
+        if isinstance(shown, TQDMProgressBar):
+            shown.test_progress_bar.set_postfix_str(told)
+        elif isinstance(shown, RichProgressBar) and shown.progress and shown.test_progress_bar_id is not None:
+            shown.progress.update(shown.test_progress_bar_id, description=f"Testing, {told}")
 
     def finish(self, folder: Path | None, stage: str, *, first: bool) -> dict[str, Tensor]:
         """Gather the answers of all ranks, write them, and score them; call it on every rank.
@@ -112,7 +118,12 @@ class TextEvaluation:
             told: dict[str, Any] = {"stage": stage, "run": self.journal.run, "identity": self.journal.identity}
             told |= {"logged": {key: float(value) for key, value in values.items()}}
             told |= {"seconds": round(seconds, 3), "answered_before": resumed}
-            write_json(told | summary(rows), folder / f"summary-{stage}.json")
+            found = summary(rows)
+            write_json(told | found, folder / f"summary-{stage}.json")
+            for name, part in found["scores"].items():
+                told_interval = f"{part['mean']:.4f} [{part['low']:.4f}, {part['high']:.4f}]"
+                rank_zero_info(f"{name}: {told_interval} ({CONFIDENCE:.0%} interval, {part['n']} examples)")
+            rank_zero_info(f"Predictions, scores and intervals are in {folder}.")
         return values
 
     def _compute(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 from handmade import EXAMPLES, EqualTexts, HandMade
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from torch import Tensor
 
 from lightning_pmss.modules import CausalLMModule
@@ -136,6 +137,31 @@ def test_summary_has_an_interval_per_score(tiny_llama: str, tmp_path: Path, trai
     assert told["logged"] == {"exact_match": logged["test/exact_match"]}
     assert told["identity"]["max_new_tokens"] == 6
     assert {row["run"] for row in read(tmp_path / "predictions-test.jsonl")} == {told["run"]}
+
+
+@pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
+def test_progress_shows_the_score_so_far(tiny_llama: str, trainer: Trainers, bar: Any) -> None:
+    told = []
+
+    class Look(L.Callback):
+        def on_test_batch_end(self, trainer: Any, *_: Any) -> None:
+            shown = trainer.progress_bar_callback
+            if bar is TQDMProgressBar:
+                told.append(shown.test_progress_bar.postfix)
+            else:
+                told.append(shown.progress.tasks[shown.test_progress_bar_id].description)
+
+    class All(EqualTexts):
+        def score(self, pred: str, target: str) -> float:
+            return float(target == "7")  # the third example
+
+    options: dict[str, Any] = {"enable_progress_bar": True, "callbacks": [bar(), Look()]}
+    trainer(**options).test(module(tiny_llama, metric=All()), HandMade(tiny_llama), verbose=False)
+    assert [text.removeprefix("Testing, ") for text in told] == [
+        "score 0.000 of 2",
+        "score 0.250 of 4",
+        "score 0.200 of 5",
+    ]
 
 
 def test_hash_sees_each_number_its_place_and_settings() -> None:
