@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 
+import torch
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -104,7 +105,11 @@ def _plan(
     """Rows, columns and frame of every target; nothing is touched. A collective where weights are kept in parts."""
     plans: dict[str, SkeletonLayer] = {}
     strangers = []
-    for name in tqdm(targets, desc="selecting rows and columns", unit="layer", disable=None):
+    others = (
+        torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0
+    )
+    # None: no bar where the output is no terminal.
+    for name in tqdm(targets, desc="selecting rows and columns", unit="layer", disable=True if others else None):
         layer, shape = modules[name], canonical_shape(modules[name])
         if skeleton is not None:
             stored = skeleton.layers[name]
