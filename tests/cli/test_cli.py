@@ -100,7 +100,7 @@ def test_fit_trains_u_and_writes_results(tiny_llama: str, tmp_path: Path) -> Non
     main(["test", *small(tiny_llama, tmp_path), f"--ckpt_path={checkpoint}"])
     rows = (tmp_path / "runs" / "quickstart" / "version_1" / "predictions-test.jsonl").read_text().splitlines()
     assert len(rows) == 8
-    assert set(json.loads(rows[0])) == {"id", "prompt", "output", "target", "correct"}
+    assert {"id", "prompt", "output", "extracted", "gold", "score"} <= set(json.loads(rows[0]))
 
     output = tmp_path / "by-command"
     merge = ["merge", "--base", tiny_llama, "--adapter", str(run / "adapter"), "--output", str(output)]
