@@ -1,0 +1,150 @@
+"""What every benchmark shares: the machine and versions, spreads, timers, peak memory, tables, JSON.
+
+A result file is ``{"benchmark", "command", "machine", "versions", ...figures}``; a spread is ``{"min", "median", "max", "n"}``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "lightning", "transformers", "peft", "safetensors")
+
+
+def machine() -> dict[str, Any]:
+    """The processor and the cores that this process may use, memory in bytes, GPU if there is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found: dict[str, Any] = {"system": platform.system(), "processor": _processor(), "cores": cores}
+    found["torch_threads"] = torch.get_num_threads()
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        found["memory_bytes"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+        found["gpu_memory_bytes"] = torch.cuda.get_device_properties(0).total_memory
+    return found
+
+
+def _processor() -> str:
+    try:
+        name = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    except OSError:
+        name = None
+    return name[1].strip() if name else platform.processor() or platform.machine()
+
+
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Installed versions; packages that are absent are left out."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def spread(values: Iterable[float]) -> dict[str, float]:
+    """Min, median, max and number of the values."""
+    known = list(values)
+    return {"min": min(known), "median": statistics.median(known), "max": max(known), "n": len(known)}
+
+
+def times(
+    function: Callable[[], object], repeats: int, *, warmup: int = 1, clock: Callable[[], float] = time.perf_counter
+) -> list[float]:
+    """Seconds of `repeats` calls after `warmup` calls; ``clock=time.process_time`` counts this process's CPU time only."""
+    for _ in range(warmup):
+        function()
+    found = []
+    for _ in range(repeats):
+        start = clock()
+        function()
+        found.append(clock() - start)
+    return found
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], object]],
+    repeats: int,
+    *,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Like `times` for several rivals, one call of each in turn, so that a slow minute of the machine falls on all."""
+    for function in functions.values():
+        for _ in range(warmup):
+            function()
+    found: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            found[name] += times(function, 1, warmup=0, clock=clock)
+    return found
+
+
+def peak_memory() -> int:
+    """Bytes of resident memory at their highest, since the start or the last `reset_peak_memory` (Linux)."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    found = re.search(r"VmHWM:\s+(\d+)", status)
+    if found is None:
+        raise RuntimeError("the kernel does not report the peak of resident memory (VmHWM in /proc/self/status)")
+    return 1024 * int(found[1])
+
+
+def reset_peak_memory() -> int:
+    """Forget the peak so far; returns the bytes resident now (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    return peak_memory()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One torch thread inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table; floats with four significant digits."""
+    lines = [list(head), *([_cell(value) for value in row] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    text = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    ]
+    text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(text)
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write_result(path: str | os.PathLike[str] | None, benchmark: str, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Add machine, versions and the command's arguments to the figures; written as JSON where a path is given."""
+    arguments = [Path(word).name if os.path.isabs(word) else word for word in sys.argv[1:]]  # no folder of this machine
+    result = {
+        "benchmark": benchmark,
+        "command": " ".join(["python -m", f"benchmarks.{benchmark}", *arguments]),
+        "machine": machine(),
+        "versions": versions(),
+        **figures,
+    }
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
