@@ -1,58 +1,24 @@
-"""What every benchmark shares: the machine and versions, spreads, timers, peak memory, tables, JSON.
+"""What the benchmarks share beside `benchmarks.machine`: timers, spreads, peak memory, tables, JSON.
 
-A result file is ``{"benchmark", "command", "machine", "versions", ...figures}``; a spread is ``{"min", "median", "max", "n"}``.
+A result file is ``{"benchmark", "command", "machine", ...figures}``; a spread is ``{"min", "median", "max", "n"}``.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "lightning", "transformers", "peft", "safetensors")
-
-
-def machine() -> dict[str, Any]:
-    """The processor and the cores that this process may use, memory in bytes, GPU if there is one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found: dict[str, Any] = {"system": platform.system(), "processor": _processor(), "cores": cores}
-    found["torch_threads"] = torch.get_num_threads()
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        found["memory_bytes"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-        found["gpu_memory_bytes"] = torch.cuda.get_device_properties(0).total_memory
-    return found
-
-
-def _processor() -> str:
-    try:
-        name = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
-    except OSError:
-        name = None
-    return name[1].strip() if name else platform.processor() or platform.machine()
-
-
-def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
-    """Installed versions; packages that are absent are left out."""
-    found = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+from benchmarks.machine import machine
 
 
 def spread(values: Iterable[float]) -> dict[str, float]:
@@ -135,13 +101,12 @@ def _cell(value: object) -> str:
 
 
 def write_result(path: str | os.PathLike[str] | None, benchmark: str, figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Add machine, versions and the command's arguments to the figures; written as JSON where a path is given."""
+    """Add machine, versions and the command to the figures; written as JSON where a path is given."""
     arguments = [Path(word).name if os.path.isabs(word) else word for word in sys.argv[1:]]  # no folder of this machine
     result = {
         "benchmark": benchmark,
         "command": " ".join(["python -m", f"benchmarks.{benchmark}", *arguments]),
         "machine": machine(),
-        "versions": versions(),
         **figures,
     }
     if path is not None:
