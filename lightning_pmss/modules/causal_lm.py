@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,11 @@ from torchmetrics import Metric
 
 from lightning_pmss.built import model_built
 from lightning_pmss.modules.answering import AnswerBy, Answering
+from lightning_pmss.modules.buffers import (
+    computed_buffers_kept,
+    keep_buffers_under_fsdp1,
+    recompute_buffers_after_zero_init,
+)
 from lightning_pmss.modules.evaluation import TextEvaluation, select
 from lightning_pmss.modules.generation import Generation
 from lightning_pmss.modules.hub import announce_zero3, checkpoint_activations, load_causal_lm, load_tokenizer
@@ -148,19 +153,29 @@ class CausalLMModule(L.LightningModule):
         if isinstance(strategy, ModelParallelStrategy):
             mesh = strategy.device_mesh["data_parallel"]
             self.model = build_on_rank_zero(self._load_alone, mesh, strategy.root_device)
+        elif isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
+            self._zero3 = announce_zero3(strategy)
+            self.model = self._load()
+            recompute_buffers_after_zero_init(self.model)
         else:
-            if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
-                self._zero3 = announce_zero3(strategy)
-            self.model = load_causal_lm(self.model_name_or_path, dtype=self.dtype_name, revision=self.revision)
+            self.model = self._load()
         if isinstance(strategy, FSDPStrategy):
             # On the instance: DeepSpeed warns about every class that overrides this hook.
             self.configure_gradient_clipping = self._clip_sharded  # type: ignore[method-assign]
+            keep_buffers_under_fsdp1(strategy)
         if self.gradient_checkpointing:
             checkpoint_activations(self.model)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CausalLMModule:
+        with computed_buffers_kept(self.model):
+            return super()._apply(fn, recurse)
+
+    def _load(self) -> nn.Module:
+        return load_causal_lm(self.model_name_or_path, dtype=self.dtype_name, revision=self.revision)
+
     def _load_alone(self) -> nn.Module:
         """The model on the one rank that loads it, after the callbacks have had it."""
-        self.model = load_causal_lm(self.model_name_or_path, dtype=self.dtype_name, revision=self.revision)
+        self.model = self._load()
         model_built(self, everywhere=False)
         model, self.model = self.model, None
         return model

@@ -90,6 +90,7 @@ def run(task: dict[str, Any]) -> None:
         "trained_dtypes": sorted(kinds[True]),
         "stepped_dtypes": sorted({str(p.dtype) for p in stepped}),
         "frozen_dtypes": sorted(kinds[False]),
+        "rotary": [[str(b.dtype), b.tolist()] for n, b in module.named_buffers() if n.endswith("rotary_emb.inv_freq")],
     }
     (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(record))
 

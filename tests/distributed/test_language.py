@@ -53,12 +53,14 @@ def test_losses_texts_and_scores_are_those_of_ddp(runs: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_u_is_stepped_in_float32_on_a_bfloat16_base(runs: Any, name: str) -> None:
+def test_u_is_stepped_in_float32_on_a_bfloat16_base(runs: Any, name: str, tiny_llama: str) -> None:
+    rotary = AutoModelForCausalLM.from_pretrained(tiny_llama).model.rotary_emb.inv_freq
     for expected, found in zip(ranks(runs("ddp-bf16")), ranks(runs(f"{name}-bf16")), strict=True):
         assert found["stepped_dtypes"] == ["torch.float32"]
         if not name.startswith("zero"):  # whose engine computes with a bfloat16 copy
             assert found["trained_dtypes"] == ["torch.float32"]
         assert "torch.bfloat16" in found["frozen_dtypes"]
+        assert found["rotary"] == [["torch.float32", rotary.tolist()]]
         assert found["losses"] == pytest.approx(expected["losses"], rel=2e-2)
 
 
