@@ -24,6 +24,7 @@ from lightning_pmss.modules.buffers import (
     keep_buffers_under_fsdp1,
     recompute_buffers_after_zero_init,
 )
+from lightning_pmss.modules.chunked_loss import check_chunk, check_model, chunked_losses
 from lightning_pmss.modules.evaluation import TextEvaluation, select
 from lightning_pmss.modules.generation import Generation
 from lightning_pmss.modules.hub import announce_zero3, checkpoint_activations, load_causal_lm, load_tokenizer
@@ -78,6 +79,8 @@ class CausalLMModule(L.LightningModule):
             and a metric that knows them (`CommonsenseAccuracy`).
         existing_predictions: Where ``test`` finds predictions in its folder: "resume" skips what the same model has answered
             with the same options, and refuses those of another one; "replace" begins anew.
+        loss_chunk: The logits of at most so many tokens exist at a time (`chunked_loss`), such as 1024; None: of the whole
+            batch. The loss is the same.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -100,6 +103,7 @@ class CausalLMModule(L.LightningModule):
         stop: Sequence[str] = (),
         answer_by: AnswerBy = "generation",
         existing_predictions: Existing = "resume",
+        loss_chunk: int | None = None,
     ) -> None:
         super().__init__()
         # No save_hyperparameters: LightningCLI would let those of a checkpoint silently override what is typed beside
@@ -112,6 +116,7 @@ class CausalLMModule(L.LightningModule):
             raise ValueError(
                 f"existing_predictions={existing_predictions!r} is not known; choose 'resume' or 'replace'."
             )
+        check_chunk(loss_chunk)
         stages = [generate_in] if isinstance(generate_in, str) else list(generate_in)
         if unknown := sorted(set(stages) - {"validate", "test"}):
             raise ValueError(
@@ -123,6 +128,7 @@ class CausalLMModule(L.LightningModule):
         self.lr_schedule = lr_schedule
         self.dtype_name = dtype
         self.gradient_checkpointing = gradient_checkpointing
+        self.loss_chunk = loss_chunk
         self.max_new_tokens = max_new_tokens
         self.answering = Answering(Generation(max_new_tokens, num_beams, stop), answer_by, metric)
         self.existing_predictions: Existing = existing_predictions
@@ -163,6 +169,8 @@ class CausalLMModule(L.LightningModule):
             # On the instance: DeepSpeed warns about every class that overrides this hook.
             self.configure_gradient_clipping = self._clip_sharded  # type: ignore[method-assign]
             keep_buffers_under_fsdp1(strategy)
+        if self.loss_chunk is not None:
+            check_model(self.model)
         if self.gradient_checkpointing:
             checkpoint_activations(self.model)
 
@@ -238,10 +246,15 @@ class CausalLMModule(L.LightningModule):
         if "position_ids" in batch:  # several examples per row: the positions say where each begins
             check_packing(self.model)
             packed["position_ids"] = batch["position_ids"]
-        logits = self(batch["input_ids"], batch.get("attention_mask") if packed else batch["attention_mask"], **packed)
+        mask = batch.get("attention_mask") if packed else batch["attention_mask"]
+        run = partial(self, batch["input_ids"], mask, **packed)
         # The logits at t are for the token at t + 1. Shifting the labels spares a copy of the much larger logits.
         labels = F.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:]
-        losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+        if self.loss_chunk is None:
+            logits = run().float().flatten(0, 1)
+            losses = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="none")
+        else:
+            losses = chunked_losses(run, self.model, labels, IGNORED, self.loss_chunk)
         return losses.view_as(labels).sum(1), (labels != IGNORED).sum(1)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
