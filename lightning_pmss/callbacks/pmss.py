@@ -8,7 +8,6 @@ Fine-tunes the model of any LightningModule by PMSS.
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
 from typing_extensions import override
 
 from lightning_pmss.callbacks.checks import (
@@ -31,6 +29,7 @@ from lightning_pmss.callbacks.checks import (
 from lightning_pmss.callbacks.gradients import GradientCheck
 from lightning_pmss.callbacks.randomness import StepRandomness, set_random_states
 from lightning_pmss.callbacks.results import merge_beside, remove_beside, write_results
+from lightning_pmss.callbacks.throughput import StepClock, peak_memory_gb
 from lightning_pmss.checkpointing import CheckpointSeam, record_fingerprints
 from lightning_pmss.config import PMSSConfig
 from lightning_pmss.conversion import conversion_of, convert, pmss_layers
@@ -73,7 +72,7 @@ class PMSSCallback(L.Callback):
             there are replaced.
         merge_on_save: ``end``: write the merged model when ``fit`` ends; ``checkpoint``: also beside each checkpoint, as
             ``<checkpoint's name>-merged``; None: never.
-        log_throughput: Log seconds per step and tokens per second.
+        log_throughput: Log seconds per step and, also in the progress bar, tokens per second and peak memory.
         log_u_norm: Log the Frobenius norm of each layer's ``s U``.
 
     Raises:
@@ -138,7 +137,7 @@ class PMSSCallback(L.Callback):
         self._gradients: GradientCheck | None = None
         self._randomness = StepRandomness()
         self._resume: Mapping[str, Any] | None = None
-        self._step_started = 0.0
+        self._clock = StepClock()
 
     # -- conversion ---------------------------------------------------------------------------------------------------
 
@@ -248,7 +247,7 @@ class PMSSCallback(L.Callback):
         """Begin the step's random stream and its clock."""
         self._resume = None
         self._randomness.enter()
-        self._step_started = time.perf_counter()
+        self._clock.start()
 
     @override
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -263,11 +262,11 @@ class PMSSCallback(L.Callback):
         """End the step's random stream; log time, throughput and norms."""
         self._randomness.leave()
         if self.log_throughput:
-            seconds = time.perf_counter() - self._step_started
-            values = {"pmss/step_seconds": seconds}
-            if (tokens := _tokens(batch)) is not None:
-                values["pmss/tokens_per_second"] = tokens * trainer.world_size / seconds
-            pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+            values = self._clock.figures(batch, trainer.world_size)
+            values["pmss/peak_memory_gb"] = peak_memory_gb(pl_module.device)
+            shown = {k: v for k, v in values.items() if k != "pmss/step_seconds"}  # the bar has it as a rate
+            pl_module.log("pmss/step_seconds", values["pmss/step_seconds"], on_step=True, on_epoch=False, batch_size=1)
+            pl_module.log_dict(shown, prog_bar=True, on_step=True, on_epoch=False, batch_size=1)
         if self.log_u_norm and trainer.fit_loop.epoch_loop._batches_that_stepped % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             norms = {f"pmss/u_norm/{n}": whole_update(pl_module, x).norm() for n, x in pmss_layers(pl_module).items()}
             pl_module.log_dict(norms, on_step=True, on_epoch=False, batch_size=1)
@@ -314,12 +313,3 @@ class PMSSCallback(L.Callback):
             return
         self._resume = states[rank]
         self._randomness.load(states[rank])
-
-
-def _tokens(batch: Any) -> int | None:
-    """Tokens of a language model's batch; None for any other batch."""
-    if not isinstance(batch, Mapping):
-        return None
-    if isinstance(mask := batch.get("attention_mask"), Tensor):
-        return int(mask.sum())
-    return ids.numel() if isinstance(ids := batch.get("input_ids"), Tensor) else None

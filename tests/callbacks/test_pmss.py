@@ -322,7 +322,13 @@ def test_logged_values(tmp_path: Path) -> None:
     runner.fit(module, plain_loader())
     rows = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
     names = rows[0].split(",")
-    assert {"pmss/trainable_parameters", "pmss/step_seconds", "pmss/u_norm/net.0", "pmss/u_norm/net.2"} <= set(names)
+    assert {
+        "pmss/trainable_parameters",
+        "pmss/step_seconds",
+        "pmss/peak_memory_gb",
+        "pmss/u_norm/net.0",
+        "pmss/u_norm/net.2",
+    } <= set(names)
     norms = [float(v) for v in (row.split(",")[names.index("pmss/u_norm/net.0")] for row in rows[1:]) if v]
     assert len(norms) >= 8
     assert norms[-1] > norms[0] > 0

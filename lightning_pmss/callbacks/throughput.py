@@ -1,0 +1,48 @@
+"""How fast a run trains and what it holds: the figures that `PMSSCallback` logs per step."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class StepClock:
+    """Measures training steps by wall time, from the start of a batch to its end."""
+
+    def __init__(self) -> None:
+        self._started = 0.0
+
+    def start(self) -> None:
+        """A batch begins."""
+        self._started = time.perf_counter()
+
+    def figures(self, batch: Any, world_size: int) -> dict[str, float]:
+        """Seconds since `start` and, of a language model's batch, tokens per second over all processes."""
+        seconds = time.perf_counter() - self._started
+        values = {"pmss/step_seconds": seconds}
+        if (tokens := _tokens(batch)) is not None:
+            values["pmss/tokens_per_second"] = tokens * world_size / seconds
+        return values
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak so far in 10^9 bytes: what the allocator of a CUDA device held, else the resident memory of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def _tokens(batch: Any) -> int | None:
+    """Tokens of a language model's batch; None for any other batch."""
+    if not isinstance(batch, Mapping):
+        return None
+    if isinstance(mask := batch.get("attention_mask"), Tensor):
+        return int(mask.sum())
+    return ids.numel() if isinstance(ids := batch.get("input_ids"), Tensor) else None
