@@ -4,7 +4,7 @@ from lightning_pmss.built import model_built
 from lightning_pmss.callbacks import PMSSCallback
 from lightning_pmss.config import PMSSConfig
 from lightning_pmss.conversion import convert
-from lightning_pmss.files import load_adapter, save_adapter
+from lightning_pmss.files import export_lora, load_adapter, save_adapter
 from lightning_pmss.layers import PMSSLinear
 from lightning_pmss.merging import merge, merged, unmerge
 from lightning_pmss.report import ConversionReport
@@ -19,6 +19,7 @@ __all__ = [
     "PMSSWrapPolicy",
     "__version__",
     "convert",
+    "export_lora",
     "load_adapter",
     "merge",
     "merged",

@@ -105,9 +105,25 @@ def _compare(args: Sequence[str]) -> None:
     print(json.dumps(found.to_dict(), indent=2) if as_json else found)
 
 
+def _export(args: Sequence[str]) -> None:
+    from lightning_pmss.files.lora import FORMATS, export_files
+
+    parser = _parser("export")
+    parser.add_argument("--format", required=True, choices=FORMATS, help="peft: a LoRA, as peft and vLLM read it")
+    parser.add_argument("--base", required=True, metavar="MODEL_DIR", help="folder of the base model (safetensors)")
+    parser.add_argument("--adapter", required=True, metavar="ADAPTER_DIR", help="adapter folder")
+    parser.add_argument("--output", required=True, metavar="LORA_DIR", help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
+    parser.add_argument("--rank", type=int, metavar="N", help="cut to this rank by singular values (default: exact)")
+    parser.add_argument("--dtype", help="dtype of the factors, such as bfloat16 (default: float32)")
+    given = vars(parser.parse_args(args))
+    print(export_files(**given, announce=lambda line: print(line, flush=True)))
+
+
 TOOLS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "select": (_select, "select rows and columns of a model on disk, matrix by matrix, into a skeleton file"),
     "merge": (_merge, "write base + adapter as a plain model folder, shard by shard"),
+    "export": (_export, "write an adapter as a LoRA that peft loads onto the base, without approximation"),
     "estimate": (_estimate, "memory per device, host memory and file sizes of a run, from config.json alone"),
     "compare": (_compare, "two predictions files: bootstrap interval of the difference, McNemar's exact test"),
 }

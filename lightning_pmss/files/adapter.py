@@ -91,7 +91,7 @@ def save_adapter(
             if key.startswith(f"{place}.")
         }
     else:
-        extra = _tensors_of(report.also_train, named)
+        extra = tensors_of(report.also_train, named)
     if clash := sorted(set(tensors) & set(extra)):
         raise ValueError(f"also_train has tensors under the names of PMSS's own: {few(clash)}. Rename these modules.")
     tensors.update({key: value.detach().cpu() for key, value in extra.items()})
@@ -100,7 +100,7 @@ def save_adapter(
             f"NaN or infinite values in {few(broken)}: the training has diverged, and such an adapter is not saved. "
             "Lower the learning rate, or go back to an earlier checkpoint."
         )
-    tied = _other_names(extra, model)
+    tied = other_names(extra, model)
     if sharded and torch.distributed.get_rank() != 0:
         return target
     known = getattr(hugging_face_root(model)[0], "config", None)
@@ -111,6 +111,7 @@ def save_adapter(
         "peft_type": "PMSS",  # so that peft says at once that this is none of its own
         "base_model_name_or_path": base or getattr(known, "_name_or_path", None) or None,
         "revision": revision or getattr(known, "_commit_hash", None),
+        "model_class": class_path(hugging_face_root(model)[0]),
         "config": report.config.to_dict(),
         "modules": modules,
         "also_train": {key: {"shape": list(value.shape), "tied": tied[key]} for key, value in extra.items()},
@@ -150,7 +151,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Conversion
         also_train, wanted = report.also_train, set(pmss_layers(model))
     _check_modules(adapter, modules, wanted, converted=report is not None)
     _check_base(adapter, modules, type(model).__name__)
-    places = _tensors_of(also_train, modules)
+    places = tensors_of(also_train, modules)
     _check_also_train(adapter, places)
 
     if report is None:
@@ -246,7 +247,7 @@ def _check_also_train(adapter: AdapterFile, places: Mapping[str, Tensor]) -> Non
             )
 
 
-def _tensors_of(names: list[str], modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+def tensors_of(names: list[str], modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Live parameters and persistent buffers of the modules trained in full."""
     return {
         f"{name}.{key}": value
@@ -256,7 +257,7 @@ def _tensors_of(names: list[str], modules: Mapping[str, nn.Module]) -> dict[str,
     }
 
 
-def _other_names(extra: Mapping[str, Tensor], model: nn.Module) -> dict[str, list[str]]:
+def other_names(extra: Mapping[str, Tensor], model: nn.Module) -> dict[str, list[str]]:
     """Under which names each also_train tensor is known besides its own: a checkpoint stores a tied one only once."""
     prefix = hugging_face_root(model)[1]
     if is_sharded(model):
@@ -269,6 +270,11 @@ def _other_names(extra: Mapping[str, Tensor], model: nn.Module) -> dict[str, lis
         key: [name for name in by_address.get((value.data_ptr(), value.numel()), []) if name != key]
         for key, value in extra.items()
     }
+
+
+def class_path(model: nn.Module) -> str:
+    """Dotted path of a model's class, from which an export learns what kind of model it is."""
+    return f"{type(model).__module__}.{type(model).__qualname__}"
 
 
 def _aliases(key: str, model: nn.Module, prefix: str) -> list[str]:

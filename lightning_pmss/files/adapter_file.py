@@ -66,6 +66,7 @@ class AdapterFile:
     base_model: str | None
     revision: str | None
     modules: dict[str, AdapterModule]
+    model_class: str | None = None  # dotted path; files of early versions lack it
     also_train: dict[str, Tensor] = field(default_factory=dict)
     tied: dict[str, list[str]] = field(default_factory=dict)  # other names of an also_train tensor
 
@@ -119,6 +120,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
         base_model=config.get("base_model_name_or_path"),
         revision=config.get("revision"),
         modules=modules,
+        model_class=config.get("model_class"),
         also_train=tensors,
         tied={name: entry["tied"] for name, entry in config["also_train"].items() if entry.get("tied")},
     )

@@ -8,9 +8,9 @@ Leftovers of killed runs are hidden siblings called ``.<name>.pmss-tmp-<random>`
 ``.<name>.pmss-old-<random>`` (the folder about to be replaced). A live run holds a lock on its own, which the kernel
 lets go when the process ends, so the next run to the same target removes the dead ones and no others.
 
-What may be overwritten: only what this library wrote. Its folders carry a manifest (``adapter_config.json`` or
-``merge_report.json``) with ``"written_by": "lightning-pmss"`` and the list of the files. Anything in the target that
-is not on that list is somebody else's, and then even ``overwrite=True`` refuses.
+What may be overwritten: only what this library wrote. Its folders carry a manifest (``adapter_config.json``,
+``merge_report.json`` or ``export_report.json``) with ``"written_by": "lightning-pmss"`` and the list of the files.
+Anything in the target that is not on that list is somebody else's, and then even ``overwrite=True`` refuses.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ except ImportError:  # Windows: no locks, hence leftovers are never removed ther
     fcntl = None  # type: ignore[assignment]
 
 WRITTEN_BY = "lightning-pmss"
-MANIFESTS = ("adapter_config.json", "merge_report.json")
+MANIFESTS = ("adapter_config.json", "merge_report.json", "export_report.json")
 _LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}  # written by file managers, nobody misses them
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 

@@ -1,0 +1,166 @@
+"""What peft's ``adapter_config.json`` says of an exported adapter.
+
+Written field by field as peft 0.21 writes it, without importing peft, so that the export needs no peft and its result does
+not hang on the one that happens to be installed. ``lora_alpha`` equals the rank in every layer, in the general fields and in
+both patterns: each layer's factor ``lora_alpha / r`` is then exactly 1, also for a server that knows no patterns.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_pmss.messages import some
+
+CONFIG_FILE = "adapter_config.json"
+PEFT_VERSION = "0.21.2"  # whose form this is; peft reads it only to explain unknown fields
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of `--max-lora-rank`
+_HEADS = {  # task type: endings of the class names, and modules that peft then takes as trained in full
+    "CAUSAL_LM": (("ForCausalLM", "LMHeadModel"), ()),
+    "SEQ_CLS": (("ForSequenceClassification",), ("classifier", "score")),
+    "TOKEN_CLS": (("ForTokenClassification",), ("classifier", "score")),
+    "QUESTION_ANS": (("ForQuestionAnswering",), ("qa_outputs",)),
+}
+
+
+def peft_config(
+    ranks: Mapping[str, int],
+    *,
+    modules: Collection[str],
+    modules_to_save: Sequence[str],
+    transposed: bool,
+    base_model: str | None,
+    revision: str | None,
+    model_class: str | None,
+) -> dict[str, Any]:
+    """The config of an adapter, with patterns that mean the given layers and no others.
+
+    Args:
+        ranks: Rank of each layer by its full name.
+        modules: Full names of the model's modules, against which patterns are checked.
+        modules_to_save: Full names of the modules trained in full.
+        transposed: Whether layers store their weight as W^T (``Conv1D``).
+        base_model: Id or path of the base.
+        revision: Its commit.
+        model_class: Dotted path of the model's class, where it is known.
+
+    Raises:
+        ValueError: peft would take a converted layer for one of `modules_to_save`.
+    """
+    # peft compares the plain ends of names here, without a dot: "proj" would also be "q_proj".
+    if clash := [name for name in ranks if name.endswith(tuple(modules_to_save))]:
+        raise ValueError(
+            f"peft would take {some(clash)} for modules trained in full, since their names end as {some(modules_to_save)}. "
+            "Merge instead: `python -m lightning_pmss merge`."
+        )
+    usual = max(ranks.values())
+    pattern = rank_pattern(ranks, usual)
+    task = task_type(model_class, modules_to_save)
+    place, _, name = (model_class or "").rpartition(".")
+    return {
+        "alora_invocation_tokens": None,
+        "alpha_pattern": pattern,
+        "arrow_config": None,
+        "auto_mapping": {"base_model_class": name, "parent_library": place} if model_class and task is None else None,
+        "base_model_name_or_path": base_model,
+        "bias": "none",
+        "corda_config": None,
+        "ensure_weight_tying": False,
+        "eva_config": None,
+        "exclude_modules": None,
+        "fan_in_fan_out": transposed,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "kasa_config": None,
+        "layer_replication": None,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "loftq_config": {},
+        "lora_alpha": usual,
+        "lora_bias": False,
+        "lora_dropout": 0.0,
+        "lora_ga_config": None,
+        "megatron_config": None,
+        "megatron_core": "megatron.core",
+        "modules_to_save": list(modules_to_save) or None,
+        "monteclora_config": None,
+        "peft_type": "LORA",
+        "peft_version": PEFT_VERSION,
+        "qalora_group_size": 16,
+        "r": usual,
+        "rank_pattern": pattern,
+        "revision": revision,
+        "target_modules": target_modules(ranks, modules),
+        "target_parameters": None,
+        "task_type": task,
+        "trainable_token_indices": None,
+        "use_bdlora": None,
+        "use_dora": False,
+        "use_qalora": False,
+        "use_rslora": False,
+        "velora_config": None,
+    }
+
+
+def write_peft_config(config: Mapping[str, Any], file: Path) -> None:
+    """Write the config as peft does: sorted keys, two blanks, no newline at the end."""
+    file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def target_modules(names: Collection[str], modules: Collection[str]) -> list[str] | str:
+    """The shortest list of name endings by which peft finds these modules and no others; else a regular expression.
+
+    peft's rule for an item t of a list: a module called t, or ending in "." + t.
+    """
+    wanted = set(names)
+    ends: set[str] = set()
+    for last in {name.rpartition(".")[2] for name in wanted}:
+        named = {name for name in modules if _ends(name, last)}
+        ends |= {last} if named <= wanted else {name for name in wanted if _ends(name, last)}
+    if all(name in wanted for name in modules if any(_ends(name, end) for end in ends)):
+        return sorted(ends)
+    return "|".join(re.escape(name) for name in sorted(wanted))
+
+
+def rank_pattern(ranks: Mapping[str, int], usual: int) -> dict[str, int]:
+    """peft's ``rank_pattern`` for the layers whose rank is not `usual`.
+
+    peft takes the first key, in the order of the file (sorted), with ``re.match(r"(.*\\.)?(KEY)$", name)``.
+    """
+    pattern: dict[str, int] = {}
+    for last in {name.rpartition(".")[2] for name in ranks}:
+        group = {name: rank for name, rank in ranks.items() if _ends(name, last)}
+        if len(set(group.values())) == 1 and re.escape(last) == last:
+            group = {last: max(group.values())}
+        else:
+            group = {f"^{re.escape(name)}": rank for name, rank in group.items()}
+        pattern |= {key: rank for key, rank in group.items() if rank != usual}
+    pattern = dict(sorted(pattern.items()))
+    if any(pattern.get(_key(pattern, name), usual) != rank for name, rank in ranks.items()):
+        pattern = {f"^{re.escape(name)}": rank for name, rank in sorted(ranks.items()) if rank != usual}
+    return pattern
+
+
+def task_type(model_class: str | None, modules_to_save: Sequence[str]) -> str | None:
+    """peft's task type; None where peft would take a head for trained in full that was not."""
+    ends = {name.rpartition(".")[2] for name in modules_to_save}
+    for task, (endings, heads) in _HEADS.items():
+        if model_class is not None and model_class.endswith(endings):
+            return task if not heads or ends & set(heads) else None
+    return None
+
+
+def vllm_rank(rank: int) -> int | None:
+    """The smallest ``--max-lora-rank`` of vLLM that takes this rank; None where none does."""
+    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
+
+
+def _ends(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")
+
+
+def _key(pattern: Mapping[str, int], name: str) -> str:
+    return next((key for key in pattern if re.match(rf"(.*\.)?({key})$", name)), name)

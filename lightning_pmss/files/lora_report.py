@@ -1,0 +1,190 @@
+"""What an export wrote: as data, as text, and as the model card beside it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning_pmss.files.adapter_file import library_versions
+from lightning_pmss.files.atomic import WRITTEN_BY, files_below
+from lightning_pmss.files.lora_config import VLLM_RANKS, vllm_rank
+
+REPORT_FILE = "export_report.json"
+CARD_FILE = "README.md"
+_TAGS = {
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForSequenceClassification": "text-classification",
+}
+
+
+@dataclass(frozen=True)
+class ExportedLayer:
+    """One layer.
+
+    Attributes:
+        name: Canonical module name.
+        shape: (out, in) of W.
+        full_rank: Rank of the adapter's update.
+        rank: Rank of the LoRA; smaller where it was cut.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    full_rank: int
+    rank: int
+
+
+@dataclass
+class LoraReport:
+    """What `export_lora` wrote; ``print`` it.
+
+    Attributes:
+        output: The folder.
+        layers: One entry per layer.
+        modules_to_save: Modules trained in full, which are in the file, too.
+        dtype: Of the factors.
+        bytes: Size of all tensors.
+        base_model: Id or path of the base.
+        revision: Its commit.
+        model_class: Dotted path of the model's class, where it is known.
+        errors: For each layer that was cut, the share of its update's Frobenius norm that is lost.
+    """
+
+    output: str
+    layers: list[ExportedLayer]
+    modules_to_save: list[str]
+    dtype: str
+    bytes: int
+    base_model: str | None
+    revision: str | None
+    model_class: str | None
+    errors: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank, peft's ``r``."""
+        return max(layer.rank for layer in self.layers)
+
+    @property
+    def max_lora_rank(self) -> int | None:
+        """What vLLM's ``--max-lora-rank`` has to be; None where vLLM cannot serve this rank."""
+        return vllm_rank(self.rank)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return asdict(self) | {"rank": self.rank, "max_lora_rank": self.max_lora_rank}
+
+    def announcement(self) -> str:
+        """What is about to be written, in one line."""
+        counts = Counter(layer.rank for layer in self.layers)
+        ranks = ", ".join(f"{count} of rank {rank}" for rank, count in sorted(counts.items(), reverse=True))
+        cut = sum(layer.rank < layer.full_rank for layer in self.layers)
+        how = f"{cut} of them cut to it" if cut else "exact"
+        also = f", {len(self.modules_to_save)} modules in full" if self.modules_to_save else ""
+        size = f"{_size(self.bytes)} in {self.dtype}"
+        return f"LoRA of {len(self.layers)} layers ({ranks}; {how}){also}: {size}, to {self.output}"
+
+    def vllm(self) -> str:
+        """How vLLM takes it, or why it does not."""
+        if self.modules_to_save:
+            return f"vLLM takes no adapter with modules trained in full ({', '.join(self.modules_to_save)}); merge instead."
+        if self.max_lora_rank is None:
+            return (
+                f"vLLM takes ranks up to {VLLM_RANKS[-1]}, and this one is {self.rank}: export with --rank {VLLM_RANKS[-1]}, "
+                "which says what it costs, or merge."
+            )
+        return f"vLLM needs --max-lora-rank {self.max_lora_rank}."
+
+    def __str__(self) -> str:
+        lines = [f"wrote {_size(self.bytes)} to {self.output}. {self.vllm()}"]
+        if self.errors:
+            lines.append("cut by singular values; share of the update's norm that is lost:")
+            width = max(map(len, self.errors))
+            ranks = {layer.name: layer for layer in self.layers}
+            for name, error in self.errors.items():
+                lines.append(f"  {name:<{width}}  rank {ranks[name].full_rank} to {ranks[name].rank}  {error:.3g}")
+        return "\n".join(lines)
+
+
+def write_report(folder: Path, report: LoraReport) -> None:
+    """Write export_report.json, which is also the manifest that `atomic_folder` reads; the last file of the folder."""
+    content = {
+        "written_by": WRITTEN_BY,
+        "files": [*files_below(folder), REPORT_FILE],
+        **{key: value for key, value in report.to_dict().items() if key != "output"},
+        "versions": library_versions(),
+    }
+    (folder / REPORT_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_card(folder: Path, report: LoraReport) -> None:
+    """Write the model card, in the form of the hub's."""
+    # A path is no id of the hub, which refuses a card that names one.
+    known = report.base_model if report.base_model and _is_hub_id(report.base_model) else None
+    head = ["---", *([f"base_model: {known}"] if known else []), "library_name: peft"]
+    tag = next((tag for end, tag in _TAGS.items() if (report.model_class or "").endswith(end)), None)
+    head += [f"pipeline_tag: {tag}"] if tag else []
+    head += ["tags:", *([f"- base_model:adapter:{known}"] if known else []), "- lora", "- pmss", "---", ""]
+    (folder / CARD_FILE).write_text("\n".join([*head, *_card(report)]) + "\n", encoding="utf-8")
+
+
+def _card(report: LoraReport) -> list[str]:
+    base = report.base_model or "BASE"
+    revision = f", revision={report.revision!r}" if report.revision else ""
+    module, _, name = (report.model_class or "").rpartition(".")
+    if module.startswith("transformers."):
+        load = [f"from transformers import {name}", "", f'base = {name}.from_pretrained("{base}"{revision})']
+    else:
+        load = ["", f"base = ...  # the {name or 'model'} that the adapter was trained on"]
+    counts = Counter(layer.rank for layer in report.layers)
+    ranks = "; ".join(f"rank {rank}: {count} layers" for rank, count in sorted(counts.items(), reverse=True))
+    exact = (
+        f"This is the adapter itself: `lora_A` holds rows of the base's weights, `lora_B` what was trained, in {report.dtype}."
+        if not report.errors
+        else "Cut to a smaller rank by singular values; share of each update's norm that is lost: largest "
+        f"{max(report.errors.values()):.3g}, smallest {min(report.errors.values()):.3g} ({REPORT_FILE} has every layer's)."
+    )
+    serve = [report.vllm()]
+    if not report.modules_to_save and report.max_lora_rank is not None:
+        flags = f"--enable-lora --max-lora-rank {report.max_lora_rank} --lora-modules NAME=THIS_FOLDER"
+        serve = ["```bash", f"vllm serve {base} {flags}", "```"]
+    return [
+        "# LoRA form of a PMSS adapter",
+        "",
+        "Trained with lightning-pmss (PMSS, arXiv 2409.16722) and exported to LoRA.",
+        f"Base: {base}{f', revision {report.revision}' if report.revision else ''}. It is used as it is, unmerged.",
+        "",
+        exact,
+        "",
+        f"{_size(report.bytes)}; {ranks}.",
+        *([f"Trained in full: {', '.join(report.modules_to_save)}."] if report.modules_to_save else []),
+        "",
+        "## Load with peft",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        *load,
+        'model = PeftModel.from_pretrained(base, "THIS_FOLDER")',
+        "```",
+        "",
+        "## Serve with vLLM",
+        "",
+        *serve,
+    ]
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+
+
+def _size(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"

@@ -1,0 +1,188 @@
+"""Where an export takes its numbers from: a live model, or an adapter folder and its base on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_pmss.conversion import conversion_of, pmss_layers
+from lightning_pmss.files.adapter import class_path, other_names, tensors_of
+from lightning_pmss.files.adapter_file import AdapterFile, not_finite
+from lightning_pmss.files.naming import Wording, match_names
+from lightning_pmss.files.shards import ShardReader, few
+from lightning_pmss.fingerprint import same_base
+from lightning_pmss.layers import canonical_shape
+from lightning_pmss.targets import canonical_modules, hugging_face_root
+from lightning_pmss.whole import clean_name, is_sharded
+
+
+class Parts(NamedTuple):
+    """The numbers of one layer's update: ``C (s U) R``, of the pristine W.
+
+    Attributes:
+        update: ``s U [c, r]``.
+        rows: R ``[r, in]``.
+        columns: C ``[out, c]``.
+    """
+
+    update: Tensor
+    rows: Tensor
+    columns: Tensor
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A converted layer before its numbers are read.
+
+    Attributes:
+        shape: (out, in) of W.
+        transposed: Whether the base stores W^T (``Conv1D``).
+        rank: ``min(c, r)``.
+    """
+
+    shape: tuple[int, int]
+    transposed: bool
+    rank: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter and its base.
+
+    Attributes:
+        layers: By canonical name.
+        parts: The numbers of a layer; ValueError where they are another base's.
+        also_train: Tensors of the modules trained in full.
+        tied: Other names of an ``also_train`` tensor.
+        modules: Names of the model's modules, as far as they are known.
+        double: Whether U is float64.
+        base_model: Id or path of the base.
+        revision: Its commit.
+        model_class: Dotted path of the model's class, where it is known.
+    """
+
+    layers: Mapping[str, Layer]
+    parts: Callable[[str], Parts]
+    also_train: Mapping[str, Tensor]
+    tied: Mapping[str, list[str]]
+    modules: list[str]
+    double: bool
+    base_model: str | None
+    revision: str | None
+    model_class: str | None
+
+
+def model_source(model: nn.Module) -> Source:
+    """The adapter of a converted model.
+
+    Raises:
+        ValueError: No converted layer, a sharded model, NaN or infinite values, or layers outside of the Hugging Face model.
+    """
+    report, layers = conversion_of(model), pmss_layers(model)
+    if report is None or not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no converted layer to export. Call convert or load_adapter first."
+        )
+    if is_sharded(model):
+        raise ValueError(
+            "a sharded model is not exported in place: call save_adapter(model, ADAPTER_DIR) on every rank, then"
+            " `python -m lightning_pmss export --format peft --base MODEL_DIR --adapter ADAPTER_DIR --output LORA_DIR`."
+        )
+    modules = canonical_modules(model)
+    root = hugging_face_root(model)[0]
+    inside = {clean_name(name): module for name, module in root.named_modules(remove_duplicate=False)}
+    if outside := [n for n in (*layers, *report.also_train) if inside.get(n) is not modules[n]]:
+        raise ValueError(
+            f"{few(outside)}: outside of the {type(root).__name__}, the model that peft loads a LoRA onto. Use save_adapter."
+        )
+    extra = tensors_of(report.also_train, modules)
+    if broken := not_finite({f"{n}.U": layer.core_update() for n, layer in layers.items()} | extra):
+        raise ValueError(
+            f"NaN or infinite values in {few(broken)}: the training has diverged, and such an adapter is not exported. "
+            "Go back to an earlier checkpoint."
+        )
+    known = getattr(root, "config", None)
+    return Source(
+        layers={
+            n: Layer(canonical_shape(layer), layer.transposed, min(len(layer.cols), len(layer.rows)))
+            for n, layer in layers.items()
+        },
+        parts=lambda name: Parts(layers[name].core_update(), *layers[name].slices()),
+        also_train={key: value.detach() for key, value in extra.items()},
+        tied=other_names(extra, model),
+        modules=list(modules),
+        double=any(layer.core.weight.dtype == torch.float64 for layer in layers.values()),
+        base_model=getattr(known, "_name_or_path", None) or None,
+        revision=getattr(known, "_commit_hash", None),
+        model_class=class_path(root),
+    )
+
+
+def file_source(adapter: AdapterFile, reader: ShardReader) -> Source:
+    """An adapter folder and the base's open shards; reads of the base what `Source.parts` is asked for.
+
+    Raises:
+        ValueError: The adapter's layers are not in the base, have other shapes there, or are quantised.
+    """
+    rename = _names(adapter, reader)
+    owners = {key.rpartition(".")[0] for key in reader.tensors}
+    modules = {name[:end] for name in owners for end in (*_dots(name), len(name))}
+    # Elsewhere the checkpoint's names may differ from the model's by a prefix, which the ends of names do not show.
+    modules -= {rename(name) for name in adapter.modules}
+    modules |= set(adapter.modules)
+    return Source(
+        layers={
+            n: Layer(m.shape, m.layout == "conv1d", min(len(m.cols), len(m.rows))) for n, m in adapter.modules.items()
+        },
+        parts=lambda name: _parts(adapter, reader, rename, name),
+        also_train=adapter.also_train,
+        tied=adapter.tied,
+        modules=sorted(modules),
+        double=any(module.U.dtype == torch.float64 for module in adapter.modules.values()),
+        base_model=adapter.base_model,
+        revision=adapter.revision,
+        model_class=adapter.model_class,
+    )
+
+
+def _parts(adapter: AdapterFile, reader: ShardReader, rename: Callable[[str], str], name: str) -> Parts:
+    found = _slices(adapter, reader, rename, name)
+    if not same_base(adapter.modules[name].fingerprint, found.rows, found.columns):
+        # Look at some more layers, so that the message says whether it is one or all.
+        others = {n: _slices(adapter, reader, rename, n) for n in [n for n in adapter.modules if n != name][:20]}
+        wrong = [n for n, o in others.items() if not same_base(adapter.modules[n].fingerprint, o.rows, o.columns)]
+        raise ValueError(adapter.wrong_base([name, *wrong], str(reader.folder)))
+    return found
+
+
+def _slices(adapter: AdapterFile, reader: ShardReader, rename: Callable[[str], str], name: str) -> Parts:
+    module = adapter.modules[name]
+    stored = reader.read(f"{rename(name)}.weight")
+    canonical = stored.T if module.layout == "conv1d" else stored
+    return Parts(module.U, canonical[module.rows], canonical[:, module.cols])
+
+
+def _names(adapter: AdapterFile, reader: ShardReader) -> Callable[[str], str]:
+    in_python = "load_adapter(model, ADAPTER_DIR), then the same on the model."
+    wording = Wording(
+        whose="the adapter's",
+        owner=f"the adapter {adapter.folder}",
+        expects="was trained on",
+        missing=(
+            "Give the base that the adapter was trained on; if its checkpoint stores these layers under other names, load "
+            f"base and adapter in Python instead: {in_python}"
+        ),
+        ambiguous=f"Work in Python instead: {in_python}",
+        mismatch="Give the base that the adapter was trained on.",
+        quantised="a quantised form, of which no rows and columns can be read. Give the unquantised base.",
+    )
+    stored = {n: m.shape[::-1] if m.layout == "conv1d" else m.shape for n, m in adapter.modules.items()}
+    return match_names(stored, reader, reader.folder, wording)
+
+
+def _dots(name: str) -> list[int]:
+    return [position for position, letter in enumerate(name) if letter == "."]
