@@ -265,4 +265,7 @@ class DROPScore(Metric):
     def _means(suffix: str, row: Tensor) -> dict[str, Tensor]:
         matches, f1, questions = row.tolist()
         percent = {"exact_match": 100 * matches / questions, "f1": 100 * f1 / (_UNIT * questions)}
-        return {name + suffix: torch.tensor(value, device=row.device) for name, value in percent.items()}
+        return {
+            name + suffix: torch.tensor(value, dtype=torch.float32, device=row.device)
+            for name, value in percent.items()
+        }

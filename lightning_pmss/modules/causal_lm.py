@@ -284,7 +284,8 @@ class CausalLMModule(L.LightningModule):
                 losses += [(row["loss"], row["tokens"]) for row in new]
         with torch.inference_mode(False):
             for loss, n in losses:
-                mean.update(torch.tensor(loss), torch.tensor(n))
+                # Under bf16-true the default dtype is bfloat16 here.
+                mean.update(torch.tensor(loss, dtype=torch.float32), torch.tensor(n))
         self._texts.show(self.trainer)
 
     def _log_evaluation(self, name: Literal["val", "test"], stage: str) -> None:

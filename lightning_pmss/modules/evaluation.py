@@ -136,7 +136,8 @@ class TextEvaluation:
             self.metric.reset()
         values = dict(scores) if isinstance(scores, dict) else {"exact_match": scores}
         if all("score_normalised" in row for row in rows):
-            values["exact_match_normalised"] = torch.tensor([row["score_normalised"] for row in rows]).mean()
+            mean = sum(row["score_normalised"] for row in rows) / len(rows)
+            values["exact_match_normalised"] = torch.tensor(mean, dtype=torch.float32)
         return values
 
 

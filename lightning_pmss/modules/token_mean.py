@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -24,8 +26,17 @@ class TokenMean(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("total", default=torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("total", default=torch.tensor(0.0, dtype=torch.float32), dist_reduce_fx="sum")
         self.add_state("tokens", default=torch.tensor(0), dist_reduce_fx="sum")
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> TokenMean:
+        # `bf16-true` casts whole modules. In bfloat16 a sum stops growing after some 256 batches.
+        kept = self.total, self._defaults["total"]
+        super()._apply(fn, exclude_state)
+        device = self.total.device
+        self.total, self._defaults["total"] = (value.to(device) for value in kept)  # type: ignore[union-attr]
+        return self
 
     @override
     def update(self, mean: Tensor, tokens: Tensor) -> None:

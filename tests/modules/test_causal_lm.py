@@ -81,6 +81,19 @@ def test_evaluation_loss_is_the_mean_over_tokens_not_over_batches(tiny_llama: st
     assert sum(t / c for t, c in batches) / 3 != pytest.approx(total / count, rel=1e-4)
 
 
+@pytest.mark.parametrize("texts", [False, True])
+def test_evaluation_loss_is_summed_in_float32_under_bf16_true(
+    tiny_llama: str, trainer: Trainers, texts: bool, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"generate_in": ["test"] if texts else [], "max_new_tokens": 2, "dtype": "bfloat16"}
+    module, data = CausalLMModule(tiny_llama, **options), HandMade(tiny_llama)
+    logged = trainer(precision="bf16-true").test(module, data, verbose=False)[0]
+    with torch.no_grad():
+        sums = [module.example_losses(batch) for batch in data.test_dataloader()]
+    total, count = (float(torch.cat(parts).double().sum()) for parts in zip(*sums, strict=True))
+    assert logged["test/loss"] == pytest.approx(total / count, rel=1e-6)
+
+
 def test_validation_logs_under_val(tiny_llama: str, trainer: Trainers) -> None:
     module = CausalLMModule(tiny_llama, metric=EqualTexts(), generate_in=["validate"], max_new_tokens=3)
     logged = trainer().validate(module, HandMade(tiny_llama), verbose=False)[0]
