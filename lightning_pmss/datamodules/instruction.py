@@ -367,11 +367,14 @@ class InstructionDataModule(L.LightningDataModule):
             persistent_workers=self.num_workers > 0,
         )
 
-    def _eval_dataloader(self, split: Split) -> DataLoader[Any]:
+    def _eval_dataloader(self, split: Split, by_length: bool = True) -> DataLoader[Any]:
         data = self.data[split]
+        # A Trainer that takes some batches only would take the longest examples: no fair sample. (1 is a batch, 1.0 all.)
+        whole = repr(getattr(self.trainer, f"limit_{split}_batches", 1.0)) == "1.0"
+        lengths = data["prompt_length"][:] if by_length and whole else None
         return DataLoader(
             WithFillers(data),
-            sampler=ShardSampler(len(data), **self._replicas(), fill=self._in_step()),
+            sampler=ShardSampler(len(data), **self._replicas(), fill=self._in_step(), lengths=lengths),
             batch_size=self.eval_batch_size,
             collate_fn=self._collator(evaluation=True),
             num_workers=self.num_workers,
@@ -394,4 +397,4 @@ class InstructionDataModule(L.LightningDataModule):
 
     @override
     def predict_dataloader(self) -> DataLoader[Any]:
-        return self._eval_dataloader("test")
+        return self._eval_dataloader("test", by_length=False)  # what `predict` returns has the order of the loader

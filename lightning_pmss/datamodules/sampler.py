@@ -100,7 +100,7 @@ class LengthGroupedSampler(DistributedSampler[int]):
 
 
 class ShardSampler(DistributedSampler[int]):
-    """Rank ``r`` of ``n`` takes the examples ``r, r + n, ...`` in order: none twice, none left out.
+    """Rank ``r`` of ``n`` takes the examples at the places ``r, r + n, ...`` of an order: none twice, none left out.
 
     Stock Lightning pads an evaluation set with repeated examples, which makes distributed scores wrong by a little.
     Ranks may then differ by one example, hence by one batch. Under strategies that gather weights in every forward pass
@@ -112,12 +112,22 @@ class ShardSampler(DistributedSampler[int]):
         num_replicas: number of ranks that share the data. Needs no process group.
         rank: rank of this process among them.
         fill: give every rank equally many indices.
+        lengths: of the examples; they then come longest first, so that a batch holds, and ranks work on, similar lengths,
+            and what does not fit into memory fails at once. Null: in their own order.
 
     """
 
-    def __init__(self, size: int, num_replicas: int = 1, rank: int = 0, fill: bool = False) -> None:
+    def __init__(
+        self,
+        size: int,
+        num_replicas: int = 1,
+        rank: int = 0,
+        fill: bool = False,
+        lengths: Sequence[int] | None = None,
+    ) -> None:
         super().__init__(cast("Dataset[Any]", range(size)), num_replicas=num_replicas, rank=rank, shuffle=False)
-        self.indices = [*range(rank, size, num_replicas)]
+        order = range(size) if lengths is None else sorted(range(size), key=lambda index: -lengths[index])
+        self.indices = [*order[rank::num_replicas]]
         if fill and len(self.indices) < -(-size // num_replicas):
             self.indices.append(size)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
+from itertools import zip_longest
 
 import pytest
 import torch
@@ -163,3 +164,19 @@ def test_loader_without_a_trainer(sampled: str, num_workers: int) -> None:
     assert resumed.state_dict() == state
     assert [batch[0].tolist() for batch in resumed] == whole[3:]
     assert [batch[0].tolist() for batch in resumed] == whole
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_shards_by_length(replicas: int) -> None:
+    lengths = [3, 9, 3, 7, 1, 9, 2]
+    shards = [list(ShardSampler(7, replicas, rank, lengths=lengths)) for rank in range(replicas)]
+    assert sorted(index for shard in shards for index in shard) == list(range(7))
+    for shard in shards:
+        assert [lengths[index] for index in shard] == sorted((lengths[index] for index in shard), reverse=True)
+    # What the ranks do at the same time is of similar length: together it is the order of one rank.
+    alone = list(ShardSampler(7, lengths=lengths))
+    assert alone == [1, 5, 3, 0, 2, 6, 4]
+    assert [index for turn in zip_longest(*shards) for index in turn if index is not None] == alone
+    filled = [list(ShardSampler(7, replicas, rank, fill=True, lengths=lengths)) for rank in range(replicas)]
+    assert sorted(index for shard in filled for index in shard if index < 7) == list(range(7))
+    assert {len(shard) for shard in filled} == {-(-7 // replicas)}
