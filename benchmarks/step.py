@@ -110,7 +110,7 @@ def table(result: dict[str, Any]) -> str:
         f"hidden {case['hidden']}, rank {case['rank']}, {case['layers']} layer(s), {case['tokens']} tokens, {case['dtype']};"
         f" LoRA's equal-parameter rank {case['lora_rank']}; counted bound {result['counted_bound']:.3f}; medians (min - max)",
         "",
-        "| | trained | seconds | / frozen | / LoRA, equal rank | / LoRA, equal parameters | saved for backward, MiB above frozen |",
+        "| | trained | seconds | / frozen | / LoRA, equal rank | / LoRA, equal parameters | saved, MiB above frozen |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for name, figures in result["rivals"].items():

@@ -1,0 +1,163 @@
+"""What is trained: a tensor V in chosen *coordinates*, from which U of ``W' = W + s C U R`` is derived.
+
+Reconstructed: with U itself trained, as drawn in the paper's figure, one learning rate does not fit layers whose norms differ
+by a factor of hundreds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_pmss.edits import without_autocast
+from lightning_pmss.whole import fill
+
+COORDINATES = ("orthonormal", "spectral", "raw")
+
+
+class Frame(NamedTuple):
+    """What turns the trained V ``[c, r]`` into U: ``U = gain * (left @ V @ right)``; parts that a frame lacks are None."""
+
+    left: Tensor | None = None
+    right: Tensor | None = None
+    gain: Tensor | None = None
+
+
+def coordinate_frame(columns: Tensor, rows: Tensor, coordinates: str, name: str = "") -> Frame:
+    """Compute the frame of one layer from its slices.
+
+    Args:
+        columns: C ``[out, c]``.
+        rows: R ``[r, in]``.
+        coordinates: ``"raw"``: U = V. ``"spectral"``: U = V / (norm2(C) norm2(R)), one scalar. ``"orthonormal"``: with thin
+            QR ``C = Q_C T_C``, ``R^T = Q_R T_R``: U = T_C^-1 V T_R^-T, so that ``C U R = Q_C V Q_R^T`` and the update's
+            Frobenius norm is V's.
+        name: Module name for errors.
+
+    Returns:
+        Tensors in float32 (float64 for a float64 base), computed in float64.
+
+    Raises:
+        ValueError: The slices are linearly dependent, so that orthonormal coordinates do not exist.
+    """
+    dtype = core_dtype(columns.dtype)
+    if coordinates == "raw":
+        return Frame()
+    t_c = torch.linalg.qr(columns.detach().double(), mode="r").R
+    t_r = torch.linalg.qr(rows.detach().double().T, mode="r").R
+    singular = torch.linalg.svdvals(t_c), torch.linalg.svdvals(t_r)
+    if coordinates == "spectral":
+        return Frame(gain=(1.0 / (singular[0][0] * singular[1][0])).to(dtype))
+    # Slices that depend on one another up to float32 rounding have no usable inverse factors.
+    usable = [int((s > s[0] * 1e-5).sum()) for s in singular]
+    if usable[0] < t_c.shape[0] or usable[1] < t_r.shape[0]:
+        raise ValueError(
+            f"`{name}`: the {t_c.shape[0]} selected columns and {t_r.shape[0]} rows have only numerical rank {usable[0]} and"
+            f" {usable[1]}; set rank_pattern={{{name!r}: {min(usable)}}} or coordinates='spectral', or exclude the module."
+        )
+    eye_c, eye_r = (torch.eye(t.shape[0], dtype=t.dtype, device=t.device) for t in (t_c, t_r))
+    left = torch.linalg.solve_triangular(t_c, eye_c, upper=True)
+    right = torch.linalg.solve_triangular(t_r, eye_r, upper=True).T.contiguous()
+    return Frame(left.to(dtype), right.to(dtype))
+
+
+def core_dtype(weight_dtype: torch.dtype) -> torch.dtype:
+    """U is float32 whatever the base, float64 on a float64 base."""
+    return torch.float64 if weight_dtype == torch.float64 else torch.float32
+
+
+class CoreFrame(nn.Module):
+    """The frozen factors of the coordinates, apart from V: sharding engines must never mix frozen and trained tensors.
+
+    Parameters, not buffers, because engines split parameters and replicate buffers.
+    """
+
+    left: nn.Parameter | None
+    right: nn.Parameter | None
+    gain: nn.Parameter | None
+
+    def __init__(self, frame: Frame, device: torch.device) -> None:
+        super().__init__()
+        for name, factor in zip(Frame._fields, frame, strict=True):
+            # FSDP2 shards neither scalars nor transposed tensors.
+            value = None if factor is None else torch.atleast_2d(factor).to(device).contiguous()
+            kept = None if value is None else nn.Parameter(value, requires_grad=False)
+            self.register_parameter(name, kept)
+        # On the meta device the values wait here until the parameters get memory (see `reset_parameters`).
+        self.waiting = frame if device.type == "meta" else None
+
+    def forward(self, v: Tensor) -> Tensor:
+        """U ``[c, r]`` from V ``[c, r]``."""
+        if self.left is not None and self.right is not None:
+            # In bfloat16 the inverse factors would lose what the slices' condition number multiplies; DeepSpeed's bf16 engine
+            # keeps V and the factors in it (and a float32 master of V), so at least the products are wide.
+            wide = torch.promote_types(v.dtype, torch.float32)
+            with without_autocast(v):
+                return self.left.to(wide) @ v.to(wide) @ self.right.to(wide)
+        assert self.gain is not None
+        return v * self.gain
+
+    @torch.no_grad()
+    def set(self, frame: Frame) -> None:
+        """Replace the factors."""
+        for name, new in zip(Frame._fields, frame, strict=True):
+            old = getattr(self, name)
+            if new is not None and old is not None:
+                fill(old, new.reshape(old.shape))
+
+    def reset_parameters(self) -> None:
+        """Called by engines once parameters that were made on the meta device have memory."""
+        if self.waiting is not None:
+            self.set(self.waiting)
+            self.waiting = None
+
+
+class PMSSCore(nn.Module):
+    """Owns the one trained tensor, ``weight [c, r]`` (V), and turns it into ``s U`` when called.
+
+    A module of its own, so that sharding wrappers can treat it apart from the frozen weight; what it returns is always a new
+    tensor, since wrappers take V's memory back when the call ends. Stays float32 when its parent is cast to a
+    lower precision (``bf16-true``): small Adam steps on a bfloat16 U would be rounded away.
+    """
+
+    weight: nn.Parameter
+    frame: CoreFrame | None
+
+    def __init__(self, columns: int, rows: int, frame: Frame, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(columns, rows, dtype=dtype, device=device))
+        self.frame = CoreFrame(frame, device) if any(part is not None for part in frame) else None
+
+    def forward(self, scale: float = 1.0) -> Tensor:
+        """``scale * U [c, r]``, in V's own dtype, also under autocast."""
+        return scale * (self.weight if self.frame is None else self.frame(self.weight))
+
+    def set_frame(self, frame: Frame) -> None:
+        """Replace the coordinates' factors; V is left as it is."""
+        if self.frame is not None:
+            self.frame.set(frame)
+
+    @torch.no_grad()
+    def set_u(self, u: Tensor) -> None:
+        """Choose V such that the core yields ``u`` (solved in float64)."""
+        v = u.to(self.weight.device, torch.float64)
+        if (frame := self.frame) is not None and frame.left is not None and frame.right is not None:
+            v = torch.linalg.solve(frame.left.double(), v)
+            v = torch.linalg.solve(frame.right.double(), v, left=False)
+        if frame is not None and frame.gain is not None:
+            v = v / frame.gain.double()
+        self.weight.copy_(v)
+
+    def reset_parameters(self) -> None:
+        """Called by engines once parameters that were made on the meta device have memory: V starts at zero."""
+        nn.init.zeros_(self.weight)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PMSSCore:
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype in (torch.float32, torch.float64) else tensor.to(moved.device)
+
+        return super()._apply(keep_precision, recurse)
