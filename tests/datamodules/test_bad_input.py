@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,10 @@ def test_good_rows_are_good(build: Any, tmp_path: Path, kind: str) -> None:
     module.prepare_data()
     module.setup()
     assert len(module.data["train"]) == len(module.data["test"]) == 3
+    module.train_dataloader()
+    copy = pickle.loads(pickle.dumps(module))  # noqa: S301
+    assert {split: rows[:] for split, rows in copy.data.items()} == {s: rows[:] for s, rows in module.data.items()}
+    assert next(iter(copy.test_dataloader()))["target"] == next(iter(module.test_dataloader()))["target"]
 
 
 @pytest.mark.parametrize(("kind", "column"), NEEDED)
