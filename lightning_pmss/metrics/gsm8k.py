@@ -75,9 +75,12 @@ class GSM8KAccuracy(TextAccuracy):
 
     strict = True
 
-    @staticmethod
-    def extract(text: str) -> str | None:
-        """Return the final answer of ``text`` by the published rule, without commas; ``None`` where it holds none."""
+    @_OnClassToo
+    def extract(self, text: str) -> str | Fraction | None:
+        """Return the final answer of ``text``, ``None`` where it holds none: by the published rule a text without commas,
+        by the corrected one a number."""
+        if not self.strict:
+            return self.extract_number(text)
         match = _ANSWER.search(text)
         return None if match is None else match.group(1).strip().replace(",", "")
 
@@ -93,8 +96,7 @@ class GSM8KAccuracy(TextAccuracy):
     @_OnClassToo
     def score(self, pred: str, target: str) -> float:
         """Return 1.0 if the answers of ``pred`` and ``target`` agree, else 0.0."""
-        extract: Callable[[str], Any] = self.extract if self.strict else self.extract_number
-        gold = extract(target)
+        gold = self.extract(target)
         if gold is None:
             raise ValueError(f"The target {target!r} holds no answer; GSM8K's targets end in a line such as '#### 42'.")
-        return float(extract(pred) == gold)
+        return float(self.extract(pred) == gold)

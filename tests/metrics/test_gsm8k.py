@@ -165,6 +165,8 @@ def test_strict_and_corrected(pred: str, target: str, strict: int, corrected: in
     metric = GSM8KAccuracy(strict=False)
     metric.update([pred], [target])
     assert metric.compute() == corrected
+    for each, score in ((metric, corrected), (GSM8KAccuracy(), strict)):  # what is read is what is scored
+        assert (each.extract(pred) == each.extract(target)) == bool(score)
 
 
 def test_corrected_refuses_targets_without_a_number() -> None:

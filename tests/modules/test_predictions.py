@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lightning_pmss.metrics import CommonsenseAccuracy, GSM8KAccuracy
+from lightning_pmss.modules.answers import examine
 from lightning_pmss.modules.predictions import Prediction, gather_predictions, write_predictions
 
 
@@ -32,3 +34,13 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_predictions([row(0), {**row(1), "output": object()}], path)  # type: ignore[typeddict-item]
     assert "old" in path.read_text()
+
+
+def test_a_record_shows_what_was_compared() -> None:
+    pred, target = "It is\n#### $1,800.0.", "so\n#### 1800"
+    strict, corrected = (examine(GSM8KAccuracy(strict=strict), pred, target) for strict in (True, False))
+    assert strict == {"extracted": None, "gold": "1800", "score": 0.0, "correct": False}
+    assert corrected == {"extracted": "1800", "gold": "1800", "score": 1.0, "correct": True}
+    choice = examine(CommonsenseAccuracy(), "answer2, no, answer1", ["ARC-Easy", "answer1"])
+    assert choice == {"group": "ARC-Easy", "extracted": "answer2", "gold": "answer1", "score": 0.0, "correct": False}
+    assert examine(None, pred, target)["score"] is None
