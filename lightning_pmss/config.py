@@ -30,7 +30,8 @@ class PMSSConfig:
         scale: Factor s of the update ``s C U R``.
         coordinates: Coordinates of the trained tensor: ``"orthonormal"``, ``"spectral"`` or ``"raw"``.
         dropout: Dropout probability on ``h = R x``.
-        edit: Which side of the layer carries the update: ``"input"``, ``"output"`` or ``"auto"`` (by shape).
+        edit: Which side of the layer carries the update: ``"input"``, ``"output"`` or ``"auto"`` (by shape); or ``"weight"``:
+            form W' in every pass, for float32 weights and micro-batches of many tokens (docs/performance.md).
         also_train: Modules trained in full and saved with the adapter, such as a fresh classification head; patterns
             like ``target_modules``'.
         skeleton_file: A safetensors file with ``<module>.rows`` and ``<module>.cols`` (an adapter file has them) to use

@@ -40,7 +40,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) ->
     return x @ weight if bias is None else torch.addmm(bias, x, weight)
 
 
-def _slice(weight: Tensor, index: Tensor, dim: int, transposed: bool, dtype: torch.dtype) -> Tensor:
+def slice_of(weight: Tensor, index: Tensor, dim: int, transposed: bool, dtype: torch.dtype) -> Tensor:
     """Rows (dim 0) or columns (dim 1) of the canonical W, in the compute dtype."""
     if transposed:
         return weight.index_select(1 - dim, index).T.to(dtype)
@@ -71,7 +71,7 @@ class LinearOutputEdit(torch.autograd.Function):
         keep: bool,
         transposed: bool,
     ) -> Tensor:
-        c = _slice(weight, cols, 1, transposed, x.dtype)
+        c = slice_of(weight, cols, 1, transposed, x.dtype)
         y = product(x, weight, None, transposed)
         h = _masked(y.index_select(1, rows), mask)  # before the bias: in bfloat16 a large one would swamp h
         y.addmm_(h @ u.T, c.T)
@@ -86,7 +86,7 @@ class LinearOutputEdit(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         h, u, rows, cols, mask, weight, c = ctx.saved_tensors
-        c = _slice(weight, cols, 1, ctx.transposed, h.dtype) if c is None else c
+        c = slice_of(weight, cols, 1, ctx.transposed, h.dtype) if c is None else c
         through_c = grad @ c
         grad_u = through_c.T @ h
         grad_x = None
@@ -116,7 +116,7 @@ class LinearInputEdit(torch.autograd.Function):
         keep: bool,
         transposed: bool,
     ) -> Tensor:
-        r = _slice(weight, rows, 0, transposed, x.dtype)
+        r = slice_of(weight, rows, 0, transposed, x.dtype)
         h = _masked(x @ r.T, mask)
         ctx.save_for_backward(h, u, rows, cols, mask, weight, r if keep else None)
         ctx.transposed = transposed
@@ -129,12 +129,12 @@ class LinearInputEdit(torch.autograd.Function):
         h, u, rows, cols, mask, weight, r = ctx.saved_tensors
         grad_x = None
         if ctx.needs_input_grad[0]:
-            r = _slice(weight, rows, 0, ctx.transposed, h.dtype) if r is None else r
+            r = slice_of(weight, rows, 0, ctx.transposed, h.dtype) if r is None else r
             grad_x = product(grad, weight, None, not ctx.transposed)
             at_cols = grad_x.index_select(1, cols)
             grad_x.addmm_(_masked(at_cols @ u, mask), r)
         else:  # the first layers of a model: no product with the whole of W is needed
-            at_cols = grad @ _slice(weight, cols, 1, ctx.transposed, h.dtype)
+            at_cols = grad @ slice_of(weight, cols, 1, ctx.transposed, h.dtype)
         grad_u = at_cols.T @ h
         grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
         return grad_x, None, grad_bias, grad_u, None, None, None, None, None
@@ -159,7 +159,7 @@ class OutputEdit(torch.autograd.Function):
         keep: bool,
         transposed: bool,
     ) -> Tensor:
-        c = _slice(weight, cols, 1, transposed, y0.dtype)
+        c = slice_of(weight, cols, 1, transposed, y0.dtype)
         h = _masked(y0.index_select(1, rows), mask)
         ctx.save_for_backward(h, u, rows, cols, mask, c if keep else weight)
         ctx.keep, ctx.transposed = keep, transposed
@@ -170,7 +170,7 @@ class OutputEdit(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         h, u, rows, cols, mask, source = ctx.saved_tensors
-        c = source if ctx.keep else _slice(source, cols, 1, ctx.transposed, h.dtype)
+        c = source if ctx.keep else slice_of(source, cols, 1, ctx.transposed, h.dtype)
         through_c = grad @ c
         grad_u = through_c.T @ h
         grad_y0 = None
@@ -198,7 +198,7 @@ class InputEdit(torch.autograd.Function):
         keep: bool,
         transposed: bool,
     ) -> Tensor:
-        r = _slice(weight, rows, 0, transposed, u.dtype)
+        r = slice_of(weight, rows, 0, transposed, u.dtype)
         h = _masked(x.to(u.dtype) @ r.T, mask)
         ctx.save_for_backward(h, u, rows, cols, mask, r if keep else weight)
         ctx.keep, ctx.transposed = keep, transposed
@@ -213,7 +213,7 @@ class InputEdit(torch.autograd.Function):
         grad_u = at_cols.T @ h
         grad_x = None
         if ctx.needs_input_grad[0]:
-            r = source if ctx.keep else _slice(source, rows, 0, ctx.transposed, h.dtype)
+            r = source if ctx.keep else slice_of(source, rows, 0, ctx.transposed, h.dtype)
             grad_h = _masked(at_cols @ u, mask)
             grad_x = torch.addmm(grad, grad_h, r) if grad.dtype == r.dtype else grad + (grad_h @ r).to(grad.dtype)
         return grad_x, None, grad_u, None, None, None, None, None

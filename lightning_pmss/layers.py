@@ -30,10 +30,15 @@ from lightning_pmss.edits import (
     compute_dtype,
     product,
 )
+from lightning_pmss.weight_edit import LinearWeightEdit
 from lightning_pmss.whole import is_dtensor, whole, whole_shape
 
-EDITS = ("auto", "input", "output")
+EDITS = ("auto", "input", "output", "weight")
 MEMORY_MODES = ("keep", "regather")
+OWN_PRODUCT = (
+    "computes in the weight's own dtype, and the weight must be frozen; but this one is trained, or x or autocast has another"
+    " dtype. Set edit='auto', or precision='32-true'."
+)
 
 
 class PMSSLinear(nn.Module):
@@ -51,7 +56,7 @@ class PMSSLinear(nn.Module):
         scale, coordinates, dropout, memory: As configured.
         fingerprint: Of the slices of W (`lightning_pmss.fingerprint`), where it was taken while W was whole; else None.
         on_trust: Converted without its weight, so that nobody has compared it with the fingerprint yet.
-        edit: ``"input"`` or ``"output"``.
+        edit: ``"input"``, ``"output"`` or ``"weight"``.
         transposed: Whether ``weight`` is stored ``[in, out]``.
     """
 
@@ -86,6 +91,8 @@ class PMSSLinear(nn.Module):
     ) -> PMSSLinear:
         """Turn a supported layer into a PMSS layer, in place: the module object and its parameters stay the same."""
         shape = canonical_shape(layer)
+        if edit == "weight" and (reason := why_no_weight_edit(layer, dropout)):
+            raise ValueError(f"edit='weight' {reason}")
         layer.__class__ = _pmss_class(type(layer))
         assert isinstance(layer, PMSSLinear)
         weight = layer.weight
@@ -152,12 +159,19 @@ class PMSSLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         if self.merged:
             return super().forward(input)
-        update = self.core_update()
         flat = input.reshape(-1, input.shape[-1])
         dtype = compute_dtype(flat)
-        if self._own_product(flat.dtype, dtype):
+        update = self.core_update()
+        own_product = self._own_product(flat.dtype, dtype)
+        if self.edit == "weight":
+            if reason := why_no_weight_edit(self, self.dropout) or (None if own_product else OWN_PRODUCT):
+                raise ValueError(f"edit='weight' {reason}")
+            y = LinearWeightEdit.apply(flat, self.weight, self.bias, update, self.rows, self.cols, self.transposed)
+            return y.view(*input.shape[:-1], y.shape[-1])
+        if own_product:
             edit = LinearInputEdit if self.edit == "input" else LinearOutputEdit
-            y = edit.apply(flat, self.weight, self.bias, update.to(dtype), self.rows, self.cols, *self._options(flat))
+            u = update.to(dtype)
+            y = edit.apply(flat, self.weight, self.bias, u, self.rows, self.cols, *self._options(flat))
             return y.view(*input.shape[:-1], y.shape[-1])
         if self.edit == "input":
             edited = InputEdit.apply(flat, self.weight, update.to(dtype), self.rows, self.cols, *self._options(flat))
@@ -244,9 +258,27 @@ def canonical_shape(layer: nn.Module) -> tuple[int, int]:
 
 
 def choose_edit(layer: nn.Module, shape: tuple[int, int]) -> str:
-    """Output edit where ``out <= in`` and the base can leave its bias out, else input edit: the cheaper thin product."""
+    """Output edit where ``out < in`` and the base can leave its bias out, input edit where ``out > in``: the cheaper product.
+
+    Square layers take the edit whose slice lies in memory without gaps: rows of a stored W, columns of a stored W^T. To
+    gather the other one reads most of W (measured: up to half the time of the thin product itself).
+    """
     out_features, in_features = shape
-    return "output" if out_features <= in_features and can_output_edit(layer) else "input"
+    thin = out_features < in_features or (out_features == in_features and is_transposed(layer))
+    return "output" if thin and can_output_edit(layer) else "input"
+
+
+def why_no_weight_edit(layer: nn.Module, dropout: float) -> str | None:
+    """Why this layer cannot take the weight edit, with the remedy; None if it can."""
+    dtype = layer.weight.dtype
+    if not has_known_forward(layer):
+        return f"needs the product of a plain linear layer, which {type(layer).__name__} hides; set edit='auto'."
+    if dtype not in (torch.float32, torch.float64):
+        kind = str(dtype).removeprefix("torch.")
+        return (
+            f"rounds updates smaller than half a step of a {kind} weight away; set edit='auto', or load it in float32."
+        )
+    return "forms no h that dropout could act on; set dropout=0 or edit='auto'." if dropout > 0 else None
 
 
 def can_output_edit(layer: nn.Module) -> bool:

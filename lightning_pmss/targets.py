@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from lightning_pmss.config import PMSSConfig
-from lightning_pmss.layers import can_output_edit, is_conv1d, is_supported
+from lightning_pmss.layers import can_output_edit, is_conv1d, is_supported, why_no_weight_edit
 from lightning_pmss.messages import some
 from lightning_pmss.skeleton import Skeleton
 from lightning_pmss.whole import clean_name, is_dtensor
@@ -175,6 +175,8 @@ def refuse_unconvertible(
                 f"`{name}`: edit='output' needs the product without its bias, which {type(layer).__name__} hides; use"
                 " edit='auto'."
             )
+        if config.edit == "weight" and (reason := why_no_weight_edit(layer, config.dropout)):
+            raise ValueError(f"`{name}`: edit='weight' {reason}")
 
 
 def ranks_of(config: PMSSConfig, targets: list[str], modules: Mapping[str, nn.Module]) -> dict[str, int]:

@@ -117,7 +117,7 @@ def test_report_figures_are_those_of_the_model() -> None:
     assert report.share == pytest.approx(96 / (total + 96))
     assert report.adapter_bytes == 6 * (16 * 4 + 2 * 4 * 4)
     assert report.kept_bytes_per_token == 6 * 4 * 4
-    assert [layer.edit for layer in report.layers] == ["output", "output", "input"] * 2
+    assert [layer.edit for layer in report.layers] == ["input", "input", "input"] * 2
     first = report.layers[0]
     weight, cols = model.blocks[0].q_proj.weight.detach(), model.blocks[0].q_proj.cols
     c = weight[:, cols]
@@ -159,7 +159,7 @@ def test_refusals_touch_nothing(options: dict[str, Any], message: str) -> None:
         ({"selection": "qr"}, "selection='qr' is not known; choose one of"),
         ({"row_mode": "both"}, "row_mode='both' is not known"),
         ({"coordinates": "polar"}, "coordinates='polar' is not known"),
-        ({"edit": "weight"}, "edit='weight' is not known"),
+        ({"edit": "both"}, "edit='both' is not known"),
         ({"memory": "none"}, "memory='none' is not known"),
         ({"dropout": 1.0}, "must lie in"),
         ({"scale": 0.0}, "must be finite and not zero"),
