@@ -120,10 +120,27 @@ def _export(args: Sequence[str]) -> None:
     print(export_files(**given, announce=lambda line: print(line, flush=True)))
 
 
+def _inspect(args: Sequence[str]) -> None:
+    import json
+
+    from lightning_pmss.files.inspection import inspect_adapter
+
+    parser = _parser("inspect")
+    parser.add_argument("adapter", metavar="ADAPTER_DIR", help="adapter folder")
+    parser.add_argument(
+        "--base", metavar="MODEL_DIR", help="folder of the base model: norms and spectra of the updates"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, with all singular values")
+    given = parser.parse_args(args)
+    found = inspect_adapter(given.adapter, given.base, progress=True)
+    print(json.dumps(found.to_dict(), indent=2) if given.json else found)
+
+
 TOOLS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "select": (_select, "select rows and columns of a model on disk, matrix by matrix, into a skeleton file"),
     "merge": (_merge, "write base + adapter as a plain model folder, shard by shard"),
     "export": (_export, "write an adapter as a LoRA that peft loads onto the base, without approximation"),
+    "inspect": (_inspect, "what an adapter changes, layer by layer: norms, effective ranks, singular values"),
     "estimate": (_estimate, "memory per device, host memory and file sizes of a run, from config.json alone"),
     "compare": (_compare, "two predictions files: bootstrap interval of the difference, McNemar's exact test"),
 }

@@ -56,6 +56,7 @@ class Source:
     Attributes:
         layers: By canonical name.
         parts: The numbers of a layer; ValueError where they are another base's.
+        weight: The pristine W of a layer, canonical, [out, in].
         also_train: Tensors of the modules trained in full.
         tied: Other names of an ``also_train`` tensor.
         modules: Names of the model's modules, as far as they are known.
@@ -67,6 +68,7 @@ class Source:
 
     layers: Mapping[str, Layer]
     parts: Callable[[str], Parts]
+    weight: Callable[[str], Tensor]
     also_train: Mapping[str, Tensor]
     tied: Mapping[str, list[str]]
     modules: list[str]
@@ -112,6 +114,7 @@ def model_source(model: nn.Module) -> Source:
             for n, layer in layers.items()
         },
         parts=lambda name: Parts(layers[name].core_update(), *layers[name].slices()),
+        weight=lambda name: layers[name].base_weight(),
         also_train={key: value.detach() for key, value in extra.items()},
         tied=other_names(extra, model),
         modules=list(modules),
@@ -139,6 +142,7 @@ def file_source(adapter: AdapterFile, reader: ShardReader) -> Source:
             n: Layer(m.shape, m.layout == "conv1d", min(len(m.cols), len(m.rows))) for n, m in adapter.modules.items()
         },
         parts=lambda name: _parts(adapter, reader, rename, name),
+        weight=lambda name: _weight(adapter, reader, rename, name),
         also_train=adapter.also_train,
         tied=adapter.tied,
         modules=sorted(modules),
@@ -160,10 +164,13 @@ def _parts(adapter: AdapterFile, reader: ShardReader, rename: Callable[[str], st
 
 
 def _slices(adapter: AdapterFile, reader: ShardReader, rename: Callable[[str], str], name: str) -> Parts:
-    module = adapter.modules[name]
+    module, weight = adapter.modules[name], _weight(adapter, reader, rename, name)
+    return Parts(module.U, weight[module.rows], weight[:, module.cols])
+
+
+def _weight(adapter: AdapterFile, reader: ShardReader, rename: Callable[[str], str], name: str) -> Tensor:
     stored = reader.read(f"{rename(name)}.weight")
-    canonical = stored.T if module.layout == "conv1d" else stored
-    return Parts(module.U, canonical[module.rows], canonical[:, module.cols])
+    return stored.T if adapter.modules[name].layout == "conv1d" else stored
 
 
 def _names(adapter: AdapterFile, reader: ShardReader) -> Callable[[str], str]:
