@@ -54,6 +54,7 @@ class CommonsenseAccuracy(Metric):
     * The first label counts, so ``not answer1 but answer2`` is "answer1", and so is a repeated list of the options in
       front of the answer.
     * ``True`` and ``Answer 3`` are no labels.
+    * Text behind another ``### Response:`` does not count.
 
     ``strict=False`` corrects these: labels are whole words in any case, with or without a blank before their number; the
     label that follows ``the correct answer is`` counts (the last such statement), else the only label in the text;
@@ -104,7 +105,8 @@ class CommonsenseAccuracy(Metric):
     def extract(self, text: str, labels: Sequence[str]) -> str | None:
         """Return which of ``labels`` is the answer of ``text``, ``None`` where there is none."""
         if self.strict:
-            match = re.search("|".join(map(re.escape, labels)), text.strip())
+            # The script splits prompt and text at this mark and takes the second part: one more ends the text.
+            match = re.search("|".join(map(re.escape, labels)), text.split("### Response:")[0])
             return match.group() if match else None
         forms = "|".join(re.sub(r"(\d)$", r" ?\1", label) for label in labels)
         found = re.compile(rf"\b(?:{forms})\b", re.IGNORECASE)

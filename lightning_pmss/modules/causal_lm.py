@@ -30,13 +30,12 @@ from lightning_pmss.modules.generation import Generation
 from lightning_pmss.modules.hub import announce_zero3, checkpoint_activations, load_causal_lm, load_tokenizer
 from lightning_pmss.modules.identity import digest, model_hash, most
 from lightning_pmss.modules.journal import Existing, Journal
+from lightning_pmss.modules.likelihood import IGNORED
 from lightning_pmss.modules.packed import check_packing
 from lightning_pmss.modules.schedule import SCHEDULES, schedule_factor
 from lightning_pmss.modules.sharded import build_on_rank_zero
 from lightning_pmss.modules.token_mean import TokenMean
 from lightning_pmss.whole import is_sharded
-
-IGNORED = -100  # the label that marks a position without loss, as everywhere in PyTorch and transformers
 
 
 class CausalLMModule(L.LightningModule):

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lightning_pmss.modules.answers import labels_of
 
-IGNORED = -100
+IGNORED = -100  # the label that marks a position without loss, as everywhere in PyTorch and transformers
 
 
 def offered(prompt: str, labels: Sequence[str]) -> list[str]:

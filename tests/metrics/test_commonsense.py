@@ -28,6 +28,8 @@ TABLE = [
     ("The correct answer is True.", "true", None, "true"),
     ("Answer 3", "answer3", None, "answer3"),
     ("the correct answer is answer1. the correct answer is answer2", "answer2", "answer1", "answer2"),
+    ("none\n### Response:\nanswer2", "answer2", None, "answer2"),
+    ("answer1 ### Response: answer2", "answer1", "answer1", None),
     # labels of another task are none
     ("the correct answer is option1", "solution1", None, None),
     ("answer6", "answer1", None, None),
