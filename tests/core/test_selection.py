@@ -207,8 +207,9 @@ def _residuals(weight: Tensor, rank: int, seeds: int = 5) -> dict[str, float]:
 def test_pivoted_rules_lie_between_the_svd_and_chance(out: int, inp: int, power: float, rank: int) -> None:
     found = _residuals(_decaying(out, inp, power), rank)
     assert found["svd"] <= found["pivoted_qr"] * (1 + 1e-5), found
-    assert found["pivoted_qr"] < found["lupp"] < found["random"], found
-    assert found["lupp"] < 1.15 * found["pivoted_qr"], found
+    assert found["svd"] <= found["lupp"] * (1 + 1e-5), found
+    assert found["lupp"] < found["random"], found
+    assert found["lupp"] < 1.06 * found["pivoted_qr"], found
     # random is far worse only where the spectrum decays
     assert found["pivoted_qr"] < {0.5: 0.97, 1.0: 0.90, 2.0: 0.80}[power] * found["random"], found
 
