@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-
-@pytest.fixture
-def benchmark() -> ModuleType:
-    file = Path(__file__).parents[2] / "benchmarks" / "merge_memory.py"
-    spec = importlib.util.spec_from_file_location("merge_memory", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from benchmarks import merge as benchmark
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory from /proc")
-def test_peak_memory(benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # glibc keeps freed blocks below its sliding threshold (some 50 MB here); what is to be measured is what is in use.
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")
     base, adapter = benchmark.make_inputs(tmp_path, shards=9, matrices=16, width=1024, rank=64)

@@ -1,27 +1,35 @@
-"""Peak memory of the streaming merge on a synthetic base: one shard plus one matrix, however large the base.
+"""The streaming merge beside a copy of the base: time, and peak memory, however large the base.
 
-    python benchmarks/merge_memory.py [--shards 5] [--matrices 8] [--width 2048] [--rank 256]
+    python -m benchmarks.merge [--shards 4] [--matrices 7] [--width 4096] [--rank 256] [--threads N] [--rounds 3]
+        [--folder DIR] [--json FILE]
 
-Writes a bfloat16 base of ``shards x matrices`` square matrices (the defaults: 336 MB in shards of 67 MB) and a random
-adapter for all of them to a temporary folder, merges in a fresh process, and prints the growth of its peak resident
-memory over what the imported libraries take. The mapped shard counts in full, although the kernel may drop its pages at
-any time. Linux only.
+Writes a bfloat16 base of ``shards x matrices`` square matrices (the defaults: 940 MB in shards of 235 MB) and a random
+adapter for all of them to a temporary folder (below DIR, where given). Copy and merge take turns; both end with their files
+flushed to the disk (fsync), so that neither leaves its writing to the other. The merge computes U's product, rounds, and
+measures the rounding errors, as `merge_files` always does. Then one merge in a fresh process: the growth of its peak resident
+memory over what the imported libraries take; the mapped shard counts in full, although the kernel may drop its pages at any
+time. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.measure import spread, table, write_result
 from lightning_pmss.config import PMSSConfig
+from lightning_pmss.files import merge_files
 from lightning_pmss.files.adapter_file import CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE
 from lightning_pmss.files.shards import INDEX_FILE, shard_names
 from lightning_pmss.fingerprint import fingerprint
@@ -81,24 +89,54 @@ def peak_growth(base: Path, adapter: Path, output: Path) -> int:
     return int(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout)
 
 
+def copy(base: Path, output: Path) -> None:
+    """A plain copy, on the disk when it returns."""
+    shutil.copytree(base, output)
+    for file in output.iterdir():
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+
+
+def compare(base: Path, adapter: Path, folder: Path, rounds: int) -> dict[str, Any]:
+    """Seconds of copy and merge, in turn after one unmeasured round, and their ratio."""
+    ways = {"copy": lambda out: copy(base, out), "merge": lambda out: merge_files(base, adapter, out, progress=False)}
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds + 1):
+        for name, run in ways.items():
+            start = time.perf_counter()
+            run(folder / name)
+            found[name].append(time.perf_counter() - start)
+            shutil.rmtree(folder / name)
+    ratios = [merge / plain for plain, merge in zip(found["copy"][1:], found["merge"][1:], strict=True)]
+    return {**{name: spread(values[1:]) for name, values in found.items()}, "merge / copy": spread(ratios)}
+
+
 def main() -> None:
-    """Run and print one line of figures."""
+    """Run, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("shards", 5), ("matrices", 8), ("width", 2048), ("rank", 256)):
+    for name, default in (("shards", 4), ("matrices", 7), ("width", 4096), ("rank", 256)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    options = vars(parser.parse_args())
-    with tempfile.TemporaryDirectory() as temporary:
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: as many as torch takes by itself")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="where the temporary files go")
+    parser.add_argument("--json", type=Path, help="file to write")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    sizes = {name: getattr(options, name) for name in ("shards", "matrices", "width", "rank")}
+    with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
-        base, adapter = make_inputs(folder, **options)
-        start = time.perf_counter()
+        base, adapter = make_inputs(folder, **sizes)
+        times = compare(base, adapter, folder, options.rounds)
         grown = peak_growth(base, adapter, folder / "merged")
-        seconds = time.perf_counter() - start
         files = [file.stat().st_size for file in base.glob("*.safetensors")]
         adapter_size = (adapter / WEIGHTS_FILE).stat().st_size
-    matrix = 2 * options["width"] ** 2
-    print(f"base {sum(files) / 1e6:.0f} MB in {len(files)} shards of {max(files) / 1e6:.0f} MB")
-    print(f"matrix {matrix / 1e6:.1f} MB, adapter {adapter_size / 1e6:.1f} MB")
-    print(f"peak memory grew by {grown / 1e6:.0f} MB; {seconds:.1f} s with start-up")
+    print(table(["", "min", "median", "max", "n"], [(name, *values.values()) for name, values in times.items()]))
+    memory = {
+        "base": sum(files), "shard": max(files), "matrix": 2 * options.width**2, "adapter": adapter_size, "peak growth": grown,
+    }  # fmt: skip
+    print(table(["", "MB"], [(name, value / 1e6) for name, value in memory.items()]))
+    write_result(options.json, "merge", {**sizes, "seconds": times, "bytes": memory})
 
 
 if __name__ == "__main__":
