@@ -30,6 +30,7 @@ from lightning_pmss.edits import (
     compute_dtype,
     product,
 )
+from lightning_pmss.guard import refuse_training
 from lightning_pmss.weight_edit import LinearWeightEdit
 from lightning_pmss.whole import is_dtensor, whole, whole_shape
 
@@ -158,7 +159,7 @@ class PMSSLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.merged:
-            return super().forward(input)
+            return refuse_training(self, super().forward(input), self.core.weight)
         flat = input.reshape(-1, input.shape[-1])
         dtype = compute_dtype(flat)
         update = self.core_update()
