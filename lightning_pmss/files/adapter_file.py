@@ -146,7 +146,8 @@ def _read_config(file: Path) -> dict[str, Any]:
     found = config.get("format_version") if isinstance(config, dict) else None
     if not isinstance(found, int) or config.get("peft_type") != "PMSS":
         kind = f" (peft_type {config['peft_type']})" if isinstance(config, dict) and "peft_type" in config else ""
-        raise ValueError(f"{file} does not describe a PMSS adapter{kind}.")
+        other = " peft loads it: PeftModel.from_pretrained(base, folder)." if kind and "PMSS" not in kind else ""
+        raise ValueError(f"{file} does not describe a PMSS adapter{kind}.{other}")
     if found > FORMAT_VERSION:
         raise ValueError(
             f"{file} has format version {found}, and this lightning-pmss reads up to {FORMAT_VERSION}: upgrade it. "

@@ -139,7 +139,7 @@ def merged_tensor(weight: Tensor, module: AdapterModule, dtype: torch.dtype) -> 
     for start in range(0, canonical.shape[0], step):
         block = slice(start, start + step)
         update = columns[block] @ right
-        exact = canonical[block].to(wide).add_(update)
+        exact = canonical[block].to(wide, copy=True).add_(update)  # a copy: `weight` maps the base's file
         rounded = exact.to(dtype)
         view[block] = rounded
         sums.add(update, exact, rounded.to(wide, copy=True).sub_(exact))
