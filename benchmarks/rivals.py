@@ -147,6 +147,7 @@ RIVALS: dict[str, Callable[[nn.Module, Case], nn.Module]] = {
     "pmss keep": _ours(memory="keep"),
     "pmss regather": _ours(memory="regather"),
     "pmss spectral": _ours(coordinates="spectral"),
+    "pmss weight edit": _ours(edit="weight"),
     "naive": _naive,
     "lora equal rank": _peft(lambda peft, case: peft.LoraConfig(**_lora(case.rank))),
     "lora equal parameters": _peft(lambda peft, case: peft.LoraConfig(**_lora(case.lora_rank))),
