@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
@@ -31,7 +32,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
     fabric = Fabric(accelerator="auto", devices=1)
     fabric.seed_everything(0)
-    model = AutoModelForCausalLM.from_pretrained(options.model)
+    model: Any = AutoModelForCausalLM.from_pretrained(options.model)
     print(convert(model, PMSSConfig(rank=options.rank)))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=options.lr, weight_decay=0.0)
     model, optimizer = fabric.setup(model, optimizer)
@@ -40,6 +41,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     data.prepare_data()
     data.setup("fit")
     losses = []
+    batch: Any
     for batch in fabric.setup_dataloaders(data.train_dataloader()):
         loss = model(**{k: batch[k] for k in ("input_ids", "attention_mask", "labels")}).loss
         fabric.backward(loss)
@@ -48,8 +50,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         losses.append(loss.item())
     save_adapter(model.module, options.output, base=options.model, overwrite=True)
 
-    fresh = AutoModelForCausalLM.from_pretrained(options.model).to(fabric.device)
-    load_adapter(fresh, options.output)
+    fresh: Any = AutoModelForCausalLM.from_pretrained(options.model)
+    load_adapter(fresh.to(fabric.device), options.output)
     with torch.no_grad():
         trained, loaded = (
             float(m(**{k: batch[k] for k in ("input_ids", "attention_mask", "labels")}).loss) for m in (model, fresh)

@@ -35,7 +35,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     data = ArithmeticDataModule(options.model, train_size=8 * options.steps, val_size=16, test_size=8, batch_size=8)
     data.prepare_data()
     data.setup("fit")
-    train, evaluation = data.train_dataloader(), data.val_dataloader()
+    train: Any = data.train_dataloader()
+    evaluation: Any = data.val_dataloader()
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch = train.collate_fn(rows)

@@ -6,6 +6,7 @@ python examples/inference.py --base MODEL_DIR --adapter ADAPTER_DIR --prompt "Qu
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
@@ -21,7 +22,7 @@ def main(arguments: list[str] | None = None) -> dict[str, str]:
     parser.add_argument("--max-new-tokens", type=int, default=48)
     options = parser.parse_args(arguments)
 
-    model = AutoModelForCausalLM.from_pretrained(options.base)
+    model: Any = AutoModelForCausalLM.from_pretrained(options.base)
     load_adapter(model, options.adapter)
     model.eval()
 

@@ -77,6 +77,6 @@ def main(args: Sequence[str] | None = None) -> Any:
     name, *rest = given
     try:
         return TOOLS[name][0](rest)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ModuleNotFoundError) as error:
         print(f"{PROGRAM} {name}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

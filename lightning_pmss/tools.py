@@ -1,7 +1,7 @@
 """The tools beside Lightning's commands, ``python -m lightning_pmss merge ...``, each with a parser of its own.
 
-A tool takes its part of the command line. It says what is wrong by ValueError or OSError, which `cli.main` turns into one
-line and exit code 2. Each imports what it needs when it is called, so that ``--help`` is quick.
+A tool takes its part of the command line. It says what is wrong by ValueError, OSError or ModuleNotFoundError, which
+`cli.main` turns into one line and exit code 2. Each imports what it needs when it is called, so that ``--help`` is quick.
 """
 
 from __future__ import annotations
@@ -136,11 +136,28 @@ def _inspect(args: Sequence[str]) -> None:
     print(json.dumps(found.to_dict(), indent=2) if given.json else found)
 
 
+def _report(args: Sequence[str]) -> None:
+    from lightning_pmss.run_report import write_report
+
+    parser = _parser("report")
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="log folder of a run, such as runs/quickstart/version_0")
+    parser.add_argument("--output", metavar="FILE", help="page to write (default: report.html in the run's folder)")
+    parser.add_argument(
+        "--base", metavar="MODEL_DIR", help="folder of the base model (default: the adapter's, if here)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the page if it exists")
+    print(f"written: {write_report(**vars(parser.parse_args(args)))}")
+
+
 TOOLS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "select": (_select, "select rows and columns of a model on disk, matrix by matrix, into a skeleton file"),
     "merge": (_merge, "write base + adapter as a plain model folder, shard by shard"),
     "export": (_export, "write an adapter as a LoRA that peft loads onto the base, without approximation"),
     "inspect": (_inspect, "what an adapter changes, layer by layer: norms, effective ranks, singular values"),
+    "report": (
+        _report,
+        "one self-contained HTML page of a run: curves, the update by layer, spectra, scores, settings",
+    ),
     "estimate": (_estimate, "memory per device, host memory and file sizes of a run, from config.json alone"),
     "compare": (_compare, "two predictions files: bootstrap interval of the difference, McNemar's exact test"),
 }
