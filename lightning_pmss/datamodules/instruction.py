@@ -122,14 +122,9 @@ class InstructionDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         owner = type(self).__name__
-        for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2), ("seed", seed, 0)):
-            check_int(owner, name, value, least)
-        for name, value, least in (
-            ("val_size", val_size, 0),
-            ("num_workers", num_workers, 0),
-            ("num_shots", num_shots, 0),
-        ):
-            check_int(owner, name, value, least)
+        sizes = {"batch_size": batch_size, "max_length": max_length, "seed": seed, "val_size": val_size}
+        for name, value in (sizes | {"num_workers": num_workers, "num_shots": num_shots}).items():
+            check_int(owner, name, value, {"batch_size": 1, "max_length": 2}.get(name, 0))
         limits = {"train_limit": train_limit, "val_limit": val_limit, "test_limit": test_limit}
         for name, limit in {"eval_batch_size": eval_batch_size, **limits}.items():
             check_int(owner, name, limit, 1, optional=True)
