@@ -24,7 +24,7 @@ from dense import (
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_pmss.edits import InputEdit, OutputEdit
+from lightning_pmss.edits import InputEdit, LinearInputEdit, LinearOutputEdit, OutputEdit
 from lightning_pmss.layers import PMSSLinear, coordinate_frame
 
 SHAPES = {  # (out, in), rank
@@ -163,6 +163,60 @@ def test_gradcheck(function: Any, keep: bool, transposed: bool, masked: bool) ->
     assert torch.autograd.gradcheck(run, (tokens, u))
     assert torch.autograd.gradcheck(lambda u: run(tokens.detach(), u), (u,))
     assert torch.autograd.gradcheck(lambda tokens: run(tokens, u.detach()), (tokens,))
+
+
+@pytest.mark.parametrize("trained", ["x", "u", "bias", "x u", "x u bias"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("function", [LinearInputEdit, LinearOutputEdit])
+def test_gradcheck_with_the_base_product(
+    function: Any, keep: bool, transposed: bool, masked: bool, trained: str
+) -> None:
+    weight = random_like(5, 7) if transposed else random_like(7, 5)
+    rows, cols = torch.tensor([5, 0, 2]), torch.tensor([4, 1])
+    mask = (random_like(6, 3, seed=9) > 0).double() * 2 if masked else None
+    parts = {"x": random_like(6, 5), "u": random_like(2, 3), "bias": random_like(7)}
+    parts = {k: t.requires_grad_(k in trained.split()) for k, t in parts.items()}
+
+    def run(x: Tensor, u: Tensor, bias: Tensor) -> Tensor:
+        result: Tensor = function.apply(x, weight, bias, u, rows, cols, mask, keep, transposed)
+        return result
+
+    assert torch.autograd.gradcheck(run, tuple(parts.values()))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_base_with_a_forward_of_its_own_gives_the_same(edit: str, memory: str, dropout: float) -> None:
+    """The edits around a black box against those that hold the product themselves."""
+
+    class Own(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input)
+
+    found = []
+    for kind in (nn.Linear, Own):
+        base = kind(12, 12, bias=False, dtype=torch.float64).requires_grad_(False)
+        base.weight.copy_(random_like(12, 12))
+        layer = adopted(base, 4, edit=edit, memory=memory, dropout=dropout)
+        with torch.no_grad():
+            layer.core.weight.copy_(random_like(4, 4, seed=5))
+        torch.manual_seed(3)
+        found.append(_run(layer, random_like(2, 5, 12).requires_grad_(), random_like(2, 5, 12, seed=4)))
+    _assert_equal(found[1], found[0], 1e-13)
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_that_is_trained_too_gets_its_gradient(kind: str, edit: str) -> None:
+    """That of the base product; the slices are taken as constants."""
+    layer = pmss_layer(kind, edit=edit)
+    layer.weight.requires_grad_(True)
+    layer(random_like(5, 10)).sum().backward()
+    assert layer.weight.grad is not None
+    assert torch.count_nonzero(layer.weight.grad) > 0
 
 
 @pytest.mark.parametrize("edit", EDITS)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from dense import COORDINATES, EDITS, KINDS, base_layer, pmss_layer, random_like
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 TOKENS = 50
 
@@ -77,6 +81,35 @@ def test_no_float32_copy_of_the_activations_in_a_bfloat16_model(edit: str, autoc
     for tensor in _saved(nn.Sequential(*layers), x, autocast):
         if tensor.dtype == torch.float32:
             assert tensor.numel() <= 4 * 48, f"float32 {tuple(tensor.shape)} is kept"
+
+
+@pytest.mark.parametrize("memory", ["keep", "regather"])
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_operation_of_a_bfloat16_layer_upcasts_what_tokens_are_many_of(kind: str, edit: str, memory: str) -> None:
+    """Every tensor that any operation of a step makes, forward and backward, saved or not."""
+
+    class Watch(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[tuple[str, tuple[int, ...], torch.dtype]] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+            self.seen += [(str(func), tuple(t.shape), t.dtype) for t in made]
+            return result
+
+    layer = pmss_layer(kind, out=48, inp=36, rank=4, dtype=torch.bfloat16, edit=edit, memory=memory)
+    x = random_like(TOKENS, 36, dtype=torch.bfloat16).requires_grad_()
+    loss = random_like(TOKENS, 48, dtype=torch.bfloat16)
+    with Watch() as watch:
+        layer(x).backward(loss)
+    per_token = [(name, dtype) for name, shape, dtype in watch.seen if TOKENS in shape]
+    assert len(per_token) > 8
+    assert not [name for name, dtype in per_token if dtype != torch.bfloat16]
+    # nothing of the weight's size is made but the product's operand, which is a view of it
+    assert not [name for name, shape, _ in watch.seen if sorted(shape) == [36, 48] and "aten.t" not in name]
 
 
 def test_dropout_keeps_its_mask_and_nothing_else() -> None:
