@@ -11,6 +11,8 @@ from dense import EDITS, MEMORIES, pmss_layer, random_like, relative
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from lightning_pmss import PMSSConfig, convert
+
 
 def _model(kind: str, edit: str, memory: str = "keep", dropout: float = 0.0, **more: Any) -> nn.Sequential:
     layers = [
@@ -69,6 +71,35 @@ def test_steps_equal_eager_without_recompiling(edit: str, memory: str, dropout: 
 def test_other_coordinates_and_layouts(kind: str, coordinates: str) -> None:
     model = _model(kind, "output", coordinates=coordinates)
     _compare(model, random_like(5, 12, dtype=torch.float32), "aot_eager", 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("edit", ["auto", "weight"])
+def test_llama_blocks_in_one_graph(edit: str) -> None:
+    """All seven linear layers of two blocks, no graph break, one compilation over steps of an optimizer."""
+    from transformers import LlamaConfig, LlamaModel
+
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=8, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    model = LlamaModel(config)
+    assert len(convert(model, PMSSConfig(rank=4, edit=edit)).layers) == 14
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda x: model(inputs_embeds=x).last_hidden_state, fullgraph=True, backend=counter)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    for seed in range(3):
+        x = random_like(2, 6, 32, dtype=torch.float32, seed=seed).requires_grad_()
+        found = torch.autograd.grad(compiled(x).square().sum(), [x, *trained])
+        expected = torch.autograd.grad(model(inputs_embeds=x).last_hidden_state.square().sum(), [x, *trained])
+        assert max(relative(a, b) for a, b in zip(found, expected, strict=True)) < 1e-4
+        for parameter, grad in zip(trained, found[1:], strict=True):
+            parameter.grad = grad
+        optimizer.step()
+    assert counter.frame_count == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert not torch._dynamo.utils.counters["recompiles"]
 
 
 @pytest.mark.parametrize("edit", EDITS)
