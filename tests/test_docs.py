@@ -84,3 +84,15 @@ def test_quoted_messages_are_in_the_source() -> None:
     assert len(quoted) > 20
     for message in quoted:
         assert re.sub(r"\s+", " ", message) in joined, message
+
+
+def test_capability_table_is_what_the_probes_find() -> None:
+    pytest.importorskip("peft", reason="the table compares with peft")
+    from benchmarks.capabilities import METHODS, PROBES, run
+
+    page = (ROOT / "docs" / "capabilities.md").read_text(encoding="utf-8")
+    cells = dict(re.findall(r"^\| (.+?) \| (.+) \|$", page, re.MULTILINE))
+    for probes in PROBES.values():
+        for name, probe in probes.items():
+            found = ["yes" if run(probe, method) else "-" for method in METHODS.values()]
+            assert cells[name].split(" | ") == found, name
