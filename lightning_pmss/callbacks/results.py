@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_pmss.callbacks.facts import run_facts
 from lightning_pmss.files import merge_files, save_adapter, write_merged
 from lightning_pmss.files.atomic import check_target
 from lightning_pmss.targets import hugging_face_root
@@ -26,7 +27,7 @@ def write_results(trainer: L.Trainer, module: L.LightningModule, adapter: Path |
     report: Any = None
     sharded, first = is_sharded(module), trainer.is_global_zero
     if adapter is not None and (sharded or first):
-        save_adapter(module, adapter, overwrite=True)
+        save_adapter(module, adapter, overwrite=True, run=run_facts(trainer, module))
     if merged is not None:
         base = base_folder(module) if sharded and adapter is not None else None
         if base is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_pmss.config import PMSSConfig
 from lightning_pmss.conversion import conversion_of, convert, pmss_layers
+from lightning_pmss.files.adapter_card import CARD_FILE, adapter_card
 from lightning_pmss.files.adapter_file import (
     CONFIG_FILE,
     FORMAT_VERSION,
@@ -43,8 +44,9 @@ def save_adapter(
     base: str | None = None,
     revision: str | None = None,
     overwrite: bool = False,
+    run: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write the adapter of a converted model; a sharded one on every rank, of which rank 0 writes.
+    """Write the adapter of a converted model, and a model card; a sharded one on every rank, of which rank 0 writes.
 
     Args:
         model: converted by `convert` or the callback; merged or not.
@@ -52,6 +54,7 @@ def save_adapter(
         base: id or path of the base model; default: what the Hugging Face model knows of itself.
         revision: commit of the base; default likewise.
         overwrite: replace an earlier adapter of this library.
+        run: what is known of the training, for the card: section -> text, or name -> number or text.
 
     Returns:
         The folder.
@@ -106,7 +109,7 @@ def save_adapter(
     known = getattr(hugging_face_root(model)[0], "config", None)
     config = {
         "written_by": WRITTEN_BY,
-        "files": [CONFIG_FILE, WEIGHTS_FILE],
+        "files": [CARD_FILE, CONFIG_FILE, WEIGHTS_FILE],
         "format_version": FORMAT_VERSION,
         "peft_type": "PMSS",  # so that peft says at once that this is none of its own
         "base_model_name_or_path": base or getattr(known, "_name_or_path", None) or None,
@@ -120,6 +123,7 @@ def save_adapter(
     with atomic_folder(target, overwrite=overwrite) as temporary:
         save_tensors(tensors, temporary / WEIGHTS_FILE)
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (temporary / CARD_FILE).write_text(adapter_card(config, run), encoding="utf-8")
     return target
 
 

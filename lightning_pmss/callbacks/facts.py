@@ -1,0 +1,27 @@
+"""What a run knows of itself, for the model card beside its adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+
+
+def run_facts(trainer: L.Trainer, module: L.LightningModule) -> dict[str, dict[str, Any]]:
+    """Sections of a model card: how it was trained, and the last value of each metric; the same on every rank."""
+    data: Any = getattr(trainer, "datamodule", None)
+    training: dict[str, Any] = {"module": type(module).__name__}
+    if data is not None:
+        training["data"] = type(data).__name__
+        training |= {name: getattr(data, name) for name in ("path", "prompt_style") if getattr(data, name, None)}
+    training["optimizer steps"] = trainer.global_step
+    if trainer.optimizers:
+        optimizer = trainer.optimizers[0]
+        group = optimizer.param_groups[0]
+        training["optimizer"] = type(getattr(optimizer, "optimizer", optimizer)).__name__
+        # With a schedule the rate has fallen by now; the schedule keeps the one it began with.
+        training["learning rate"] = group.get("initial_lr", group.get("lr"))
+    training["precision"] = str(trainer.precision)
+    training["strategy"] = f"{type(trainer.strategy).__name__}, {trainer.world_size} processes"
+    figures = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith("pmss/")}
+    return {"Training": training} | ({"Figures, last logged": figures} if figures else {})

@@ -1,0 +1,105 @@
+"""The model card of an adapter folder, in the form of the hub's: what it is, how it was made, how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CARD_FILE = "README.md"
+
+
+def adapter_card(config: Mapping[str, Any], run: Mapping[str, Any] | None = None) -> str:
+    """The card's text.
+
+    Args:
+        config: What ``adapter_config.json`` holds.
+        run: What is known of the training, printed as it comes: name -> number, text, or mapping of these.
+    """
+    base = config["base_model_name_or_path"]
+    revision = config["revision"]
+    front: dict[str, Any] = {"library_name": "lightning-pmss", "tags": ["pmss", "lightning"]}
+    if base and _is_hub_id(base):  # a path is no id, and the hub refuses a card that names one
+        front["base_model"] = base
+        front["tags"].append(f"base_model:adapter:{base}")
+    if licence := _licence(base):
+        front["license"] = licence
+    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", "# PMSS adapter", ""]
+    lines += [
+        "`W' = W + C (s U) R`: C and R are columns and rows of the base's own weights, stored as indices; U was trained"
+        " (PMSS, arXiv 2409.16722, with lightning-pmss). It means nothing on other weights, and loading on them is refused.",
+        "",
+        f"- Base: {base or 'not recorded'}{f', revision {revision}' if revision else ''}, unmerged.",
+        f"- Licence of the base: {licence or 'not found in its folder; see its page'}.",
+        f"- {_options(config)}",
+        f"- Versions: {', '.join(f'{name} {version}' for name, version in config['versions'].items())}.",
+        "",
+        "## Load",
+        "",
+        "```python",
+        *_load(config),
+        "```",
+        "",
+        "`python -m lightning_pmss merge --base BASE --adapter THIS_FOLDER --output MERGED` writes a plain model;"
+        " `export --format peft` writes a LoRA for peft and vLLM.",
+    ]
+    for title, facts in (run or {}).items():
+        lines += ["", f"## {title}", ""]
+        lines += (
+            [f"- {name}: {_value(value)}" for name, value in facts.items()] if isinstance(facts, Mapping) else [facts]
+        )
+    return "\n".join([*lines, ""])
+
+
+def _options(config: Mapping[str, Any]) -> str:
+    options = config["config"]
+    modules = config["modules"]
+    kinds = sorted({name.rsplit(".", 1)[-1] for name in modules})
+    ranks = sorted({str(module["rank"]) for module in modules.values()}, key=len)
+    trained = f"; trained in full: {', '.join(config['also_train'])}" if config["also_train"] else ""
+    return (
+        f"{len(modules)} layers ({', '.join(kinds)}), rank {', '.join(ranks)}, selection {options['selection']},"
+        f" {options['coordinates']} coordinates, scale {options['scale']}{trained}."
+    )
+
+
+def _load(config: Mapping[str, Any]) -> list[str]:
+    module, _, name = (config.get("model_class") or "").rpartition(".")
+    base = config["base_model_name_or_path"] or "BASE"
+    if module.startswith("transformers."):
+        revision = f", revision={config['revision']!r}" if config["revision"] else ""
+        made = [f"from transformers import {name}", "from lightning_pmss import load_adapter", ""]
+        made.append(f'model = {name}.from_pretrained("{base}"{revision})')
+    else:
+        made = [
+            "from lightning_pmss import load_adapter",
+            "",
+            f"model = ...  # the {name or 'model'} it was trained on",
+        ]
+    return [*made, 'load_adapter(model, "THIS_FOLDER")']
+
+
+def _licence(base: str | None) -> str | None:
+    """What the front matter of the base's own card says, where the base is a folder here."""
+    card = Path(base).expanduser() / CARD_FILE if base else None
+    if card is None or not card.is_file():
+        return None
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return None
+    try:
+        front = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return None
+    found = front.get("license") if isinstance(front, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def _value(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
