@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.break_even import break_even
+from benchmarks.break_even import table as break_even_table
 from benchmarks.machine import machine, spread, write_json
 from benchmarks.rivals import RIVALS, Case, blocks, build, run, trained
-from lightning_pmss import PMSSConfig, convert
 from lightning_pmss.selection import select_skeleton
 
 GPU_CASES = (
@@ -147,34 +148,6 @@ def _step(call: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor, grad: T
     return step
 
 
-def break_even(device: str, clock: Clock, *, widths: Sequence[int], rank: int, multiples: Sequence[float]) -> list[Any]:
-    """Weight edit beside the thin one on single float32 layers, at multiples of the layer's width in tokens."""
-    rows = []
-    for width in widths:
-        if not clock.enough(20, f"weight edit at width {width}"):
-            continue
-        layers: dict[str, nn.Module] = {}
-        for edit in ("frozen", "auto", "weight"):
-            layers[edit] = nn.Sequential(nn.Linear(width, width, bias=False, device=device)).requires_grad_(False)
-            if edit != "frozen":
-                convert(layers[edit], PMSSConfig(rank=min(rank, width // 4), selection="random", edit=edit))
-        for multiple in multiples:
-            x = torch.randn(int(multiple * width), width, device=device)
-            steps = {name: _step(layer, layer, x, torch.randn_like(x)) for name, layer in layers.items()}
-            taken: dict[str, list[float]] = {name: [] for name in steps}
-            for number in range(8):
-                for name, step in steps.items():
-                    ms = timed(step, device)[0]
-                    taken[name] += [ms] if number > 1 else []
-            over = {
-                name: spread([a / b for a, b in zip(taken[name], taken["frozen"], strict=True)])
-                for name in ("auto", "weight")
-            }
-            rows.append({"width": width, "rank": min(rank, width // 4), "tokens": len(x), "over frozen": over})
-        free()
-    return rows
-
-
 def selection(device: str, clock: Clock, *, hidden: int, layers: int, rank: int) -> dict[str, Any] | None:
     """Seconds to select rows and columns of all matrices of a model; the weights of one block stand for all."""
     if not clock.enough(30 if device == "cuda" else 0, "selection"):
@@ -258,8 +231,19 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         found["selection"] = selection(device, clock, **sizes)
         free()
     if "weight_edit" in options.sections:
-        widths, multiples = ((1024, 2048, 4096), (1, 2, 4, 8)) if gpu else ((64,), (1, 2))
-        found["weight_edit"] = break_even(device, clock, widths=widths, rank=256, multiples=multiples)
+        shapes = [(w, w) for w in (1024, 2048, 4096)] if gpu else [(64, 64)]
+        for shape in shapes:
+            if clock.enough(20 if gpu else 0, f"weight edit at width {shape[0]}"):
+                rows = break_even(
+                    [shape],
+                    [256] if gpu else [16],
+                    (1, 2, 4, 8) if gpu else (1, 2),
+                    device=device,
+                    rounds=6,
+                    clock=lambda step: timed(step, device)[0],
+                )
+                found.setdefault("weight_edit", []).extend(rows)
+        print(break_even_table(found.get("weight_edit", [])), end="\n\n", flush=True)
         free()
     if "whole" in options.sections:
         case = replace(cases[0], layers=32, batch=1, length=4096) if gpu else cases[0]
