@@ -96,7 +96,7 @@ def _sketch(matrix: Scaled, rank: int, generator: torch.Generator, oversample: i
     weights of a trained model its pivots left up to 5 % more of W than those of pivoted QR, these up to 2 %.
     """
     m, n = matrix.weight.shape
-    width = min(rank + rank // 4 + oversample, m, n)
+    width = min(rank + max(rank // 4, min(rank // 2, 64)) + oversample, m, n)
     if width == m:
         return matrix.whole()
     if width == n:  # G would change nothing
@@ -217,7 +217,7 @@ def select_skeleton(
         selection: A name in ``SELECTORS``.
         row_mode: ``"independent"`` chooses rows as the columns of ``W^T``; ``"nested"`` (the classical skeleton of
             Goreinov, Tyrtyshnikov and Zamarashkin) as the columns of ``C^T`` with ``C = W[:, cols]``.
-        oversample: Extra rows of the sketch of ``lupp``, beside a quarter of the rank.
+        oversample: Extra rows of the sketch of ``lupp``, beside a quarter to a half of the rank.
         seed: With ``name``, the only source of randomness: the global random state is neither read nor changed.
         name: The module's name: layers of one shape get different random draws, and errors can say where.
 

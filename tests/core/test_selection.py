@@ -258,8 +258,8 @@ def test_on_the_weights_of_a_trained_model(shared: Path) -> None:
     shares = []
     for key, weight in weights.items():
         found = _residuals(weight, 16)
-        assert found["svd"] <= found["pivoted_qr"] < found["lupp"], (key, found)
-        assert found["lupp"] < 1.12 * found["pivoted_qr"], (key, found)
+        assert found["svd"] <= min(found["pivoted_qr"], found["lupp"]), (key, found)
+        assert found["lupp"] < 1.03 * found["pivoted_qr"], (key, found)
         shares.append(found["lupp"] / found["random"])
     assert max(shares) < 1.005, shares
     assert sum(shares) / len(shares) < 0.97, shares
