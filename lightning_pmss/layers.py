@@ -59,6 +59,7 @@ class PMSSLinear(nn.Module):
         on_trust: Converted without its weight, so that nobody has compared it with the fingerprint yet.
         edit: ``"input"``, ``"output"`` or ``"weight"``.
         transposed: Whether ``weight`` is stored ``[in, out]``.
+        disabled: Whether the layer runs as the base does (see `lightning_pmss.adapters.disable_adapter`).
     """
 
     weight: nn.Parameter
@@ -76,6 +77,7 @@ class PMSSLinear(nn.Module):
     pristine: Tensor | None
     waiting: tuple[Tensor, Tensor] | None
     on_trust: bool
+    disabled: bool = False
 
     @staticmethod
     def adopt(
@@ -158,6 +160,8 @@ class PMSSLinear(nn.Module):
             self.waiting = None
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.disabled:
+            return super().forward(input)
         if self.merged:
             return refuse_training(self, super().forward(input), self.core.weight)
         flat = input.reshape(-1, input.shape[-1])

@@ -143,7 +143,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Conversion
             otherwise. The message names file and modules.
     """
     adapter = read_adapter(folder)
-    config = _pmss_config(adapter)
+    config = pmss_config(adapter)
     modules = canonical_modules(model)
     report = conversion_of(model)
     if merged := [name for name, layer in pmss_layers(model).items() if layer.merged]:
@@ -153,10 +153,10 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Conversion
         wanted = set(find_targets(model, config, modules, also_train)[0])
     else:
         also_train, wanted = report.also_train, set(pmss_layers(model))
-    _check_modules(adapter, modules, wanted, converted=report is not None)
-    _check_base(adapter, modules, type(model).__name__)
+    check_modules(adapter, modules, wanted, converted=report is not None)
+    check_base(adapter, modules, type(model).__name__)
     places = tensors_of(also_train, modules)
-    _check_also_train(adapter, places)
+    check_also_train(adapter, places)
 
     if report is None:
         layers = {name: SkeletonLayer(stored.rows, stored.cols) for name, stored in adapter.modules.items()}
@@ -170,7 +170,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Conversion
     return report
 
 
-def _pmss_config(adapter: AdapterFile) -> PMSSConfig:
+def pmss_config(adapter: AdapterFile) -> PMSSConfig:
+    """The options that the adapter was made with."""
     try:
         return PMSSConfig(**adapter.config)
     except (TypeError, ValueError) as error:
@@ -178,9 +179,7 @@ def _pmss_config(adapter: AdapterFile) -> PMSSConfig:
         raise ValueError(f"{file}: its PMSS options do not fit this version ({error}).") from error
 
 
-def _check_modules(
-    adapter: AdapterFile, modules: Mapping[str, nn.Module], wanted: set[str], *, converted: bool
-) -> None:
+def check_modules(adapter: AdapterFile, modules: Mapping[str, nn.Module], wanted: set[str], *, converted: bool) -> None:
     """The adapter's layers and the model's (converted, or about to be) must be the same ones, shape by shape."""
     folder = adapter.folder
     if absent := [name for name in adapter.modules if name not in modules]:
@@ -203,8 +202,7 @@ def _check_modules(
         differ = [
             name
             for name, stored in adapter.modules.items()
-            if isinstance(layer := modules[name], PMSSLinear)
-            and not (torch.equal(layer.rows.cpu(), stored.rows) and torch.equal(layer.cols.cpu(), stored.cols))
+            if isinstance(layer := modules[name], PMSSLinear) and not _same_indices(layer, stored)
         ]
         if more or less or differ:
             raise ValueError(
@@ -218,17 +216,25 @@ def _check_modules(
         )
 
 
-def _check_base(adapter: AdapterFile, modules: Mapping[str, nn.Module], model: str) -> None:
+def _same_indices(layer: PMSSLinear, stored: AdapterModule) -> bool:
+    return torch.equal(layer.rows.cpu(), stored.rows) and torch.equal(layer.cols.cpu(), stored.cols)
+
+
+def check_base(adapter: AdapterFile, modules: Mapping[str, nn.Module], model: str) -> None:
+    """Refuse a base whose rows and columns are not those the adapter was trained on."""
     wrong = []
     for name, stored in adapter.modules.items():
         layer = modules[name]
-        if isinstance(layer, PMSSLinear):
-            rows, columns = layer.weight_rows(), layer.weight_columns()
+        if isinstance(layer, PMSSLinear) and _same_indices(layer, stored):
+            rows, columns = layer.slices()
         else:
             weight: Tensor = layer.weight  # type: ignore[assignment]
             if weight.is_meta:
                 raise ValueError(f"{name} is on the meta device; load the base's weights before {adapter.folder}.")
-            canonical = weight.detach().T if is_transposed(layer) else weight.detach()
+            if isinstance(layer, PMSSLinear):
+                canonical = layer.base_weight()
+            else:
+                canonical = weight.detach().T if is_transposed(layer) else weight.detach()
             rows = canonical[stored.rows.to(weight.device)]
             columns = canonical[:, stored.cols.to(weight.device)]
         if not same_base(stored.fingerprint, rows, columns):
@@ -237,7 +243,8 @@ def _check_base(adapter: AdapterFile, modules: Mapping[str, nn.Module], model: s
         raise ValueError(adapter.wrong_base(wrong, f"the given {model}"))
 
 
-def _check_also_train(adapter: AdapterFile, places: Mapping[str, Tensor]) -> None:
+def check_also_train(adapter: AdapterFile, places: Mapping[str, Tensor]) -> None:
+    """The tensors of modules trained in full must be the same ones, shape by shape."""
     lost, foreign = sorted(set(places) - set(adapter.also_train)), sorted(set(adapter.also_train) - set(places))
     if lost or foreign:
         says = [f"lacks {few(lost)}"] if lost else []

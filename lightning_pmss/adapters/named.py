@@ -1,0 +1,241 @@
+"""Put several adapters on one base, switch between them, leave them out, and forget them."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from lightning_pmss.adapters.bank import (
+    Bank,
+    NamedAdapter,
+    attach,
+    bank_of,
+    fill,
+    find_bank,
+    put,
+    refuse_disabled,
+    refuse_merged,
+    refuse_unknown,
+    refuse_used,
+    take,
+)
+from lightning_pmss.adapters.states import LayerState, Update, layer_state
+from lightning_pmss.config import PMSSConfig
+from lightning_pmss.conversion import conversion_of, convert, pmss_layers
+from lightning_pmss.files.adapter import check_also_train, check_base, check_modules, pmss_config, tensors_of
+from lightning_pmss.files.adapter_file import AdapterFile, read_adapter
+from lightning_pmss.layers import PMSSLinear, canonical_shape, is_transposed
+from lightning_pmss.messages import some
+from lightning_pmss.report import ConversionReport
+from lightning_pmss.skeleton import Skeleton, SkeletonLayer
+from lightning_pmss.targets import canonical_modules, match_modules
+
+_AT_ONCE = "Load all adapters at once into a fresh model: load_adapters(model, {'name': folder, ...})."
+
+
+def load_adapters(
+    model: nn.Module, folders: Mapping[str, str | os.PathLike[str]], *, rank: int | None = None
+) -> ConversionReport:
+    """Convert a model for several adapters at once and make the first one active.
+
+    Every layer of any of them is converted, at the largest rank that any of them has there.
+
+    Args:
+        model: Not converted yet.
+        folders: Adapter folders by the names they are to have.
+        rank: Room for adapters of up to this rank, added or combined later; clipped to each layer.
+
+    Returns:
+        The report of the conversion.
+
+    Raises:
+        FileNotFoundError: A folder or file is missing.
+        ValueError: No folder, a model that is converted already, or what `load_adapter` refuses, of any of them.
+    """
+    if not folders:
+        raise ValueError("no adapters given: load_adapters(model, {'name': folder, ...}).")
+    if conversion_of(model) is not None:
+        raise ValueError("the model is converted already: add_adapter(model, name, folder), or build a fresh model.")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rank={rank!r} is not a rank; type a whole number of at least 1.")
+    modules = canonical_modules(model)
+    read = {name: read_adapter(folder) for name, folder in folders.items()}
+    configs = {name: pmss_config(adapter) for name, adapter in read.items()}
+    also: dict[str, list[str]] = {}
+    for name, adapter in read.items():
+        also[name] = match_modules(configs[name].also_train, modules, "also_train")
+        check_modules(adapter, modules, set(adapter.modules), converted=False)
+        check_base(adapter, modules, type(model).__name__)
+        check_also_train(adapter, tensors_of(also[name], modules))
+    sizes: dict[str, int] = {}
+    for adapter in read.values():
+        for name, stored in adapter.modules.items():
+            sizes[name] = max(sizes.get(name, 0), rank or 0, *stored.U.shape)
+    sizes = {name: min(sizes[name], *canonical_shape(modules[name])) for name in modules if name in sizes}
+    config = _config(
+        next(iter(configs.values())), sizes, sorted({module for names in also.values() for module in names})
+    )
+    states = {
+        name: NamedAdapter(_states(adapter, modules, sizes, config), dict(adapter.also_train))
+        for name, adapter in read.items()
+    }
+    first: dict[str, LayerState] = {}
+    for named in states.values():  # copies: the live layers keep the tensors they are made of
+        first |= {n: copy.deepcopy(state) for n, state in named.layers.items() if n not in first}
+    skeleton = Skeleton(
+        {name: SkeletonLayer(state.rows, state.cols, state.frame) for name, state in first.items()}, config.coordinates
+    )
+    report = convert(model, config, skeleton=skeleton)
+    base = {key: value.detach().clone() for key, value in tensors_of(report.also_train, modules).items()}
+    active = next(iter(states))
+    bank = Bank(states, base, active)
+    attach(model, bank)
+    put(model, bank, active)
+    return report
+
+
+def add_adapter(model: nn.Module, name: str, folder: str | os.PathLike[str]) -> None:
+    """Add an adapter from its folder; the active one stays active.
+
+    Args:
+        model: Of `load_adapters`.
+        name: Not in use yet.
+        folder: Its layers must be among the converted ones, its ranks no larger than theirs.
+
+    Raises:
+        FileNotFoundError: The folder or a file of it is missing.
+        ValueError: A name in use, layers or ranks that do not fit, or what `load_adapter` refuses.
+    """
+    bank = bank_of(model)
+    refuse_used(bank, name)
+    adapter = read_adapter(folder)
+    modules, layers = canonical_modules(model), pmss_layers(model)
+    check_modules(adapter, modules, set(adapter.modules), converted=False)
+    if more := sorted(set(adapter.modules) - set(layers)):
+        raise ValueError(f"{adapter.folder} has layers that are not converted: {some(more)}. {_AT_ONCE}")
+    sizes = {n: len(layer.rows) for n, layer in layers.items()}
+    if wide := [n for n, m in adapter.modules.items() if max(m.U.shape) > sizes[n]]:
+        ranks = f"{max(max(adapter.modules[n].U.shape) for n in wide)}"
+        raise ValueError(
+            f"{adapter.folder} has a larger rank than {some(wide)} here. {_AT_ONCE} Or give rank={ranks} there."
+        )
+    if strange := sorted(set(adapter.also_train) - set(bank.base)):
+        raise ValueError(f"{adapter.folder} has {some(strange)} trained in full, which no adapter here has. {_AT_ONCE}")
+    check_base(adapter, modules, type(model).__name__)
+    report = conversion_of(model)
+    assert report is not None
+    for key, value in adapter.also_train.items():
+        if value.shape != bank.base[key].shape:
+            raise ValueError(f"{adapter.folder}: {key} is {list(value.shape)}, here {list(bank.base[key].shape)}.")
+    bank.adapters[name] = NamedAdapter(_states(adapter, modules, sizes, report.config), dict(adapter.also_train))
+
+
+def set_adapter(model: nn.Module, name: str) -> None:
+    """Make an adapter the active one; what was trained of the one before is kept under its name.
+
+    Nothing changes but the values of small tensors: a compiled model is not compiled again. An optimizer's state belongs to
+    the adapter it was made for.
+
+    Raises:
+        ValueError: An unknown name, or a merged model.
+    """
+    bank = bank_of(model)
+    refuse_unknown(bank, name)
+    refuse_merged(model)
+    refuse_disabled(model)
+    take(model, bank)
+    put(model, bank, name)
+
+
+def active_adapter(model: nn.Module) -> str:
+    """The name of the active adapter."""
+    return bank_of(model).active
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of all adapters."""
+    return list(bank_of(model).adapters)
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Forget an adapter, which must not be the active one.
+
+    Raises:
+        ValueError: An unknown name, or the active adapter's.
+    """
+    bank = bank_of(model)
+    refuse_unknown(bank, name)
+    if name == bank.active:
+        raise ValueError(f"{name!r} is the active adapter; call set_adapter(model, ...) with another one first.")
+    del bank.adapters[name]
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """Run a block with the base alone, bit for bit: ``with disable_adapter(model): ...``.
+
+    The layers take the base's own path, and modules trained in full hold the base's values. Works on any converted model;
+    one with modules trained in full must come from `load_adapters`, which keeps the base's values.
+
+    Raises:
+        ValueError: No converted layer, a merged model, or modules trained in full whose base values nobody kept.
+    """
+    layers, report = pmss_layers(model), conversion_of(model)
+    if not layers or report is None:
+        raise ValueError(f"{type(model).__name__} has no converted layer, so there is no adapter to disable.")
+    refuse_merged(model)
+    bank = find_bank(model)
+    if bank is None and report.also_train:
+        raise ValueError(
+            f"{some(report.also_train)} were trained in full, and the base's values are not kept. Load the adapter by"
+            " load_adapters(model, {'name': folder}), which keeps them."
+        )
+    places = tensors_of(report.also_train, canonical_modules(model))
+    before = {name: layer.disabled for name, layer in layers.items()}
+    trained = {key: place.detach().clone() for key, place in places.items()}
+    try:
+        for layer in layers.values():
+            layer.disabled = True
+        fill(places, {} if bank is None else bank.base)
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.disabled = before[name]
+        fill(places, trained)
+
+
+def _config(first: PMSSConfig, sizes: Mapping[str, int], also_train: list[str]) -> PMSSConfig:
+    """The first adapter's options, for exactly these layers and ranks."""
+    return replace(
+        first,
+        target_modules="|".join(re.escape(name) for name in sizes),
+        exclude_modules=(),
+        rank=max(sizes.values()),
+        rank_pattern={re.escape(name): size for name, size in sizes.items()},
+        also_train="|".join(re.escape(name) for name in also_train) if also_train else (),
+        skeleton_file=None,
+    )
+
+
+@torch.no_grad()
+def _states(
+    adapter: AdapterFile, modules: Mapping[str, nn.Module], sizes: Mapping[str, int], config: PMSSConfig
+) -> dict[str, LayerState]:
+    states = {}
+    for name, stored in adapter.modules.items():
+        layer = modules[name]
+        if isinstance(layer, PMSSLinear):
+            weight = layer.base_weight()
+        else:
+            weight = layer.weight.detach()  # type: ignore[operator, union-attr]
+            weight = weight.T if is_transposed(layer) else weight
+        update = Update(stored.U, stored.rows, stored.cols)
+        states[name] = layer_state(weight, update, sizes[name], config.coordinates, config.scale)
+    return states
