@@ -53,6 +53,7 @@ def break_even(
                 tokens = int(multiple * max(out, inp))
                 rows.append(_row(layers, torch.randn(tokens, inp, device=device), out, rounds, clock))
                 rows[-1] |= {"out": out, "in": inp, "rank": rank, "tokens": tokens}
+                print(table(rows[-1:], head=len(rows) == 1), flush=True)
     return rows
 
 
@@ -71,8 +72,8 @@ def _row(
     return {"thin over frozen": ratios["auto"], "weight over frozen": ratios["weight"]}
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [
+def table(rows: Sequence[dict[str, Any]], head: bool = True) -> str:
+    lines = head * [
         "| out x in | rank | tokens | tokens / wider side | thin edit / frozen | weight edit / frozen |",
         "|---|--:|--:|--:|--:|--:|",
     ]
@@ -100,7 +101,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shapes, ranks = (((64, 64),), (16,)) if options.smallest else (SHAPES, options.ranks)
     rows = break_even(shapes, ranks, MULTIPLES, device="cpu", rounds=options.rounds)
     write_json(options.output, {"rows": rows, "rounds": options.rounds, "machine": machine()})
-    print(table(rows))
 
 
 if __name__ == "__main__":

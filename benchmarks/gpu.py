@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.break_even import break_even
-from benchmarks.break_even import table as break_even_table
 from benchmarks.machine import machine, spread, write_json
 from benchmarks.rivals import RIVALS, Case, blocks, build, run, trained
 from lightning_pmss.selection import select_skeleton
@@ -243,7 +242,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                     clock=lambda step: timed(step, device)[0],
                 )
                 found.setdefault("weight_edit", []).extend(rows)
-        print(break_even_table(found.get("weight_edit", [])), end="\n\n", flush=True)
         free()
     if "whole" in options.sections:
         case = replace(cases[0], layers=32, batch=1, length=4096) if gpu else cases[0]

@@ -13,6 +13,7 @@ exact: storages saved for backward that are neither parameters nor buffers, less
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,6 +65,15 @@ def bound(case: Case) -> float:
     """Counted multiply-adds of a step over the frozen linear layers': thin products and ``3 r^2``, coordinates left out."""
     base = sum(2 * out * inp for out, inp in case.shapes)
     return 1 + sum(2 * case.rank * min(shape) + 3 * case.rank**2 for shape in case.shapes) / base
+
+
+def sensible(case: Case) -> list[str]:
+    """All rivals but those that the case refuses or that are another one under two names."""
+    float32 = case.dtype == "float32"
+    left_out = {"lora equal parameters (base dtype)"} if float32 else {"pmss weight edit"}
+    if case.tokens <= case.hidden:
+        left_out.add("pmss weight edit")
+    return [name for name in RIVALS if name not in left_out]
 
 
 def compare(case: Case, rivals: Sequence[str], rounds: int) -> dict[str, Any]:
@@ -164,18 +174,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sweep", action="store_true", help="hidden 1024 at several ranks, instead of --case")
     parser.add_argument("--plot", type=Path, help="draw what was measured against rank into this file")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON files")
+    parser.add_argument(
+        "--tables", action="store_true", help="measure nothing; print the tables of the JSON files there"
+    )
     options = parser.parse_args(arguments)
+    if options.tables:
+        for path in sorted(options.output.glob("step-*.json")):
+            content = json.loads(path.read_text())
+            print(*(table(r) for r in content.get("results", [content])), sep="\n\n", end="\n\n")
+        return
     torch.set_num_threads(1)
     chosen = [SMALLEST if name == "smallest" else CASES[name] for name in options.case]
-    rivals = options.rivals or [n for n in RIVALS if "base dtype" not in n or options.dtype != "float32"]
     if options.sweep:
-        chosen, rivals = [Case(1024, rank) for rank in SWEEP], options.rivals or list(SWEPT)
-    rivals = ["frozen", *(name for name in rivals if name != "frozen")]
+        chosen = [Case(1024, rank) for rank in SWEEP]
     results = []
     for case in chosen:
         batch = case.batch if options.tokens is None else options.tokens // case.length
         case = Case(case.hidden, case.rank, case.layers, batch, case.length, options.dtype)
-        results.append(compare(case, rivals, options.rounds))
+        rivals = options.rivals or (SWEPT if options.sweep else sensible(case))
+        results.append(compare(case, ["frozen", *(name for name in rivals if name != "frozen")], options.rounds))
         name = f"step-{case.hidden}-{case.rank}" + ("" if case.dtype == "float32" else f"-{case.dtype}")
         if not options.sweep:
             name += "" if options.tokens is None else f"-{case.tokens}-tokens"

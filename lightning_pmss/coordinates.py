@@ -133,7 +133,10 @@ class PMSSCore(nn.Module):
 
     def forward(self, scale: float = 1.0) -> Tensor:
         """``scale * U [c, r]``, in V's own dtype, also under autocast."""
-        return scale * (self.weight if self.frame is None else self.frame(self.weight))
+        if self.frame is None:
+            return scale * self.weight
+        u: Tensor = self.frame(self.weight)
+        return u if scale == 1 else scale * u
 
     def set_frame(self, frame: Frame) -> None:
         """Replace the coordinates' factors; V is left as it is."""
