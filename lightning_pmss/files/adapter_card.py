@@ -21,7 +21,7 @@ def adapter_card(config: Mapping[str, Any], run: Mapping[str, Any] | None = None
     base = config["base_model_name_or_path"]
     revision = config["revision"]
     front: dict[str, Any] = {"library_name": "lightning-pmss", "tags": ["pmss", "lightning"]}
-    if base and _is_hub_id(base):  # a path is no id, and the hub refuses a card that names one
+    if base and is_hub_id(base):  # a path is no id, and the hub refuses a card that names one
         front["base_model"] = base
         front["tags"].append(f"base_model:adapter:{base}")
     if licence := _licence(base):
@@ -101,5 +101,6 @@ def _value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
+    """Whether a base's name is an id of the model hub, and not a path."""
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_pmss.files.adapter_card import CARD_FILE, is_hub_id
 from lightning_pmss.files.adapter_file import library_versions
 from lightning_pmss.files.atomic import WRITTEN_BY, files_below
 from lightning_pmss.files.lora_config import VLLM_RANKS, vllm_rank
 
 REPORT_FILE = "export_report.json"
-CARD_FILE = "README.md"
 _TAGS = {
     "ForCausalLM": "text-generation",
     "LMHeadModel": "text-generation",
@@ -124,7 +124,7 @@ def write_report(folder: Path, report: LoraReport) -> None:
 def write_card(folder: Path, report: LoraReport) -> None:
     """Write the model card, in the form of the hub's."""
     # A path is no id of the hub, which refuses a card that names one.
-    known = report.base_model if report.base_model and _is_hub_id(report.base_model) else None
+    known = report.base_model if report.base_model and is_hub_id(report.base_model) else None
     head = ["---", *([f"base_model: {known}"] if known else []), "library_name: peft"]
     tag = next((tag for end, tag in _TAGS.items() if (report.model_class or "").endswith(end)), None)
     head += [f"pipeline_tag: {tag}"] if tag else []
@@ -175,10 +175,6 @@ def _card(report: LoraReport) -> list[str]:
         "",
         *serve,
     ]
-
-
-def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
 
 
 def _size(count: int) -> str:

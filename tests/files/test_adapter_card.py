@@ -20,20 +20,17 @@ from lightning_pmss.modules import CausalLMModule
 from tests.callbacks.toys import Numbers, Toy
 
 
+def quiet_trainer(callback: PMSSCallback, **options: Any) -> L.Trainer:
+    silent = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    return L.Trainer(accelerator="cpu", callbacks=[callback], **dict.fromkeys(silent, False), **options)
+
+
 def front_matter(card: str) -> Any:
     return yaml.safe_load(card.split("---")[1])
 
 
 def test_written_from_the_run(tiny_llama: str, tmp_path: Path) -> None:
-    trainer = L.Trainer(
-        max_steps=3,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[PMSSCallback(rank=8, rank_pattern={"k_proj": 4}, output_dir=tmp_path, merge_on_save=None)],
-    )
+    trainer = quiet_trainer(PMSSCallback(rank=8, rank_pattern={"k_proj": 4}, output_dir=tmp_path), max_steps=3)
     data = ArithmeticDataModule(tiny_llama, train_size=24, val_size=4, test_size=4, batch_size=8)
     optimizer = lambda params: torch.optim.AdamW(params, lr=0.0125)  # noqa: E731
     trainer.fit(CausalLMModule(tiny_llama, optimizer=optimizer), data)
@@ -65,16 +62,7 @@ def test_written_from_the_run(tiny_llama: str, tmp_path: Path) -> None:
 
 def test_any_module_has_a_card_and_a_second_run_replaces_it(tmp_path: Path) -> None:
     for _ in range(2):
-        trainer = L.Trainer(
-            max_epochs=1,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[PMSSCallback(rank=4, output_dir=tmp_path)],
-        )
-        trainer.fit(Toy(), Numbers())
+        quiet_trainer(PMSSCallback(rank=4, output_dir=tmp_path), max_epochs=1).fit(Toy(), Numbers())
     assert "model = ...  # the Toy it was trained on" in (tmp_path / "adapter" / "README.md").read_text()
 
 
