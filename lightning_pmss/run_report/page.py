@@ -95,7 +95,7 @@ def _subtitle(run: Run) -> str:
 
 def _figures(run: Run, inspection: Inspection | None) -> list[tuple[str, str]]:
     """Name and value of the page's first figures."""
-    found = [("steps", None if not run.curves else f"{max(c[-1][0] for c in run.curves.values()):,}")]
+    found = [("steps", None if not run.curves else f"{max(c[-1][0] for c in run.curves.values()) + 1:,}")]
     for name in ("train/loss", "val/loss", "test/loss"):
         value = run.last(name)
         found.append((f"{name}, last", None if value is None else f"{value:.4f}"))

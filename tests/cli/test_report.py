@@ -65,6 +65,7 @@ def test_shows_curves_update_scores_and_settings(finished: Path, capsys: pytest.
     loaded = re.findall(r"""(?:src|href)=["']?(https?:|//|/)[^"'>]*""", page)
     assert not loaded
     assert f"{14 * 64:,}" in page  # trained parameters: 14 layers of rank 8
+    assert "<b>6</b><span>steps</span>" in page
     run = read_run(finished)
     assert f"{run.last('test/loss'):.4f}" in page
 
