@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from lightning_pmss.version import __version__
+
 
 def machine() -> dict[str, Any]:
     """Processor, GPU, versions and date."""
@@ -23,10 +25,11 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "torch": torch.__version__,
+        "lightning-pmss": __version__,
     }
     if torch.cuda.is_available():
         found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    for package in ("lightning-pmss", "peft", "transformers"):
+    for package in ("peft", "transformers"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -170,8 +170,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rivals", nargs="+", choices=list(RIVALS), help="default: all")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, help="tokens per step, in sequences of the case's length (default: two)")
+    parser.add_argument("--layers", type=int, help="blocks; default: the case's")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), default="float32")
-    parser.add_argument("--sweep", action="store_true", help="hidden 1024 at several ranks, instead of --case")
+    parser.add_argument(
+        "--sweep", action="store_true", help="one block of hidden 1024 at several ranks, instead of --case"
+    )
     parser.add_argument("--plot", type=Path, help="draw what was measured against rank into this file")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument(
@@ -186,11 +189,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     chosen = [SMALLEST if name == "smallest" else CASES[name] for name in options.case]
     if options.sweep:
-        chosen = [Case(1024, rank) for rank in SWEEP]
+        chosen = [Case(1024, rank, layers=1) for rank in SWEEP]
     results = []
     for case in chosen:
         batch = case.batch if options.tokens is None else options.tokens // case.length
-        case = Case(case.hidden, case.rank, case.layers, batch, case.length, options.dtype)
+        case = Case(case.hidden, case.rank, options.layers or case.layers, batch, case.length, options.dtype)
         rivals = options.rivals or (SWEPT if options.sweep else sensible(case))
         results.append(compare(case, ["frozen", *(name for name in rivals if name != "frozen")], options.rounds))
         name = f"step-{case.hidden}-{case.rank}" + ("" if case.dtype == "float32" else f"-{case.dtype}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_pmss import PMSSConfig, convert
 from lightning_pmss.layers import PMSSLinear
-from lightning_pmss.weight_edit import LinearWeightEdit
+from lightning_pmss.weight_edit import LinearWeightEdit, break_even_tokens
 
 SHAPES = {  # (out, in), rank
     "tall": ((24, 10), 6),
@@ -199,6 +201,18 @@ def test_other_refusals() -> None:
     layer.weight.requires_grad_(True)
     with pytest.raises(ValueError, match="the weight must be frozen"):
         layer(x)
+
+
+def test_the_counted_break_even_chooses_what_was_measured_to_be_faster() -> None:
+    rows = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "break-even.json").read_text())["rows"]
+    choices = []
+    for row in rows:
+        counted = break_even_tokens((row["out"], row["in"]), row["rank"])
+        if not 0.9 < row["tokens"] / counted < 1.1:  # there the two are level
+            choices.append(row["tokens"] > counted)
+            faster = row["weight over frozen"]["median"] < row["thin over frozen"]["median"]
+            assert choices[-1] == faster, row
+    assert 5 < sum(choices) < len(choices) - 5
 
 
 def test_compiles_once() -> None:
