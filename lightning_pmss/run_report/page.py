@@ -95,7 +95,9 @@ def _subtitle(run: Run) -> str:
 
 def _figures(run: Run, inspection: Inspection | None) -> list[tuple[str, str]]:
     """Name and value of the page's first figures."""
-    found = [("steps", None if not run.curves else f"{max(c[-1][0] for c in run.curves.values()) + 1:,}")]
+    # Lightning counts a logged step from 0; what is logged when training has ended counts one more.
+    trained = [curve[-1][0] + 1 for name, curve in run.curves.items() if not name.startswith("test/")]
+    found = [("steps", f"{max(trained):,}" if trained else None)]
     for name in ("train/loss", "val/loss", "test/loss"):
         value = run.last(name)
         found.append((f"{name}, last", None if value is None else f"{value:.4f}"))
