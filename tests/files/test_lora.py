@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_pmss.conversion import pmss_layers
@@ -297,6 +297,52 @@ def test_tied_embedding_trained_in_full(tiny_llama: str, tmp_path: Path, train: 
     assert report.modules_to_save == ["lm_head", "model.embed_tokens"]
     lora = peft.PeftModel.from_pretrained(_base(Path(tiny_llama)), str(tmp_path / "lora"))
     torch.testing.assert_close(_logits(lora), _logits(model), rtol=1e-4, atol=1e-5)
+
+
+def test_tied_embedding_from_files(tiny_llama: str, tmp_path: Path, train: Train) -> None:
+    model = train(_base(Path(tiny_llama)), also_train=["lm_head"])
+    model.lm_head.weight.data.mul_(1.5)
+    save_adapter(model, tmp_path / "adapter")
+    report = export_files(tiny_llama, tmp_path / "adapter", tmp_path / "lora", progress=False)
+    assert report.modules_to_save == ["lm_head", "model.embed_tokens"]
+    assert "vLLM takes no adapter with modules trained in full" in str(report)
+    lora = peft.PeftModel.from_pretrained(_base(Path(tiny_llama)), str(tmp_path / "lora"))
+    torch.testing.assert_close(_logits(lora), _logits(model), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stored", ["with prefix", "without prefix"])
+@pytest.mark.parametrize("trained", ["whole", "body"])
+def test_checkpoints_under_other_names(
+    bases: dict[str, Path], tmp_path: Path, train: Train, stored: str, trained: str
+) -> None:
+    """GPT-2's checkpoints come with and without ``transformer.``; the LoRA's names are those of the model that was trained."""
+    whole = _base(bases["gpt2"])
+    base = tmp_path / "base"
+    whole.save_pretrained(base)
+    if stored == "without prefix":
+        state = {k.removeprefix("transformer."): v.clone() for k, v in load_file(base / "model.safetensors").items()}
+        save_file(state, base / "model.safetensors", {"format": "pt"})
+    model = train(
+        whole if trained == "whole" else whole.transformer, rank=20, target_modules=["c_attn", "0.mlp.c_proj"]
+    )
+    save_adapter(model, tmp_path / "adapter")
+    export_files(base, tmp_path / "adapter", tmp_path / "lora", progress=False)
+    again = _base(base)
+    lora = _in_peft(again if trained == "whole" else again.transformer, tmp_path / "lora")
+    adapted = lora if trained == "whole" else again
+    torch.testing.assert_close(_logits(adapted), _logits(whole), rtol=1e-4, atol=1e-5)
+    # Only one of the layers called c_proj is meant: its full name, not the ending.
+    name = f"{'transformer.' if trained == 'whole' else ''}h.0.mlp.c_proj"
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(["c_attn", name])
+    assert config["task_type"] == ("CAUSAL_LM" if trained == "whole" else None)
+
+
+def test_float16(bases: dict[str, Path], tmp_path: Path, train: Train) -> None:
+    model = train(_base(bases["gpt2"], torch.float16), rank=8)
+    export_lora(model, tmp_path / "lora", progress=False)
+    lora = _in_peft(_base(bases["gpt2"], torch.float16), tmp_path / "lora")
+    assert (_logits(lora) - _logits(model)).abs().max() < 0.005 * _logits(model).abs().max()
 
 
 def test_inside_a_lightning_module(bases: dict[str, Path], tmp_path: Path, train: Train) -> None:
