@@ -13,6 +13,7 @@ from lightning_pmss.config import PMSSConfig
 from lightning_pmss.fingerprint import same_base
 from lightning_pmss.layers import Frame, PMSSLinear, canonical_shape, coordinate_frame, core_dtype, is_transposed
 from lightning_pmss.messages import some
+from lightning_pmss.quantised import hidden_values, keep_trainable, value_dtype, whole_weight
 from lightning_pmss.report import ConversionReport, LayerReport
 from lightning_pmss.selection import projection_residual, select_skeleton
 from lightning_pmss.skeleton import Skeleton, SkeletonLayer, read_skeleton
@@ -24,7 +25,7 @@ from lightning_pmss.targets import (
     ranks_of,
     refuse_unconvertible,
 )
-from lightning_pmss.whole import outside_zero_init, whole, whole_size
+from lightning_pmss.whole import outside_zero_init, whole_size
 
 
 def convert(model: nn.Module, config: PMSSConfig, *, skeleton: Skeleton | None = None) -> ConversionReport:
@@ -76,6 +77,7 @@ def convert(model: nn.Module, config: PMSSConfig, *, skeleton: Skeleton | None =
             layer.fingerprint = plan.fingerprint
     layers = [_report(name, modules[name], ranks[name], plan.residual) for name, plan in plans.items()]
     notes = _leave_fast_paths(model)
+    keep_trainable(model)
     model.requires_grad_(False)
     for name in targets:
         modules[name].core.weight.requires_grad_(True)  # type: ignore[union-attr, operator]
@@ -87,7 +89,7 @@ def convert(model: nn.Module, config: PMSSConfig, *, skeleton: Skeleton | None =
         left_out=left_out,
         also_train=sorted(also_train),
         trainable=sum(whole_size(p) for p in model.parameters() if p.requires_grad),
-        total=sum(whole_size(p) for n, p in model.named_parameters() if ".core.frame." not in n),
+        total=sum(whole_size(p) for n, p in model.named_parameters() if ".core.frame." not in n) + hidden_values(model),
         also_train_bytes=sum(t.nbytes for name in also_train for t in modules[name].state_dict().values()),
         notes=notes,
     )
@@ -114,7 +116,7 @@ def _plan(
         if skeleton is not None:
             stored = skeleton.layers[name]
             _check_stored(stored, shape, min(ranks[name], *shape), name, skeleton.source)
-        with whole(layer.weight) if not layer.weight.is_meta else nullcontext() as weight:  # type: ignore[arg-type, union-attr]
+        with whole_weight(layer) if not layer.weight.is_meta else nullcontext() as weight:  # type: ignore[union-attr]
             weight = weight.T if weight is not None and is_transposed(layer) else weight
             if skeleton is None:
                 assert weight is not None  # meta weights without a skeleton were refused
@@ -157,7 +159,7 @@ def _report(name: str, layer: nn.Module, requested: int, residual: float | None)
         edit=layer.edit,
         trainable=columns * rows,
         residual=residual,
-        kept_bytes_per_token=rows * layer.weight.element_size(),
+        kept_bytes_per_token=rows * value_dtype(layer).itemsize,
         file_bytes=columns * rows * core_dtype(layer.weight.dtype).itemsize + 4 * (columns + rows),
     )
 

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lightning_pmss.quantised import SliceReader
+
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which a linear layer would compute: autocast's where it applies (never to float64), else the input's."""
@@ -40,8 +42,10 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) ->
     return x @ weight if bias is None else torch.addmm(bias, x, weight)
 
 
-def slice_of(weight: Tensor, index: Tensor, dim: int, transposed: bool, dtype: torch.dtype) -> Tensor:
+def slice_of(weight: Tensor | SliceReader, index: Tensor, dim: int, transposed: bool, dtype: torch.dtype) -> Tensor:
     """Rows (dim 0) or columns (dim 1) of the canonical W, in the compute dtype."""
+    if isinstance(weight, SliceReader):
+        return weight.slice(index, dim, dtype)
     if transposed:
         return weight.index_select(1 - dim, index).T.to(dtype)
     return weight.index_select(dim, index).to(dtype)
@@ -151,7 +155,7 @@ class OutputEdit(torch.autograd.Function):
     def forward(
         ctx: Any,
         y0: Tensor,
-        weight: Tensor,
+        weight: Tensor | SliceReader,
         u: Tensor,
         rows: Tensor,
         cols: Tensor,
@@ -161,7 +165,8 @@ class OutputEdit(torch.autograd.Function):
     ) -> Tensor:
         c = slice_of(weight, cols, 1, transposed, y0.dtype)
         h = _masked(y0.index_select(1, rows), mask)
-        ctx.save_for_backward(h, u, rows, cols, mask, c if keep else weight)
+        ctx.reader = weight if isinstance(weight, SliceReader) else None
+        ctx.save_for_backward(h, u, rows, cols, mask, c if keep else None if ctx.reader else weight)
         ctx.keep, ctx.transposed = keep, transposed
         return torch.addmm(y0, h @ u.T, c.T)
 
@@ -170,7 +175,7 @@ class OutputEdit(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         h, u, rows, cols, mask, source = ctx.saved_tensors
-        c = source if ctx.keep else slice_of(source, cols, 1, ctx.transposed, h.dtype)
+        c = source if ctx.keep else slice_of(ctx.reader or source, cols, 1, ctx.transposed, h.dtype)
         through_c = grad @ c
         grad_u = through_c.T @ h
         grad_y0 = None
@@ -190,7 +195,7 @@ class InputEdit(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | SliceReader,
         u: Tensor,
         rows: Tensor,
         cols: Tensor,
@@ -200,7 +205,8 @@ class InputEdit(torch.autograd.Function):
     ) -> Tensor:
         r = slice_of(weight, rows, 0, transposed, u.dtype)
         h = _masked(x.to(u.dtype) @ r.T, mask)
-        ctx.save_for_backward(h, u, rows, cols, mask, r if keep else weight)
+        ctx.reader = weight if isinstance(weight, SliceReader) else None
+        ctx.save_for_backward(h, u, rows, cols, mask, r if keep else None if ctx.reader else weight)
         ctx.keep, ctx.transposed = keep, transposed
         return x.index_add(1, cols, (h @ u.T).to(x.dtype))
 
@@ -213,7 +219,7 @@ class InputEdit(torch.autograd.Function):
         grad_u = at_cols.T @ h
         grad_x = None
         if ctx.needs_input_grad[0]:
-            r = source if ctx.keep else slice_of(source, rows, 0, ctx.transposed, h.dtype)
+            r = source if ctx.keep else slice_of(ctx.reader or source, rows, 0, ctx.transposed, h.dtype)
             grad_h = _masked(at_cols @ u, mask)
             grad_x = torch.addmm(grad, grad_h, r) if grad.dtype == r.dtype else grad + (grad_h @ r).to(grad.dtype)
         return grad_x, None, grad_u, None, None, None, None, None

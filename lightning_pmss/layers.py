@@ -31,8 +31,9 @@ from lightning_pmss.edits import (
     product,
 )
 from lightning_pmss.guard import refuse_training
+from lightning_pmss.quantised import SliceReader, dequantised, is_quantised, whole_weight, why_unusable
 from lightning_pmss.weight_edit import LinearWeightEdit
-from lightning_pmss.whole import is_dtensor, whole, whole_shape
+from lightning_pmss.whole import is_dtensor, whole_shape
 
 EDITS = ("auto", "input", "output", "weight")
 MEMORY_MODES = ("keep", "regather")
@@ -59,6 +60,7 @@ class PMSSLinear(nn.Module):
         on_trust: Converted without its weight, so that nobody has compared it with the fingerprint yet.
         edit: ``"input"``, ``"output"`` or ``"weight"``.
         transposed: Whether ``weight`` is stored ``[in, out]``.
+        quantised: Whether the base keeps W in codes (`lightning_pmss.quantised`).
         disabled: Whether the layer runs as the base does (see `lightning_pmss.adapters.disable_adapter`).
     """
 
@@ -73,6 +75,7 @@ class PMSSLinear(nn.Module):
     edit: str
     memory: str
     transposed: bool
+    quantised: bool = False
     fingerprint: Mapping[str, str] | None
     pristine: Tensor | None
     waiting: tuple[Tensor, Tensor] | None
@@ -103,7 +106,7 @@ class PMSSLinear(nn.Module):
         layer.register_buffer("cols", cols.to(weight.device, torch.int64))
         layer.core = PMSSCore(len(cols), len(rows), frame, core_dtype(weight.dtype), weight.device)
         layer.scale, layer.coordinates, layer.dropout, layer.memory = float(scale), coordinates, float(dropout), memory
-        layer.transposed = is_transposed(layer)
+        layer.transposed, layer.quantised = is_transposed(layer), is_quantised(layer)
         layer.edit = choose_edit(layer, shape) if edit == "auto" else edit
         layer.fingerprint = layer.pristine = None
         # On the meta device the indices wait here until the layer gets memory (see `reset_parameters`).
@@ -128,11 +131,13 @@ class PMSSLinear(nn.Module):
     def base_weight(self) -> Tensor:
         """The pristine W in canonical layout ``[out, in]``, also while merged."""
         weight = self.weight.detach() if self.pristine is None else self.pristine
+        if self.quantised:
+            return dequantised(self, weight)
         return weight.T if self.transposed else weight
 
     def slices(self) -> tuple[Tensor, Tensor]:
         """R ``[r, in]`` and C ``[out, c]`` of the pristine W, in its dtype; a collective where W is kept in parts."""
-        with whole(self.weight if self.pristine is None else self.pristine) as stored:
+        with whole_weight(self, self.weight if self.pristine is None else self.pristine) as stored:
             weight = stored.T if self.transposed else stored
             rows, cols = self.rows.to(weight.device), self.cols.to(weight.device)
             return weight.index_select(0, rows), weight.index_select(1, cols)
@@ -178,21 +183,24 @@ class PMSSLinear(nn.Module):
             u = update.to(dtype)
             y = edit.apply(flat, self.weight, self.bias, u, self.rows, self.cols, *self._options(flat))
             return y.view(*input.shape[:-1], y.shape[-1])
+        source = SliceReader(self) if self.quantised else self.weight
         if self.edit == "input":
-            edited = InputEdit.apply(flat, self.weight, update.to(dtype), self.rows, self.cols, *self._options(flat))
+            edited = InputEdit.apply(flat, source, update.to(dtype), self.rows, self.cols, *self._options(flat))
             return super().forward(edited.view(input.shape))
         # The gather must come before the bias: in bfloat16 a large bias would swamp h.
         base = super().forward(input) if self.bias is None else product(input, self.weight, None, self.transposed)
+        base = base.to(dtype) if self.quantised else base  # bitsandbytes answers in x's dtype, also under autocast
         flat = base.reshape(-1, base.shape[-1])
         update = update.to(flat.dtype)
-        output = OutputEdit.apply(flat, self.weight, update, self.rows, self.cols, *self._options(flat))
+        output = OutputEdit.apply(flat, source, update, self.rows, self.cols, *self._options(flat))
         output = output.view(base.shape)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def _own_product(self, *dtypes: torch.dtype) -> bool:
         """Whether the base product can be done within the edit: a frozen weight, a known forward, one dtype throughout."""
         weight = self.weight
-        return not weight.requires_grad and has_known_forward(self) and all(d == weight.dtype for d in dtypes)
+        known = has_known_forward(self) and not self.quantised
+        return known and not weight.requires_grad and all(d == weight.dtype for d in dtypes)
 
     def _options(self, flat: Tensor) -> tuple[Tensor | None, bool, bool]:
         """(dropout mask of h or None, keep the slices, transposed) for the edits."""
@@ -251,6 +259,8 @@ def is_supported(layer: nn.Module) -> bool:
     """Whether `PMSSLinear.adopt` can convert this layer: a floating-point ``nn.Linear`` (or subclass) or ``Conv1D``."""
     if not (isinstance(layer, nn.Linear) or is_conv1d(layer)) or isinstance(layer, nn.modules.lazy.LazyModuleMixin):
         return False
+    if is_quantised(layer) or why_unusable(layer):
+        return why_unusable(layer) is None
     weight = getattr(layer, "weight", None)
     return isinstance(weight, Tensor) and weight.is_floating_point() and len(whole_shape(weight)) == 2
 
@@ -276,6 +286,8 @@ def choose_edit(layer: nn.Module, shape: tuple[int, int]) -> str:
 def why_no_weight_edit(layer: nn.Module, dropout: float) -> str | None:
     """Why this layer cannot take the weight edit, with the remedy; None if it can."""
     dtype = layer.weight.dtype
+    if layer.quantised if isinstance(layer, PMSSLinear) else is_quantised(layer):
+        return "adds to W itself, and this one is kept in codes; set edit='auto'."
     if not has_known_forward(layer):
         return f"needs the product of a plain linear layer, which {type(layer).__name__} hides; set edit='auto'."
     if dtype not in (torch.float32, torch.float64):

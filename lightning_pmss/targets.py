@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_pmss.config import PMSSConfig
 from lightning_pmss.layers import can_output_edit, is_conv1d, is_supported, why_no_weight_edit
 from lightning_pmss.messages import some
+from lightning_pmss.quantised import why_unusable
 from lightning_pmss.skeleton import Skeleton
 from lightning_pmss.whole import clean_name, is_dtensor
 
@@ -71,6 +72,9 @@ def find_targets(
         if candidates:
             reasons = "; ".join(f"{n}: {why}" for n, why in list(left_out.items())[:5])
             raise ValueError(f"every layer that target_modules matches is left out ({reasons}); loosen the patterns.")
+        for name, module in modules.items():
+            if reason := why_unusable(module):
+                raise ValueError(f"`{name}` {reason}")
         raise ValueError(
             f"no linear layer was found in {type(model).__name__}. If its layers are made in `configure_model`, convert"
             " after that call (PMSSCallback does); layers made in `LightningModule.setup` come too late for a callback:"
@@ -136,6 +140,8 @@ def refuse_unconvertible(
             owners.setdefault(id(parameter), []).append(name)
     for name in targets:
         layer = modules[name]
+        if reason := why_unusable(layer):
+            raise ValueError(f"`{name}` ({type(layer).__name__}) {reason}")
         if not is_supported(layer):
             raise ValueError(
                 f"`{name}` is a {type(layer).__name__} whose weight cannot be read as a floating-point matrix; PMSS converts"
