@@ -112,7 +112,10 @@ def _pivots(sketch: Tensor, rank: int) -> Tensor:
 
     Step k of the LU sees k rows only, so the sketch is rotated to its principal directions first.
     """
-    principal = torch.linalg.eigh(sketch.double() @ sketch.double().T).eigenvectors.flip(1)
+    gram = sketch.new_zeros(len(sketch), len(sketch), dtype=torch.float64)
+    for part in sketch.split(1024, dim=1):  # no float64 copy of the whole sketch
+        gram.addmm_(part.double(), part.double().T)
+    principal = torch.linalg.eigh(gram).eigenvectors.flip(1)
     directions = sketch.T @ principal.to(sketch.dtype)
     # The `_ex` form: an exactly singular matrix still has pivots.
     _, swaps, _ = torch.linalg.lu_factor_ex(directions)
