@@ -4,7 +4,8 @@
 
 DATA is a folder with ``commonsense``, ``gsm8k`` and ``drop``. Each cell is the ``fit`` or ``test`` command that it prints, in
 a process of its own; one whose result is in OUTPUT is not run again, and a ``test`` that was stopped goes on. Seconds are
-those of the evaluation, with its losses, without loading the model. ``--table`` only prints what is there.
+those of the evaluation, with its losses, without loading the model; "answers read" counts the texts in which the metric
+finds an answer. ``--table`` only prints what is there.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from lightning_pmss.evaluation import read_records
 
 TASKS: dict[str, list[str]] = {
     "arc_easy": ["--data.path", "{data}/commonsense"],
@@ -74,6 +77,10 @@ def results(output: Path) -> list[dict[str, Any]]:
                     continue
                 found = json.loads(path.read_text(encoding="utf-8"))
                 row = {"task": task, "way": way, "when": when, "scores": found["scores"], "logged": found["logged"]}
+                answers = read_records(path.with_name("predictions-test.jsonl"))
+                tokens = sum(answer["tokens"] for answer in answers)
+                row["response_loss"] = round(sum(answer["loss"] * answer["tokens"] for answer in answers) / tokens, 3)
+                row["answers_read"] = sum(answer["extracted"] is not None for answer in answers)
                 if not found["answered_before"]:  # else the seconds are those of a part
                     row["seconds_per_100"] = round(100 * found["seconds"] / found["n"], 1)
                 rows.append(row)
@@ -82,14 +89,14 @@ def results(output: Path) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = ["| task | answered by | model | score | | items | s / 100 items |", "|---|---|---|---|---|--:|--:|"]
+    columns = ("task", "answered by", "model", "score", "mean, %", "items", "answers read", "loss", "s / 100 items")
+    lines = ["| " + " | ".join(columns) + " |", "|---|---|---|---|---|--:|--:|--:|--:|"]
     for row in rows:
         for name, part in row["scores"].items():
-            told = f"{100 * part['mean']:.1f} [{100 * part['low']:.1f}, {100 * part['high']:.1f}]"
-            seconds = row.get("seconds_per_100", "")
-            lines.append(
-                f"| {row['task']} | {row['way']} | {row['when']} | {name} | {told} | {part['n']} | {seconds} |"
-            )
+            mean = f"{100 * part['mean']:.1f} [{100 * part['low']:.1f}, {100 * part['high']:.1f}]"
+            cells = [row["task"], row["way"], row["when"], name, mean, part["n"], row["answers_read"]]
+            cells += [row["response_loss"], row.get("seconds_per_100", "")]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
