@@ -6,6 +6,8 @@ from typing import Any
 
 import lightning as L
 
+from lightning_pmss.callbacks.throughput import SHORT
+
 
 def run_facts(trainer: L.Trainer, module: L.LightningModule) -> dict[str, dict[str, Any]]:
     """Sections of a model card: how it was trained, and the last value of each metric; the same on every rank."""
@@ -23,5 +25,6 @@ def run_facts(trainer: L.Trainer, module: L.LightningModule) -> dict[str, dict[s
         training["learning rate"] = group.get("initial_lr", group.get("lr"))
     training["precision"] = str(trainer.precision)
     training["strategy"] = f"{type(trainer.strategy).__name__}, {trainer.world_size} processes"
-    figures = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith("pmss/")}
+    metrics = trainer.callback_metrics.items()
+    figures = {k: float(v) for k, v in metrics if not k.startswith("pmss/") and k not in SHORT.values()}
     return {"Training": training} | ({"Figures, last logged": figures} if figures else {})

@@ -29,7 +29,7 @@ from lightning_pmss.callbacks.checks import (
 from lightning_pmss.callbacks.gradients import GradientCheck
 from lightning_pmss.callbacks.randomness import StepRandomness, set_random_states
 from lightning_pmss.callbacks.results import merge_beside, remove_beside, write_results
-from lightning_pmss.callbacks.throughput import StepClock, peak_memory_gb
+from lightning_pmss.callbacks.throughput import SHORT, StepClock, peak_memory_gb
 from lightning_pmss.checkpointing import CheckpointSeam, record_fingerprints
 from lightning_pmss.config import PMSSConfig
 from lightning_pmss.conversion import conversion_of, convert, pmss_layers
@@ -264,9 +264,9 @@ class PMSSCallback(L.Callback):
         if self.log_throughput:
             values = self._clock.figures(batch, trainer.world_size)
             values["pmss/peak_memory_gb"] = peak_memory_gb(pl_module.device)
-            shown = {k: v for k, v in values.items() if k != "pmss/step_seconds"}  # the bar has it as a rate
-            pl_module.log("pmss/step_seconds", values["pmss/step_seconds"], on_step=True, on_epoch=False, batch_size=1)
-            pl_module.log_dict(shown, prog_bar=True, on_step=True, on_epoch=False, batch_size=1)
+            pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+            shown = {SHORT[name]: value for name, value in values.items() if name in SHORT}
+            pl_module.log_dict(shown, prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1)
         if self.log_u_norm and trainer.fit_loop.epoch_loop._batches_that_stepped % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             norms = {f"pmss/u_norm/{n}": whole_update(pl_module, x).norm() for n, x in pmss_layers(pl_module).items()}
             pl_module.log_dict(norms, on_step=True, on_epoch=False, batch_size=1)

@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 
 
+# What a progress bar has room for.
+SHORT = {"pmss/tokens_per_second": "tok/s", "pmss/peak_memory_gb": "peak GB"}
+
+
 class StepClock:
     """Measures training steps by wall time, from the start of a batch to its end."""
 

@@ -57,7 +57,7 @@ def _options(config: Mapping[str, Any]) -> str:
     options = config["config"]
     modules = config["modules"]
     kinds = sorted({name.rsplit(".", 1)[-1] for name in modules})
-    ranks = sorted({str(module["rank"]) for module in modules.values()}, key=len)
+    ranks = sorted({str(module["rank"]) for module in modules.values()}, key=lambda rank: (len(rank), rank))
     trained = f"; trained in full: {', '.join(config['also_train'])}" if config["also_train"] else ""
     return (
         f"{len(modules)} layers ({', '.join(kinds)}), rank {', '.join(ranks)}, selection {options['selection']},"

@@ -53,9 +53,11 @@ def test_shown_in_the_bar_and_written_by_the_logger(tiny_llama: str, tmp_path: P
         callbacks=[PMSSCallback(rank=4, output_dir=tmp_path, merge_on_save=None)],
     )
     trainer.fit(CausalLMModule(tiny_llama), ArithmeticDataModule(tiny_llama, train_size=16, val_size=2, test_size=2))
-    assert {"pmss/tokens_per_second", "pmss/peak_memory_gb", "train/loss"} <= set(trainer.progress_bar_metrics)
-    assert "pmss/step_seconds" not in trainer.progress_bar_metrics
+    assert {"tok/s", "peak GB", "train/loss"} <= set(trainer.progress_bar_metrics)
+    assert not [name for name in trainer.progress_bar_metrics if name.startswith("pmss/")]
     with (Path(trainer.log_dir or "") / "metrics.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["pmss/tokens_per_second"]]
+        lines = csv.DictReader(file)
+        assert "tok/s" not in (lines.fieldnames or [])
+        rows = [row for row in lines if row["pmss/tokens_per_second"]]
     assert len(rows) == 2
     assert all(float(row["pmss/peak_memory_gb"]) > 0.05 for row in rows)
