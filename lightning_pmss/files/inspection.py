@@ -142,8 +142,11 @@ def update_spectrum(update: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         rows: R ``[r, in]``.
         columns: C ``[out, c]``.
     """
-    t_c = torch.linalg.qr(columns.double(), mode="r").R
-    t_r = torch.linalg.qr(rows.double().T, mode="r").R
+    t_c, t_r = (torch.linalg.qr(part.double(), mode="r").R for part in (columns, rows.T))
+    return _spectrum(update, t_c, t_r)
+
+
+def _spectrum(update: Tensor, t_c: Tensor, t_r: Tensor) -> Tensor:
     return torch.linalg.svdvals(t_c @ update.double() @ t_r.T)
 
 
@@ -163,22 +166,27 @@ def skeleton_energy(weight: Tensor, rows: Tensor, columns: Tensor) -> tuple[floa
         rows: R ``[r, in]``.
         columns: C ``[out, c]``.
     """
+    return _energy(weight, torch.linalg.qr(columns.double()), torch.linalg.qr(rows.T.double()))
+
+
+def _energy(weight: Tensor, of_c: tuple[Tensor, Tensor], of_r: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """The same from the thin QR of C and of R^T."""
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    q_c, q_r = _basis(columns).to(wide), _basis(rows.T).to(wide)
+    q_c, q_r = of_c[0].to(wide), of_r[0].to(wide)
     inside, total = torch.zeros(q_c.shape[1], q_r.shape[1], dtype=torch.float64), 0.0
     step = max(1, _BLOCK // weight.shape[1])
     for start in range(0, weight.shape[0], step):
         block = weight[start : start + step].to(wide)
         inside += (q_c[start : start + step].T @ (block @ q_r)).double()
         total += float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2
-    return (float(inside.square().sum()) / total if total else 0.0), total**0.5
+    # Of slices that depend on one another, QR returns directions that they do not span: leave those out.
+    left, right = (_spanned(triangle) for _, triangle in (of_c, of_r))
+    return (float((left.T @ inside @ right).square().sum()) / total if total else 0.0), total**0.5
 
 
-def _basis(columns: Tensor) -> Tensor:
-    """Orthonormal columns that span the given ones; of ones that depend on one another, QR alone would return others."""
-    q, triangle = torch.linalg.qr(columns.double())
+def _spanned(triangle: Tensor) -> Tensor:
     left, singular, _ = torch.linalg.svd(triangle)
-    kept: Tensor = q @ left[:, singular > singular[0] * 1e-6]
+    kept: Tensor = left[:, singular > singular[0] * 1e-6]
     return kept
 
 
@@ -194,8 +202,9 @@ def _with_base(adapter: AdapterFile, base: Path, progress: bool) -> list[Inspect
         source = file_source(adapter, reader)
         for name in tqdm(adapter.modules, desc="inspecting", unit="layer", disable=not progress):
             parts = source.parts(name)
-            energy, size = skeleton_energy(source.weight(name), parts.rows, parts.columns)
-            singular = update_spectrum(*parts)
+            of_c, of_r = (torch.linalg.qr(part.double()) for part in (parts.columns, parts.rows.T))
+            energy, size = _energy(source.weight(name), of_c, of_r)
+            singular = _spectrum(parts.update, of_c[1], of_r[1])
             norm = float(torch.linalg.vector_norm(singular))
             known = _without_base(name, adapter.modules[name])
             layers.append(
