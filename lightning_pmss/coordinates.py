@@ -7,10 +7,12 @@ by a factor of hundreds.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lightning_pmss.edits import without_autocast
 from lightning_pmss.whole import fill
@@ -69,6 +71,32 @@ def core_dtype(weight_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if weight_dtype == torch.float64 else torch.float32
 
 
+class TriangularProducts(torch.autograd.Function):
+    """``left @ v @ right`` for upper triangular left ``[c, c]`` and lower triangular right ``[r, r]``, both frozen.
+
+    In four blocks a side, which leave out most of the zeros: 5/8 of the multiply-adds.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, v: Tensor, right: Tensor) -> Tensor:
+        ctx.save_for_backward(left, right)
+        v = torch.cat([left[i:j, i:] @ v[i:] for i, j in _quarters(len(left))])
+        return torch.cat([v[:, i:] @ right[i:, i:j] for i, j in _quarters(len(right))], 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        left, right = ctx.saved_tensors
+        grad = torch.cat([grad[:, :j] @ right[i:j, :j].T for i, j in _quarters(len(right))], 1)
+        return None, torch.cat([left[:j, i:j].T @ grad[:j] for i, j in _quarters(len(left))]), None
+
+
+def _quarters(size: int) -> list[tuple[int, int]]:
+    edges = [size * k // 4 for k in range(5)]
+    return list(pairwise(edges))
+
+
 class CoreFrame(nn.Module):
     """The frozen factors of the coordinates, apart from V: sharding engines must never mix frozen and trained tensors.
 
@@ -96,7 +124,11 @@ class CoreFrame(nn.Module):
             # keeps V and the factors in it (and a float32 master of V), so at least the products are wide.
             wide = torch.promote_types(v.dtype, torch.float32)
             with without_autocast(v):
-                return self.left.to(wide) @ v.to(wide) @ self.right.to(wide)
+                left, right = self.left.to(wide), self.right.to(wide)
+                if v.device.type == "cpu" and min(v.shape) >= 192:  # elsewhere kernels count, not multiply-adds
+                    u: Tensor = TriangularProducts.apply(left, v.to(wide), right)
+                    return u
+                return left @ v.to(wide) @ right
         assert self.gain is not None
         return v * self.gain
 
