@@ -13,7 +13,7 @@ from lightning_pmss.config import PMSSConfig
 from lightning_pmss.fingerprint import same_base
 from lightning_pmss.layers import Frame, PMSSLinear, canonical_shape, coordinate_frame, core_dtype, is_transposed
 from lightning_pmss.messages import some
-from lightning_pmss.quantised import hidden_values, keep_trainable, value_dtype, whole_weight
+from lightning_pmss.quantised import hidden_values, prepare, quantisation_of, value_dtype, whole_weight
 from lightning_pmss.report import ConversionReport, LayerReport
 from lightning_pmss.selection import projection_residual, select_skeleton
 from lightning_pmss.skeleton import Skeleton, SkeletonLayer, read_skeleton
@@ -60,6 +60,7 @@ def convert(model: nn.Module, config: PMSSConfig, *, skeleton: Skeleton | None =
     refuse_unconvertible(targets, modules, config, skeleton)
     ranks = ranks_of(config, targets, modules)
 
+    prepare(model)
     with outside_zero_init():
         plans = _plan(targets, modules, config, skeleton, ranks)
         for name, plan in plans.items():
@@ -77,7 +78,6 @@ def convert(model: nn.Module, config: PMSSConfig, *, skeleton: Skeleton | None =
             layer.fingerprint = plan.fingerprint
     layers = [_report(name, modules[name], ranks[name], plan.residual) for name, plan in plans.items()]
     notes = _leave_fast_paths(model)
-    keep_trainable(model)
     model.requires_grad_(False)
     for name in targets:
         modules[name].core.weight.requires_grad_(True)  # type: ignore[union-attr, operator]
@@ -141,9 +141,12 @@ def _plan(
                 residual = projection_residual(weight, cols) if residual is None else residual
         plans[name] = SkeletonLayer(stored.rows, stored.cols, frame, stored.fingerprint, shape, residual)
     if strangers and skeleton is not None:
+        remedy = "Make it anew with `python -m lightning_pmss select --model <this base>`."
+        if kind := quantisation_of(modules[strangers[0]]):
+            remedy = f"These are quantised ({kind}), and files are read as stored: leave skeleton_file out."
         raise ValueError(
             f"{skeleton.source} belongs to another base model: the rows and columns of {some(strangers)} are not those it"
-            " was made from. Make it anew with `python -m lightning_pmss select --model <this base>`."
+            f" was made from. {remedy}"
         )
     return plans
 

@@ -130,9 +130,9 @@ class PMSSLinear(nn.Module):
 
     def base_weight(self) -> Tensor:
         """The pristine W in canonical layout ``[out, in]``, also while merged."""
-        weight = self.weight.detach() if self.pristine is None else self.pristine
         if self.quantised:
-            return dequantised(self, weight)
+            return dequantised(self, self.pristine)
+        weight = self.weight.detach() if self.pristine is None else self.pristine
         return weight.T if self.transposed else weight
 
     def slices(self) -> tuple[Tensor, Tensor]:
@@ -168,7 +168,12 @@ class PMSSLinear(nn.Module):
         if self.disabled:
             return super().forward(input)
         if self.merged:
-            return refuse_training(self, super().forward(input), self.core.weight)
+            if self.quantised and self.weight.is_floating_point():  # dense, behind a forward that may ask for codes
+                bias = None if self.bias is None else self.bias.to(self.weight.dtype)
+                output = F.linear(input.to(self.weight.dtype), self.weight, bias).to(input.dtype)
+            else:
+                output = super().forward(input)
+            return refuse_training(self, output, self.core.weight)
         flat = input.reshape(-1, input.shape[-1])
         dtype = compute_dtype(flat)
         update = self.core_update()

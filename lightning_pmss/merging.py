@@ -6,6 +6,7 @@ pristine W is kept aside (on the CPU) and `unmerge` puts it back bit for bit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,7 +18,15 @@ from torch import Tensor, nn
 from lightning_pmss.conversion import pmss_layers
 from lightning_pmss.edits import without_autocast
 from lightning_pmss.gathering import whole_tensors, whole_update
-from lightning_pmss.layers import PMSSLinear
+from lightning_pmss.layers import PMSSLinear, canonical_shape
+from lightning_pmss.quantised import (
+    can_requantise,
+    dequantised,
+    is_quantised,
+    quantisation_of,
+    requantised,
+    value_dtype,
+)
 from lightning_pmss.whole import clean_name, is_sharded
 
 
@@ -67,7 +76,9 @@ class MergeReport:
         )
 
 
-def merge_weight(weight: Tensor, rows: Tensor, cols: Tensor, update: Tensor, name: str) -> tuple[Tensor, LayerDrift]:
+def merge_weight(
+    weight: Tensor, rows: Tensor, cols: Tensor, update: Tensor, name: str, dtype: torch.dtype | None = None
+) -> tuple[Tensor, LayerDrift]:
     """``W + W[:, cols] @ update @ W[rows]`` with one rounding.
 
     Args:
@@ -76,9 +87,10 @@ def merge_weight(weight: Tensor, rows: Tensor, cols: Tensor, update: Tensor, nam
         cols: ``[c]`` int64.
         update: ``s U [c, r]``.
         name: Module name for errors.
+        dtype: Of the result; default: W's.
 
     Returns:
-        W' in W's dtype, computed in float32 (float64 for a float64 W), and what the rounding cost.
+        W' in this dtype, computed in float32 (float64 for a float64 W), and what the rounding cost.
 
     Raises:
         ValueError: W' is not finite; nothing was changed.
@@ -88,11 +100,11 @@ def merge_weight(weight: Tensor, rows: Tensor, cols: Tensor, update: Tensor, nam
     with without_autocast(weight):  # a caller's autocast would round the product
         delta = pristine[:, cols] @ (update.to(wide) @ pristine[rows])
     exact = pristine + delta
-    rounded = exact.to(weight.dtype)
+    rounded = exact.to(dtype or weight.dtype)
     if not torch.isfinite(rounded).all():
         raise ValueError(
             f"`{name}`: the merged weight is not finite (largest |s U| {float(update.abs().max()):.3g}, dtype"
-            f" {weight.dtype}); the run diverged or the dtype is too narrow. Nothing was merged."
+            f" {rounded.dtype}); the run diverged or the dtype is too narrow. Nothing was merged."
         )
     # U may come in float32 while W is narrower: the error is taken against the wide sum, not against itself.
     error = rounded.to(wide) - exact
@@ -104,21 +116,29 @@ def merge_weight(weight: Tensor, rows: Tensor, cols: Tensor, update: Tensor, nam
 def merged_weight(layer: PMSSLinear, name: str = "") -> tuple[Tensor, LayerDrift]:
     """W' of one layer in the layout in which the layer stores its weight, from the pristine W; the layer is not changed."""
     weight = layer.base_weight().to(layer.rows.device)
-    merged, drift = merge_weight(weight, layer.rows, layer.cols, layer.core_update().detach(), name)
+    dtype = value_dtype(layer) if layer.quantised else None
+    merged, drift = merge_weight(weight, layer.rows, layer.cols, layer.core_update().detach(), name, dtype)
     return (merged.T.contiguous() if layer.transposed else merged), drift
 
 
 @torch.no_grad()
-def merge(model: nn.Module) -> MergeReport:
+def merge(model: nn.Module, *, dequantise: bool = False, requantise: bool = False) -> MergeReport:
     """Put W' into every converted layer, so that the model runs at the base's cost.
 
-    The pristine weights are kept on the CPU (as many bytes as the converted layers have) until `unmerge`. While merged, U
-    has no effect and gets no gradient. After an error the weights are as they were.
+    The pristine weights are kept on the CPU (as many bytes as the converted layers have) until `unmerge`; those of quantised
+    layers stay where they are. While merged, U has no effect and gets no gradient. After an error the weights are as they were.
+
+    Args:
+        model: Converted, not merged.
+        dequantise: Quantised layers get a dense W' in the dtype that their codes were made from, and take its memory.
+        requantise: Quantised layers (4-bit ones of bitsandbytes) get the codes of W'; the report says what this costs.
 
     Raises:
-        ValueError: No converted layer, already merged, or a merged weight is not finite.
+        ValueError: No converted layer, already merged, a merged weight is not finite, or a quantised layer and neither of
+            the two options.
     """
     layers = _unsharded_layers(model)
+    refuse_quantised(layers, dequantise, requantise)
     if done := [name for name, layer in layers.items() if layer.merged]:
         raise ValueError(
             f"`{done[0]}` is merged already; merging starts from the pristine weights only: `unmerge` first."
@@ -129,6 +149,9 @@ def merge(model: nn.Module) -> MergeReport:
     drift = {}
     try:
         for name, layer in layers.items():
+            if layer.quantised:
+                drift[name] = _merge_quantised(layer, name, requantise)
+                continue
             new, drift[name] = merged_weight(layer, name)
             layer.pristine = layer.weight.detach().to("cpu", copy=True)
             layer.weight.copy_(new)
@@ -152,9 +175,9 @@ def unmerge(model: nn.Module) -> None:
 
 
 @contextmanager
-def merged(model: nn.Module) -> Iterator[MergeReport]:
-    """Run a block with merged weights, as for evaluation: ``with merged(model): ...``."""
-    report = merge(model)
+def merged(model: nn.Module, **options: bool) -> Iterator[MergeReport]:
+    """Run a block with merged weights, as for evaluation: ``with merged(model): ...``; options as for `merge`."""
+    report = merge(model, **options)
     try:
         yield report
     finally:
@@ -164,7 +187,8 @@ def merged(model: nn.Module) -> Iterator[MergeReport]:
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The model's state dict as if it had never been converted, with W' in the converted layers; the model is unchanged.
 
-    Keys are those of ``model.state_dict()`` without the adapters'. Tensors that were not converted are the live ones.
+    Keys are those of ``model.state_dict()`` without the adapters'. Quantised layers give dense weights. Tensors that
+    were not converted are the live ones.
     """
     return merged_state(model)[0]
 
@@ -178,6 +202,7 @@ def merged_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, LayerDr
     layers = _layers(model)
     if not is_sharded(model):
         state: dict[str, Tensor] = dict(model.state_dict())
+        _dequantise_state(model, state)
         results = {name: merged_weight(layer, name) for name, layer in layers.items()}
     else:
         updates = {name: whole_update(model, layer) for name, layer in layers.items()}
@@ -203,6 +228,19 @@ def merged_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, LayerDr
     return state, drift
 
 
+def _dequantise_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put dense weights in the place of codes and scales; converted layers get theirs afterwards."""
+    for full, module in model.named_modules(remove_duplicate=False):
+        converted = isinstance(module, PMSSLinear) and module.quantised
+        if not converted and not (isinstance(module, nn.Linear) and is_quantised(module)):
+            continue
+        start = f"{full}." if full else ""
+        for key in [k for k in state if k.startswith((f"{start}weight", f"{start}SCB"))]:
+            del state[key]
+        if not converted:
+            state[f"{start}weight"] = dequantised(module, dtype=value_dtype(module))
+
+
 def _unsharded_layers(model: nn.Module) -> dict[str, PMSSLinear]:
     if is_sharded(model):
         raise ValueError(
@@ -220,6 +258,42 @@ def _layers(model: nn.Module) -> dict[str, PMSSLinear]:
 
 def _restore(layers: dict[str, PMSSLinear]) -> None:
     for layer in layers.values():
-        if layer.pristine is not None:
+        if layer.pristine is not None and layer.quantised:
+            layer.__dict__["pristine"], layer.weight = None, layer.pristine  # type: ignore[assignment]
+        elif layer.pristine is not None:
             layer.weight.copy_(layer.pristine)
             layer.pristine = None
+
+
+def refuse_quantised(layers: dict[str, PMSSLinear], dequantise: bool, requantise: bool) -> None:
+    quantised = {name: layer for name, layer in layers.items() if layer.quantised}
+    if dequantise and requantise:
+        raise ValueError("dequantise=True and requantise=True exclude one another; type one of them.")
+    if quantised and not (dequantise or requantise):
+        name, layer = next(iter(quantised.items()))
+        extra = sum(math.prod(canonical_shape(m)) * value_dtype(m).itemsize for m in quantised.values())
+        raise ValueError(
+            f"`{name}` is quantised ({quantisation_of(layer)}), and merging into its codes would round much of the update away:"
+            f" merge(model, dequantise=True) makes {len(quantised)} dense weights ({extra / 1e9:.2f} GB more);"
+            " requantise=True merges into new codes and reports the error; write_merged(model, folder) writes a dense model."
+        )
+    if requantise and (others := [n for n, m in quantised.items() if not can_requantise(m)]):
+        raise ValueError(
+            f"`{others[0]}` ({quantisation_of(quantised[others[0]])}): requantise=True is for bitsandbytes 4-bit only;"
+            " type dequantise=True."
+        )
+
+
+def _merge_quantised(layer: PMSSLinear, name: str, requantise: bool) -> LayerDrift:
+    new, drift = merged_weight(layer, name)
+    if requantise:
+        base = layer.base_weight()
+        exact, _ = merge_weight(base, layer.rows, layer.cols, layer.core_update().detach(), name)
+        codes = requantised(layer, exact.to(value_dtype(layer)))
+        error = dequantised(layer, codes) - exact
+        norms = [float(torch.linalg.matrix_norm(t)) for t in (error, exact, exact - base)]
+        drift = LayerDrift(float(error.abs().max()), norms[0] / norms[1], norms[0] / norms[2] if norms[2] else 0.0)
+    kept = layer.weight
+    layer.weight = codes if requantise else nn.Parameter(new, requires_grad=False)
+    layer.__dict__["pristine"] = kept  # not by setattr, which would register it as a parameter
+    return drift

@@ -24,9 +24,12 @@ from lightning_pmss.whole import is_dtensor, whole
 SUPPORTED = "bitsandbytes 4-bit and 8-bit, and torchao weight-only int8 and int4 tensors that can dequantise themselves"
 
 
-def quantisation_of(layer: nn.Module) -> str | None:
-    """How the layer's weight is kept, such as ``"bitsandbytes nf4"``; None for a plain (or unknown) one."""
-    weight = getattr(layer, "weight", None)
+def quantisation_of(layer: nn.Module, weight: Tensor | None = None) -> str | None:
+    """How the layer's weight is kept, such as ``"bitsandbytes nf4"``; None for a plain (or unknown) one.
+
+    weight: What the layer holds at other times; default: ``layer.weight``.
+    """
+    weight = getattr(layer, "weight", None) if weight is None else weight
     if not isinstance(weight, Tensor):
         return None
     if (state := _state_4bit(weight)) is not None:
@@ -99,6 +102,10 @@ def dequantised(layer: nn.Module, weight: Tensor | None = None, dtype: torch.dty
         return dense
     if _is_int8_code(weight):
         return _int8_values(weight.data, _int8_scales(layer, weight), dtype)
+    if not _is_torchao(weight):
+        raise ValueError(
+            f"the {type(weight).__name__} of a {type(layer).__name__} is not kept in codes that are known."
+        )
     if "output_dtype" in _arguments(weight):
         return weight.dequantize(output_dtype=torch.float32).to(dtype)  # type: ignore[call-arg]
     return weight.dequantize().to(dtype)
@@ -147,12 +154,28 @@ def whole_weight(layer: nn.Module, weight: Tensor | None = None) -> Iterator[Ten
 
 
 def value_dtype(layer: nn.Module) -> torch.dtype:
-    """The dtype of W's values: the weight's own, or the one that the codes were made from (int8 of bitsandbytes: float16)."""
+    """The dtype of the weights that the codes were made from, in which a dense W' is written; a plain weight's own."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
     if (state := _state_4bit(weight)) is not None:
         found: torch.dtype = state.dtype
         return found
-    return weight.dtype if weight.is_floating_point() else torch.float16
+    return weight.dtype if weight.is_floating_point() else getattr(layer, "pmss_values", torch.float16)
+
+
+def can_requantise(layer: nn.Module) -> bool:
+    """Whether `requantised` can make codes for this layer."""
+    return quantisation_of(layer) in ("bitsandbytes nf4", "bitsandbytes fp4")
+
+
+def requantised(layer: nn.Module, dense: Tensor) -> nn.Parameter:
+    """Codes of a dense W ``[out, in]``, made as those of this 4-bit layer were."""
+    codes: Any = layer.weight
+    options = {
+        name: getattr(codes, name) for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+    }
+    made = type(codes)(dense.to("cpu"), requires_grad=False, **options)  # quantises when it is moved to a device
+    moved: nn.Parameter = made.to(codes.device)
+    return moved
 
 
 def hidden_values(model: nn.Module) -> int:
@@ -161,14 +184,19 @@ def hidden_values(model: nn.Module) -> int:
     return sum(m.out_features * m.in_features - m.weight.numel() for m in layers)
 
 
-def keep_trainable(model: nn.Module) -> None:
-    """Keep bitsandbytes from packing 4-bit weights for CPU inference, as it does at the first pass in evaluation mode.
+def prepare(model: nn.Module) -> None:
+    """What the quantised layers of a model need before they are trained through.
 
-    Packed, a layer passes no gradient on, also not when training goes on after a validation, and its scales are rounded.
+    bitsandbytes packs 4-bit weights for CPU inference at the first pass in evaluation mode: the scales are rounded, and from
+    then on no gradient comes through, also not when training goes on after a validation. It is kept from that. Its int8
+    layers do not know what dtype they were made from: it is taken from the model's first parameter of a floating dtype.
     """
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float16)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        if isinstance(module, nn.Linear) and _is_int8_code(module.weight):
+            module.pmss_values = dtype  # type: ignore[assignment]
 
 
 def _is_class(value: object, package: str, name: str) -> bool:

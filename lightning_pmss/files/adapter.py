@@ -29,6 +29,7 @@ from lightning_pmss.files.shards import few, save_tensors
 from lightning_pmss.fingerprint import fingerprint, same_base
 from lightning_pmss.gathering import whole_tensors, whole_update
 from lightning_pmss.layers import PMSSLinear, canonical_shape, is_supported, is_transposed
+from lightning_pmss.quantised import quantisation_of, whole_weight
 from lightning_pmss.report import ConversionReport
 from lightning_pmss.skeleton import Skeleton, SkeletonLayer
 from lightning_pmss.targets import canonical_modules, find_targets, hugging_face_root, match_modules
@@ -115,6 +116,7 @@ def save_adapter(
         "base_model_name_or_path": base or getattr(known, "_name_or_path", None) or None,
         "revision": revision or getattr(known, "_commit_hash", None),
         "model_class": class_path(hugging_face_root(model)[0]),
+        "quantisation": sorted(q for q in {quantisation_of(m, m.pristine) for m in layers.values()} if q),
         "config": report.config.to_dict(),
         "modules": modules,
         "also_train": {key: {"shape": list(value.shape), "tied": tied[key]} for key, value in extra.items()},
@@ -234,7 +236,8 @@ def check_base(adapter: AdapterFile, modules: Mapping[str, nn.Module], model: st
             if isinstance(layer, PMSSLinear):
                 canonical = layer.base_weight()
             else:
-                canonical = weight.detach().T if is_transposed(layer) else weight.detach()
+                with whole_weight(layer) as found:
+                    canonical = found.T if is_transposed(layer) else found
             rows = canonical[stored.rows.to(weight.device)]
             columns = canonical[:, stored.cols.to(weight.device)]
         if not same_base(stored.fingerprint, rows, columns):

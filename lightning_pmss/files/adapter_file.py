@@ -69,6 +69,7 @@ class AdapterFile:
     model_class: str | None = None  # dotted path; files of early versions lack it
     also_train: dict[str, Tensor] = field(default_factory=dict)
     tied: dict[str, list[str]] = field(default_factory=dict)  # other names of an also_train tensor
+    quantisation: list[str] = field(default_factory=list)  # how the base kept its weights, such as "bitsandbytes nf4"
 
     def wrong_base(self, modules: list[str], base: str) -> str:
         """The message for a base that is not the one this adapter was trained on."""
@@ -77,7 +78,15 @@ class AdapterFile:
         return (
             f"{self.folder} belongs to another base: the weights of {few(modules, 3)} in {base} are not those it was "
             f"trained on ({trained_on}{revision}). Load that base, unmerged; on other weights a PMSS adapter means "
-            "nothing."
+            f"nothing.{self._quantised_hint()}"
+        )
+
+    def _quantised_hint(self) -> str:
+        if not self.quantisation:
+            return ""
+        return (
+            f" It was trained on quantised weights ({', '.join(self.quantisation)}), which are not those of the checkpoint:"
+            " load the base quantised the same way; for a dense model write_merged(model, folder) after load_adapter."
         )
 
 
@@ -122,6 +131,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
         modules=modules,
         model_class=config.get("model_class"),
         also_train=tensors,
+        quantisation=list(config.get("quantisation") or ()),
         tied={name: entry["tied"] for name, entry in config["also_train"].items() if entry.get("tied")},
     )
 

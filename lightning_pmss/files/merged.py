@@ -21,6 +21,7 @@ from lightning_pmss.files.adapter_file import AdapterFile, AdapterModule, read_a
 from lightning_pmss.files.atomic import atomic_folder, check_target
 from lightning_pmss.files.model_folder import FileMergeReport, copy_others, refuse_overlap, write_report
 from lightning_pmss.files.naming import FLOATS, resolve_names
+from lightning_pmss.files.plain import without_quantiser
 from lightning_pmss.files.shards import (
     SINGLE_FILE,
     ShardReader,
@@ -193,7 +194,8 @@ def write_merged(
         if save_pretrained is not None:
             inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
             outside = {key: value for key, value in state.items() if not key.startswith(prefix)}
-            save_pretrained(temporary, state_dict=inside)
+            with without_quantiser(root):
+                save_pretrained(temporary, state_dict=inside)
             if outside:
                 save_tensors(outside, temporary / OUTSIDE_FILE)
         else:

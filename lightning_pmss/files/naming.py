@@ -50,7 +50,10 @@ def resolve_names(adapter: AdapterFile, reader: ShardReader, base: Path) -> Call
         ),
         ambiguous=f"Merge in Python instead: {in_python}",
         mismatch=right_base,
-        quantised="a quantised form that cannot be merged into. Give the unquantised base.",
+        quantised=(
+            "a quantised form that cannot be merged into. Give the unquantised base; if the adapter was trained on these codes,"
+            f" merge in Python instead: {in_python}"
+        ),
     )
     stored = {n: m.shape[::-1] if m.layout == "conv1d" else m.shape for n, m in adapter.modules.items()}
     return match_names(stored, reader, base, wording)

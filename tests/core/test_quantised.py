@@ -188,7 +188,7 @@ def test_selection_and_fingerprint_are_of_the_dequantised_weight() -> None:
 
 
 def test_training_goes_on_after_a_pass_in_evaluation_mode() -> None:
-    """Without `keep_trainable` a CPU with AVX512-BF16 packs the codes in this pass, and no gradient comes through again."""
+    """Without `prepare` a CPU with AVX512-BF16 packs the codes in this pass, and no gradient comes through again."""
     net = Net("nf4")
     layers = trained(net)
     x = torch.randn(4, 128)
