@@ -127,8 +127,13 @@ def _pivots(sketch: Tensor, rank: int) -> Tensor:
     if len(proposed) == rank:
         return proposed
     # A small matrix and many small steps: no work for a GPU.
-    kept = _greedy(directions[proposed, :rank].T.cpu().contiguous(), rank)
-    return proposed[kept.to(sketch.device)]
+    candidates = directions[proposed].T.cpu()
+    # How many directions count is open: few favour those that W is largest in, all count its tail. Where it costs little,
+    # some numbers are tried, and what leaves least of the sketch is kept.
+    spare = len(proposed) - rank
+    numbers = dict.fromkeys(rank + spare * i // 4 for i in range(5)) if rank <= 64 else [rank]
+    choices = [proposed[_greedy(candidates[:n].contiguous(), rank).to(sketch.device)] for n in numbers]
+    return min(choices, key=lambda kept: projection_residual(directions.T, kept)) if len(choices) > 1 else choices[0]
 
 
 def pivoted_qr(matrix: Scaled, rank: int, generator: torch.Generator, oversample: int) -> Tensor:
