@@ -1,6 +1,7 @@
 """Selecting rows and columns from files: wall time, matrices per second and peak memory at LLaMA-2-7B's matrix shapes.
 
-    python -m benchmarks.select [--layers 2] [--rank 256] [--workers N] [--skip-rules] [--folder DIR] [--json FILE]
+    python -m benchmarks.select [--layers 2] [--distinct N] [--rank 256] [--workers N] [--skip-rules] [--folder DIR]
+        [--json FILE]
 
 Writes a synthetic bfloat16 checkpoint to a temporary folder (below DIR, where given), one shard per decoder layer (405 MB),
 without embedding and output head, of which nothing is selected. The matrices are products of Gaussian factors with weights
@@ -14,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from benchmarks.machine import machine
 from lightning_pmss.files.shards import INDEX_FILE, open_shards, shard_names
 from lightning_pmss.selection import projection_residual, select_skeleton
 
@@ -66,9 +66,13 @@ def synthetic(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
 
 
 def make_checkpoint(
-    folder: Path, *, layers: int, hidden: int = 4096, intermediate: int = 11008, shards: int = 0
+    folder: Path, *, layers: int, hidden: int = 4096, intermediate: int = 11008, shards: int = 0, distinct: int = 0
 ) -> Path:
-    """Write ``config.json`` and as many shards (0: one per decoder layer); returns the folder."""
+    """Write ``config.json`` and as many shards (0: one per decoder layer); returns the folder.
+
+    Making the matrices takes longer than selecting from them; with `distinct` only so many layers differ, and the
+    others repeat them.
+    """
     folder.mkdir()
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "vocab_size": 32000,
@@ -78,13 +82,17 @@ def make_checkpoint(
     (folder / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(0)
     weight_map: dict[str, str] = {}
+    made: dict[tuple[int, str], Tensor] = {}
     files = shard_names(shards or layers)
     for number, file in enumerate(files):
-        weights = {
-            f"model.layers.{layer}.{name}.weight": synthetic(shape, generator)
-            for layer in range(number, layers, len(files))
-            for name, shape in llama_shapes(hidden, intermediate).items()
-        }
+        weights = {}
+        for layer in range(number, layers, len(files)):
+            for name, shape in llama_shapes(hidden, intermediate).items():
+                key = (layer % distinct if distinct else layer, name)
+                matrix = made[key] if key in made else synthetic(shape, generator)
+                if distinct:
+                    made[key] = matrix
+                weights[f"model.layers.{layer}.{name}.weight"] = matrix
         save_file(weights, folder / file, {"format": "pt"})
         weight_map.update(dict.fromkeys(weights, file))
     (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
@@ -121,6 +129,7 @@ def main() -> None:
     """Run, print the figures, and write them as JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=2, help="decoder layers (LLaMA-2-7B has 32)")
+    parser.add_argument("--distinct", type=int, default=0, help="layers that differ, repeated; 0: all")
     parser.add_argument("--rank", type=int, default=256)
     parser.add_argument("--workers", type=int, default=0, help="0: the CPU cores at hand")
     parser.add_argument("--skip-rules", action="store_true", help="leave pivoted_qr beside lupp out")
@@ -129,7 +138,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
-        model = make_checkpoint(folder / "model", layers=options.layers)
+        model = make_checkpoint(folder / "model", layers=options.layers, distinct=options.distinct)
         report = select_in_a_fresh_process(model, folder / "skeleton.safetensors", options.rank, options.workers)
         rules = [] if options.skip_rules else compare_rules(model, options.rank)
         size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
@@ -139,12 +148,11 @@ def main() -> None:
     )  # fmt: skip
     result = {
         "layers": options.layers,
+        "distinct_layers": options.distinct or options.layers,
         "rank": options.rank,
         "checkpoint_bytes": size,
         "largest_matrix_bytes": 2 * 4096 * 11008,
-        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "machine": platform.machine(),
-        "torch": torch.__version__,
+        "machine": machine(),
         **{key: report[key] for key in wanted},
         "rules": rules,
     }

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-
-@pytest.fixture
-def benchmark() -> ModuleType:
-    file = Path(__file__).parents[2] / "benchmarks" / "select.py"
-    spec = importlib.util.spec_from_file_location("benchmark_select", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from benchmarks import select as benchmark
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory from /proc")
 @pytest.mark.parametrize("shards", [1, 12])
-def test_peak_memory(benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int) -> None:
+def test_peak_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int) -> None:
     # glibc keeps freed blocks below its sliding threshold (some 50 MB here); what is to be measured is what is in use.
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")
     model = benchmark.make_checkpoint(tmp_path / "model", layers=12, hidden=1024, intermediate=2816, shards=shards)
