@@ -32,6 +32,7 @@ from lightning_pmss.modules.identity import digest, model_hash, most
 from lightning_pmss.modules.journal import Existing, Journal
 from lightning_pmss.modules.likelihood import IGNORED
 from lightning_pmss.modules.packed import check_packing
+from lightning_pmss.modules.quantisation import Quantisation, check_quantisation
 from lightning_pmss.modules.schedule import SCHEDULES, schedule_factor
 from lightning_pmss.modules.sharded import build_on_rank_zero
 from lightning_pmss.modules.token_mean import TokenMean
@@ -80,6 +81,8 @@ class CausalLMModule(L.LightningModule):
             with the same options, and refuses those of another one; "replace" begins anew.
         loss_chunk: The logits of at most so many tokens exist at a time (`chunked_loss`), such as 1024; None: of the whole
             batch. The loss is the same.
+        quantisation: Keep the linear layers' weights in codes: ``"nf4"`` or ``"fp4"`` (4 bits, bitsandbytes), ``"int8"``
+            (bitsandbytes) or ``"torchao-int8"``; one device or DDP. See `modules.quantisation`.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -103,6 +106,7 @@ class CausalLMModule(L.LightningModule):
         answer_by: AnswerBy = "generation",
         existing_predictions: Existing = "resume",
         loss_chunk: int | None = None,
+        quantisation: Quantisation | None = None,
     ) -> None:
         super().__init__()
         # No save_hyperparameters: LightningCLI would let those of a checkpoint silently override what is typed beside
@@ -116,6 +120,7 @@ class CausalLMModule(L.LightningModule):
                 f"existing_predictions={existing_predictions!r} is not known; choose 'resume' or 'replace'."
             )
         check_chunk(loss_chunk)
+        check_quantisation(quantisation)
         stages = [generate_in] if isinstance(generate_in, str) else list(generate_in)
         if unknown := sorted(set(stages) - {"validate", "test"}):
             raise ValueError(
@@ -127,7 +132,7 @@ class CausalLMModule(L.LightningModule):
         self.lr_schedule = lr_schedule
         self.dtype_name = dtype
         self.gradient_checkpointing = gradient_checkpointing
-        self.loss_chunk = loss_chunk
+        self.loss_chunk, self.quantisation = loss_chunk, quantisation
         self.max_new_tokens = max_new_tokens
         self.answering = Answering(Generation(max_new_tokens, num_beams, stop), answer_by, metric)
         self.existing_predictions: Existing = existing_predictions
@@ -178,7 +183,13 @@ class CausalLMModule(L.LightningModule):
             return super()._apply(fn, recurse)
 
     def _load(self) -> nn.Module:
-        return load_causal_lm(self.model_name_or_path, dtype=self.dtype_name, revision=self.revision)
+        return load_causal_lm(
+            self.model_name_or_path,
+            dtype=self.dtype_name,
+            quantisation=self.quantisation,
+            strategy=None if self._trainer is None else self.trainer.strategy,
+            revision=self.revision,
+        )
 
     def _load_alone(self) -> nn.Module:
         """The model on the one rank that loads it, after the callbacks have had it."""

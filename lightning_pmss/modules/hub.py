@@ -6,24 +6,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from lightning_pmss.modules.quantisation import quantised_options
 
 
-def load_causal_lm(name_or_path: str, *, dtype: str = "auto", **options: Any) -> torch.nn.Module:
+def load_causal_lm(
+    name_or_path: str,
+    *,
+    dtype: str = "auto",
+    quantisation: str | None = None,
+    strategy: Strategy | None = None,
+    **options: Any,
+) -> torch.nn.Module:
     """Load a causal language model from a folder or the model hub.
 
     Args:
         name_or_path: Folder, or hub id such as ``org/name``.
         dtype: ``"auto"`` (the checkpoint's own), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        quantisation: None or one of `QUANTISATIONS`.
+        strategy: Of the Trainer, where there is one; only for `quantisation`.
         **options: Passed on to `from_pretrained`.
 
     Raises:
         FileNotFoundError: If there is no such folder and the hub does not have the model or is not reachable.
-        ValueError: If `dtype` is unknown.
+        ValueError: If `dtype` is unknown, or `quantisation` does not go with the strategy.
+        ImportError: If `quantisation` needs a library that is not installed.
     """
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype={dtype!r} is not known; choose 'auto', 'float32', 'bfloat16' or 'float16'.")
+    if quantisation is not None:
+        _load(AutoConfig, "model", name_or_path, **options)  # a wrong name is reported here
+        options |= quantised_options(quantisation, name_or_path, dtype, strategy, **options)
     return _load(AutoModelForCausalLM, "model", name_or_path, dtype=dtype, **options)
 
 

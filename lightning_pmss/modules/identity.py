@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_pmss.quantised import is_quantised, whole_weight
 from lightning_pmss.whole import clean_name, is_fsdp1, is_sharded, whole
 
 _CHUNK = 1 << 22  # elements turned to int64 at a time: 32 MB
@@ -32,8 +33,10 @@ def model_hash(model: nn.Module) -> str:
         if plain:
             entries.append([clean_name(name), sorted(plain.items())])
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    # Of codes and scales: the weights that they stand for.
+    coded = {f"{name}.weight": module for name, module in model.named_modules() if is_quantised(module)}
     for name, tensor in tensors.items():
-        with whole(tensor) as value:
+        with whole_weight(coded[name]) if name in coded else whole(tensor) as value:
             entries.append([clean_name(name), str(value.dtype), list(value.shape), tensor_hash(value)])
     entries.sort(key=lambda entry: json.dumps(entry))
     if is_fsdp1(model):  # each rank has hashed its own part

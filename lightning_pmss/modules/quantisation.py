@@ -1,0 +1,85 @@
+"""Loading a causal language model with quantised weights: the options of transformers behind one word."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+
+Quantisation = Literal["nf4", "fp4", "int8", "torchao-int8"]
+QUANTISATIONS = ("nf4", "fp4", "int8", "torchao-int8")
+
+
+def check_quantisation(quantisation: str | None) -> None:
+    """Refuse a word that is not known.
+
+    Raises:
+        ValueError: One that is not in `QUANTISATIONS`.
+    """
+    if quantisation is not None and quantisation not in QUANTISATIONS:
+        raise ValueError(f"quantisation={quantisation!r} is not known; choose one of {list(QUANTISATIONS)}.")
+
+
+def quantised_options(
+    quantisation: str, name_or_path: str, dtype: str, strategy: Strategy | None, **options: Any
+) -> dict[str, Any]:
+    """What `from_pretrained` is to be told.
+
+    ``nf4`` and ``fp4`` are bitsandbytes' 4-bit formats with quantised scales, which compute in the dtype of the weights that
+    are not quantised; ``int8`` is its LLM.int8() with the default threshold; ``torchao-int8`` keeps one scale per row.
+
+    Args:
+        quantisation: One of `QUANTISATIONS`.
+        name_or_path: Of the model, for its configured dtype.
+        dtype: As asked for; ``"auto"``: the checkpoint's.
+        strategy: Of the Trainer; its device is where the codes are made.
+        **options: For reading the configuration, such as ``revision``.
+
+    Raises:
+        ImportError: The library is not installed.
+        ValueError: The strategy keeps weights in parts, which codes do not allow.
+    """
+    if strategy is not None and not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        raise ValueError(
+            f"quantisation={quantisation!r} cannot be kept in parts, as {type(strategy).__name__} would: use one device or DDP"
+            " (--trainer.strategy auto or ddp), or leave quantisation out."
+        )
+    library = "torchao" if quantisation.startswith("torchao") else "bitsandbytes"
+    for needed in (library, "accelerate"):
+        if find_spec(needed) is None:
+            raise ImportError(
+                f"quantisation={quantisation!r} needs {needed}: pip install 'lightning-pmss[quantised]'."
+            )
+    device = torch.device("cpu") if strategy is None else strategy.root_device
+    return {
+        "quantization_config": _config(quantisation, _compute_dtype(name_or_path, dtype, options)),
+        "device_map": {"": device},
+    }
+
+
+def _config(quantisation: str, compute: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    if quantisation == "torchao-int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    if quantisation == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantisation,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
+def _compute_dtype(name_or_path: str, dtype: str, options: dict[str, Any]) -> torch.dtype:
+    if dtype != "auto":
+        found: torch.dtype = getattr(torch, dtype)
+        return found
+    from transformers import AutoConfig
+
+    return getattr(AutoConfig.from_pretrained(name_or_path, **options), "dtype", None) or torch.float32
