@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 
@@ -15,6 +16,7 @@ from lightning_pmss.layers import Frame, PMSSLinear, canonical_shape, coordinate
 from lightning_pmss.messages import some
 from lightning_pmss.quantised import hidden_values, prepare, quantisation_of, value_dtype, whole_weight
 from lightning_pmss.report import ConversionReport, LayerReport
+from lightning_pmss.rounding import LIMIT, LOW_PRECISION, fitting_rank, rounding_error
 from lightning_pmss.selection import projection_residual, select_skeleton
 from lightning_pmss.skeleton import Skeleton, SkeletonLayer, read_skeleton
 from lightning_pmss.targets import (
@@ -76,7 +78,7 @@ def convert(model: nn.Module, config: PMSSConfig, *, skeleton: Skeleton | None =
                 memory=config.memory,
             )
             layer.fingerprint = plan.fingerprint
-    layers = [_report(name, modules[name], ranks[name], plan.residual) for name, plan in plans.items()]
+    layers = [_report(name, modules[name], ranks[name], plan) for name, plan in plans.items()]
     notes = _leave_fast_paths(model)
     model.requires_grad_(False)
     for name in targets:
@@ -93,6 +95,9 @@ def convert(model: nn.Module, config: PMSSConfig, *, skeleton: Skeleton | None =
         also_train_bytes=sum(t.nbytes for name in also_train for t in modules[name].state_dict().values()),
         notes=notes,
     )
+    low = {str(d).removeprefix("torch.") for name in plans if (d := value_dtype(modules[name])) in LOW_PRECISION}  # type: ignore[arg-type]
+    if low and (warning := done.rounding_warning(" and ".join(sorted(low)))):
+        warnings.warn(warning, stacklevel=2)
     hugging_face_root(model)[0].pmss_report = done  # type: ignore[assignment]
     return done
 
@@ -151,8 +156,12 @@ def _plan(
     return plans
 
 
-def _report(name: str, layer: nn.Module, requested: int, residual: float | None) -> LayerReport:
+def _report(name: str, layer: nn.Module, requested: int, plan: SkeletonLayer) -> LayerReport:
     assert isinstance(layer, PMSSLinear)
+    dtype = value_dtype(layer)
+    low = dtype if dtype in LOW_PRECISION else torch.bfloat16  # in which autocast may compute
+    frame = plan.frame or Frame()
+    error = rounding_error(frame, low)
     columns, rows = len(layer.cols), len(layer.rows)
     return LayerReport(
         name=name,
@@ -161,9 +170,11 @@ def _report(name: str, layer: nn.Module, requested: int, residual: float | None)
         requested_rank=requested,
         edit=layer.edit,
         trainable=columns * rows,
-        residual=residual,
-        kept_bytes_per_token=rows * value_dtype(layer).itemsize,
+        residual=plan.residual,
+        kept_bytes_per_token=rows * dtype.itemsize,
         file_bytes=columns * rows * core_dtype(layer.weight.dtype).itemsize + 4 * (columns + rows),
+        rounding_error=error,
+        fitting_rank=fitting_rank(frame, low) if error > LIMIT else None,
     )
 
 

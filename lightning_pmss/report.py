@@ -22,6 +22,9 @@ class LayerReport:
         residual: ``||W - C C^+ W||_F / ||W||_F``, or None where W was not at hand.
         kept_bytes_per_token: Bytes of h that the layer keeps for the backward pass per token, in the base's dtype.
         file_bytes: Bytes of U and both index vectors in the adapter file.
+        rounding_error: Share of an update that is lost where the layer computes in bfloat16 (float16 on such a base), see
+            `lightning_pmss.rounding`.
+        fitting_rank: A rank at which little is lost, where that is too much at this one; else None.
     """
 
     name: str
@@ -33,6 +36,8 @@ class LayerReport:
     residual: float | None
     kept_bytes_per_token: int
     file_bytes: int
+    rounding_error: float = 0.0
+    fitting_rank: int | None = None
 
 
 @dataclass
@@ -73,6 +78,20 @@ class ConversionReport:
     def kept_bytes_per_token(self) -> int:
         """Bytes kept for the adapters' backward pass per token."""
         return sum(layer.kept_bytes_per_token for layer in self.layers)
+
+    def rounding_warning(self, dtype: str) -> str | None:
+        """What a user should know where layers compute in a low precision; None where there is nothing to say."""
+        lossy = sorted((layer for layer in self.layers if layer.fitting_rank), key=lambda layer: -layer.rounding_error)
+        if not lossy:
+            return None
+        worst, pattern = lossy[0], ", ".join(f"{layer.name!r}: {layer.fitting_rank}" for layer in lossy[:3])
+        more = f" and so on for {len(lossy) - 3} more" if len(lossy) > 3 else ""
+        return (
+            f"In {dtype} rounding would take {min(1.0, worst.rounding_error):.0%} of the update of `{worst.name}` (rank"
+            f" {worst.rank} of {min(worst.shape)} possible), and more than a tenth in {len(lossy)} of {len(self.layers)}"
+            f" layers: their rows or columns are nearly dependent. Type rank_pattern={{{pattern}}}{more}, or"
+            " coordinates='spectral', or compute in float32."
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON."""

@@ -170,6 +170,9 @@ class PMSSCallback(L.Callback):
             if self._engine != "plain":
                 record_fingerprints(pl_module)
             rank_zero_info(f"PMSS:\n{self.report}")
+            precision = str(trainer.precision)
+            if "mixed" in precision and (warning := self.report.rounding_warning(precision)):
+                rank_zero_warn(warning)  # on a base of low precision `convert` has warned
 
     def _attach(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.on_model_built(trainer, pl_module)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 # What a progress bar has room for.
 SHORT = {"pmss/tokens_per_second": "tok/s", "pmss/peak_memory_gb": "peak GB"}
 
