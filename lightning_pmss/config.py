@@ -37,7 +37,7 @@ class PMSSConfig:
         skeleton_file: A safetensors file with ``<module>.rows`` and ``<module>.cols`` (an adapter file has them) to use
             instead of selecting.
         memory: ``"regather"`` gathers each layer's slice of W again in the backward pass; ``"keep"`` keeps it from the forward
-            pass: at most 1 % faster, at two to three times the bytes (``python -m benchmarks.step``, docs/performance.md).
+            pass: up to a few hundredths faster, at two to four times the bytes (docs/performance.md).
 
     Raises:
         ValueError: A value is out of its range; the message names the field and the values allowed.
