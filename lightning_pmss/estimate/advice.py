@@ -45,11 +45,15 @@ def _tried(run: Run, gpu: float) -> list[Remedy]:
         changes.append((CHECKPOINTING, {"gradient_checkpointing": True}))
     if run.micro_batch > 1:
         changes.append(("--micro-batch 1 (and accumulate gradients)", {"micro_batch": 1}))
-    if run.strategy in ("ddp", "zero2"):
+    if run.strategy in ("single", "ddp") and run.quantisation is None:
+        changes.append(("--quantisation nf4", {"quantisation": "nf4"}))
+    if run.strategy in ("ddp", "zero2") and run.quantisation is None:
         changes.append(("--strategy fsdp2", {"strategy": "fsdp2"}))
     found = [Remedy(text, total) for text, options in changes if (total := _total(run, **options)) <= gpu]
     if (fewer := _largest_rank(run, gpu)) is not None:
         found.append(fewer)
+    if run.quantisation is not None:  # codes cannot be kept in parts
+        return found
     more = run if run.strategy not in ("single", "ddp", "zero2") else with_options(run, strategy="fsdp2")
     devices = run.devices
     while devices * run.nodes < MOST_DEVICES:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_pmss.config import PMSSConfig
+from lightning_pmss.estimate.quantised import QUANTISATIONS
 from lightning_pmss.estimate.strategies import OPTIMIZERS, STRATEGIES, ZeroSettings
 from lightning_pmss.layers import COORDINATES, MEMORY_MODES
 
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="folder with config.json, or such a file")
-    add("--strategy", choices=STRATEGIES, help="default: single on one device, fsdp2 on several")
+    add("--strategy", choices=STRATEGIES, help="default: single on one device, fsdp2 (quantised: ddp) on several")
     add("--devices", type=int, default=1, help="devices per node (default: 1)")
     add("--nodes", type=int, default=1, help="default: 1")
     add("--rank", type=int, default=256, help="default: 256")
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--exclude-modules", nargs="+", default=[], metavar="NAME", help="modules left out, with all below them")
     add("--coordinates", choices=COORDINATES, default="orthonormal", help="default: orthonormal")
     add("--memory", choices=MEMORY_MODES, default="regather", help="default: regather")
+    add("--quantisation", choices=QUANTISATIONS, help="linear layers in 4-bit codes of bitsandbytes (default: no)")
     add("--micro-batch", type=int, default=1, help="sequences per device and pass (default: 1)")
     add("--sequence-length", type=int, default=2048, help="tokens of the longest sequence (default: 2048)")
     add("--precision", choices=("32-true", "bf16-mixed", "bf16-true"), default="bf16-true", help="default: bf16-true")
@@ -77,7 +79,7 @@ def run(parser: argparse.ArgumentParser, args: Sequence[str]) -> None:
     several = given.devices * given.nodes > 1
     asked = Run(
         model=given.model,
-        strategy=given.strategy or ("fsdp2" if several else "single"),
+        strategy=given.strategy or (("ddp" if given.quantisation else "fsdp2") if several else "single"),
         devices=given.devices,
         nodes=given.nodes,
         config=config,
@@ -88,6 +90,7 @@ def run(parser: argparse.ArgumentParser, args: Sequence[str]) -> None:
         gradient_checkpointing=given.gradient_checkpointing,
         optimizer=given.optimizer,
         zero=ZeroSettings(bucket=given.bucket),
+        quantisation=given.quantisation,
     )
     result = estimate(asked)
     found = None

@@ -19,6 +19,8 @@ from lightning_pmss.estimate.architecture import (
     weights_dtype,
 )
 from lightning_pmss.estimate.depth import estimate_step
+from lightning_pmss.estimate.quantised import QUANTISATIONS, largest_matrix, quantised_pieces
+from lightning_pmss.estimate.quantised import STRATEGIES as WHOLE_STRATEGIES
 from lightning_pmss.estimate.strategies import (
     OPTIMIZERS,
     STRATEGIES,
@@ -49,6 +51,7 @@ class Run:
         gradient_checkpointing: Whether decoder layers are recomputed in the backward pass.
         optimizer: One of `OPTIMIZERS`.
         zero: DeepSpeed's settings.
+        quantisation: None, or how the linear layers are kept: one of `QUANTISATIONS`. Full fine-tuning is left out then.
 
     Raises:
         ValueError: A value is out of its range; the message says what to type.
@@ -66,6 +69,7 @@ class Run:
     gradient_checkpointing: bool = False
     optimizer: str = "adamw"
     zero: ZeroSettings = field(default_factory=ZeroSettings)
+    quantisation: str | None = None
 
     def __post_init__(self) -> None:
         allowed = {
@@ -73,6 +77,7 @@ class Run:
             "precision": PRECISIONS,
             "weights_dtype": ("auto", "float32", "bfloat16"),
             "optimizer": tuple(OPTIMIZERS),
+            "quantisation": (None, *QUANTISATIONS),
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
@@ -82,6 +87,11 @@ class Run:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.zero.bucket < 0:
             raise ValueError(f"bucket={self.zero.bucket} must not be negative; it is a number of elements.")
+        if self.quantisation is not None and self.strategy not in WHOLE_STRATEGIES:
+            raise ValueError(
+                f"quantisation={self.quantisation!r} cannot be kept in parts, as {self.strategy!r} would; choose one of"
+                f" {list(WHOLE_STRATEGIES)}."
+            )
         if self.strategy == "single" and self.world > 1:
             raise ValueError(f"strategy 'single' has one device, not {self.world}; choose 'ddp', 'fsdp2' or 'zero3'.")
 
@@ -215,6 +225,8 @@ def _estimate(run: Run, config: Any, loaded: torch.dtype, methods: tuple[str, ..
     parameters = sum(p.numel() for p in base.parameters())
     results = {}
     for method in methods:
+        if method == "full" and run.quantisation is not None:
+            continue  # codes are not trained
         rank: int | None = None
         if method == "pmss":
             model, rank = architecture.pmss(run.config), run.config.rank
@@ -225,6 +237,9 @@ def _estimate(run: Run, config: Any, loaded: torch.dtype, methods: tuple[str, ..
         else:
             model = architecture.full()
         pieces = engine_dtype(inventory(model), run.strategy, run.precision)
+        made_whole = 0
+        if run.quantisation is not None:
+            pieces, made_whole = quantised_pieces(pieces, model), largest_matrix(model, trains.itemsize)
         steps = {
             checkpointing: estimate_step(
                 architecture,
@@ -252,7 +267,7 @@ def _estimate(run: Run, config: Any, loaded: torch.dtype, methods: tuple[str, ..
             factors=where.factors,
             gradients=where.gradients,
             optimizer=where.optimizer,
-            gathered=where.gathered,
+            gathered=where.gathered + made_whole,
             buckets=where.buckets,
             activations=step.kept,
             logits=step.head - step.kept,

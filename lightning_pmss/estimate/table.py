@@ -34,8 +34,9 @@ def table(estimate: Estimate, gpu: float | None = None, remedies: list[Remedy] |
     checkpointing = "with" if run.gradient_checkpointing else "without"
     where = "1 device" if run.world == 1 else f"{run.world} devices"
     where += f" on {run.nodes} nodes" if run.nodes > 1 else ""
+    kept = estimate.dtype if run.quantisation is None else f"{run.quantisation} ({estimate.dtype} beside it)"
     lines = [
-        f"{estimate.architecture}, {estimate.parameters:,} parameters in {estimate.dtype}; {run.strategy} on {where},"
+        f"{estimate.architecture}, {estimate.parameters:,} parameters in {kept}; {run.strategy} on {where},"
         f" precision {run.precision}, {run.optimizer}",
         f"{run.micro_batch} x {run.sequence_length} tokens per device and pass, {checkpointing} gradient checkpointing;"
         f" memory={run.config.memory}, coordinates={run.config.coordinates}",
