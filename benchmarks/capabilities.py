@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_pmss import PMSSConfig, convert, load_adapter, merge, save_adapter, unmerge
+from lightning_pmss.adapters import disable_adapter, load_adapters, set_adapter
 
 
 class Block(nn.Module):
@@ -82,6 +83,16 @@ class Method(ABC):
     @abstractmethod
     def load(self, model: nn.Module, folder: Path) -> nn.Module: ...
 
+    @abstractmethod
+    def several(self, model: nn.Module, folders: list[Path]) -> nn.Module:
+        """The model with all of these adapters, by number."""
+
+    @abstractmethod
+    def switch(self, model: nn.Module, number: int) -> nn.Module: ...
+
+    @abstractmethod
+    def disabled(self, model: nn.Module) -> contextlib.AbstractContextManager[Any]: ...
+
 
 def stir(model: nn.Module) -> nn.Module:
     """Give what is trained other values, as training would; else the update is zero and hides what is wrong."""
@@ -113,6 +124,17 @@ class PMSS(Method):
         load_adapter(model, folder)
         return model
 
+    def several(self, model: nn.Module, folders: list[Path]) -> nn.Module:
+        load_adapters(model, {str(number): folder for number, folder in enumerate(folders)})
+        return model
+
+    def switch(self, model: nn.Module, number: int) -> nn.Module:
+        set_adapter(model, str(number))
+        return model
+
+    def disabled(self, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+        return disable_adapter(model)
+
 
 class Peft(Method):
     """One of peft's methods."""
@@ -140,6 +162,23 @@ class Peft(Method):
 
         loaded: nn.Module = peft.PeftModel.from_pretrained(model, str(folder))  # type: ignore[arg-type]
         return loaded
+
+    def several(self, model: nn.Module, folders: list[Path]) -> nn.Module:
+        import peft
+
+        both: Any = peft.PeftModel.from_pretrained(model, str(folders[0]), adapter_name="0")  # type: ignore[arg-type]
+        for number, folder in enumerate(folders[1:], start=1):
+            both.load_adapter(str(folder), adapter_name=str(number))
+        result: nn.Module = both
+        return result
+
+    def switch(self, model: nn.Module, number: int) -> nn.Module:
+        model.set_adapter(str(number))  # type: ignore[operator]
+        return model
+
+    def disabled(self, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+        context: contextlib.AbstractContextManager[Any] = model.disable_adapter()  # type: ignore[operator]
+        return context
 
 
 METHODS: dict[str, Method] = {
@@ -294,6 +333,35 @@ def exact_lora(method: Method, folder: Path) -> bool:
     return torch.allclose(found(x), expected, atol=1e-5)
 
 
+def switched(method: Method, folder: Path) -> bool:
+    """Two adapters on one base: each one's outputs are those it has alone."""
+    x, expected = torch.randn(4, 32), []
+    for number in range(2):
+        model = method.adapt(toy(), ["up", "down"])
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.mul_(number + 1)
+            expected.append(model(x))
+        method.save(model, folder.with_name(f"adapter-{number}"))
+    both = method.several(toy(), [folder.with_name(f"adapter-{number}") for number in range(2)])
+    with torch.no_grad():
+        return all(
+            torch.allclose(method.switch(both, number)(x), y, atol=1e-5)
+            for number, y in [*enumerate(expected), (0, expected[0])]
+        )
+
+
+def disabled_is_exact(method: Method, folder: Path) -> bool:
+    """Switched off, a bfloat16 model answers as its base does, bit by bit."""
+    base, x = toy(torch.bfloat16), torch.randn(4, 32, dtype=torch.bfloat16)
+    plain = base(x)
+    method.save(method.adapt(toy(torch.bfloat16), ["up", "down"]), folder)
+    model = method.several(base, [folder])
+    with method.disabled(model):
+        return torch.equal(model(x), plain)
+
+
 PROBES: dict[str, dict[str, Callable[[Method, Path], bool]]] = {
     "Layers": {
         "nn.Linear": layer(lambda: nn.Linear(32, 48), lambda: (torch.randn(4, 32),)),
@@ -315,6 +383,10 @@ PROBES: dict[str, dict[str, Callable[[Method, Path], bool]]] = {
         "merged weights give the same outputs": merge_is_equal,
         "unmerging a bfloat16 base is exact, bit by bit": unmerge_is_exact,
         "exact as a LoRA in peft": exact_lora,
+    },
+    "Several adapters": {
+        "two on one base, switched": switched,
+        "switched off: the bfloat16 base, bit by bit": disabled_is_exact,
     },
     "Refused, not passed over": {
         "a misspelt name among the targets": typo_refused,
