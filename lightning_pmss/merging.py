@@ -203,7 +203,11 @@ def merged_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, LayerDr
     if not is_sharded(model):
         state: dict[str, Tensor] = dict(model.state_dict())
         _dequantise_state(model, state)
-        results = {name: merged_weight(layer, name) for name, layer in layers.items()}
+        results = {}
+        for name, layer in layers.items():
+            value, cost = merged_weight(layer, name)
+            # The device that holds the codes need not have room for all of the dense weights.
+            results[name] = (value.cpu() if layer.quantised else value), cost
     else:
         updates = {name: whole_update(model, layer) for name, layer in layers.items()}
         first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
@@ -238,7 +242,7 @@ def _dequantise_state(model: nn.Module, state: dict[str, Tensor]) -> None:
         for key in [k for k in state if k.startswith((f"{start}weight", f"{start}SCB"))]:
             del state[key]
         if not converted:
-            state[f"{start}weight"] = dequantised(module, dtype=value_dtype(module))
+            state[f"{start}weight"] = dequantised(module, dtype=value_dtype(module)).cpu()
 
 
 def _unsharded_layers(model: nn.Module) -> dict[str, PMSSLinear]:

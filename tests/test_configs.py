@@ -30,7 +30,7 @@ def test_there_are_recipes() -> None:
     models = ("llama2_7b", "llama2_13b", "mistral_7b", "gemma_7b", "llama32_3b")
     assert {_name(path) for path in RECIPES} == {
         f"{task}/{model}.yaml" for task in ("gsm8k", "drop", "commonsense") for model in models
-    }
+    } | {"gsm8k/llama2_13b_nf4.yaml"}
     assert {path.stem for path in OVERLAYS} == {"ddp", "fsdp", "fsdp2", "zero2", "zero3", "zero3_offload"}
 
 

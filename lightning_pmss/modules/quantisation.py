@@ -49,9 +49,7 @@ def quantised_options(
     library = "torchao" if quantisation.startswith("torchao") else "bitsandbytes"
     for needed in (library, "accelerate"):
         if find_spec(needed) is None:
-            raise ImportError(
-                f"quantisation={quantisation!r} needs {needed}: pip install 'lightning-pmss[quantised]'."
-            )
+            raise ImportError(f"quantisation={quantisation!r} needs {needed}: pip install 'lightning-pmss[quantised]'.")
     device = torch.device("cpu") if strategy is None else strategy.root_device
     return {
         "quantization_config": _config(quantisation, _compute_dtype(name_or_path, dtype, options)),
