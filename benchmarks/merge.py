@@ -98,17 +98,23 @@ def copy(base: Path, output: Path) -> None:
 
 
 def compare(base: Path, adapter: Path, folder: Path, rounds: int) -> dict[str, Any]:
-    """Seconds of copy and merge, in turn after one unmeasured round, and their ratio."""
+    """Seconds of copy and merge, in turn after one unmeasured round, and the ratio of the wall times."""
     ways = {"copy": lambda out: copy(base, out), "merge": lambda out: merge_files(base, adapter, out, progress=False)}
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    wall: dict[str, list[float]] = {name: [] for name in ways}
+    cpu: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds + 1):
         for name, run in ways.items():
-            start = time.perf_counter()
+            start, start_cpu = time.perf_counter(), time.process_time()
             run(folder / name)
-            found[name].append(time.perf_counter() - start)
+            wall[name].append(time.perf_counter() - start)
+            cpu[name].append(time.process_time() - start_cpu)
             shutil.rmtree(folder / name)
-    ratios = [merge / plain for plain, merge in zip(found["copy"][1:], found["merge"][1:], strict=True)]
-    return {**{name: spread(values[1:]) for name, values in found.items()}, "merge / copy": spread(ratios)}
+    ratios = [merge / plain for plain, merge in zip(wall["copy"][1:], wall["merge"][1:], strict=True)]
+    return {
+        **{name: spread(values[1:]) for name, values in wall.items()},
+        **{f"{name}, CPU": spread(values[1:]) for name, values in cpu.items()},
+        "merge / copy": spread(ratios),
+    }
 
 
 def main() -> None:

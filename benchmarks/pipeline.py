@@ -1,6 +1,6 @@
 """Input pipeline: tokens per second of the collated loader beside what a training step consumes, and what is padding.
 
-    python -m benchmarks.pipeline --data ../shared/data [--model models/SmolLM2-135M-Instruct] [--batch 8] [--rank 256]
+    python -m benchmarks.pipeline --data ../shared/data [--model models/SmolLM2-135M-Instruct] [--batch 4] [--rank 256]
         [--rows 3000] [--steps 3] [--json FILE]
 
 DATA is a folder with ``gsm8k`` and ``commonsense`` as in the tests. Tokens are those of examples, padding not counted; a
@@ -101,21 +101,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
-    for name, default in (("batch", 8), ("rank", 256), ("rows", 3000), ("steps", 3), ("repeats", 3)):
+    for name, default in (("batch", 4), ("rank", 256), ("rows", 3000), ("steps", 3), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", type=Path, help="file to write")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    module = CausalLMModule(options.model, generate_in=())
+    module = CausalLMModule(options.model, dtype="float32", generate_in=())
     module.configure_model()
     convert(module, PMSSConfig(rank=options.rank, selection="random"))
     results: list[dict[str, Any]] = []
     with one_thread(), tempfile.TemporaryDirectory() as cache:
         for name, (kind, given) in cases(options.data).items():
             given = given | {"tokenizer": options.model, "batch_size": options.batch, "cache_dir": f"{cache}/{name}"}
-            for order, (loader, padding) in orders(kind, given).items():
+            loaders = orders(kind, given)
+            steps = stepping(module, loaders["grouped"][0], options.steps)
+            for order, (loader, padding) in loaders.items():
                 speed = [loading(loader, options.rows, options.batch) for _ in range(options.repeats)]
-                steps = stepping(module, loader, options.steps)
                 ratio = spread(speed)["median"] / spread(steps)["median"]
                 results.append({
                     "data": name, "order": order, "padding": padding, "loader_tokens_per_second": spread(speed),

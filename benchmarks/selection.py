@@ -126,11 +126,9 @@ def main() -> None:
     rows = [(name, *timing[name].values()) for name in ("lupp", "pivoted_qr", "ratio")]
     print(table(["seconds", "min", "median", "max", "n"], rows))
     model = Path(options.model).name
-    write_result(
-        options.json,
-        "selection",
-        {"model": model, "oversample": options.oversample, "by_rank": ranks, "seconds": timing, "residuals": entries},
-    )
+    worst = sorted(entries, key=lambda entry: -float(entry["ratio"]))[:20]
+    figures = {"model": model, "oversample": options.oversample, "by_rank": ranks, "seconds": timing, "largest": worst}
+    write_result(options.json, "selection", figures)
 
 
 if __name__ == "__main__":
