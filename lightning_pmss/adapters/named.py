@@ -33,6 +33,7 @@ from lightning_pmss.files.adapter import check_also_train, check_base, check_mod
 from lightning_pmss.files.adapter_file import AdapterFile, read_adapter
 from lightning_pmss.layers import PMSSLinear, canonical_shape, is_transposed
 from lightning_pmss.messages import some
+from lightning_pmss.quantised import whole_weight
 from lightning_pmss.report import ConversionReport
 from lightning_pmss.skeleton import Skeleton, SkeletonLayer
 from lightning_pmss.targets import canonical_modules, match_modules
@@ -234,8 +235,8 @@ def _states(
         if isinstance(layer, PMSSLinear):
             weight = layer.base_weight()
         else:
-            weight = layer.weight.detach()  # type: ignore[operator, union-attr]
-            weight = weight.T if is_transposed(layer) else weight
+            with whole_weight(layer) as found:
+                weight = found.T if is_transposed(layer) else found
         update = Update(stored.U, stored.rows, stored.cols)
         states[name] = layer_state(weight, update, sizes[name], config.coordinates, config.scale)
     return states

@@ -39,12 +39,17 @@ def quantised_options(
 
     Raises:
         ImportError: The library is not installed.
-        ValueError: The strategy keeps weights in parts, which codes do not allow.
+        ValueError: The strategy keeps weights in parts, which codes do not allow; or it is DDP, and the codes torchao's.
     """
     if strategy is not None and not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
         raise ValueError(
             f"quantisation={quantisation!r} cannot be kept in parts, as {type(strategy).__name__} would: use one device or DDP"
             " (--trainer.strategy auto or ddp), or leave quantisation out."
+        )
+    if quantisation.startswith("torchao") and isinstance(strategy, DDPStrategy):
+        raise ValueError(
+            f"quantisation={quantisation!r} does not go with DDP, which broadcasts all weights when it starts, and torchao's"
+            " tensors cannot be: use one device, or 'nf4' or 'int8'."
         )
     library = "torchao" if quantisation.startswith("torchao") else "bitsandbytes"
     for needed in (library, "accelerate"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +49,13 @@ def run(folder: Path, model: str, quantisation: str | None, checkpoint: Path | N
     losses = Losses()
     saver = ModelCheckpoint(folder / "checkpoints", "{step}", every_n_train_steps=3, save_top_k=-1)
     callback = PMSSCallback(rank=8, dropout=0.1, output_dir=folder / "out")
+    settings = {"devices": 1, "max_steps": 6, "val_check_interval": 2, "logger": False}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
     trainer = L.Trainer(
         default_root_dir=folder,
         accelerator="cpu",
-        devices=1,
-        max_steps=6,
-        val_check_interval=2,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=[callback, saver, losses],
-        **options,
+        **{**settings, **quiet, **options},
     )
     trainer.fit(module, data, ckpt_path=checkpoint)
     return module, losses.train, trainer, data
@@ -95,6 +94,19 @@ def test_fit_writes_an_adapter_and_a_dense_model_and_resumes(
     assert model_hash(module.model) != model_hash(load_causal_lm(tiny_llama, quantisation=quantisation))
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize("quantisation", ["nf4", "int8"])
+def test_ddp_on_two_processes(quantisation: str, tiny_llama: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.callbacks.ddp_quantised", str(tmp_path), tiny_llama, quantisation]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert first["quantised"]
+    assert first["u"] == second["u"]
+    assert first["losses"] != second["losses"]
+    assert (tmp_path / "out" / "merged" / "model.safetensors").is_file()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("quantisation", ["nf4", "int8", "torchao-int8"])
 def test_bf16_true_and_gradient_checkpointing(quantisation: str, tiny_llama: str, tmp_path: Path) -> None:
@@ -112,10 +124,12 @@ def test_bf16_true_and_gradient_checkpointing(quantisation: str, tiny_llama: str
 
 
 def test_a_strategy_that_keeps_parts_is_refused(tiny_llama: str) -> None:
-    from lightning.pytorch.strategies import FSDPStrategy
+    from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 
     with pytest.raises(ValueError, match=r"quantisation='nf4' cannot be kept in parts, as FSDPStrategy would"):
         load_causal_lm(tiny_llama, quantisation="nf4", strategy=FSDPStrategy())
+    with pytest.raises(ValueError, match="quantisation='torchao-int8' does not go with DDP.*'nf4' or 'int8'"):
+        load_causal_lm(tiny_llama, quantisation="torchao-int8", strategy=DDPStrategy())
 
 
 def test_unknown_words_and_missing_libraries(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from lightning_pmss import PMSSConfig, convert, load_adapter, merge, save_adapter, unmerge
+from lightning_pmss.adapters import disable_adapter, load_adapters, set_adapter
 from lightning_pmss.conversion import pmss_layers
 from lightning_pmss.files import export_lora, merge_files, read_adapter, write_merged
 from lightning_pmss.merging import merged
@@ -198,6 +199,25 @@ def test_peft_loads_the_export_onto_the_quantised_base(kind: str, base: Path, tm
     export_lora(model, tmp_path / "lora")
     theirs = peft.PeftModel.from_pretrained(load(base, kind), tmp_path / "lora").train()
     torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_named_adapters_share_the_codes(kind: str, base: Path, tmp_path: Path) -> None:
+    model = trained(base, kind)
+    plain = logits(load(base, kind).train())
+    with disable_adapter(model):
+        assert torch.equal(logits(model), plain)
+    first = logits(model)
+    save_adapter(model, tmp_path / "first")
+    for layer in pmss_layers(model).values():
+        layer.core.weight.data.mul_(-1)
+    second = logits(model)
+    save_adapter(model, tmp_path / "second")
+    both = load(base, kind)
+    load_adapters(both, {"first": tmp_path / "first", "second": tmp_path / "second"})
+    for name, expected in (("second", second), ("first", first)):
+        set_adapter(both, name)
+        torch.testing.assert_close(logits(both.train()), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_quantised_checkpoint_loads_and_keeps_its_fingerprints(base: Path, tmp_path: Path) -> None:

@@ -1,0 +1,25 @@
+"""Script of the two-process test: ``python -m tests.callbacks.ddp_quantised FOLDER MODEL QUANTISATION``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.quantised import is_quantised
+from tests.callbacks.test_quantised import run
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    module, losses, trainer, _ = run(folder, sys.argv[2], sys.argv[3], devices=2, strategy="ddp")
+    layers = pmss_layers(module)
+    record = {
+        "u": {n: layer.core.weight.tolist() for n, layer in layers.items()},
+        "quantised": all(is_quantised(layer) for layer in layers.values()),
+        "losses": losses,
+    }
+    (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(record))
+    torch.distributed.destroy_process_group()  # else gloo's threads may abort the interpreter on its way out
