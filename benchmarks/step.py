@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,19 +47,18 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
     """Bytes of the storages kept for backward that are neither parameters nor buffers nor the input."""
     x = x.detach().requires_grad_()
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
-    kept: dict[int, int] = {}
+    kept: list[weakref.ref[Tensor]] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        kept.append(weakref.ref(tensor))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = run(model, x)  # held until counted: nothing saved may be freed and its address taken again
-    total = sum(kept.values())
+        y = run(model, x)
+    # Only what the graph of y still holds: some rivals build graphs on the way that they detach from.
+    alive = [tensor.untyped_storage() for reference in kept if (tensor := reference()) is not None]
     del y
-    return total
+    return sum({s.data_ptr(): s.nbytes() for s in alive if s.data_ptr() not in own}.values())
 
 
 def bound(case: Case) -> float:
@@ -151,12 +151,12 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
         left.fill_between(ranks, ratios[0], ratios[2], alpha=0.12, color=line.get_color())
         saved = [r["rivals"][name]["saved_bytes_above_floor"] / 2**20 for r in results]
         right.plot(ranks, saved, marker="o", markersize=3, color=line.get_color())
-    left.plot(ranks, [r["counted_bound"] for r in results], "k:", label="counted bound of PMSS")
+    left.plot(ranks, [r["counted_bound"] for r in results], "k:", label="counted, PMSS without coordinates")
     case = results[0]["case"]
     left.set(xlabel="rank", ylabel="step / frozen blocks' step", title="time (median, min to max)")
     right.set(xlabel="rank", ylabel="MiB above the frozen blocks", title="saved for backward")
     figure.suptitle(
-        f"{case['layers']} Llama blocks, hidden {case['hidden']}, {case['tokens']} tokens, {case['dtype']}, one thread"
+        f"Llama blocks: {case['layers']}, hidden {case['hidden']}, {case['tokens']} tokens, {case['dtype']}, one thread"
     )
     left.legend(fontsize=8)
     figure.tight_layout()
@@ -178,13 +178,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, help="draw what was measured against rank into this file")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument(
-        "--tables", action="store_true", help="measure nothing; print the tables of the JSON files there"
+        "--tables", action="store_true", help="measure nothing; print and draw what the JSON files there hold"
     )
     options = parser.parse_args(arguments)
     if options.tables:
         for path in sorted(options.output.glob("step-*.json")):
             content = json.loads(path.read_text())
             print(*(table(r) for r in content.get("results", [content])), sep="\n\n", end="\n\n")
+            if options.plot and "results" in content:
+                plot(content["results"], options.plot)
         return
     torch.set_num_threads(1)
     chosen = [SMALLEST if name == "smallest" else CASES[name] for name in options.case]
