@@ -166,6 +166,7 @@ def _select(target: Target, reader: ShardReader, config: PMSSConfig, pieces: Pie
         seed=config.seed,
         name=target.name,
     )
+    rows, cols = rows.sort().values, cols.sort().values  # as `convert` does: gathers read memory in order
     rows_of_w, columns_of_w = weight[rows], weight[:, cols]
     frame = coordinate_frame(columns_of_w, rows_of_w, config.coordinates, target.name)
     tensors = {"rows": rows.to(torch.int32), "cols": cols.to(torch.int32)}

@@ -40,3 +40,12 @@ def test_a_large_frame_gives_the_same_u_and_gradient(dtype: torch.dtype) -> None
     tolerance = 1e-5 if dtype == torch.float32 else 1e-13
     assert relative(u, plain) < tolerance
     assert relative(found, expected) < tolerance
+
+
+def test_indices_ascend() -> None:
+    """In the order of memory; the family of updates is the same in any order."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 48))
+    convert(model, PMSSConfig(rank=16))
+    for index in (model[0].rows, model[0].cols):
+        assert torch.equal(index, index.sort().values)
