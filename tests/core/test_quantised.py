@@ -260,3 +260,16 @@ def test_names_of_the_kinds() -> None:
     assert quantisation_of(nn.Linear(3, 3)) is None
     assert why_unusable(nn.Linear(3, 3)) is None
     assert why_unusable(nn.Identity()) is None
+
+
+@pytest.mark.parametrize("kind", ["nf4", "torchao int8"])
+def test_compiles_in_one_graph(kind: str) -> None:
+    net = Net(kind)
+    layers = trained(net)
+    x = torch.randn(4, 128)
+    expected = net(x)
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    output = compiled(x)
+    output.sum().backward()
+    torch.testing.assert_close(output, expected)
+    assert all(float(layer.core.weight.grad.norm()) > 0 for layer in layers.values())  # type: ignore[union-attr]

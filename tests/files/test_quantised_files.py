@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -230,3 +231,16 @@ def test_a_quantised_checkpoint_loads_and_keeps_its_fingerprints(base: Path, tmp
     load_adapter(again, tmp_path / "adapter")
     with pytest.raises(ValueError, match="quantised form"):
         merge_files(tmp_path / "codes", tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_the_blocks_of_the_page(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "quantised.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 2
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block.replace("MODEL_DIR", str(base)), names)  # noqa: S102
+    assert (tmp_path / "dense" / "config.json").is_file()
+    assert names["report"].relative_error > 0
+    assert pmss_layers(names["fresh"])
