@@ -30,6 +30,7 @@ from torch import nn
 from lightning_pmss.conversion import conversion_of, pmss_layers
 from lightning_pmss.fingerprint import fingerprint, same_base
 from lightning_pmss.gathering import gathered, load_trained_state, trained_state
+from lightning_pmss.layers import PMSSLinear
 from lightning_pmss.messages import some
 from lightning_pmss.sharding import Engine, engine_of
 from lightning_pmss.whole import is_sharded, whole_shape
@@ -180,12 +181,20 @@ class CheckpointSeam:
         kept = {k: v for k, v in checkpoint["state_dict"].items() if k in self.trained}
         checkpoint = checkpoint | {"state_dict": kept, METADATA: self._describe()}
         path = Path(self.strategy.broadcast(filepath))
+        if self.engine == "plain":
+            checkpoint["state_dict"] = self._short_indices(kept)
         if self._writes_folders():
             self._save_folder(checkpoint, path, storage_options)
         else:
             self._inner["save_checkpoint"](checkpoint, path, storage_options)
         if self.after_save is not None:
             self.after_save(path)
+
+    def _short_indices(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Rows and columns as int32: in int64 they are 1.6 % of what rank 256 trains. Loading copies them into int64."""
+        names = {f"{n}." if n else "" for n, m in self.module.named_modules() if isinstance(m, PMSSLinear)}
+        short = {f"{name}{part}" for name in names for part in ("rows", "cols")}
+        return {k: v.to(torch.int32) if k in short else v for k, v in state.items()}
 
     def _save_folder(self, checkpoint: dict[str, Any], path: Path, storage_options: Any) -> None:
         writing, old = path.with_name(f"{path.name}.writing"), path.with_name(f"{path.name}.old")

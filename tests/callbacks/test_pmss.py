@@ -210,6 +210,8 @@ def test_checkpoint_holds_only_what_is_trained(tmp_path: Path, weights_only: boo
     checkpoint = torch.load(tmp_path / "checkpoints" / "epoch=0.ckpt")  # weights_only=True is torch's default
     own = {f"net.{i}.{key}" for i in (0, 2) for key in ("rows", "cols", "core.weight")}
     assert set(checkpoint["state_dict"]) == own | {"net.3.weight", "net.3.bias"}
+    assert {v.dtype for k, v in checkpoint["state_dict"].items() if k.endswith(("rows", "cols"))} == {torch.int32}
+    assert module.net[0].rows.dtype == torch.int64
     assert checkpoint["pmss"]["config"]["rank"] == 4
     assert set(module.state_dict()) > set(checkpoint["state_dict"])  # users still see the whole state dict
     other = Toy()
