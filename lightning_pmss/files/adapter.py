@@ -25,6 +25,7 @@ from lightning_pmss.files.adapter_file import (
     read_adapter,
 )
 from lightning_pmss.files.atomic import WRITTEN_BY, atomic_folder, check_target
+from lightning_pmss.files.plain import quantisation_settings
 from lightning_pmss.files.shards import few, save_tensors
 from lightning_pmss.fingerprint import fingerprint, same_base
 from lightning_pmss.gathering import whole_tensors, whole_update
@@ -117,6 +118,7 @@ def save_adapter(
         "revision": revision or getattr(known, "_commit_hash", None),
         "model_class": class_path(hugging_face_root(model)[0]),
         "quantisation": sorted(q for q in {quantisation_of(m, m.pristine) for m in layers.values()} if q),
+        **quantisation_settings(hugging_face_root(model)[0]),
         "config": report.config.to_dict(),
         "modules": modules,
         "also_train": {key: {"shape": list(value.shape), "tied": tied[key]} for key, value in extra.items()},

@@ -20,6 +20,7 @@ def adapter_card(config: Mapping[str, Any], run: Mapping[str, Any] | None = None
     """
     base = config["base_model_name_or_path"]
     revision = config["revision"]
+    kinds = ", ".join(config.get("quantisation") or ())
     front: dict[str, Any] = {"library_name": "lightning-pmss", "tags": ["pmss", "lightning"]}
     if base and is_hub_id(base):  # a path is no id, and the hub refuses a card that names one
         front["base_model"] = base
@@ -31,7 +32,8 @@ def adapter_card(config: Mapping[str, Any], run: Mapping[str, Any] | None = None
         "`W' = W + C (s U) R`: C and R are columns and rows of the base's own weights, stored as indices; U was trained"
         " (PMSS, arXiv 2409.16722, with lightning-pmss). It means nothing on other weights, and loading on them is refused.",
         "",
-        f"- Base: {base or 'not recorded'}{f', revision {revision}' if revision else ''}, unmerged.",
+        f"- Base: {base or 'not recorded'}{f', revision {revision}' if revision else ''}, unmerged"
+        f"{f', quantised ({kinds})' if kinds else ''}.",
         f"- Licence of the base: {licence or 'not found in its folder; see its page'}.",
         f"- {_options(config)}",
         f"- Versions: {', '.join(f'{name} {version}' for name, version in config['versions'].items())}.",
@@ -42,7 +44,10 @@ def adapter_card(config: Mapping[str, Any], run: Mapping[str, Any] | None = None
         *_load(config),
         "```",
         "",
-        "`python -m lightning_pmss merge --base BASE --adapter THIS_FOLDER --output MERGED` writes a plain model;"
+        '`write_merged(model, "MERGED")` (from `lightning_pmss.files`) then writes a plain, dense model;'
+        ' `export_lora(model, "LORA")` a LoRA for peft and vLLM.'
+        if kinds
+        else "`python -m lightning_pmss merge --base BASE --adapter THIS_FOLDER --output MERGED` writes a plain model;"
         " `export --format peft` writes a LoRA for peft and vLLM.",
     ]
     for title, facts in (run or {}).items():
@@ -68,7 +73,16 @@ def _options(config: Mapping[str, Any]) -> str:
 def _load(config: Mapping[str, Any]) -> list[str]:
     module, _, name = (config.get("model_class") or "").rpartition(".")
     base = config["base_model_name_or_path"] or "BASE"
-    if module.startswith("transformers."):
+    if module.startswith("transformers.") and "quantization_config" in config:
+        revision = f", revision={config['revision']!r}" if config["revision"] else ""
+        made = ["import json", f"from transformers import {name}"]
+        made += ["from transformers.quantizers import AutoQuantizationConfig", "from lightning_pmss import load_adapter", ""]
+        made.append('settings = json.load(open("THIS_FOLDER/adapter_config.json"))')
+        made.append('codes = AutoQuantizationConfig.from_dict(settings["quantization_config"])')
+        made.append(
+            f'model = {name}.from_pretrained("{base}"{revision}, quantization_config=codes, dtype=settings["base_dtype"])'
+        )
+    elif module.startswith("transformers."):
         revision = f", revision={config['revision']!r}" if config["revision"] else ""
         made = [f"from transformers import {name}", "from lightning_pmss import load_adapter", ""]
         made.append(f'model = {name}.from_pretrained("{base}"{revision})')

@@ -1,4 +1,4 @@
-"""Write a Hugging Face model that was loaded quantised as the dense model it stands for."""
+"""A Hugging Face model that was loaded quantised: written as the dense model it stands for, and how it was loaded."""
 
 from __future__ import annotations
 
@@ -24,3 +24,15 @@ def without_quantiser(model: Any) -> Iterator[None]:
         model.__dict__.update(kept)
         if quantisation is not None:
             config.quantization_config = quantisation  # type: ignore[union-attr]
+
+
+def quantisation_settings(model: Any) -> dict[str, Any]:
+    """What `from_pretrained` needs to quantise the base again in the same way, as JSON; empty where it was not quantised.
+
+    Returns:
+        ``quantization_config`` as in config.json, and ``base_dtype``, the dtype of the model beside its codes.
+    """
+    if getattr(model, "hf_quantizer", None) is None:
+        return {}
+    settings = model.config.to_dict()
+    return {"quantization_config": settings["quantization_config"], "base_dtype": str(settings["dtype"]).split(".")[-1]}

@@ -233,6 +233,20 @@ def test_a_quantised_checkpoint_loads_and_keeps_its_fingerprints(base: Path, tmp
         merge_files(tmp_path / "codes", tmp_path / "adapter", tmp_path / "merged")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_lines_of_the_card_load_the_adapter(kind: str, base: Path, tmp_path: Path) -> None:
+    model = trained(base, kind)
+    save_adapter(model, tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert re.search(r"- Base: .*, unmerged, quantised \((bitsandbytes|torchao) \w+\)\.", card)
+    assert "lightning_pmss merge" not in card
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)
+    assert code
+    names: dict[str, Any] = {}
+    exec(code[1].replace("THIS_FOLDER", str(tmp_path / "adapter")), names)  # noqa: S102
+    torch.testing.assert_close(logits(names["model"].train()), logits(model), rtol=1e-4, atol=1e-5)
+
+
 def test_the_blocks_of_the_page(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).parents[2] / "docs" / "quantised.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
