@@ -76,7 +76,11 @@ def _load(config: Mapping[str, Any]) -> list[str]:
     if module.startswith("transformers.") and "quantization_config" in config:
         revision = f", revision={config['revision']!r}" if config["revision"] else ""
         made = ["import json", f"from transformers import {name}"]
-        made += ["from transformers.quantizers import AutoQuantizationConfig", "from lightning_pmss import load_adapter", ""]
+        made += [
+            "from transformers.quantizers import AutoQuantizationConfig",
+            "from lightning_pmss import load_adapter",
+            "",
+        ]
         made.append('settings = json.load(open("THIS_FOLDER/adapter_config.json"))')
         made.append('codes = AutoQuantizationConfig.from_dict(settings["quantization_config"])')
         made.append(
