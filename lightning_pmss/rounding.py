@@ -47,7 +47,7 @@ def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
 def fitting_rank(frame: Frame, dtype: torch.dtype) -> int:
     """The largest of 7/8, 6/8, ... of the rank at which the error is within `LIMIT`, else 1/8; at least 1.
 
-    The first columns and rows of a skeleton are a skeleton, since each was chosen with those before it in view.
+    Tried on the first of the columns and rows at hand; a skeleton chosen for that rank is at least about as good.
     """
     assert frame.left is not None
     assert frame.right is not None
