@@ -126,7 +126,7 @@ def test_a_skeleton_of_the_dense_checkpoint_is_refused(base: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_merge_in_memory_asks_first_and_comes_back_bit_for_bit(kind: str, base: Path) -> None:
+def test_merge_in_memory_asks_first_and_comes_back_bit_for_bit(kind: str, base: Path, tmp_path: Path) -> None:
     model = trained(base, kind)
     before, keys = logits(model), list(model.state_dict())
     with pytest.raises(ValueError, match=r"is quantised \((bitsandbytes|torchao).*dequantise=True.*requantise=True"):
@@ -136,7 +136,12 @@ def test_merge_in_memory_asks_first_and_comes_back_bit_for_bit(kind: str, base: 
     assert report.relative_error < 1e-6  # to float32
     torch.testing.assert_close(logits(model), before, rtol=1e-3, atol=1e-4)
     assert not any(is_quantised(layer) for layer in pmss_layers(model).values())
+    save_adapter(model, tmp_path / "merged")  # of the codes, which are kept aside
     unmerge(model)
+    save_adapter(model, tmp_path / "plain")
+    stored = [read_adapter(tmp_path / name) for name in ("merged", "plain")]
+    assert stored[0].quantisation == stored[1].quantisation
+    assert [m.fingerprint for m in stored[0].modules.values()] == [m.fingerprint for m in stored[1].modules.values()]
     assert torch.equal(logits(model), before)
     assert list(model.state_dict()) == keys
     with merged(model, dequantise=True):
