@@ -25,7 +25,7 @@ class PMSSConfig:
         selection: Rule that selects columns and rows: ``lupp``, ``pivoted_qr``, ``leverage``, ``norm``, ``random`` or
             ``inverse_norm``.
         row_mode: ``"independent"`` selects rows from W, ``"nested"`` from the selected columns.
-        oversample: Extra rows of the sketch of ``lupp``.
+        oversample: Extra rows of the sketch of ``lupp``, beside a quarter to a half of the rank.
         seed: Seed of the selection; independent of the global random state.
         scale: Factor s of the update ``s C U R``.
         coordinates: Coordinates of the trained tensor: ``"orthonormal"``, ``"spectral"`` or ``"raw"``.

@@ -59,7 +59,7 @@ class PMSSCallback(L.Callback):
         rank_pattern: Other ranks for targets that match a key (name ending or regular expression).
         selection: ``lupp``, ``pivoted_qr``, ``leverage``, ``norm``, ``random`` or ``inverse_norm``.
         row_mode: ``independent`` or ``nested``.
-        oversample: Extra rows of the sketch of ``lupp``.
+        oversample: Extra rows of the sketch of ``lupp``, beside a quarter to a half of the rank.
         seed: Seed of the selection.
         scale: Factor s of the update ``s C U R``.
         coordinates: ``orthonormal``, ``spectral`` or ``raw``.
