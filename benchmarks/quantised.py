@@ -6,7 +6,7 @@
 ``layer``: CPU seconds of forward and backward, one thread, of the frozen quantised layer and of the converted one with
 ``memory`` regather and keep; rivals in turn. ``train``: the response loss of each step on generated arithmetic, the same
 examples and order for each form of the base, and the loss on held-out problems before and after; then the error of merging
-into dense weights of the checkpoint's dtype, and (4-bit) into new codes.
+into dense weights of the checkpoint's dtype, and (4-bit) into new codes, and the loss with the same update on the dense base.
 """
 
 from __future__ import annotations
@@ -131,8 +131,20 @@ def train_case(kind: str, args: argparse.Namespace) -> dict[str, Any]:
         drift = merge(module, **options)
         found["merge"][name] = drift.to_dict() | {"layers": len(drift.layers), "held_out": held_out(module, data)}
         unmerge(module)
-    assert len(pmss_layers(module)) == len(report.layers)
+    if kind != "none":
+        found["update_on_the_dense_base"] = held_out(on_dense_base(module, args.model), data)
     return found
+
+
+@torch.no_grad()
+def on_dense_base(module: CausalLMModule, model: str) -> CausalLMModule:
+    """The unquantised model with the same C U R added, as an exported LoRA on it would compute."""
+    dense = CausalLMModule(model, dtype="float32")
+    dense.configure_model()
+    weights = dict(dense.model.named_parameters())
+    for name, layer in pmss_layers(module).items():
+        weights[f"{name}.weight"] += layer.weight_columns() @ layer.core_update() @ layer.weight_rows()
+    return dense
 
 
 @torch.no_grad()
@@ -149,11 +161,21 @@ def held_out(module: CausalLMModule, data: Any) -> float:
 def train(args: argparse.Namespace) -> dict[str, Any]:
     with one_thread():
         rows = [train_case(kind, args) for kind in ("none", *args.kinds)]
-    head = ["base", "held out before", "after", "first step", "last 5 steps", "CPU s", "merged: held out (way)"]
+    head = [
+        "base",
+        "held out before",
+        "after",
+        "first step",
+        "last 5 steps",
+        "CPU s",
+        "merged: held out (way)",
+        "update on the dense base",
+    ]
     body = [
         [
             r["kind"], r["held_out_before"], r["held_out_after"], r["losses"][0], sum(r["losses"][-5:]) / 5, r["cpu_seconds"],
             "; ".join(f"{m['held_out']:.4g} ({way})" for way, m in r["merge"].items()),
+            r.get("update_on_the_dense_base", ""),
         ]
         for r in rows
     ]  # fmt: skip
