@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.fsdp.wrap import CustomPolicy, _Policy
 
 from lightning_pmss.layers import CoreFrame, PMSSCore
+from lightning_pmss.quantised import quantisation_of
 from lightning_pmss.whole import is_fsdp1
 
 Engine = Literal["plain", "fsdp1", "fsdp2", "zero"]
@@ -118,6 +119,20 @@ def prepare_strategy(trainer: L.Trainer, module: L.LightningModule) -> Engine:
             rank_zero_info("PMSS: DeepSpeedStrategy(exclude_frozen_parameters=True) set: checkpoints without the base.")
         strategy.exclude_frozen_parameters = True
     return engine
+
+
+def refuse_quantised(engine: Engine, module: nn.Module) -> None:
+    """Sharding engines split a weight by rows of numbers, which codes are not.
+
+    Raises:
+        MisconfigurationException: A layer is quantised and the strategy shards.
+    """
+    found = [(n, kind) for n, m in module.named_modules() if isinstance(m, nn.Linear) and (kind := quantisation_of(m))]
+    if engine != "plain" and found:
+        raise MisconfigurationException(
+            f"`{found[0][0]}` and {len(found) - 1} more layers are quantised ({found[0][1]}), which {engine} cannot shard."
+            " Train on one device or under 'ddp', or load the model unquantised."
+        )
 
 
 def _prepare_fsdp2(trainer: L.Trainer, strategy: Strategy) -> None:

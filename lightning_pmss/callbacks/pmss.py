@@ -35,7 +35,7 @@ from lightning_pmss.config import PMSSConfig
 from lightning_pmss.conversion import conversion_of, convert, pmss_layers
 from lightning_pmss.gathering import whole_update
 from lightning_pmss.report import ConversionReport
-from lightning_pmss.sharding import Engine, prepare_strategy
+from lightning_pmss.sharding import Engine, prepare_strategy, refuse_quantised
 from lightning_pmss.targets import hugging_face_root
 
 MERGE_ON_SAVE = ("end", "checkpoint", None)
@@ -162,6 +162,7 @@ class PMSSCallback(L.Callback):
     def on_model_built(self, trainer: L.Trainer, pl_module: L.LightningModule, everywhere: bool = True) -> None:
         """Convert in the middle of ``configure_model``, before it shards: what `lightning_pmss.model_built` calls."""
         if conversion_of(pl_module) is None:
+            refuse_quantised(self._engine, pl_module)
             if everywhere:
                 agree_on_weights(trainer, pl_module, self._engine)
             self.report = convert(pl_module, self.config)

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy, size_based_auto_wrap_policy
 
-from lightning_pmss import PMSSConfig, PMSSWrapPolicy, convert
+from lightning_pmss import PMSSConfig, PMSSWrapPolicy, convert, sharding
 from lightning_pmss.conversion import pmss_layers
 from lightning_pmss.sharding import engine_of, prepare_strategy
 from tests.callbacks.toys import Toy
@@ -84,3 +84,12 @@ def test_the_policy_makes_a_unit_of_everything_that_trains() -> None:
     assert set(PMSSWrapPolicy(layers=["LayerNorm"])._run_policy(model, set(), {})) == {*units, model[1]}
     with pytest.raises(ValueError, match=r"layers=\['Layernorm'\]\): no such module class; the model has .*LayerNorm"):
         PMSSWrapPolicy(layers=["Layernorm"])._run_policy(model, set(), {})
+
+
+def test_quantised_layers_are_not_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharding, "quantisation_of", lambda layer: "bitsandbytes nf4")
+    sharding.refuse_quantised("plain", Toy())
+    with pytest.raises(MisconfigurationException, match=r"bitsandbytes nf4\), which zero cannot shard.*under 'ddp'"):
+        sharding.refuse_quantised("zero", Toy())
+    monkeypatch.undo()
+    sharding.refuse_quantised("zero", Toy())
