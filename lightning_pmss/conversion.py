@@ -78,7 +78,7 @@ def convert(model: nn.Module, config: PMSSConfig, *, skeleton: Skeleton | None =
                 memory=config.memory,
             )
             layer.fingerprint = plan.fingerprint
-    layers = [_report(name, modules[name], ranks[name], plan) for name, plan in plans.items()]
+        layers = [_report(name, modules[name], ranks[name], plan) for name, plan in plans.items()]
     notes = _leave_fast_paths(model)
     model.requires_grad_(False)
     for name in targets:
