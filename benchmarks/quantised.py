@@ -12,7 +12,9 @@ into dense weights of the checkpoint's dtype, and (4-bit) into new codes, and th
 from __future__ import annotations
 
 import argparse
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -183,10 +185,28 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     return {"options": {k: v for k, v in vars(args).items() if k not in ("run", "json", "model")}, "runs": rows}
 
 
+def plot(args: argparse.Namespace) -> None:
+    """Draw the training losses of an earlier ``train``."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    for run in json.loads(Path(args.results).read_text(encoding="utf-8"))["runs"]:
+        name = "float32" if run["kind"] == "none" else run["kind"]
+        axes.semilogy(range(1, len(run["losses"]) + 1), run["losses"], label=name, linewidth=1.3)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("training loss")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False, title="base")
+    figure.savefig(args.output, dpi=110)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.quantised", description=(__doc__ or "").partition("\n")[0])
     parts = parser.add_subparsers(required=True, dest="part")
-    layer, training = parts.add_parser("layer"), parts.add_parser("train")
+    layer, training, drawing = (parts.add_parser(name) for name in ("layer", "train", "plot"))
+    drawing.add_argument("results", help="JSON of `train`")
+    drawing.add_argument("output", help="picture to write")
     layer.add_argument("--shape", nargs="+", type=int, default=[1024, 1024, 1024, 2816, 2816, 1024])
     layer.add_argument("--rank", type=int, default=128)
     layer.add_argument("--tokens", type=int, default=1024)
@@ -203,6 +223,9 @@ def main(arguments: list[str] | None = None) -> None:
         part.add_argument("--kinds", nargs="+", choices=QUANTISATIONS, default=list(QUANTISATIONS))
         part.add_argument("--json", metavar="FILE")
     args = parser.parse_args(arguments)
+    if args.part == "plot":
+        plot(args)
+        return
     write_result(args.json, "quantised", args.run(args))
 
 
