@@ -33,11 +33,12 @@ from lightning_pmss.modules import CausalLMModule
 def cases(data: Path) -> dict[str, tuple[type[InstructionDataModule], dict[str, Any]]]:
     """The data modules with the files they are given."""
     mix = data / "commonsense" / "train_mix_3000.json"
+    tasks = sorted(folder.name for folder in mix.parent.iterdir() if folder.is_dir())  # those with a test file
     return {
         "gsm8k": (GSM8KDataModule, {"path": str(data / "gsm8k"), "max_length": 512}),
         "commonsense": (
             CommonsenseDataModule,
-            {"path": str(mix), "test_path": str(mix.parent), "tasks": ["boolq"], "max_length": 256},
+            {"path": str(mix), "test_path": str(mix.parent), "tasks": tasks, "max_length": 256},
         ),
     }
 
