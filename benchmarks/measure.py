@@ -11,12 +11,9 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from benchmarks.machine import machine
 
@@ -72,17 +69,6 @@ def reset_peak_memory() -> int:
     """Forget the peak so far; returns the bytes resident now (Linux)."""
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     return peak_memory()
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One torch thread inside."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from benchmarks.measure import one_thread, spread, table, write_result
+from benchmarks.measure import spread, table, write_result
 from lightning_pmss import PMSSConfig, convert
 from lightning_pmss.datamodules import CommonsenseDataModule, GSM8KDataModule, InstructionDataModule
 from lightning_pmss.datamodules.packing import padding_share
+from lightning_pmss.files.select import one_thread
 from lightning_pmss.modules import CausalLMModule
 
 

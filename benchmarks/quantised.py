@@ -21,10 +21,11 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from benchmarks.measure import interleaved, one_thread, spread, table, write_result
+from benchmarks.measure import interleaved, spread, table, write_result
 from lightning_pmss import PMSSConfig, convert
 from lightning_pmss.conversion import pmss_layers
 from lightning_pmss.datamodules import ArithmeticDataModule
+from lightning_pmss.files.select import one_thread
 from lightning_pmss.merging import merge, unmerge
 from lightning_pmss.modules import CausalLMModule
 from lightning_pmss.modules.quantisation import QUANTISATIONS

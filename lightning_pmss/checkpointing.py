@@ -179,10 +179,10 @@ class CheckpointSeam:
 
     def _save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         kept = {k: v for k, v in checkpoint["state_dict"].items() if k in self.trained}
+        if self.engine == "plain":
+            kept = self._short_indices(kept)
         checkpoint = checkpoint | {"state_dict": kept, METADATA: self._describe()}
         path = Path(self.strategy.broadcast(filepath))
-        if self.engine == "plain":
-            checkpoint["state_dict"] = self._short_indices(kept)
         if self._writes_folders():
             self._save_folder(checkpoint, path, storage_options)
         else:

@@ -56,7 +56,8 @@ def test_commands_are_known_with_their_options(line: str, capsys: pytest.Capture
     assert stop.value.code in (0, None)
     text = capsys.readouterr().out
     for option in options:
-        if option.startswith("--") and "." not in option:
+        # What lies below --model and --data depends on the class, and is not in this help.
+        if option.startswith("--") and ("." not in option or option.startswith(("--pmss.", "--trainer."))):
             assert option.split("=")[0] in text
 
 

@@ -21,7 +21,7 @@ from lightning_pmss.files.lora_config import CONFIG_FILE, peft_config, write_pef
 from lightning_pmss.files.lora_report import ExportedLayer, LoraReport, write_card, write_report
 from lightning_pmss.files.lora_source import Source, file_source, model_source
 from lightning_pmss.files.model_folder import refuse_overlap
-from lightning_pmss.files.naming import FLOATS
+from lightning_pmss.files.naming import parse_dtype
 from lightning_pmss.files.shards import ShardWriter, TensorInfo, few, open_shards
 
 FORMATS = ("peft",)
@@ -60,7 +60,7 @@ def export_lora(
             or a rank or dtype that is none.
     """
     target = _checked(folder, rank, overwrite)
-    return _write(model_source(model), target, rank, _dtype(dtype), overwrite, progress, None)
+    return _write(model_source(model), target, rank, parse_dtype(dtype, "float32"), overwrite, progress, None)
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def export_files(
     refuse_overlap(output, {"base": base, "adapter": adapter})
     target = _checked(output, rank, overwrite)
     trained = read_adapter(adapter)
-    wanted = _dtype(dtype)
+    wanted = parse_dtype(dtype, "float32")
     with open_shards(base) as reader:
         return _write(file_source(trained, reader), target, rank, wanted, overwrite, progress, announce)
 
@@ -237,12 +237,3 @@ def _checked(folder: str | os.PathLike[str], rank: int | None, overwrite: bool) 
         raise ValueError(f"rank={rank!r} is not a rank; type a whole number of at least 1, or leave it out: exact.")
     check_target(target, overwrite=overwrite)
     return target
-
-
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None:
-        return None
-    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
-    if found not in FLOATS:
-        raise ValueError(f"dtype={dtype!r}: write float32, bfloat16, float16 or float64; left out, it is float32.")
-    return found

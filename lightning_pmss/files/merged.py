@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from lightning_pmss.files.adapter_file import AdapterFile, AdapterModule, read_adapter
 from lightning_pmss.files.atomic import atomic_folder, check_target
 from lightning_pmss.files.model_folder import FileMergeReport, copy_others, refuse_overlap, write_report
-from lightning_pmss.files.naming import FLOATS, resolve_names
+from lightning_pmss.files.naming import FLOATS, parse_dtype, resolve_names
 from lightning_pmss.files.plain import without_quantiser
 from lightning_pmss.files.shards import (
     SINGLE_FILE,
@@ -100,7 +100,7 @@ def merge_files(
     base, adapter, output = (Path(path).expanduser() for path in (base, adapter, output))
     refuse_overlap(output, {"base": base, "adapter": adapter})
     check_target(output, overwrite=overwrite)
-    target_dtype = _parse_dtype(dtype)
+    target_dtype = parse_dtype(dtype, "the base's")
     limit = None if max_shard_size is None else parse_size(max_shard_size)
     trained = read_adapter(adapter)
     with open_shards(base) as reader:
@@ -293,12 +293,3 @@ def _refuse_wrong_base(plan: _Plan, first: str, limit: int = 20) -> None:
     checked = [(key, name) for key, name in plan.modules.items() if name != first][:limit]
     wrong = [name for key, name in checked if not _matches(plan.adapter.modules[name], plan.reader.read(key))]
     raise ValueError(plan.adapter.wrong_base([first, *wrong], str(plan.reader.folder)))
-
-
-def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None:
-        return None
-    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
-    if found not in FLOATS:
-        raise ValueError(f"dtype={dtype!r}: write float32, bfloat16, float16 or float64; left out, it is the base's.")
-    return found

@@ -14,6 +14,20 @@ from lightning_pmss.files.shards import ShardReader, few
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def parse_dtype(dtype: str | torch.dtype | None, left_out: str) -> torch.dtype | None:
+    """The dtype to write, from its name; None stays None, which means `left_out`.
+
+    Raises:
+        ValueError: It is no floating-point dtype that weights are written in.
+    """
+    if dtype is None:
+        return None
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
+    if found not in FLOATS:
+        raise ValueError(f"dtype={dtype!r}: write float32, bfloat16, float16 or float64; left out, it is {left_out}.")
+    return found
+
+
 class Wording(NamedTuple):
     """What the messages say of the one who looks for its layers.
 

@@ -78,7 +78,7 @@ def select_files(
     states = file_states(folder, sorted({reader.tensors[target.key].file for target in targets}))
     with Pieces(target_file, options, states, overwrite=overwrite) as pieces:
         count = max(1, min(workers or _cores(), len(targets)))
-        with _one_thread(), ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with one_thread(), ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             finished = [target for target in targets if _is_finished(pieces, target)]
             if not pieces.base_unchanged:
                 finished = _check_base(pieces, reader, finished, partial(_each, pool, progress), overwrite)
@@ -256,8 +256,8 @@ def _cores() -> int:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """One torch thread per worker: several matrices at a time use the cores better than one product split over them."""
+def one_thread() -> Iterator[None]:
+    """One torch thread inside: several matrices at a time use the cores better than one product split over them."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

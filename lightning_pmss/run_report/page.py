@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib.util
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import lightning_pmss.run_report.pictures as pictures
 from lightning_pmss.files.inspection import Inspection, inspect_adapter
@@ -165,7 +164,7 @@ def _results(run: Run) -> list[Section]:
     sections = []
     for stage, told in run.summaries.items():
         rows: list[tuple[str, ...]] = [("score", "mean", "95 % interval", "examples")]
-        for name, part in _scores(told).items():
+        for name, part in told.get("scores", {}).items():
             interval = f"{part['low']:.4f} to {part['high']:.4f}"
             rows.append((name, f"{part['mean']:.4f}", interval, f"{part['n']:,}"))
         sections.append(Section(f"Scores: {stage}", rows=rows))
@@ -173,11 +172,6 @@ def _results(run: Run) -> list[Section]:
         sizes = [(name, f"{size:,}") for name, size in run.sizes.items()]
         sections.append(Section("On disk", rows=[("results", "bytes"), *sizes]))
     return sections
-
-
-def _scores(told: Mapping[str, Any]) -> Mapping[str, Any]:
-    scores: Mapping[str, Any] = told.get("scores", {})
-    return scores
 
 
 def _configuration(run: Run) -> list[Section]:
