@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 
 Quantisation = Literal["nf4", "fp4", "int8", "torchao-int8"]
 QUANTISATIONS = ("nf4", "fp4", "int8", "torchao-int8")
@@ -41,7 +41,9 @@ def quantised_options(
         ImportError: The library is not installed.
         ValueError: The strategy keeps weights in parts, which codes do not allow; or it is DDP, and the codes torchao's.
     """
-    if strategy is not None and not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+    # DeepSpeed's strategy is derived from DDP's.
+    whole = isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
+    if strategy is not None and not whole:
         raise ValueError(
             f"quantisation={quantisation!r} cannot be kept in parts, as {type(strategy).__name__} would: use one device or DDP"
             " (--trainer.strategy auto or ddp), or leave quantisation out."
