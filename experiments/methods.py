@@ -1,0 +1,165 @@
+"""The methods that are compared, as callbacks of the same Trainer: PMSS is ours, the rivals are peft's."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from typing_extensions import override
+
+from experiments.calibrated import calibrate, choose
+from lightning_pmss import PMSSCallback, PMSSConfig
+from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.selection import select_skeleton
+from lightning_pmss.targets import canonical_modules, find_targets
+
+TARGETS: dict[str, str | list[str]] = {
+    "all": "all-linear",
+    "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "mlp": ["gate_proj", "up_proj", "down_proj"],
+}
+
+
+def _lora(peft: Any, rank: int, **more: Any) -> Any:
+    return peft.LoraConfig(r=rank, **({"lora_alpha": 2 * rank} | more))
+
+
+PEFT: dict[str, Callable[..., Any]] = {
+    "lora": _lora,
+    "rslora": functools.partial(_lora, use_rslora=True, lora_alpha=16),
+    "dora": functools.partial(_lora, use_dora=True),
+    "miss": lambda peft, rank, **more: peft.MissConfig(r=rank, **more),
+    "psoft": lambda peft, rank, **more: peft.PsoftConfig(r=rank, psoft_alpha=rank, **more),
+}
+METHODS = ("pmss", *PEFT, "full", "base")
+
+
+def callbacks(method: Mapping[str, Any], seed: int, folder: Path, calibration: Any) -> list[Callback]:
+    """What turns the base into the method.
+
+    Args:
+        method: ``name``, ``rank`` and further arguments of the method.
+        seed: Of what the method draws.
+        folder: Where files of the run may lie; it is deleted afterwards.
+        calibration: ``() -> list of batches`` of the training set, for skeletons chosen with them.
+    """
+    options = dict(method)
+    name = options.pop("name")
+    targets = TARGETS[options.pop("targets", "all")]
+    if name in ("full", "base"):
+        return []
+    if name in PEFT:
+        return [PeftCallback(name, target_modules=targets, **options)]
+    skeleton, reselect = options.pop("skeleton", None), options.pop("reselect", None)
+    quiet: dict[str, Any] = {"merge_on_save": None, "log_throughput": False, "output_dir": folder}
+    found: list[Callback] = [PMSSCallback(target_modules=targets, seed=seed, **quiet, **options)]
+    if skeleton is not None:
+        file = folder / "skeleton.safetensors"
+        found = [
+            CalibratedSkeleton(PMSSConfig(target_modules=targets, rank=options["rank"]), file, calibration, **skeleton),
+            PMSSCallback(target_modules=targets, seed=seed, skeleton_file=file, **quiet, **options),
+        ]
+    return found if reselect is None else [*found, Reselection(seed=seed, **reselect)]
+
+
+class PeftCallback(Callback):
+    """Wraps the model in a peft adapter as soon as it is built; the rival of `PMSSCallback`."""
+
+    def __init__(self, name: str, rank: int, **options: Any) -> None:
+        self.name, self.rank, self.options = name, rank, options
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        import peft
+
+        if getattr(pl_module, "model", None) is None:
+            pl_module.configure_model()
+        if not isinstance(pl_module.model, peft.PeftModel):
+            pl_module.model = peft.get_peft_model(pl_module.model, PEFT[self.name](peft, self.rank, **self.options))  # type: ignore[arg-type]
+
+
+class CalibratedSkeleton(Callback):
+    """Chooses rows and columns with a few batches, before `PMSSCallback` reads them from ``file``."""
+
+    def __init__(self, config: PMSSConfig, file: Path, calibration: Any, by: str, batches: int = 4) -> None:
+        self.config, self.file, self.calibration, self.by, self.batches = config, file, calibration, by, batches
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self.file.exists():
+            return
+        pl_module.configure_model()
+        model: Any = pl_module.model
+        modules = canonical_modules(pl_module)
+        names, _ = find_targets(pl_module, self.config, modules, [])
+        layers: dict[str, nn.Module] = {name: modules[name] for name in names}
+        model.requires_grad_(False)
+        moments = calibrate(
+            layers, model.get_input_embeddings(), _loss(pl_module), (self.calibration()[: self.batches])
+        )
+        tensors: dict[str, Tensor] = {}
+        for name, layer in layers.items():
+            weight: Any = layer.weight
+            rows, cols = choose(weight, moments[name], min(self.config.rank, *weight.shape), self.by)
+            tensors |= {f"{name}.rows": rows.int(), f"{name}.cols": cols.int()}
+        save_file(tensors, self.file)
+
+
+def _loss(module: Any) -> Callable[[Any], Tensor]:
+    return lambda batch: module.response_loss({k: v.to(module.device) for k, v in batch.items()})[0]
+
+
+class Reselection(Callback):
+    """Every ``every`` steps: merge U into W, choose a fresh skeleton, go on from U = 0 with fresh Adam moments.
+
+    The rank of the whole update and its subspace grow at constant trainable memory (as ReLoRA, arXiv 2307.05695, does for
+    LoRA and GaLore, arXiv 2403.03507, for gradients). W must be float32: in bfloat16 merging rounds.
+
+    Args:
+        every: Steps between selections.
+        by: A rule of `lightning_pmss.selection`, or of `experiments.calibrated` with the last batches trained on.
+        batches: How many of those.
+        seed: Of the selection.
+        until: No selection after this share of the steps.
+    """
+
+    def __init__(self, every: int, by: str, batches: int = 4, seed: int = 0, until: float = 0.85) -> None:
+        self.every, self.by, self.batches, self.seed, self.until = every, by, batches, seed, until
+        self.last: list[Any] = []
+
+    @override
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.last = [*self.last, batch][-self.batches :]
+        step = trainer.global_step
+        if step % self.every or step > self.until * trainer.max_steps:
+            return
+        layers = pmss_layers(pl_module)
+        moments = {}
+        if self.by not in ("random", "lupp"):
+            modules: dict[str, nn.Module] = dict(layers)
+            moments = calibrate(modules, pl_module.model.get_input_embeddings(), _loss(pl_module), self.last)
+        state = trainer.optimizers[0].state
+        with torch.no_grad():
+            for name, layer in layers.items():
+                if layer.weight.dtype != torch.float32:
+                    raise ValueError("reselection merges into W, which must be float32; set dtype: float32.")
+                layer.weight.add_(layer.weight_columns() @ layer.core_update() @ layer.weight_rows())
+                rank = len(layer.rows)
+                if name in moments:
+                    rows, cols = choose(layer.weight, moments[name], rank, self.by)
+                else:
+                    drawn = f"{self.seed}:{step}:{name}"
+                    rows, cols = select_skeleton(layer.weight, rank, selection=self.by, name=drawn)
+                layer.rows.copy_(rows.sort().values)
+                layer.cols.copy_(cols.sort().values)
+                layer.core.weight.zero_()
+                layer.refresh_frame(name)
+                for value in state[layer.core.weight].values():
+                    value.zero_()

@@ -1,0 +1,95 @@
+"""Pictures of a study, PNG."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib import pyplot
+
+from experiments.statistics import by_seed, mean
+from experiments.study import Arm, Records, Study
+from experiments.tables import SCORES
+
+matplotlib.use("Agg")
+
+
+def _family(arm: Arm) -> str:
+    """What a line joins: the arms of a method that differ in size (or in what the study calls its x) only."""
+    rank = str(arm.method.get("rank", ""))
+    return " ".join(word for word in arm.label.split() if word not in (rank, f"r{rank}"))
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+    return path
+
+
+def frontier(study: Study, records: Records, path: Path) -> Path:
+    """Each score against trained parameters, with 95 % intervals over the seeds."""
+    families: dict[str, list[tuple[Arm, list[Any]]]] = {}
+    for arm in study.arms:
+        if (found := study.finished(arm, "final", records)) and arm.method["name"] != "base":
+            families.setdefault(_family(arm), []).append((arm, list(found)))
+    keys = [k for k in SCORES if any(k in r["scores"] for pairs in families.values() for _, f in pairs for r in f)]
+    figure, axes = pyplot.subplots(1, max(1, len(keys)), figsize=(5.2 * max(1, len(keys)), 4), squeeze=False)
+    for axis, key in zip(axes[0], keys, strict=False):
+        for family, pairs in families.items():
+            points = sorted((f[0]["trainable"], mean(list(by_seed(f, key).values()))) for _, f in pairs)
+            x, y, half = ([p[0] for p in points], [p[1].mean for p in points], [p[1].half for p in points])
+            axis.errorbar(x, y, [0 if math.isnan(h) else h for h in half], fmt="o-", capsize=3, label=family, ms=4)
+        for arm in study.arms:
+            if arm.method["name"] == "base" and (found := study.finished(arm, "final", records)):
+                level = mean(list(by_seed(found, key).values())).mean
+                axis.axhline(level, color="grey", ls=":", label="before")
+        axis.set(xscale="log", xlabel="trained parameters", ylabel=SCORES[key])
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=7)
+    return _save(figure, path)
+
+
+def rates(study: Study, records: Records, path: Path) -> Path:
+    """Score by learning rate, a line an arm."""
+    figure, axis = pyplot.subplots(figsize=(7, 4.2))
+    styles: dict[str, Any] = {}
+    for arm in study.arms:
+        if arm.method["name"] == "base":
+            continue
+        tried = study.rates_tried(arm, records)[0]
+        known = {lr: score for lr, score in tried.items() if score is not None and math.isfinite(score)}
+        style = styles.setdefault(_family(arm), ["o-", "s--", "^:", "v-.", "x-", "d--", "*-", "+-"][len(styles) % 8])
+        axis.plot(list(known), list(known.values()), style, label=arm.label, ms=4)
+    axis.set(xscale="log", xlabel="learning rate", ylabel=study.by)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=6, ncol=2)
+    return _save(figure, path)
+
+
+def spectrum(study: Study, records: Records, path: Path) -> Path:
+    """Singular values of what was learned over the largest, the median over the layers; first seed, arms of one size."""
+    figure, axis = pyplot.subplots(figsize=(7, 4.2))
+    for arm in study.arms:
+        found = study.finished(arm, "final", records)
+        if not found or not found[0].get("spectra"):
+            continue
+        curves = [[x / values[0] for x in values] for values in found[0]["spectra"].values()]
+        length = max(map(len, curves))
+        full = [curve for curve in curves if len(curve) == length]
+        median = [sorted(column)[len(column) // 2] for column in zip(*full, strict=True)]
+        axis.plot(range(1, length + 1), [max(x, 1e-6) for x in median], label=arm.label)
+    axis.set(yscale="log", xlabel="number of the singular value", ylabel="over the largest", ylim=(1e-4, 1.2))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    return _save(figure, path)
+
+
+PICTURES: Mapping[str, Callable[[Study, Records, Path], Path]] = {
+    "frontier": frontier,
+    "rates": rates,
+    "spectrum": spectrum,
+}

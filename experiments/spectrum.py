@@ -1,0 +1,45 @@
+"""The spectrum of what a run has learned: singular values of each layer's change of W, whatever the method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from lightning_pmss.layers import PMSSLinear
+
+
+@torch.no_grad()
+def spectra(model: Any, folder: str) -> dict[str, list[float]]:
+    """Singular values, largest first, of the change of each linear layer that changed, by module name.
+
+    Args:
+        model: The trained model: converted by PMSS, a peft model, or trained in full.
+        folder: Of the base, for full fine-tuning.
+    """
+    changes = dict(_changes(model, folder))
+    return {
+        name: [float(f"{x:.4g}") for x in torch.linalg.svdvals(change.float()).tolist()]
+        for name, change in changes.items()
+        if change.abs().max() > 0
+    }
+
+
+def _changes(model: Any, folder: str) -> Any:
+    layers = dict(model.named_modules())
+    adapted = {name: layer for name, layer in layers.items() if hasattr(layer, "get_delta_weight")}
+    if adapted:
+        for name, layer in adapted.items():
+            yield name.removeprefix("base_model.model."), layer.get_delta_weight(layer.active_adapters[0])
+    elif any(isinstance(layer, PMSSLinear) for layer in layers.values()):
+        for name, layer in layers.items():
+            if isinstance(layer, PMSSLinear):
+                update = layer.core_update().float()
+                yield name, layer.weight_columns().float() @ update @ layer.weight_rows().float()
+    else:
+        base = dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_modules())
+        for name, layer in layers.items():
+            if isinstance(layer, nn.Linear) and "lm_head" not in name:
+                yield name, layer.weight.float().cpu() - base[name].weight
