@@ -17,11 +17,11 @@ SCORES = {
 
 def final_table(study: Study, records: Records) -> str:
     """Per arm: size, best rate, the scores as mean and 95 % interval over the seeds, and what a step costs."""
-    arms = {arm: study.finished(arm, "final", records) for arm in study.arms}
-    shown = [key for key in SCORES if any(key in r["scores"] for found in arms.values() for r in found)]
+    arms = [(arm, study.finished(arm, "final", records)) for arm in study.arms]
+    shown = [key for key in SCORES if any(key in r["scores"] for _, found in arms for r in found)]
     head = ["method", "trained", "rate", *(SCORES[key] for key in shown), "CPU s/step", "saved MB", "runs"]
     rows: list[list[object]] = []
-    for arm, found in arms.items():
+    for arm, found in arms:
         if not found:
             rows.append([arm.label, "", "", *([""] * (len(shown) + 2)), "0"])
             continue
@@ -38,17 +38,17 @@ def final_table(study: Study, records: Records) -> str:
 
 def sweep_table(study: Study, records: Records) -> str:
     """Per arm the score that its rates were compared by; the best is bold."""
-    tried = {arm: study.rates_tried(arm, records)[0] for arm in study.arms if arm.method["name"] != "base"}
+    tried = {arm.label: study.rates_tried(arm, records)[0] for arm in study.arms if arm.method["name"] != "base"}
     rates = sorted({lr for scores in tried.values() for lr in scores})
     rows = []
-    for arm, scores in tried.items():
+    for label, scores in tried.items():
         known = [s for s in scores.values() if s is not None]
         cells = []
         for lr in rates:
             score = scores.get(lr)
             text = "" if score is None else "diverged" if score == float("inf") else f"{score:.3f}"
-            cells.append(f"**{text}**" if score is not None and score == min(known) else text)
-        rows.append([arm.label, *cells])
+            cells.append(f"**{text}**" if score is not None and score == min(known) < float("inf") else text)
+        rows.append([label, *cells])
     return table([f"{study.by} by rate", *(f"{lr:.0e}" for lr in rates)], rows)
 
 

@@ -1,0 +1,159 @@
+"""What the studies add to PMSS: skeletons chosen with data, selection anew during training."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from experiments.calibrated import RULES, calibrate, choose, pursue
+from experiments.methods import METHODS, Reselection
+from experiments.run import Places, run
+from experiments.spectrum import spectra
+from lightning_pmss import PMSSConfig, convert
+from lightning_pmss.conversion import pmss_layers
+
+
+def _held(vectors: Tensor, target: Tensor, chosen: Any) -> float:
+    basis = torch.linalg.qr(vectors[:, list(chosen)]).Q
+    return float((basis.T @ target).square().sum())
+
+
+def test_pursuit_is_greedy_over_projections() -> None:
+    generator = torch.Generator().manual_seed(0)
+    vectors, target = (torch.randn(6, 9, generator=generator, dtype=torch.float64) for _ in range(2))
+    chosen: list[int] = []
+    for _ in range(4):
+        best = max((i for i in range(9) if i not in chosen), key=lambda i: _held(vectors, target, [*chosen, i]))
+        chosen.append(best)
+    assert pursue(vectors, target, 4).tolist() == chosen
+
+
+def test_pursuit_takes_no_vector_twice_and_none_within_the_span() -> None:
+    vectors = torch.eye(4)[:, [0, 0, 1, 2]] * torch.tensor([1.0, 2.0, 1.0, 1.0])
+    target = torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.0]))
+    assert set(pursue(vectors, target, 3).tolist()) in ({0, 2, 3}, {1, 2, 3})
+
+
+def test_moments_are_those_of_autograd(tiny_llama: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    ids = torch.randint(0, 300, (2, 7), generator=torch.Generator().manual_seed(0))
+    name = "model.layers.0.mlp.up_proj"
+    layer = model.get_submodule(name)
+    batches = [ids[:1], ids[1:]]
+
+    def loss(batch: Tensor) -> Tensor:
+        return model(input_ids=batch, labels=batch).loss
+
+    for batch in batches:
+        loss(batch).backward()
+    expected = layer.weight.grad.clone()
+    model.zero_grad()
+    model.requires_grad_(False)
+    found = calibrate({name: layer}, model.get_input_embeddings(), loss, batches)[name]
+    torch.testing.assert_close(found.gradient, expected)
+    assert all(p.grad is None for p in model.parameters())
+    assert found.inputs.shape == (32, 32)
+    assert torch.linalg.eigvalsh(found.outputs).min() > -1e-6
+    for by in RULES:
+        rows, cols = choose(layer.weight, found, 5, by)
+        assert len(rows.unique()) == len(cols.unique()) == 5
+    held = _held(layer.weight.detach(), found.gradient, choose(layer.weight, found, 5, "gradient")[1])
+    others = [_held(layer.weight.detach(), found.gradient, c) for c in itertools.combinations(range(8), 5)]
+    assert held > sum(others) / len(others)
+
+
+class _Loop:
+    """The little of a Trainer that `Reselection` reads."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.global_step, self.max_steps = 2, 10
+        self.optimizers = [torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)]
+
+
+@pytest.mark.parametrize("by", ["random", "gradient"])
+def test_selecting_anew_changes_the_skeleton_and_not_the_function(tiny_llama: str, by: str) -> None:
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+            self.device = torch.device("cpu")
+
+        def response_loss(self, batch: Any) -> tuple[Tensor, int]:
+            return self.model(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss, 1
+
+    module = Module()
+    convert(module, PMSSConfig(rank=4))
+    loop = _Loop(module)
+    batch = {"input_ids": torch.randint(0, 300, (2, 7), generator=torch.Generator().manual_seed(0))}
+    for _ in range(2):
+        module.response_loss(batch)[0].backward()
+        loop.optimizers[0].step()
+        loop.optimizers[0].zero_grad()
+    before = module.model(**batch).logits
+    indices = {name: layer.rows.clone() for name, layer in pmss_layers(module).items()}
+    Reselection(every=2, by=by).on_train_batch_end(loop, module, None, batch, 1)  # type: ignore[arg-type]
+    torch.testing.assert_close(module.model(**batch).logits, before, rtol=1e-4, atol=1e-5)
+    assert any(not torch.equal(layer.rows, indices[name]) for name, layer in pmss_layers(module).items())
+    for layer in pmss_layers(module).values():
+        assert not layer.core.weight.any()
+        assert not loop.optimizers[0].state[layer.core.weight]["exp_avg"].any()
+
+
+OPTIONS: dict[str, dict[str, Any]] = {"full": {}, "pmss": {"rank": 4}, "psoft": {"rank": 4}}
+VARIANTS = [{"name": name, **OPTIONS.get(name, {"rank": 2})} for name in METHODS if name != "base"] + [
+    {"name": "pmss", "rank": 4, "skeleton": {"by": "gradient", "batches": 2}},
+    {"name": "pmss", "rank": 4, "reselect": {"every": 1, "by": "random"}, "targets": "mlp"},
+]
+
+
+@pytest.mark.parametrize("method", VARIANTS, ids=lambda m: "-".join(map(str, m)) + m["name"])
+def test_every_method_runs_and_changes_the_loss(method: dict[str, Any], tiny_llama: str, tmp_path: Path) -> None:
+    spec: dict[str, Any] = {
+        "model": Path(tiny_llama).name,
+        "dtype": "float32",
+        "precision": "32-true",
+        "task": {"name": "pairs", "size": 8, "batch_size": 4},
+        "steps": 8,
+        "evaluate": ["val", "test"],
+        "method": method,
+        "lr": 3e-2,
+        "seed": 1,
+        "spectra": method["name"] in ("pmss", "lora", "full") and "reselect" not in method,
+    }
+    places = Places((str(Path(tiny_llama).parent),), str(tmp_path), str(tmp_path / "cache"))
+    untrained = run(spec | {"method": {"name": "base"}, "steps": 0, "spectra": False}, places)
+    assert untrained["train_loss"] == []
+    record = run(spec, places)
+    assert record["status"] == "finished"
+    assert record["scores"]["val/loss"] == pytest.approx(record["scores"]["test/loss"])
+    assert len(record["train_loss"]) == 8
+    assert record["scores"]["val/loss"] < untrained["scores"]["val/loss"]
+    assert record["saved_bytes"] > 0
+    if spec["spectra"]:
+        assert len(record["spectra"]) == 14
+    if method["name"] == "lora":
+        assert all(sum(x > 1e-4 * values[0] for x in values) <= 2 for values in record["spectra"].values())
+
+
+def test_a_missing_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no model 'SmolLM3'"):
+        Places((str(tmp_path),), "", "").model("SmolLM3")
+
+
+def test_the_spectrum_is_that_of_the_dense_change(tiny_llama: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    convert(model, PMSSConfig(rank=4))
+    layer = pmss_layers(model)["model.layers.0.mlp.up_proj"]
+    with torch.no_grad():
+        layer.core.weight.normal_(generator=torch.Generator().manual_seed(0))
+    found = spectra(model, tiny_llama)
+    assert list(found) == ["model.layers.0.mlp.up_proj"]
+    values = torch.tensor(found["model.layers.0.mlp.up_proj"])
+    torch.testing.assert_close(values[:4], torch.linalg.svdvals(layer.core.weight.detach()), rtol=1e-3, atol=1e-4)
+    assert values[4:].max() < 1e-5
