@@ -17,6 +17,7 @@ from typing_extensions import override
 from experiments.calibrated import calibrate, choose
 from lightning_pmss import PMSSCallback, PMSSConfig
 from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.layers import Frame
 from lightning_pmss.selection import select_skeleton
 from lightning_pmss.targets import canonical_modules, find_targets
 
@@ -57,7 +58,7 @@ def callbacks(method: Mapping[str, Any], seed: int, folder: Path, calibration: A
         return []
     if name in PEFT:
         return [PeftCallback(name, target_modules=targets, **options)]
-    skeleton, reselect = options.pop("skeleton", None), options.pop("reselect", None)
+    skeleton, reselect, frame = (options.pop(key, None) for key in ("skeleton", "reselect", "frame"))
     quiet: dict[str, Any] = {"merge_on_save": None, "log_throughput": False, "output_dir": folder}
     found: list[Callback] = [PMSSCallback(target_modules=targets, seed=seed, **quiet, **options)]
     if skeleton is not None:
@@ -66,6 +67,8 @@ def callbacks(method: Mapping[str, Any], seed: int, folder: Path, calibration: A
             CalibratedSkeleton(PMSSConfig(target_modules=targets, rank=options["rank"]), file, calibration, **skeleton),
             PMSSCallback(target_modules=targets, seed=seed, skeleton_file=file, **quiet, **options),
         ]
+    if frame is not None:
+        found.append(WeightedFrame(**frame))
     return found if reselect is None else [*found, Reselection(seed=seed, **reselect)]
 
 
@@ -110,6 +113,31 @@ class CalibratedSkeleton(Callback):
             rows, cols = choose(weight, moments[name], min(self.config.rank, *weight.shape), self.by)
             tensors |= {f"{name}.rows": rows.int(), f"{name}.cols": cols.int()}
         save_file(tensors, self.file)
+
+
+class WeightedFrame(Callback):
+    """Coordinates between orthonormal (powers 0) and raw (powers 1), of mean square 1 on both sides.
+
+    With ``C = P S Z^T`` the trained V acts through ``P S^left`` in place of P, and so R on its side: directions that W
+    itself is large in learn faster. Left 0 and right 1 is the shape of PSOFT's update ``P (rotation - 1) S Z^T``.
+    """
+
+    def __init__(self, left: float, right: float) -> None:
+        self.left, self.right = left, right
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for layer in pmss_layers(pl_module).values():
+            rows, columns = layer.slices()
+            left, right = _factor(columns, self.left), _factor(rows.T, self.right).T.contiguous()
+            layer.core.set_frame(Frame(left, right))
+
+
+def _factor(columns: Tensor, power: float) -> Tensor:
+    """F with ``columns @ F = P S^power`` over its root mean square, for ``columns = P S Z^T``."""
+    _, s, right = torch.linalg.svd(columns.double(), full_matrices=False)
+    weights = s**power
+    return (right.T * (weights / s / weights.square().mean().sqrt())).float()
 
 
 def _loss(module: Any) -> Callable[[Any], Tensor]:
