@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from experiments.calibrated import calibrate, choose
+from experiments.rotating import RotatingCore
 from lightning_pmss import PMSSCallback, PMSSConfig
 from lightning_pmss.conversion import pmss_layers
 from lightning_pmss.layers import Frame
@@ -59,6 +60,7 @@ def callbacks(method: Mapping[str, Any], seed: int, folder: Path, calibration: A
     if name in PEFT:
         return [PeftCallback(name, target_modules=targets, **options)]
     skeleton, reselect, frame = (options.pop(key, None) for key in ("skeleton", "reselect", "frame"))
+    core = options.pop("core", None)
     quiet: dict[str, Any] = {"merge_on_save": None, "log_throughput": False, "output_dir": folder}
     found: list[Callback] = [PMSSCallback(target_modules=targets, seed=seed, **quiet, **options)]
     if skeleton is not None:
@@ -67,6 +69,8 @@ def callbacks(method: Mapping[str, Any], seed: int, folder: Path, calibration: A
             CalibratedSkeleton(PMSSConfig(target_modules=targets, rank=options["rank"]), file, calibration, **skeleton),
             PMSSCallback(target_modules=targets, seed=seed, skeleton_file=file, **quiet, **options),
         ]
+    if core is not None:
+        found.append(RotatingCore(core))
     if frame is not None:
         found.append(WeightedFrame(**frame))
     return found if reselect is None else [*found, Reselection(seed=seed, **reselect)]
