@@ -40,6 +40,8 @@ class RotatingFrame(nn.Module):
         self.right = nn.Buffer(torch.linalg.solve_triangular(t_r, z.T, upper=True).T.float())
         self.values = nn.Buffer(s.float())
         self.kind = kind
+        r = len(s)  # entries of V that do nothing: the diagonal, and the other triangle
+        self.unused = (0 if "scales" in kind else r) + (r * (r - 1) // 2 if kind in ("left", "right") else 0)
 
     @override
     def forward(self, v: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ class Watch(Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        unused = sum(getattr(module, "unused", 0) for module in pl_module.modules())
+        self.trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad) - unused
 
     @override
     def on_train_batch_start(

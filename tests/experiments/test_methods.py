@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from experiments.calibrated import RULES, calibrate, choose, pursue
 from experiments.methods import METHODS, Reselection
+from experiments.rotating import KINDS, RotatingFrame
 from experiments.run import Places, run
 from experiments.spectrum import spectra
 from lightning_pmss import PMSSConfig, convert
@@ -157,3 +158,29 @@ def test_the_spectrum_is_that_of_the_dense_change(tiny_llama: str) -> None:
     values = torch.tensor(found["model.layers.0.mlp.up_proj"])
     torch.testing.assert_close(values[:4], torch.linalg.svdvals(layer.core.weight.detach()), rtol=1e-3, atol=1e-4)
     assert values[4:].max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rotating_core_turns_what_w_has_between_columns_and_rows(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(9, 7, generator=generator)
+    rows, cols = torch.tensor([0, 3, 4, 8]), torch.tensor([1, 2, 5, 6])
+    c, r = weight[:, cols], weight[rows]
+    frame = RotatingFrame(weight, c, r, kind)
+    assert not frame(torch.zeros(4, 4)).abs().max() > 1e-5
+    v = torch.randn(4, 4, generator=generator)
+    if "scales" not in kind:
+        v.fill_diagonal_(0)
+    q_c, q_r = torch.linalg.qr(c).Q, torch.linalg.qr(r.T).Q
+    before = q_c.T @ weight @ q_r
+    after = q_c.T @ (weight + c @ frame(v) @ r) @ q_r
+    factors = torch.linalg.svdvals(after) / torch.linalg.svdvals(before)
+    if "scales" in kind:
+        torch.testing.assert_close(
+            after.det().abs(), before.det().abs() * v.diagonal().sum().exp(), rtol=1e-3, atol=1e-4
+        )
+    else:
+        torch.testing.assert_close(factors, torch.ones(4), rtol=1e-3, atol=1e-3)
+    assert (after - before).norm() > 0.5
+    used = sum(bool((frame(v + step) - frame(v)).abs().max() > 1e-6) for step in (1e-2 * torch.eye(16)).view(16, 4, 4))
+    assert 16 - used == frame.unused
