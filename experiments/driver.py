@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -58,6 +61,19 @@ def _work(spec: Spec, places: Places) -> dict[str, Any]:
     return run(spec, places)
 
 
+@contextmanager
+def _ended(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """The pool, whose workers are killed if something ends the driver early: what they were at would be lost anyway."""
+    try:
+        yield
+    except BaseException:
+        for process in list((pool._processes or {}).values()):
+            process.kill()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
 def drive(
     studies: Sequence[Study], places: Places, *, workers: int, folder: Path = RECORDS, minutes: float | None = None
 ) -> int:
@@ -83,7 +99,9 @@ def drive(
     pool = ProcessPoolExecutor(
         workers, get_context("spawn"), initializer=_prepare, initargs=(threads,), max_tasks_per_child=40
     )
-    with pool, tqdm(desc="runs", unit="run", disable=None) as bar:
+    # Without this a killed driver leaves its workers behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with _ended(pool), tqdm(desc="runs", unit="run", disable=None) as bar:
         while True:
             late = minutes is not None and time.monotonic() - started > 60 * minutes
             busy = {identity(spec) for spec in running.values()} | failed

@@ -43,13 +43,16 @@ def frontier(study: Study, records: Records, path: Path) -> Path:
             points = sorted((f[0]["trainable"], mean(list(by_seed(f, key).values()))) for _, f in pairs)
             x, y, half = ([p[0] for p in points], [p[1].mean for p in points], [p[1].half for p in points])
             axis.errorbar(x, y, [0 if math.isnan(h) else h for h in half], fmt="o-", capsize=3, label=family, ms=4)
+        low, high = axis.get_ylim()
         for arm in study.arms:
             if arm.method["name"] == "base" and (found := study.finished(arm, "final", records)):
                 level = mean(list(by_seed(found, key).values())).mean
-                axis.axhline(level, color="grey", ls=":", label="before")
+                if low - 0.5 * (high - low) < level < high + 0.5 * (high - low):  # else it would flatten all the rest
+                    axis.axhline(level, color="grey", ls=":", label="before")
         axis.set(xscale="log", xlabel="trained parameters", ylabel=SCORES[key])
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=7)
+        if families:
+            axis.legend(fontsize=7)
     return _save(figure, path)
 
 
@@ -73,6 +76,8 @@ def rates(study: Study, records: Records, path: Path) -> Path:
 def spectrum(study: Study, records: Records, path: Path) -> Path:
     """Singular values of what was learned over the largest, the median over the layers; first seed, arms of one size."""
     figure, axis = pyplot.subplots(figsize=(7, 4.2))
+    families: dict[str, int] = {}
+    styles = ("-", "--", ":", "-.", (0, (5, 1)))
     for arm in study.arms:
         found = study.finished(arm, "final", records)
         if not found or not found[0].get("spectra"):
@@ -81,10 +86,17 @@ def spectrum(study: Study, records: Records, path: Path) -> Path:
         length = max(map(len, curves))
         full = [curve for curve in curves if len(curve) == length]
         median = [sorted(column)[len(column) // 2] for column in zip(*full, strict=True)]
-        axis.plot(range(1, length + 1), [max(x, 1e-6) for x in median], label=arm.label)
+        family = _family(arm)
+        families[family] = families.get(family, -1) + 1  # a colour a method, a dash a size
+        look: dict[str, Any] = {
+            "color": f"C{list(families).index(family)}",
+            "linestyle": styles[families[family] % len(styles)],
+        }
+        axis.plot(range(1, length + 1), [max(x, 1e-6) for x in median], label=arm.label, **look)
     axis.set(yscale="log", xlabel="number of the singular value", ylabel="over the largest", ylim=(1e-4, 1.2))
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
+    if families:
+        axis.legend(fontsize=7, loc="upper right")
     return _save(figure, path)
 
 

@@ -70,9 +70,9 @@ class Study:
 
     def spec(self, arm: Arm, phase: Mapping[str, Any], lr: float, seed: int) -> Spec:
         """Everything that a run depends on."""
-        found: Spec = {**RUN_DEFAULTS, **self.common, **arm.overrides}
-        found |= {key: value for key, value in phase.items() if key not in ("seeds", "task")}
-        found["task"] = {**self.common["task"], **arm.overrides.get("task", {}), **phase.get("task", {})}
+        options = {key: value for key, value in phase.items() if key != "seeds"}
+        found: Spec = {**RUN_DEFAULTS, **self.common, **options, **arm.overrides}
+        found["task"] = {**self.common["task"], **options.get("task", {}), **arm.overrides.get("task", {})}
         return found | {"method": dict(arm.method), "lr": lr, "seed": seed}
 
     def rates_tried(self, arm: Arm, records: Records) -> tuple[dict[float, float | None], list[float]]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,15 @@ from experiments.driver import drive, read_records, spent_minutes
 from experiments.run import Places
 from experiments.study import Study, identity, read_study
 
+REPOSITORY = Path(__file__).resolve().parents[2]
+TASK: dict[str, Any] = {"task": {"name": "pairs", "size": 4, "batch_size": 2}}
+
 
 def _study(tmp_path: Path, model: str, **changes: Any) -> Study:
     asked = {
         "asks": "?",
         "budget_minutes": 5,
-        "common": {"model": model, "task": {"name": "pairs", "size": 4, "batch_size": 2}, "steps": 1},
+        "common": {"model": model, "steps": 1} | TASK,
         "sweep": {},
         "extend": 0,
         "arms": [{"name": "pmss", "rank": 4, "lr": [1e-3, 1e-2]}],
@@ -27,6 +33,34 @@ def _study(tmp_path: Path, model: str, **changes: Any) -> Study:
     path = tmp_path / "asked.yaml"
     path.write_text(yaml.safe_dump(asked | changes))
     return read_study(path)
+
+
+def _is_worker(process: str) -> bool:
+    command = Path(f"/proc/{process}/cmdline")  # that of one which has ended and waits for its parent is empty
+    return command.exists() and b"spawn_main" in command.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+def test_a_driver_that_is_ended_leaves_no_worker_and_no_half_record(tmp_path: Path, tiny_llama: str) -> None:
+    study = tmp_path / "asked.yaml"
+    _study(tmp_path, Path(tiny_llama).name, common={"steps": 100_000, "model": Path(tiny_llama).name} | TASK)
+    words = ["--models", str(Path(tiny_llama).parent), "--data", str(tmp_path), "--records", str(tmp_path / "records")]
+    command = [sys.executable, "-m", "experiments", "run", str(study), *words, "--workers", "1"]
+    process = subprocess.Popen([*command, "--cache", str(tmp_path / "cache")], cwd=REPOSITORY)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "cache").exists() and time.monotonic() < deadline:  # the worker has begun
+        time.sleep(0.1)
+    workers = [child for child in children.read_text().split() if _is_worker(child)]
+    process.terminate()
+    assert process.wait(30) == 143
+    assert workers
+    deadline = time.monotonic() + 10
+    while any(map(_is_worker, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(_is_worker, workers))
+    assert not list((tmp_path / "records").rglob("*"))
 
 
 @pytest.mark.slow
@@ -51,10 +85,7 @@ class _Pool:
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
-    def __enter__(self) -> _Pool:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
+    def shutdown(self, **_: Any) -> None: ...
 
     def submit(self, function: Any, *arguments: Any) -> Any:
         from concurrent.futures import Future

@@ -88,6 +88,14 @@ def test_a_diverged_rate_is_never_the_best(tmp_path: Path) -> None:
     assert "diverged" in sweep_table(study, records)
 
 
+def test_an_arm_has_the_last_word(tmp_path: Path) -> None:
+    arm = {"name": "base", "lr": [1], "run": {"steps": 0, "task": {"size": 9}}}
+    study = _study(tmp_path, arms=[arm], compare=[], sweep={"steps": 1})
+    (spec,) = study.next_runs({})
+    assert spec["steps"] == 0
+    assert spec["task"] == {"name": "pairs", "size": 9}
+
+
 def test_the_name_of_a_run_depends_on_all_of_it(tmp_path: Path) -> None:
     spec = _study(tmp_path).next_runs({})[0]
     names = {identity(spec), identity(spec | {"steps": 3}), identity(spec | {"task": spec["task"] | {"size": 5}})}
