@@ -61,6 +61,8 @@ def callbacks(method: Mapping[str, Any], seed: int, folder: Path, calibration: A
         return [PeftCallback(name, target_modules=targets, **options)]
     skeleton, reselect, frame = (options.pop(key, None) for key in ("skeleton", "reselect", "frame"))
     core = options.pop("core", None)
+    options.setdefault("scale", 1.0)  # a run is what its file says, whatever the library's defaults become
+    options.setdefault("coordinates", "orthonormal")
     quiet: dict[str, Any] = {"merge_on_save": None, "log_throughput": False, "output_dir": folder}
     found: list[Callback] = [PMSSCallback(target_modules=targets, seed=seed, **quiet, **options)]
     if skeleton is not None:
