@@ -10,6 +10,9 @@ from typing import Any
 from lightning_pmss.layers import COORDINATES, EDITS, MEMORY_MODES
 from lightning_pmss.selection import ROW_MODES, SELECTORS
 
+# The rank at which scale="auto" is 1. Adam moves each entry of V by the learning rate, so the update grows with the rank.
+REFERENCE_RANK = 64
+
 
 @dataclass(frozen=True)
 class PMSSConfig:
@@ -27,7 +30,8 @@ class PMSSConfig:
         row_mode: ``"independent"`` selects rows from W, ``"nested"`` from the selected columns.
         oversample: Extra rows of the sketch of ``lupp``, beside a quarter to a half of the rank.
         seed: Seed of the selection; independent of the global random state.
-        scale: Factor s of the update ``s C U R``.
+        scale: Factor s of the update ``s C U R``: a number, or ``"auto"`` for 64 / rank of each layer, with which one learning
+            rate serves all ranks (docs/evidence.md), as LoRA's alpha / r is meant to.
         coordinates: Coordinates of the trained tensor: ``"orthonormal"``, ``"spectral"`` or ``"raw"``.
         dropout: Dropout probability on ``h = R x``.
         edit: Which side of the layer carries the update: ``"input"``, ``"output"`` or ``"auto"`` (by shape); or ``"weight"``:
@@ -51,7 +55,7 @@ class PMSSConfig:
     row_mode: str = "independent"
     oversample: int = 10
     seed: int = 0
-    scale: float = 1.0
+    scale: float | str = "auto"
     coordinates: str = "orthonormal"
     dropout: float = 0.0
     edit: str = "auto"
@@ -84,10 +88,16 @@ class PMSSConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {list(allowed)}.")
         if isinstance(self.oversample, bool) or not isinstance(self.oversample, int) or self.oversample < 0:
             raise ValueError(f"oversample={self.oversample!r} must be a whole number of at least 0.")
-        if not math.isfinite(self.scale) or self.scale == 0:
+        if isinstance(self.scale, str) and self.scale != "auto":
+            raise ValueError(f"scale={self.scale!r} is not known; type 'auto' or a number.")
+        if not isinstance(self.scale, str) and (not math.isfinite(self.scale) or self.scale == 0):
             raise ValueError(f"scale={self.scale!r} must be finite and not zero, else U can never change the layer.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r} must lie in [0, 1).")
+
+    def scale_of(self, rank: int) -> float:
+        """The factor s of a layer with ``rank`` rows and columns."""
+        return REFERENCE_RANK / rank if isinstance(self.scale, str) else float(self.scale)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON and for a checkpoint that is loaded with ``weights_only=True``."""

@@ -71,7 +71,7 @@ def convert(model: nn.Module, config: PMSSConfig, *, skeleton: Skeleton | None =
                 plan.rows,
                 plan.cols,
                 plan.frame or Frame(),
-                scale=config.scale,
+                scale=config.scale_of(len(plan.cols)),
                 coordinates=config.coordinates,
                 dropout=config.dropout,
                 edit=config.edit,

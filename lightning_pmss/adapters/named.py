@@ -238,5 +238,5 @@ def _states(
             with whole_weight(layer) as found:
                 weight = found.T if is_transposed(layer) else found
         update = Update(stored.U, stored.rows, stored.cols)
-        states[name] = layer_state(weight, update, sizes[name], config.coordinates, config.scale)
+        states[name] = layer_state(weight, update, sizes[name], config.coordinates, config.scale_of(sizes[name]))
     return states

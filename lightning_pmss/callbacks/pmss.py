@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -61,7 +61,7 @@ class PMSSCallback(L.Callback):
         row_mode: ``independent`` or ``nested``.
         oversample: Extra rows of the sketch of ``lupp``, beside a quarter to a half of the rank.
         seed: Seed of the selection.
-        scale: Factor s of the update ``s C U R``.
+        scale: Factor s of the update ``s C U R``; ``auto``: 64 / rank of each layer.
         coordinates: ``orthonormal``, ``spectral`` or ``raw``.
         dropout: Dropout probability on ``h = R x``.
         edit: ``auto``, ``input`` or ``output``.
@@ -96,7 +96,7 @@ class PMSSCallback(L.Callback):
         row_mode: str = "independent",
         oversample: int = 10,
         seed: int = 0,
-        scale: float = 1.0,
+        scale: float | Literal["auto"] = "auto",
         coordinates: str = "orthonormal",
         dropout: float = 0.0,
         edit: str = "auto",

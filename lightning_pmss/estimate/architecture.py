@@ -135,7 +135,7 @@ class Architecture:
                     index,
                     index.clone(),
                     _frame(config.coordinates, rank, core_dtype(weight.dtype)),
-                    scale=config.scale,
+                    scale=config.scale_of(rank),
                     coordinates=config.coordinates,
                     dropout=config.dropout,
                     edit=config.edit,

@@ -248,7 +248,7 @@ def other_base() -> Toy:
             r"of shape \(5,\) where this run has \(4,\)",
         ),
         (lambda c: c["pmss"]["config"].update(coordinates="raw"), r"made with coordinates='raw', this run has"),
-        (lambda c: c["pmss"]["config"].update(scale=2.0), r"made with scale=2.0, this run has 1.0"),
+        (lambda c: c["pmss"]["config"].update(scale=2.0), r"made with scale=2.0, this run has 'auto'"),
         (lambda c: c.update(state_dict=Toy().state_dict()), "holds no PMSS adapter"),
     ],
 )
@@ -281,7 +281,7 @@ def test_stored_indices_win_over_the_selection(tmp_path: Path) -> None:
     r, c = layer.weight_rows().double(), layer.weight_columns().double()
     v = layer.core.weight.double()
     norm = (c @ layer.core_update().double() @ r).norm()
-    assert torch.isclose(norm, v.norm(), rtol=1e-5)  # the frame was recomputed for these indices
+    assert torch.isclose(norm, layer.scale * v.norm(), rtol=1e-5)  # the frame was recomputed for these indices
 
 
 def test_results_at_the_end_of_fit(tmp_path: Path) -> None:

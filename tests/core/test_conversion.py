@@ -164,6 +164,7 @@ def test_refusals_touch_nothing(options: dict[str, Any], message: str) -> None:
         ({"dropout": 1.0}, "must lie in"),
         ({"scale": 0.0}, "must be finite and not zero"),
         ({"scale": float("nan")}, "must be finite"),
+        ({"scale": "automatic"}, "type 'auto' or a number"),
         ({"oversample": -1}, "oversample=-1"),
         ({"target_modules": []}, "target_modules is empty"),
     ],
@@ -283,3 +284,13 @@ def test_quantised_and_lazy_layers_are_refused() -> None:
 def test_no_linear_layer_says_where_to_build_it() -> None:
     with pytest.raises(ValueError, match=r"no linear layer was found in Conv2d.*configure_model"):
         convert(nn.Conv2d(1, 1, 1), PMSSConfig(rank=2))
+
+
+def test_scale_auto_falls_with_the_rank_of_each_layer() -> None:
+    """One learning rate for all ranks: Adam's steps on V make an update that grows with the rank."""
+    model = nn.Sequential(nn.Linear(96, 128), nn.Linear(128, 20))
+    convert(model, PMSSConfig(rank=80, rank_pattern={"1": 40}))
+    assert [layer.scale for layer in pmss_layers(model).values()] == [64 / 80, 64 / 20]  # of the rank after clipping
+    fixed = nn.Sequential(nn.Linear(96, 128), nn.Linear(128, 20))
+    convert(fixed, PMSSConfig(rank=80, scale=0.5))
+    assert [layer.scale for layer in pmss_layers(fixed).values()] == [0.5, 0.5]
