@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_pmss.conversion import pmss_layers
 
-KINDS = ("left", "right", "both", "both and scales")
+KINDS = ("left", "right", "both", "both and scales", "rows")
 
 
 def cayley(skew: Tensor) -> Tensor:
@@ -28,14 +28,22 @@ class RotatingFrame(nn.Module):
     """Takes the place of `CoreFrame`: U [r, r] from the trained V [r, r].
 
     The upper triangle of V makes A, the lower one B; ``left`` and ``right`` use one of them, so half of V; with scales its
-    diagonal are the logarithms of what the singular values are multiplied by.
+    diagonal are the logarithms of what the singular values are multiplied by. "rows" is "right" between ``Q_C`` and ``Q_R``
+    themselves, without the SVD, and with angles scaled such that the change has about the norm of V.
     """
 
     def __init__(self, weight: Tensor, columns: Tensor, rows: Tensor, kind: str) -> None:
         super().__init__()
         q_c, t_c = torch.linalg.qr(columns.double())
         q_r, t_r = torch.linalg.qr(rows.double().T)
-        p, s, z = torch.linalg.svd(q_c.T @ weight.double() @ q_r)
+        core = q_c.T @ weight.double() @ q_r
+        if kind == "rows":
+            self.left = nn.Buffer(torch.linalg.solve_triangular(t_c, core, upper=True).float())
+            self.right = nn.Buffer(torch.linalg.inv(t_r).T.contiguous().float())
+            self.gain = float(8 * core.square().sum() / len(core)) ** -0.5  # the change has about the norm of V
+            self.kind, self.unused = kind, len(core) * (len(core) + 1) // 2
+            return
+        p, s, z = torch.linalg.svd(core)
         self.left = nn.Buffer(torch.linalg.solve_triangular(t_c, p, upper=True).float())
         self.right = nn.Buffer(torch.linalg.solve_triangular(t_r, z.T, upper=True).T.float())
         self.values = nn.Buffer(s.float())
@@ -46,6 +54,10 @@ class RotatingFrame(nn.Module):
     @override
     def forward(self, v: Tensor) -> Tensor:
         """U [r, r]."""
+        if self.kind == "rows":
+            lower = self.gain * v.tril(-1)
+            turned = cayley(lower - lower.T)
+            return self.left @ (turned - torch.eye(len(v))) @ self.right
         core = self.values.diag()
         if "scales" in self.kind:
             core = core * v.diagonal().exp().diag()
