@@ -87,7 +87,7 @@ def batches(examples: list[Example], size: int, seed: int) -> Iterator[dict[str,
 
 def adapt(model: nn.Module, method: str, rank: int, seed: int, memory: str) -> nn.Module:
     if method in COORDINATES:
-        convert(model, PMSSConfig(rank=rank, coordinates=method, seed=seed, memory=memory))
+        convert(model, PMSSConfig(rank=rank, coordinates=method, seed=seed, memory=memory, scale=1.0))
         return model
     from peft import LoraConfig, get_peft_model
 

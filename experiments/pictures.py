@@ -82,17 +82,14 @@ def spectrum(study: Study, records: Records, path: Path) -> Path:
         found = study.finished(arm, "final", records)
         if not found or not found[0].get("spectra"):
             continue
-        curves = [[x / values[0] for x in values] for values in found[0]["spectra"].values()]
-        length = max(map(len, curves))
-        full = [curve for curve in curves if len(curve) == length]
-        median = [sorted(column)[len(column) // 2] for column in zip(*full, strict=True)]
+        median = found[0]["spectra"]["median"]
         family = _family(arm)
         families[family] = families.get(family, -1) + 1  # a colour a method, a dash a size
         look: dict[str, Any] = {
             "color": f"C{list(families).index(family)}",
             "linestyle": styles[families[family] % len(styles)],
         }
-        axis.plot(range(1, length + 1), [max(x, 1e-6) for x in median], label=arm.label, **look)
+        axis.plot(range(1, len(median) + 1), [max(x, 1e-6) for x in median], label=arm.label, **look)
     axis.set(yscale="log", xlabel="number of the singular value", ylabel="over the largest", ylim=(1e-4, 1.2))
     axis.grid(alpha=0.3)
     if families:

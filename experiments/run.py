@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from benchmarks.machine import machine
 from experiments.cloze import cloze_accuracy
 from experiments.methods import callbacks
-from experiments.spectrum import spectra
+from experiments.spectrum import spectra, summary
 from experiments.tasks import data_module, prose
 from experiments.watch import Watch
 from lightning_pmss.datamodules.instruction import IGNORED
@@ -98,9 +98,14 @@ def run(spec: Mapping[str, Any], places: Places) -> dict[str, Any]:
         "saved_bytes": watch.saved_bytes,
         "seconds_per_step": round(steps[len(steps) // 2], 4) if steps else None,
         "seconds": round(time.perf_counter() - start, 1),
-        "spectra": spectra(module.model, folder) if spec.get("spectra") and status == "finished" else None,
+        "spectra": _spectra(module.model, folder) if spec.get("spectra") and status == "finished" else None,
         "machine": machine(),
     }
+
+
+def _spectra(model: Any, folder: str) -> dict[str, Any] | None:
+    values = spectra(model, folder)
+    return summary(values) if values else None
 
 
 def _trainer(spec: Mapping[str, Any], device: str, added: list[Any]) -> L.Trainer:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +12,26 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lightning_pmss.layers import PMSSLinear
+
+SHARES = (0.5, 0.9, 0.99)
+
+
+def summary(values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """What a record keeps of the singular values of many layers.
+
+    Returns:
+        ``median``: over the layers of the largest size, of each singular value over the layer's largest one. ``norm`` and
+        ``ranks``, by layer: the Frobenius norm of the change, and how many singular values hold 50, 90 and 99 % of its square.
+    """
+    longest = max(map(len, values.values()))
+    scaled = [[x / v[0] for x in v] for v in values.values() if len(v) == longest]
+    median = [float(f"{statistics.median(column):.3g}") for column in zip(*scaled, strict=True)]
+    norm, ranks = {}, {}
+    for name, v in values.items():
+        sums = list(itertools.accumulate(x * x for x in v))
+        norm[name] = float(f"{sums[-1] ** 0.5:.4g}")
+        ranks[name] = [next(i for i, s in enumerate(sums, 1) if s >= share * sums[-1]) for share in SHARES]
+    return {"median": median, "norm": norm, "ranks": ranks}
 
 
 @torch.no_grad()
@@ -39,7 +62,7 @@ def _changes(model: Any, folder: str) -> Any:
                 update = layer.core_update().float()
                 yield name, layer.weight_columns().float() @ update @ layer.weight_rows().float()
     else:
-        base = dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_modules())
+        base = dict(AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).named_modules())
         for name, layer in layers.items():
             if isinstance(layer, nn.Linear) and "lm_head" not in name:
-                yield name, layer.weight.float().cpu() - base[name].weight
+                yield name, layer.weight.float().cpu() - base[name].weight.float()

@@ -15,7 +15,7 @@ from experiments.calibrated import RULES, calibrate, choose, pursue
 from experiments.methods import METHODS, Reselection
 from experiments.rotating import KINDS, RotatingFrame
 from experiments.run import Places, run
-from experiments.spectrum import spectra
+from experiments.spectrum import spectra, summary
 from lightning_pmss import PMSSConfig, convert
 from lightning_pmss.conversion import pmss_layers
 
@@ -137,9 +137,10 @@ def test_every_method_runs_and_changes_the_loss(method: dict[str, Any], tiny_lla
     assert record["scores"]["val/loss"] < untrained["scores"]["val/loss"]
     assert record["saved_bytes"] > 0
     if spec["spectra"]:
-        assert len(record["spectra"]) == 14
+        assert len(record["spectra"]["norm"]) == 14
+        assert len(record["spectra"]["median"]) == 32
     if method["name"] == "lora":
-        assert all(sum(x > 1e-4 * values[0] for x in values) <= 2 for values in record["spectra"].values())
+        assert all(ranks[2] <= 2 for ranks in record["spectra"]["ranks"].values())
 
 
 def test_a_missing_model_is_named(tmp_path: Path) -> None:
@@ -149,7 +150,7 @@ def test_a_missing_model_is_named(tmp_path: Path) -> None:
 
 def test_the_spectrum_is_that_of_the_dense_change(tiny_llama: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    convert(model, PMSSConfig(rank=4))
+    convert(model, PMSSConfig(rank=4, scale=1.0))
     layer = pmss_layers(model)["model.layers.0.mlp.up_proj"]
     with torch.no_grad():
         layer.core.weight.normal_(generator=torch.Generator().manual_seed(0))
@@ -158,6 +159,13 @@ def test_the_spectrum_is_that_of_the_dense_change(tiny_llama: str) -> None:
     values = torch.tensor(found["model.layers.0.mlp.up_proj"])
     torch.testing.assert_close(values[:4], torch.linalg.svdvals(layer.core.weight.detach()), rtol=1e-3, atol=1e-4)
     assert values[4:].max() < 1e-5
+
+
+def test_the_summary_of_spectra() -> None:
+    found = summary({"a": [2.0, 1.0, 0.0], "b": [1.0, 1.0, 1.0], "c": [1.0, 0.5, 0.1], "narrow": [4.0, 3.0]})
+    assert found["median"] == [1.0, 0.5, 0.1]
+    assert found["norm"]["narrow"] == 5.0
+    assert found["ranks"] == {"a": [1, 2, 2], "b": [2, 3, 3], "c": [1, 2, 2], "narrow": [1, 2, 2]}
 
 
 @pytest.mark.parametrize("kind", KINDS)

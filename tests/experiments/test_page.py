@@ -1,0 +1,49 @@
+"""docs/evidence.md says what the committed records say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from experiments.driver import read_records
+from experiments.page import STUDIES, filled, section
+from experiments.pictures import PICTURES
+from experiments.study import read_study
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+NAMES = sorted(path.stem for path in STUDIES.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_study_stands_on_the_page_as_its_records_have_it(name: str) -> None:
+    study = read_study(STUDIES / f"{name}.yaml")
+    page = (DOCS / "evidence.md").read_text(encoding="utf-8")
+    assert section(study, read_records(), "evidence") in page, "run `python -m experiments page`"
+    for picture in set(study.show) & set(PICTURES):
+        assert (DOCS / "evidence" / f"{name}-{picture}.png").is_file()
+
+
+def test_no_section_is_of_a_study_that_is_gone() -> None:
+    page = (DOCS / "evidence.md").read_text(encoding="utf-8")
+    assert page.count("made by python -m experiments page -->") == len(NAMES)
+    pictures = {path.name for path in (DOCS / "evidence").glob("*.png")}
+    assert all(f"(evidence/{name})" in page for name in pictures)
+
+
+def test_a_section_is_renewed_and_the_prose_around_it_kept() -> None:
+    text = "before\n<!-- study x: made by python -m experiments page -->\nold\n<!-- end -->\nafter"
+    mark = "<!-- study x: made by python -m experiments page -->"
+    assert filled(text, {"x": "new \\1"}) == f"before\n{mark}\n\nnew \\1\n\n<!-- end -->\nafter"
+    assert filled(filled(text, {"x": "new"}), {"x": "new"}) == filled(text, {"x": "new"})
+    with pytest.raises(ValueError, match="no place for y; put these two lines"):
+        filled(text, {"y": "new"})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_are_drawn(name: str, tmp_path: Path) -> None:
+    study = read_study(STUDIES / f"{name}.yaml")
+    assert set(study.show) <= {*PICTURES, "sweep"}
+    records = read_records()
+    for picture in set(study.show) & set(PICTURES):
+        assert PICTURES[picture](study, records, tmp_path / "picture.png").stat().st_size > 5000
