@@ -58,7 +58,7 @@ class RotatingFrame(nn.Module):
         if self.kind.startswith("rows"):
             lower = self.gain * v.tril(-1)
             turned = cayley(lower - lower.T)
-            return self.left @ (turned - torch.eye(len(v))) @ self.right
+            return self.left @ (turned - torch.eye(len(v), device=v.device)) @ self.right
         core = self.values.diag()
         if "scales" in self.kind:
             core = core * v.diagonal().exp().diag()

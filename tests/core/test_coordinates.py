@@ -26,7 +26,7 @@ def test_a_large_frame_gives_the_same_u_and_gradient(dtype: torch.dtype) -> None
     rank = 192  # from here on in blocks
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 200, dtype=dtype))
-    convert(model, PMSSConfig(rank=rank))
+    convert(model, PMSSConfig(rank=rank, scale=1.0))
     core = model[0].core
     left, right = core.frame.left, core.frame.right
     assert torch.equal(left, left.triu())

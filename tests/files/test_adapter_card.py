@@ -47,7 +47,9 @@ def test_written_from_the_run(tiny_llama: str, tmp_path: Path) -> None:
     ):
         assert line in card.splitlines()
     assert f"- val/loss: {float(trainer.callback_metrics['val/loss']):.4g}" in card.splitlines()
-    assert re.search(r"14 layers \(.*q_proj.*\), rank 4, 8, selection lupp, orthonormal coordinates, scale 1.0\.", card)
+    assert re.search(
+        r"14 layers \(.*q_proj.*\), rank 4, 8, selection lupp, orthonormal coordinates, scale auto\.", card
+    )
 
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)
     assert code
