@@ -53,6 +53,8 @@ def write_page(records: Mapping[str, Any], docs: Path) -> Path:
     """Renew ``docs/evidence.md`` and ``docs/evidence/*.png``."""
     folder = docs / "evidence"
     folder.mkdir(exist_ok=True)
+    for old in folder.glob("*.png"):  # of studies that are gone, too
+        old.unlink()
     studies = [read_study(path) for path in sorted(STUDIES.glob("*.yaml"))]
     for study in studies:
         for name in study.show:
