@@ -57,10 +57,6 @@ def _prepare(threads: int) -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _work(spec: Spec, places: Places) -> dict[str, Any]:
-    return run(spec, places)
-
-
 @contextmanager
 def _ended(pool: ProcessPoolExecutor) -> Iterator[None]:
     """The pool, whose workers are killed if something ends the driver early: what they were at would be lost anyway."""
@@ -107,7 +103,7 @@ def drive(
             busy = {identity(spec) for spec in running.values()} | failed
             waiting = [] if late else [s for s in _next(studies, records) if identity(s) not in busy]
             for spec in waiting[: workers - len(running)]:
-                running[pool.submit(_work, spec, places)] = spec
+                running[pool.submit(run, spec, places)] = spec
             bar.total = bar.n + len(running) + len(waiting)
             bar.refresh()
             if not running:

@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from typing_extensions import override
 
-from experiments.calibrated import calibrate, choose
+from experiments.calibrated import RULES, calibrate, choose
 from experiments.rotating import RotatingCore
 from lightning_pmss import PMSSCallback, PMSSConfig
 from lightning_pmss.conversion import pmss_layers
 from lightning_pmss.layers import Frame
-from lightning_pmss.selection import select_skeleton
+from lightning_pmss.selection import SELECTORS, select_skeleton
 from lightning_pmss.targets import canonical_modules, find_targets
 
 TARGETS: dict[str, str | list[str]] = {
@@ -98,6 +98,8 @@ class CalibratedSkeleton(Callback):
     """Chooses rows and columns with a few batches, before `PMSSCallback` reads them from ``file``."""
 
     def __init__(self, config: PMSSConfig, file: Path, calibration: Any, by: str, batches: int = 4) -> None:
+        if by not in RULES:
+            raise ValueError(f"skeleton.by={by!r} is not known; choose one of {list(RULES)}.")
         self.config, self.file, self.calibration, self.by, self.batches = config, file, calibration, by, batches
 
     @override
@@ -165,6 +167,8 @@ class Reselection(Callback):
     """
 
     def __init__(self, every: int, by: str, batches: int = 4, seed: int = 0, until: float = 0.85) -> None:
+        if by not in (*RULES, *SELECTORS):
+            raise ValueError(f"reselect.by={by!r} is not known; choose one of {[*RULES, *SELECTORS]}.")
         self.every, self.by, self.batches, self.seed, self.until = every, by, batches, seed, until
         self.last: list[Any] = []
 
@@ -176,7 +180,7 @@ class Reselection(Callback):
             return
         layers = pmss_layers(pl_module)
         moments = {}
-        if self.by not in ("random", "lupp"):
+        if self.by in RULES:
             modules: dict[str, nn.Module] = dict(layers)
             moments = calibrate(modules, pl_module.model.get_input_embeddings(), _loss(pl_module), self.last)
         state = trainer.optimizers[0].state

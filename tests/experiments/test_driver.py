@@ -113,7 +113,7 @@ def test_failures_are_told_and_tried_again(
         return _record(spec)
 
     monkeypatch.setattr(driver, "ProcessPoolExecutor", _Pool)
-    monkeypatch.setattr(driver, "_work", work)
+    monkeypatch.setattr(driver, "run", work)
     study = _study(tmp_path, "tiny")
     places = Places((), "", "")
     assert drive([study], places, workers=1, folder=tmp_path / "records") == 1
@@ -128,7 +128,7 @@ def test_failures_are_told_and_tried_again(
 
 def test_a_budget_that_is_spent_begins_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "ProcessPoolExecutor", _Pool)
-    monkeypatch.setattr(driver, "_work", lambda spec, places: _record(spec))
+    monkeypatch.setattr(driver, "run", lambda spec, places: _record(spec))
     study = _study(tmp_path, "tiny", budget_minutes=1)
     drive([study], Places((), "", ""), workers=1, folder=tmp_path / "records")
     (only,) = read_records(tmp_path / "records").values()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from experiments.calibrated import RULES, calibrate, choose, pursue
-from experiments.methods import METHODS, Reselection
+from experiments.methods import METHODS, CalibratedSkeleton, Reselection, WeightedFrame
 from experiments.rotating import KINDS, RotatingFrame
 from experiments.run import Places, run
 from experiments.spectrum import spectra, summary
@@ -67,6 +67,32 @@ def test_moments_are_those_of_autograd(tiny_llama: str) -> None:
     held = _held(layer.weight.detach(), found.gradient, choose(layer.weight, found, 5, "gradient")[1])
     others = [_held(layer.weight.detach(), found.gradient, c) for c in itertools.combinations(range(8), 5)]
     assert held > sum(others) / len(others)
+
+
+def test_unknown_rules_are_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="reselect.by='gradients' is not known; choose one of"):
+        Reselection(every=2, by="gradients")
+    with pytest.raises(ValueError, match="skeleton.by='lupp' is not known; choose one of"):
+        CalibratedSkeleton(PMSSConfig(rank=4), tmp_path / "file", None, by="lupp")
+
+
+@pytest.mark.parametrize(("left", "right"), [(0, 0), (1, 0), (0.5, 1)])
+def test_a_weighted_frame_is_the_svd_with_powers(tiny_llama: str, left: float, right: float) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    convert(model, PMSSConfig(rank=4, scale=1.0))
+    WeightedFrame(left, right).on_fit_start(None, model)  # type: ignore[arg-type]
+    layer = pmss_layers(model)["model.layers.0.mlp.up_proj"]
+    v = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    layer.core.weight.data.copy_(v)
+    found = layer.weight_columns() @ layer.core_update() @ layer.weight_rows()
+    sides = []
+    for matrix, power in ((layer.weight_columns(), left), (layer.weight_rows().T, right)):
+        p, s, _ = torch.linalg.svd(matrix.detach(), full_matrices=False)
+        weights = s**power
+        sides.append(p * weights / weights.square().mean().sqrt())
+    # Singular vectors are known up to their sign, so norms of entries are compared.
+    expected = torch.linalg.pinv(sides[0]) @ found.detach() @ torch.linalg.pinv(sides[1]).T
+    torch.testing.assert_close(expected.abs(), v.abs(), rtol=1e-3, atol=1e-4)
 
 
 class _Loop:

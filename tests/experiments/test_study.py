@@ -67,8 +67,7 @@ def test_a_sweep_goes_on_past_an_end_and_then_to_the_final(tmp_path: Path) -> No
             value = loss.get((name, spec["lr"]), 9.0) + 0.1 * spec["seed"]
             records[identity(spec)] = _record(spec, **{phase: value})
     assert rates["pmss"] == [1e-3, 1e-2, 3e-2]
-    # Beyond both ends of a single rate there is something to try; two half-decades an end at most.
-    assert sorted(rates["lora"]) == [3e-4, 1e-3, 3e-3] or sorted(rates["lora"]) == [3e-4, 1e-3]
+    assert rates["lora"] == [1e-3, 3e-3, 3e-4]  # beyond both ends of a single rate
     final = study.finished(study.arms[0], "final", records)
     assert [(r["spec"]["lr"], r["spec"]["seed"]) for r in final] == [(1e-2, 1), (1e-2, 2)]
     assert "2.150 ± 0.635" in final_table(study, records)  # 0.05 sqrt(2) 12.706 / sqrt(2)
@@ -147,6 +146,4 @@ def test_every_committed_record_belongs_to_a_study_and_names_no_place() -> None:
                 asked |= {identity(r["spec"]) for r in study.finished(arm, phase, records)}
     assert set(records) == asked
     for file in RECORDS.rglob("*.json"):
-        text = file.read_text()
-        assert "/work" not in text
-        assert "/home" not in text
+        assert '"/' not in file.read_text()  # no absolute path
