@@ -27,7 +27,7 @@ class Recording(CausalLMModule):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.losses: list[float] = []
-        self.texts: list[str] = []
+        self.texts: list[list[str]] = []  # of each validation
         self.frozen_gradients = -1
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -35,9 +35,13 @@ class Recording(CausalLMModule):
         self.losses.append(loss.item())
         return loss
 
+    def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
+        self.texts.append([])
+
     def generate(self, prompt_ids: Any, prompt_mask: Any) -> list[str]:
         texts = super().generate(prompt_ids, prompt_mask)
-        self.texts.extend(texts)
+        self.texts[-1].extend(texts)
         return texts
 
     def on_after_backward(self) -> None:

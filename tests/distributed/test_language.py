@@ -47,7 +47,9 @@ def test_losses_texts_and_scores_are_those_of_ddp(runs: Any, name: str) -> None:
         assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         assert found["metrics"]["val/loss"] == pytest.approx(expected["metrics"]["val/loss"], rel=1e-5)
         assert found["metrics"]["val/exact_match"] == expected["metrics"]["val/exact_match"]
-        assert found["texts"][: len(expected["texts"])] == expected["texts"]  # the last may be a filler's
+        assert len(found["texts"]) == len(expected["texts"]) == 3
+        for texts, others in zip(found["texts"], expected["texts"], strict=True):
+            assert texts[: len(others)] == others  # those after them are of fillers, which keep the ranks in step
         assert found["indices"] == expected["indices"]
         assert found["frozen_gradients"] == 0
 

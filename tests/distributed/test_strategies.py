@@ -46,7 +46,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
         if name in WEIGHTS_ONLY:
             tasks.append({"folder": "weights", "weights_only": True, "steps": 2})
         if name in ("fsdp1", "fsdp2"):
-            raw = {"callback": {"coordinates": "raw"}}
+            raw = {"callback": {"coordinates": "raw", "scale": 1.0}}  # the file keeps scale * V: the stamps themselves
             tasks.append({"folder": "stamp", "stamp": True, "steps": 2, **raw})
             stamped = str(folder / "stamp" / "saved" / "step=2.ckpt")
             tasks.append({"folder": "stamped", "steps": 3, "checkpoint": stamped, **raw})
