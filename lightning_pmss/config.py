@@ -32,7 +32,8 @@ class PMSSConfig:
         seed: Seed of the selection; independent of the global random state.
         scale: Factor s of the update ``s C U R``: a number, or ``"auto"`` for 64 / rank of each layer, with which one learning
             rate serves all ranks (docs/evidence.md), as LoRA's alpha / r is meant to.
-        coordinates: Coordinates of the trained tensor: ``"orthonormal"``, ``"spectral"`` or ``"raw"``.
+        coordinates: Coordinates of the trained tensor: ``"orthonormal"``, ``"spectral"`` or ``"raw"``; or ``"rotation"``: half
+            as many numbers, which turn what W has between its selected columns and rows (`lightning_pmss.rotation`).
         dropout: Dropout probability on ``h = R x``.
         edit: Which side of the layer carries the update: ``"input"``, ``"output"`` or ``"auto"`` (by shape); or ``"weight"``:
             form W' in every pass, for float32 weights and micro-batches of many tokens (docs/performance.md).

@@ -143,7 +143,9 @@ def _plan(
                 if stored.fingerprint is not None and not same_base(stored.fingerprint, weight[rows], weight[:, cols]):
                     strangers.append(name)
                     continue
-                frame = frame or coordinate_frame(weight[:, cols], weight[rows], config.coordinates, name)
+                frame = frame or coordinate_frame(
+                    weight[:, cols], weight[rows], config.coordinates, name, weight=weight
+                )
                 residual = projection_residual(weight, cols) if residual is None else residual
         plans[name] = SkeletonLayer(stored.rows, stored.cols, frame, stored.fingerprint, shape, residual)
     if strangers and skeleton is not None:
@@ -170,7 +172,7 @@ def _report(name: str, layer: nn.Module, requested: int, plan: SkeletonLayer) ->
         rank=columns,
         requested_rank=requested,
         edit=layer.edit,
-        trainable=columns * rows,
+        trainable=whole_size(layer.core.weight),
         residual=plan.residual,
         kept_bytes_per_token=rows * dtype.itemsize,
         file_bytes=columns * rows * core_dtype(layer.weight.dtype).itemsize + 4 * (columns + rows),

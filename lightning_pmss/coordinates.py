@@ -15,20 +15,27 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lightning_pmss.edits import without_autocast
+from lightning_pmss.rotation import angles, packed_shape, turned
 from lightning_pmss.whole import fill
 
-COORDINATES = ("orthonormal", "spectral", "raw")
+COORDINATES = ("orthonormal", "rotation", "spectral", "raw")
 
 
 class Frame(NamedTuple):
-    """What turns the trained V ``[c, r]`` into U: ``U = gain * (left @ V @ right)``; parts that a frame lacks are None."""
+    """What turns the trained V ``[c, r]`` into U: ``U = gain * (left @ V @ right)``; parts that a frame lacks are None.
+
+    With a core M ``[c, r]`` fewer numbers are trained, and ``V = M @ turned(gain * numbers)`` (`lightning_pmss.rotation`).
+    """
 
     left: Tensor | None = None
     right: Tensor | None = None
     gain: Tensor | None = None
+    core: Tensor | None = None
 
 
-def coordinate_frame(columns: Tensor, rows: Tensor, coordinates: str, name: str = "") -> Frame:
+def coordinate_frame(
+    columns: Tensor, rows: Tensor, coordinates: str, name: str = "", *, weight: Tensor | None = None
+) -> Frame:
     """Compute the frame of one layer from its slices.
 
     Args:
@@ -36,8 +43,9 @@ def coordinate_frame(columns: Tensor, rows: Tensor, coordinates: str, name: str 
         rows: R ``[r, in]``.
         coordinates: ``"raw"``: U = V. ``"spectral"``: U = V / (norm2(C) norm2(R)), one scalar. ``"orthonormal"``: with thin
             QR ``C = Q_C T_C``, ``R^T = Q_R T_R``: U = T_C^-1 V T_R^-T, so that ``C U R = Q_C V Q_R^T`` and the update's
-            Frobenius norm is V's.
+            Frobenius norm is V's. ``"rotation"``: the same with V made by turning what W has there.
         name: Module name for errors.
+        weight: W ``[out, in]``, which ``"rotation"`` needs.
 
     Returns:
         Tensors in float32 (float64 for a float64 base), computed in float64.
@@ -63,7 +71,29 @@ def coordinate_frame(columns: Tensor, rows: Tensor, coordinates: str, name: str 
     eye_c, eye_r = (torch.eye(t.shape[0], dtype=t.dtype, device=t.device) for t in (t_c, t_r))
     left = torch.linalg.solve_triangular(t_c, eye_c, upper=True)
     right = torch.linalg.solve_triangular(t_r, eye_r, upper=True).T.contiguous()
-    return Frame(left.to(dtype), right.to(dtype))
+    frame = Frame(left.to(dtype), right.to(dtype))
+    return frame if coordinates == "orthonormal" else _rotating(frame, columns, rows, weight, name)
+
+
+def _rotating(frame: Frame, columns: Tensor, rows: Tensor, weight: Tensor | None, name: str) -> Frame:
+    """The frame with ``M = Q_C^T W Q_R`` and the gain with which, near zero, the update has about the norm of the numbers."""
+    assert weight is not None
+    assert frame.left is not None
+    assert frame.right is not None
+    if len(rows) < 2:
+        raise ValueError(
+            f"`{name}`: with rank 1 there is nothing to rotate; type a rank of at least 2, or exclude the module."
+        )
+    wide = frame.left.dtype
+    q_c, q_r = columns.to(wide) @ frame.left, rows.T.to(wide) @ frame.right.T
+    core = q_c.T @ weight.to(wide) @ q_r
+    mean_square = core.square().sum() / core.shape[1]
+    return frame._replace(core=core, gain=(8 * mean_square).rsqrt())
+
+
+def trained_shape(coordinates: str, rank: int) -> tuple[int, int]:
+    """Of what is trained in a layer with `rank` rows and columns."""
+    return packed_shape(rank) if coordinates == "rotation" else (rank, rank)
 
 
 def core_dtype(weight_dtype: torch.dtype) -> torch.dtype:
@@ -106,6 +136,7 @@ class CoreFrame(nn.Module):
     left: nn.Parameter | None
     right: nn.Parameter | None
     gain: nn.Parameter | None
+    core: nn.Parameter | None
 
     def __init__(self, frame: Frame, device: torch.device) -> None:
         super().__init__()
@@ -118,13 +149,15 @@ class CoreFrame(nn.Module):
         self.waiting = frame if device.type == "meta" else None
 
     def forward(self, v: Tensor) -> Tensor:
-        """U ``[c, r]`` from V ``[c, r]``."""
+        """U ``[c, r]`` from what is trained."""
         if self.left is not None and self.right is not None:
             # In bfloat16 the inverse factors would lose what the slices' condition number multiplies; DeepSpeed's bf16 engine
             # keeps V and the factors in it (and a float32 master of V), so at least the products are wide.
             wide = torch.promote_types(v.dtype, torch.float32)
             with without_autocast(v):
                 left, right = self.left.to(wide), self.right.to(wide)
+                if self.core is not None and self.gain is not None:
+                    v = self.core.to(wide) @ turned(v.to(wide) * self.gain.to(wide), len(right))
                 if v.device.type == "cpu" and min(v.shape) >= 192:  # elsewhere kernels count, not multiply-adds
                     u: Tensor = TriangularProducts.apply(left, v.to(wide), right)
                     return u
@@ -148,7 +181,7 @@ class CoreFrame(nn.Module):
 
 
 class PMSSCore(nn.Module):
-    """Owns the one trained tensor, ``weight [c, r]`` (V), and turns it into ``s U`` when called.
+    """Owns the one trained tensor, ``weight``, and turns it into ``s U`` when called: V ``[c, r]``, or the numbers of a rotation.
 
     A module of its own, so that sharding wrappers can treat it apart from the frozen weight; what it returns is always a new
     tensor, since wrappers take V's memory back when the call ends. Stays float32 when its parent is cast to a
@@ -160,13 +193,17 @@ class PMSSCore(nn.Module):
 
     def __init__(self, columns: int, rows: int, frame: Frame, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(columns, rows, dtype=dtype, device=device))
+        shape = (columns, rows) if frame.core is None else packed_shape(rows)
+        self.weight = nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
         self.frame = CoreFrame(frame, device) if any(part is not None for part in frame) else None
 
     def forward(self, scale: float = 1.0) -> Tensor:
         """``scale * U [c, r]``, in V's own dtype, also under autocast."""
         if self.frame is None:
             return scale * self.weight
+        if self.frame.core is not None:  # scaled afterwards it would be no rotation
+            turned_by: Tensor = self.frame(scale * self.weight)
+            return turned_by
         u: Tensor = self.frame(self.weight)
         return u if scale == 1 else scale * u
 
@@ -176,15 +213,21 @@ class PMSSCore(nn.Module):
             self.frame.set(frame)
 
     @torch.no_grad()
-    def set_u(self, u: Tensor) -> None:
-        """Choose V such that the core yields ``u`` (solved in float64)."""
+    def set_u(self, u: Tensor, scale: float = 1.0) -> None:
+        """Choose V such that ``forward(scale)`` yields ``u`` (solved in float64).
+
+        Raises:
+            ValueError: In ``rotation`` coordinates, where u does not turn W.
+        """
         v = u.to(self.weight.device, torch.float64)
         if (frame := self.frame) is not None and frame.left is not None and frame.right is not None:
             v = torch.linalg.solve(frame.left.double(), v)
             v = torch.linalg.solve(frame.right.double(), v, left=False)
+        if frame is not None and frame.core is not None:
+            v = angles(frame.core.double(), v)
         if frame is not None and frame.gain is not None:
             v = v / frame.gain.double()
-        self.weight.copy_(v)
+        self.weight.copy_(v / scale)
 
     def reset_parameters(self) -> None:
         """Called by engines once parameters that were made on the meta device have memory: V starts at zero."""

@@ -126,7 +126,7 @@ class PMSSLinear(nn.Module):
 
     def set_update(self, update: Tensor) -> None:
         """The inverse of `core_update`: choose V such that ``s U`` equals ``update [c, r]`` within rounding."""
-        self.core.set_u(update.double() / self.scale)
+        self.core.set_u(update, self.scale)
 
     def base_weight(self) -> Tensor:
         """The pristine W in canonical layout ``[out, in]``, also while merged."""
@@ -152,8 +152,11 @@ class PMSSLinear(nn.Module):
 
     def refresh_frame(self, name: str = "") -> None:
         """Recompute the coordinates after the weight or the indices were replaced; V is left as it is."""
-        rows, columns = self.slices()
-        self.core.set_frame(coordinate_frame(columns, rows, self.coordinates, name))
+        with whole_weight(self, self.weight if self.pristine is None else self.pristine) as stored:
+            weight = stored.T if self.transposed else stored
+            rows, cols = self.rows.to(weight.device), self.cols.to(weight.device)
+            frame = coordinate_frame(weight[:, cols], weight[rows], self.coordinates, name, weight=weight)
+        self.core.set_frame(frame)
 
     def reset_parameters(self) -> None:
         """Called by engines once a layer that was made on the meta device has memory: the base's own, then the indices."""

@@ -5,7 +5,8 @@ coordinates and the proof of its base (fingerprints) from the file. Format, safe
 
     <module>.rows, <module>.cols    int32 [r], [c], canonical layout [out, in]
     <module>.left, <module>.right   float32 [c, c], [r, r]: the frame of orthonormal coordinates (see `layers.Frame`)
-    <module>.gain                   float32 scalar: the frame of spectral coordinates
+    <module>.gain                   float32 scalar: the frame of spectral and rotation coordinates
+    <module>.core                   float32 [c, r]: the frame of rotation coordinates, beside left, right and gain
     metadata["pmss_skeleton"]       JSON: format_version, selection options, coordinates, base, and per module its shape,
                                     fingerprint and residual
 
@@ -103,7 +104,7 @@ def read_skeleton(path: str | os.PathLike[str]) -> Skeleton:
         for n in names:
             frame = None
             if about.get("coordinates") is not None:
-                frame = Frame(tensor(f"{n}.left"), tensor(f"{n}.right"), tensor(f"{n}.gain"))
+                frame = Frame(*(tensor(f"{n}.{part}") for part in Frame._fields))
             entry = known.get(n, {})
             layers[n] = SkeletonLayer(
                 tensors.get_tensor(f"{n}.rows").long(),

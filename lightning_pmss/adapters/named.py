@@ -46,7 +46,8 @@ def load_adapters(
 ) -> ConversionReport:
     """Convert a model for several adapters at once and make the first one active.
 
-    Every layer of any of them is converted, at the largest rank that any of them has there.
+    Every layer of any of them is converted, at the largest rank that any of them has there. Adapters trained in ``rotation``
+    coordinates go on in ``orthonormal`` ones.
 
     Args:
         model: Not converted yet.
@@ -213,9 +214,13 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
 
 def _config(first: PMSSConfig, sizes: Mapping[str, int], also_train: list[str]) -> PMSSConfig:
-    """The first adapter's options, for exactly these layers and ranks."""
+    """The first adapter's options, for exactly these layers and ranks.
+
+    Each adapter has a rotation of its own part of W, so together they are kept in orthonormal coordinates.
+    """
     return replace(
         first,
+        coordinates="orthonormal" if first.coordinates == "rotation" else first.coordinates,
         target_modules="|".join(re.escape(name) for name in sizes),
         exclude_modules=(),
         rank=max(sizes.values()),

@@ -61,7 +61,7 @@ def layer_state(weight: Tensor, update: Update, rank: int, coordinates: str, sca
     r, c = weight.index_select(0, rows), weight.index_select(1, cols)
     frame = _frame(c, r, coordinates, dtype)
     core = PMSSCore(len(cols), len(rows), frame, dtype, device)
-    core.set_u(u.double() / scale)
+    core.set_u(u, scale)
     all_rows, all_cols = filled(rows, rank, weight.shape[0]), filled(cols, rank, weight.shape[1])
     if frame.left is not None and frame.right is not None and (len(all_rows), len(all_cols)) != (len(rows), len(cols)):
         more_r, more_c = weight[all_rows[len(rows) :]], weight[:, all_cols[len(cols) :]]

@@ -62,7 +62,7 @@ class PMSSCallback(L.Callback):
         oversample: Extra rows of the sketch of ``lupp``, beside a quarter to a half of the rank.
         seed: Seed of the selection.
         scale: Factor s of the update ``s C U R``; ``auto``: 64 / rank of each layer.
-        coordinates: ``orthonormal``, ``spectral`` or ``raw``.
+        coordinates: ``orthonormal``, ``rotation`` (half as many trained numbers), ``spectral`` or ``raw``.
         dropout: Dropout probability on ``h = R x``.
         edit: ``auto``, ``input`` or ``output``.
         also_train: Modules trained in full and saved with the adapter, such as a fresh classification head.

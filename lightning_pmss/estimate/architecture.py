@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_pmss.config import PMSSConfig
+from lightning_pmss.coordinates import trained_shape
 from lightning_pmss.layers import Frame, PMSSLinear, canonical_shape, core_dtype
 from lightning_pmss.targets import canonical_modules, find_targets, match_modules, ranks_of, refuse_unconvertible
 
@@ -151,7 +152,9 @@ class Architecture:
         model, ranks, also_train = self._targets(config)
         modules = canonical_modules(model)
         shapes = {name: canonical_shape(modules[name]) for name in ranks}
-        wanted = sum(r * r for r in ranks.values()) / sum(sum(shape) for shape in shapes.values())
+        wanted = sum(math.prod(trained_shape(config.coordinates, r)) for r in ranks.values()) / sum(
+            map(sum, shapes.values())
+        )
         rank = rank or max(1, round(wanted))
         model.requires_grad_(False)
         with self.mode:
@@ -241,8 +244,11 @@ def count(pieces: list[Piece]) -> Counter[str]:
 
 
 def _frame(coordinates: str, rank: int, dtype: torch.dtype) -> Frame:
+    square = torch.empty(rank, rank, dtype=dtype)
     if coordinates == "orthonormal":
-        return Frame(torch.empty(rank, rank, dtype=dtype), torch.empty(rank, rank, dtype=dtype))
+        return Frame(square, square.clone())
+    if coordinates == "rotation":
+        return Frame(square, square.clone(), torch.empty((), dtype=dtype), square.clone())
     return Frame(gain=torch.empty((), dtype=dtype)) if coordinates == "spectral" else Frame()
 
 

@@ -168,7 +168,7 @@ def _select(target: Target, reader: ShardReader, config: PMSSConfig, pieces: Pie
     )
     rows, cols = rows.sort().values, cols.sort().values  # as `convert` does: gathers read memory in order
     rows_of_w, columns_of_w = weight[rows], weight[:, cols]
-    frame = coordinate_frame(columns_of_w, rows_of_w, config.coordinates, target.name)
+    frame = coordinate_frame(columns_of_w, rows_of_w, config.coordinates, target.name, weight=weight)
     tensors = {"rows": rows.to(torch.int32), "cols": cols.to(torch.int32)}
     tensors |= {part: value for part, value in frame._asdict().items() if value is not None}
     about = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 import statistics
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import lightning_pmss.run_report.pictures as pictures
+from lightning_pmss.coordinates import trained_shape
 from lightning_pmss.files.inspection import Inspection, inspect_adapter
 from lightning_pmss.run_report.run import Curve, Run, read_run
 
@@ -101,7 +103,8 @@ def _figures(run: Run, inspection: Inspection | None) -> list[tuple[str, str]]:
         value = run.last(name)
         found.append((f"{name}, last", None if value is None else f"{value:.4f}"))
     if inspection is not None:
-        found.append(("trained parameters in U", f"{sum(layer.rank**2 for layer in inspection.layers):,}"))
+        shapes = [trained_shape(inspection.config["coordinates"], layer.rank) for layer in inspection.layers]
+        found.append(("trained parameters in U", f"{sum(map(math.prod, shapes)):,}"))
     if "adapter" in run.sizes:
         found.append(("adapter", f"{run.sizes['adapter'] / 1e6:.1f} MB"))
     if speed := run.curves.get("pmss/tokens_per_second"):

@@ -37,7 +37,7 @@ def _close(actual: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("coordinates", ["orthonormal", "spectral", "raw"])
+@pytest.mark.parametrize("coordinates", ["orthonormal", "rotation", "spectral", "raw"])
 def test_each_computes_what_it_computes_alone(fresh: Fresh, save: Save, expected: Expected, coordinates: str) -> None:
     folders = {
         "a": save("a", coordinates=coordinates, scale=0.7),

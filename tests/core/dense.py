@@ -17,7 +17,7 @@ from lightning_pmss.selection import select_skeleton
 KINDS = ("linear", "conv1d")
 EDITS = ("input", "output")
 MEMORIES = ("keep", "regather")
-COORDINATES = ("raw", "spectral", "orthonormal")
+COORDINATES = ("raw", "spectral", "orthonormal", "rotation")
 
 
 def base_layer(
@@ -66,7 +66,7 @@ def adopted(layer: nn.Module, rank: int, coordinates: str = "orthonormal", **ado
     stored = layer.weight.detach()  # type: ignore[union-attr, operator]
     weight = stored.T if type(layer).__name__ == "Conv1D" else stored
     rows, cols = select_skeleton(weight, rank)
-    frame = coordinate_frame(weight[:, cols], weight[rows], coordinates)
+    frame = coordinate_frame(weight[:, cols], weight[rows], coordinates, weight=weight)
     converted = PMSSLinear.adopt(layer, rows, cols, frame, coordinates=coordinates, **adopt)
     converted.requires_grad_(False)
     converted.core.weight.requires_grad_(True)
@@ -93,6 +93,16 @@ def dense_weight(layer: PMSSLinear, v: Tensor) -> Tensor:
     c, r = weight[:, layer.cols], weight[layer.rows]
     if layer.coordinates == "orthonormal":
         delta = torch.linalg.qr(c).Q @ v @ torch.linalg.qr(r.T).Q.T
+    elif layer.coordinates == "rotation":
+        q_c, q_r = torch.linalg.qr(c).Q, torch.linalg.qr(r.T).Q
+        part = q_c.T @ weight @ q_r
+        angle = torch.zeros_like(part)
+        angle[torch.tril(torch.ones_like(part), -1).bool()] = (
+            layer.scale * v.flatten() / (8 * part.square().mean() * len(part)).sqrt()
+        )
+        eye = torch.eye(len(part), dtype=part.dtype)
+        rotation = torch.linalg.inv(eye - angle + angle.T) @ (eye + angle - angle.T)
+        return weight + q_c @ part @ (rotation - eye) @ q_r.T
     else:
         delta = c @ v @ r
         if layer.coordinates == "spectral":

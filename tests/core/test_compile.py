@@ -67,7 +67,7 @@ def test_steps_equal_eager_without_recompiling(edit: str, memory: str, dropout: 
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
-@pytest.mark.parametrize("coordinates", ["raw", "spectral"])
+@pytest.mark.parametrize("coordinates", ["raw", "spectral", "rotation"])
 def test_other_coordinates_and_layouts(kind: str, coordinates: str) -> None:
     model = _model(kind, "output", coordinates=coordinates)
     _compare(model, random_like(5, 12, dtype=torch.float32), "aot_eager", 1e-6)

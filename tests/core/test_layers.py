@@ -82,6 +82,8 @@ def test_equals_the_dense_layer(kind: str, edit: str, shape: str) -> None:
     (out, inp), rank = SHAPES[shape]
     biases = (None, "frozen", "trained") if kind == "linear" else ("frozen", "trained")  # Conv1D always has one
     for bias, memory, coordinates in itertools.product(biases, MEMORIES, COORDINATES):
+        if coordinates == "rotation" and rank == 1:
+            continue  # refused: there is nothing to turn
         for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
             layer = pmss_layer(
                 kind, out, inp, rank, bias=None if bias is None else 1.0, dtype=dtype,
@@ -316,12 +318,42 @@ def test_set_update_is_the_inverse_of_core_update(coordinates: str) -> None:
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         layer = pmss_layer(out=24, inp=15, rank=6, coordinates=coordinates, scale=0.3, dtype=dtype)
         trained, wanted = layer.core.weight.detach().clone(), random_like(6, 6, seed=8)
+        if coordinates == "rotation":  # not any U is a rotation
+            with pytest.raises(
+                ValueError, match="not a rotation of the weight .* load it with coordinates='orthonormal'"
+            ):
+                layer.set_update(wanted)
+            other = copy.deepcopy(layer)
+            other.core.weight.data.copy_(random_like(*trained.shape, seed=8))
+            wanted = other.core_update().detach().double()
         layer.set_update(wanted)
         assert relative(layer.core_update(), wanted) < tolerance
         assert relative(layer.core.weight, trained) > 0.1
         layer.core.weight.data.copy_(trained)
         layer.set_update(layer.core_update().detach())
         assert relative(layer.core.weight, trained) < tolerance
+
+
+def test_a_rotation_needs_two_rows() -> None:
+    weight = random_like(9, 8)
+    one = torch.tensor([1])
+    with pytest.raises(ValueError, match="`a.b`: with rank 1 there is nothing to rotate; type a rank of at least 2"):
+        coordinate_frame(weight[:, one], weight[one], "rotation", "a.b", weight=weight)
+
+
+def test_a_rotation_keeps_the_singular_values_of_what_it_turns_and_counts_half() -> None:
+    layer = pmss_layer(out=24, inp=15, rank=6, coordinates="rotation", size=0.5)
+    assert layer.core.weight.numel() == 15
+    q_c, q_r = torch.linalg.qr(layer.weight_columns()).Q, torch.linalg.qr(layer.weight_rows().T).Q
+    before = q_c.T @ layer.base_weight() @ q_r
+    after = before + q_c.T @ update(layer) @ q_r
+    assert relative(after, before) > 0.2
+    torch.testing.assert_close(torch.linalg.svdvals(after), torch.linalg.svdvals(before))
+
+
+def test_a_small_rotation_has_about_the_norm_of_its_numbers() -> None:
+    layer = pmss_layer(out=60, inp=50, rank=24, coordinates="rotation", size=1e-3, scale=0.5)
+    assert float(update(layer).norm()) == pytest.approx(0.5 * float(layer.core.weight.detach().norm()), rel=0.1)
 
 
 def test_linearly_dependent_slices_are_refused() -> None:

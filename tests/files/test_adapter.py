@@ -43,7 +43,7 @@ Q = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.1.mlp.down_proj"
 
 
-@pytest.mark.parametrize("coordinates", ["orthonormal", "spectral", "raw"])
+@pytest.mark.parametrize("coordinates", ["orthonormal", "rotation", "spectral", "raw"])
 def test_round_trip(tiny_llama: str, tmp_path: Path, train: Train, logits: Logits, coordinates: str) -> None:
     model = train(_base(tiny_llama), coordinates=coordinates, scale=0.7, dropout=0.1)
     save_adapter(model, tmp_path / "a")

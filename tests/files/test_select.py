@@ -60,7 +60,7 @@ def check_equal(folder: str, config: PMSSConfig, output: Path) -> None:
     assert report.left_out == conversion.left_out
 
 
-@pytest.mark.parametrize("coordinates", ["orthonormal", "spectral", "raw"])
+@pytest.mark.parametrize("coordinates", ["orthonormal", "rotation", "spectral", "raw"])
 def test_equals_convert_on_llama(tiny_llama: str, tmp_path: Path, coordinates: str) -> None:
     # Rank 24 is clipped to 16 in the key and value projections; the tied head is left out.
     check_equal(tiny_llama, PMSSConfig(rank=24, seed=3, coordinates=coordinates), tmp_path / "s.safetensors")
