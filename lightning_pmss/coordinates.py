@@ -181,7 +181,7 @@ class CoreFrame(nn.Module):
 
 
 class PMSSCore(nn.Module):
-    """Owns the one trained tensor, ``weight``, and turns it into ``s U`` when called: V ``[c, r]``, or the numbers of a rotation.
+    """Owns the one trained tensor, ``weight`` (V ``[c, r]``, or the numbers of a rotation), and turns it into ``s U``.
 
     A module of its own, so that sharding wrappers can treat it apart from the frozen weight; what it returns is always a new
     tensor, since wrappers take V's memory back when the call ends. Stays float32 when its parent is cast to a
