@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_pmss.conversion import pmss_layers
 
-KINDS = ("left", "right", "both", "both and scales", "rows", "rows by norm")
+KINDS = ("left", "right", "both", "both and scales", "rows")
 
 
 def cayley(skew: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ class RotatingFrame(nn.Module):
 
     The upper triangle of V makes A, the lower one B; ``left`` and ``right`` use one of them, so half of V; with scales its
     diagonal are the logarithms of what the singular values are multiplied by. "rows" is "right" between ``Q_C`` and ``Q_R``
-    themselves, without the SVD; "by norm" with angles scaled such that the change has about the norm of V.
+    themselves, without the SVD; with another scale of V it is the library's ``coordinates="rotation"``.
     """
 
     def __init__(self, weight: Tensor, columns: Tensor, rows: Tensor, kind: str) -> None:
@@ -37,11 +37,9 @@ class RotatingFrame(nn.Module):
         q_c, t_c = torch.linalg.qr(columns.double())
         q_r, t_r = torch.linalg.qr(rows.double().T)
         core = q_c.T @ weight.double() @ q_r
-        if kind.startswith("rows"):
+        if kind == "rows":
             self.left = nn.Buffer(torch.linalg.solve_triangular(t_c, core, upper=True).float())
             self.right = nn.Buffer(torch.linalg.inv(t_r).T.contiguous().float())
-            # By norm: the change has about the norm of V.
-            self.gain = float(8 * core.square().sum() / len(core)) ** -0.5 if kind == "rows by norm" else 1.0
             self.kind, self.unused = kind, len(core) * (len(core) + 1) // 2
             return
         p, s, z = torch.linalg.svd(core)
@@ -55,8 +53,8 @@ class RotatingFrame(nn.Module):
     @override
     def forward(self, v: Tensor) -> Tensor:
         """U [r, r]."""
-        if self.kind.startswith("rows"):
-            lower = self.gain * v.tril(-1)
+        if self.kind == "rows":
+            lower = v.tril(-1)
             turned = cayley(lower - lower.T)
             return self.left @ (turned - torch.eye(len(v), device=v.device)) @ self.right
         core = self.values.diag()
