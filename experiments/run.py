@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from benchmarks.machine import machine
 from experiments.cloze import cloze_accuracy
-from experiments.methods import callbacks
+from experiments.methods import OPTIMIZERS, callbacks
 from experiments.spectrum import spectra, summary
 from experiments.tasks import data_module, prose
 from experiments.watch import Watch
@@ -64,7 +64,7 @@ def run(spec: Mapping[str, Any], places: Places) -> dict[str, Any]:
     data = data_module(spec["task"], Path(places.data), folder, spec["seed"], cache)
     module = CausalLMModule(
         folder,
-        optimizer=partial(torch.optim.AdamW, lr=spec["lr"], weight_decay=0.0),
+        optimizer=partial(OPTIMIZERS[spec.get("optimizer", "adamw")], lr=spec["lr"], weight_decay=0.0),
         warmup_ratio=0.1,
         dtype=spec["dtype"],
         generate_in=(),

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from experiments.methods import METHODS, TARGETS
+from experiments.methods import METHODS, OPTIMIZERS, TARGETS
 from experiments.tasks import TASKS
 
 Spec = dict[str, Any]
@@ -162,6 +162,9 @@ def read_study(path: Path) -> Study:
         raise ValueError(f"{path.name}: compare names {lost[0]!r}, which is no arm; there are {labels}.")
     if (task := told["common"].get("task", {}).get("name")) not in TASKS:
         raise ValueError(f"{path.name}: common.task.name is {task!r}; choose one of {list(TASKS)}.")
+    for options in (told["common"], *(arm.overrides for arm in arms)):
+        if (optimizer := options.get("optimizer", "adamw")) not in OPTIMIZERS:
+            raise ValueError(f"{path.name}: optimizer is {optimizer!r}; choose one of {list(OPTIMIZERS)}.")
     for phase in ("sweep", "final"):
         if extra := set(told.get(phase) or {}) - set(_PHASE):
             raise ValueError(f"{path.name}: {phase} has the unknown keys {sorted(extra)}; known are {list(_PHASE)}.")

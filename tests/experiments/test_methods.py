@@ -169,6 +169,27 @@ def test_every_method_runs_and_changes_the_loss(method: dict[str, Any], tiny_lla
         assert all(ranks[2] <= 2 for ranks in record["spectra"]["ranks"].values())
 
 
+def test_muon_steps_in_all_directions_alike(tiny_llama: str, tmp_path: Path) -> None:
+    places = Places((str(Path(tiny_llama).parent),), str(tmp_path), str(tmp_path / "cache"))
+    spec: dict[str, Any] = {
+        "model": Path(tiny_llama).name,
+        "dtype": "float32",
+        "precision": "32-true",
+        "task": {"name": "pairs", "size": 8, "batch_size": 8},
+        "steps": 1,
+        "evaluate": [],
+        "method": {"name": "pmss", "rank": 4},
+        "lr": 3e-2,
+        "seed": 1,
+        "spectra": True,
+    }
+    spread = {}
+    for optimizer in ("adamw", "muon"):
+        record = run(spec | {"optimizer": optimizer}, places)
+        spread[optimizer] = sum(ranks[1] for ranks in record["spectra"]["ranks"].values())
+    assert spread["muon"] > spread["adamw"]
+
+
 def test_a_missing_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no model 'SmolLM3'"):
         Places((str(tmp_path),), "", "").model("SmolLM3")
