@@ -75,7 +75,7 @@ def drive(
 ) -> int:
     """Run until nothing is left, the studies in their order.
 
-    A study whose finished runs have taken its ``budget_minutes`` (of one worker) begins no further run.
+    A study whose finished runs have taken its ``budget_minutes`` (of one core) begins no further run.
 
     Args:
         studies: What to run.
@@ -127,7 +127,7 @@ def drive(
 
 
 def spent_minutes(study: Study, records: dict[str, dict[str, Any]]) -> float:
-    """Minutes of one worker that the finished runs of a study took."""
+    """Minutes of one core that the finished runs of a study took."""
     names = {
         identity(r["spec"]): r
         for arm in study.arms

@@ -25,7 +25,7 @@ Spec = dict[str, Any]
 Records = Mapping[str, Mapping[str, Any]]
 
 RUN_DEFAULTS: Spec = {"dtype": "float32", "precision": "32-true", "evaluate": ["val"]}
-_PHASE = ("seeds", "evaluate", "steps", "curve_every", "spectra", "task")
+_PHASE = ("seeds", "evaluate", "steps", "spectra", "task")
 
 
 def identity(spec: Mapping[str, Any]) -> str:

@@ -13,12 +13,11 @@ from typing_extensions import override
 
 
 class Watch(Callback):
-    """Notes the loss and the CPU (on a GPU: wall) seconds of each step, the held-out curve, and one step's saved bytes."""
+    """Notes the loss and the CPU (on a GPU: wall) seconds of each step, and one step's saved bytes."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.seconds: list[float] = []
-        self.curve: dict[int, float] = {}
         self.saved_bytes = 0
         self.trainable = 0
         self._hooks: Any = None
@@ -66,8 +65,3 @@ class Watch(Callback):
     ) -> None:
         self.losses.append(round(float(outputs["loss"]), 4))
         self.seconds.append(self._clock(pl_module) - self._start)
-
-    @override
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.training or trainer.state.fn == "fit":
-            self.curve[trainer.global_step] = round(float(trainer.callback_metrics["val/loss"]), 4)
