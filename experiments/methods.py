@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from experiments.calibrated import RULES, calibrate, choose
+from experiments.layer_scales import LayerScales
 from experiments.rotating import RotatingCore
 from lightning_pmss import PMSSCallback, PMSSConfig
 from lightning_pmss.conversion import pmss_layers
@@ -65,7 +66,7 @@ def callbacks(method: Mapping[str, Any], seed: int, folder: Path, calibration: A
     if name in PEFT:
         return [PeftCallback(name, target_modules=targets, **options)]
     skeleton, reselect, frame = (options.pop(key, None) for key in ("skeleton", "reselect", "frame"))
-    core = options.pop("core", None)
+    core, layer_scales = options.pop("core", None), options.pop("layer_scales", None)
     options.setdefault("scale", 1.0)  # a run is what its file says, whatever the library's defaults become
     options.setdefault("coordinates", "orthonormal")
     quiet: dict[str, Any] = {"merge_on_save": None, "log_throughput": False, "output_dir": folder}
@@ -80,6 +81,8 @@ def callbacks(method: Mapping[str, Any], seed: int, folder: Path, calibration: A
         found.append(RotatingCore(core))
     if frame is not None:
         found.append(WeightedFrame(**frame))
+    if layer_scales is not None:
+        found.append(LayerScales(layer_scales))
     return found if reselect is None else [*found, Reselection(seed=seed, **reselect)]
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from experiments.calibrated import RULES, calibrate, choose, pursue
+from experiments.layer_scales import RULES as RULES_OF_SCALES
+from experiments.layer_scales import LayerScales
 from experiments.methods import METHODS, CalibratedSkeleton, Reselection, WeightedFrame
 from experiments.rotating import KINDS, RotatingFrame
 from experiments.run import Places, run
@@ -135,6 +139,7 @@ def test_selecting_anew_changes_the_skeleton_and_not_the_function(tiny_llama: st
 OPTIONS: dict[str, dict[str, Any]] = {"full": {}, "pmss": {"rank": 4}, "psoft": {"rank": 4}}
 VARIANTS = [{"name": name, **OPTIONS.get(name, {"rank": 2})} for name in METHODS if name != "base"] + [
     {"name": "pmss", "rank": 4, "skeleton": {"by": "gradient", "batches": 2}},
+    {"name": "pmss", "rank": 4, "layer_scales": "spectral"},
     {"name": "pmss", "rank": 4, "reselect": {"every": 1, "by": "random"}, "targets": "mlp"},
 ]
 
@@ -167,6 +172,25 @@ def test_every_method_runs_and_changes_the_loss(method: dict[str, Any], tiny_lla
         assert len(record["spectra"]["median"]) == 32
     if method["name"] == "lora":
         assert all(ranks[2] <= 2 for ranks in record["spectra"]["ranks"].values())
+
+
+def test_layer_scales_multiply_the_update(tiny_llama: str) -> None:
+    layers = {}
+    for by in RULES_OF_SCALES:
+        module = L.LightningModule()
+        module.model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+        convert(module, PMSSConfig(rank=4, scale=2.0))
+        LayerScales(by).on_fit_start(None, module)  # type: ignore[arg-type]
+        layers[by] = pmss_layers(module)
+    mlp, kv = "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.k_proj"  # [32, 64] and [16, 32]
+    ratio = {by: found[mlp].scale / found[kv].scale for by, found in layers.items()}
+    norms = [float(layers["norm"][name].base_weight().norm()) for name in (mlp, kv)]
+    assert ratio == pytest.approx({"spectral": 1.0, "outputs": 2**0.5, "area": 2.0, "norm": norms[0] / norms[1]})
+    assert layers["spectral"][mlp].scale == pytest.approx(2 * 0.5**0.5)
+    for by in ("outputs", "area", "norm"):
+        assert sum(math.log(layer.scale / 2) for layer in layers[by].values()) == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ValueError, match="choose one of"):
+        LayerScales("width")
 
 
 def test_muon_steps_in_all_directions_alike(tiny_llama: str, tmp_path: Path) -> None:
