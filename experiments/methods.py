@@ -42,11 +42,6 @@ PEFT: dict[str, Callable[..., Any]] = {
     "psoft": lambda peft, rank, **more: peft.PsoftConfig(r=rank, psoft_alpha=rank, **more),
 }
 METHODS = ("pmss", *PEFT, "full", "base")
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw": torch.optim.AdamW,
-    # A rate then moves a matrix about as far as AdamW's would.
-    "muon": functools.partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw"),
-}
 
 
 def callbacks(method: Mapping[str, Any], seed: int, folder: Path, calibration: Any) -> list[Callback]:

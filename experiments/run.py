@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from benchmarks.machine import machine
 from experiments.cloze import cloze_accuracy
-from experiments.methods import OPTIMIZERS, callbacks
+from experiments.methods import callbacks
+from experiments.optimizers import OPTIMIZERS
 from experiments.spectrum import spectra, summary
 from experiments.tasks import data_module, prose
 from experiments.watch import Watch

@@ -18,7 +18,8 @@ from typing import Any
 
 import yaml
 
-from experiments.methods import METHODS, OPTIMIZERS, TARGETS
+from experiments.methods import METHODS, TARGETS
+from experiments.optimizers import OPTIMIZERS
 from experiments.tasks import TASKS
 
 Spec = dict[str, Any]

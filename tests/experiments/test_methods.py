@@ -17,6 +17,7 @@ from experiments.calibrated import RULES, calibrate, choose, pursue
 from experiments.layer_scales import RULES as RULES_OF_SCALES
 from experiments.layer_scales import LayerScales
 from experiments.methods import METHODS, CalibratedSkeleton, Reselection, WeightedFrame
+from experiments.optimizers import TensorAdam
 from experiments.rotating import KINDS, RotatingFrame
 from experiments.run import Places, run
 from experiments.spectrum import spectra, summary
@@ -191,6 +192,32 @@ def test_layer_scales_multiply_the_update(tiny_llama: str) -> None:
         assert sum(math.log(layer.scale / 2) for layer in layers[by].values()) == pytest.approx(0, abs=1e-6)
     with pytest.raises(ValueError, match="choose one of"):
         LayerScales("width")
+
+
+def test_tensor_adam_is_adam_with_one_second_moment() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ours, reference = (nn.Parameter(torch.zeros(3, 2)) for _ in range(2))
+    optimizer = TensorAdam([ours], lr=0.1)
+    mean, square = torch.zeros(3, 2), 0.0
+    for step in range(1, 4):
+        grad = torch.randn(3, 2, generator=generator)
+        ours.grad = grad.clone()
+        optimizer.step()
+        mean = 0.9 * mean + 0.1 * grad
+        square = 0.999 * square + 0.001 * float(grad.square().mean())
+        with torch.no_grad():
+            reference -= 0.1 * (mean / (1 - 0.9**step)) / ((square / (1 - 0.999**step)) ** 0.5 + 1e-8)
+    torch.testing.assert_close(ours, reference)
+    # With one entry it is Adam itself.
+    one, other = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    steppers = TensorAdam([one], lr=0.1), torch.optim.AdamW([other], lr=0.1, weight_decay=0.0)
+    for value in (1.0, -3.0, 0.5):
+        for p, stepper in zip((one, other), steppers, strict=True):
+            p.grad = torch.tensor([value])
+            stepper.step()
+    torch.testing.assert_close(one, other)
+    with pytest.raises(ValueError, match="weight_decay"):
+        TensorAdam([one], weight_decay=0.1)
 
 
 def test_muon_steps_in_all_directions_alike(tiny_llama: str, tmp_path: Path) -> None:
