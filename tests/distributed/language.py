@@ -51,7 +51,9 @@ class Recording(CausalLMModule):
 def run(task: dict[str, Any]) -> None:
     folder = Path(task["folder"])
     torch.manual_seed(0)
-    sgd = {"optimizer": lambda p: torch.optim.SGD(p, lr=1e3)} if task.get("clip") else {}
+    chosen = {"optimizer": lambda p: torch.optim.SGD(p, lr=1e3)} if task.get("clip") else {}
+    if task.get("muon"):
+        chosen = {"optimizer": lambda p: torch.optim.Muon(p, lr=1e-2, weight_decay=0.0)}
     module = Recording(
         task["model"],
         warmup_ratio=0.0,
@@ -61,7 +63,7 @@ def run(task: dict[str, Any]) -> None:
         generate_in=["validate"] if task.get("generate") else [],
         max_new_tokens=4,
         dtype=task.get("dtype", "auto"),
-        **sgd,
+        **chosen,
     )
     data = GSM8KDataModule(task["model"], path=task["data"], batch_size=2, eval_batch_size=2, val_size=5)
     trainer = L.Trainer(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_pmss import load_adapter, merge
@@ -16,6 +17,7 @@ from tests.distributed.launch import launch, ranks, require
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 NAMES = ("ddp", "fsdp1", "fsdp2", "zero2", "zero3")
+WHOLE_MATRICES = ("ddp", "fsdp2")  # Muon refuses the flat parameters of FSDP1 and ZeRO
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +32,14 @@ def runs(tiny_llama: str, fixtures: Path, tmp_path_factory: pytest.TempPathFacto
             {"folder": str(parent / name), "clip": 1e-4, "checkpointing": True, "generate": True, **common},
             {"folder": str(parent / f"{name}-bf16"), "precision": "bf16-true", "dtype": "bfloat16", **common},
         ]
+        if name in WHOLE_MATRICES:
+            tasks.append({"folder": str(parent / f"{name}-muon"), "muon": True, **common})
         launch("tests.distributed.language", tasks)
 
     def run(name: str) -> Path:
-        require(name.removesuffix("-bf16"))
-        launched(name.removesuffix("-bf16"))
+        strategy = name.partition("-")[0]
+        require(strategy)
+        launched(strategy)
         return parent / name
 
     return run
@@ -64,6 +69,18 @@ def test_u_is_stepped_in_float32_on_a_bfloat16_base(runs: Any, name: str, tiny_l
         assert "torch.bfloat16" in found["frozen_dtypes"]
         assert found["rotary"] == [["torch.float32", rotary.tolist()]]
         assert found["losses"] == pytest.approx(expected["losses"], rel=2e-2)
+
+
+def test_muon_orthogonalises_the_whole_core_of_fsdp2(runs: Any) -> None:
+    for expected, found in zip(ranks(runs("ddp-muon")), ranks(runs("fsdp2-muon")), strict=True):
+        assert found["losses"] == pytest.approx(expected["losses"], rel=1e-3)  # torch.optim.Muon multiplies in bfloat16
+        assert found["losses"][-1] < found["losses"][0] - 0.01
+    expected, found = (
+        load_file(runs(f"{name}-muon") / "out" / "adapter" / "adapter_model.safetensors") for name in WHOLE_MATRICES
+    )
+    for key in (key for key in expected if key.endswith(".U")):
+        # A few hundredths are bfloat16's; halves that are orthogonalised apart would be another update.
+        assert float((found[key] - expected[key]).norm()) <= 0.2 * float(expected[key].norm())
 
 
 @pytest.mark.parametrize("name", NAMES)
