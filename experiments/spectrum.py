@@ -39,7 +39,7 @@ def spectra(model: Any, folder: str) -> dict[str, list[float]]:
     """Singular values, largest first, of the change of each linear layer that changed, by module name.
 
     Args:
-        model: The trained model: converted by PMSS, a peft model, or trained in full.
+        model: The trained model: converted by PMSS, a peft model (which is float32 and merged afterwards), or trained in full.
         folder: Of the base, for full fine-tuning.
     """
     changes = dict(_changes(model, folder))
@@ -52,10 +52,12 @@ def spectra(model: Any, folder: str) -> dict[str, list[float]]:
 
 def _changes(model: Any, folder: str) -> Any:
     layers = dict(model.named_modules())
-    adapted = {name: layer for name, layer in layers.items() if hasattr(layer, "get_delta_weight")}
+    adapted = {name: layer for name, layer in layers.items() if hasattr(layer, "get_base_layer")}
     if adapted:
         for name, layer in adapted.items():
-            yield name.removeprefix("base_model.model."), layer.get_delta_weight(layer.active_adapters[0])
+            before = layer.float().get_base_layer().weight.detach().clone()
+            layer.merge()  # as each method defines it
+            yield name.removeprefix("base_model.model."), layer.get_base_layer().weight - before
     elif any(isinstance(layer, PMSSLinear) for layer in layers.values()):
         for name, layer in layers.items():
             if isinstance(layer, PMSSLinear):

@@ -15,7 +15,8 @@ from lightning_pmss.estimate.command import add_arguments
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 OVERLAYS = sorted((FOLDER / "strategy").glob("*.yaml"))
-CONFIGS = sorted(set(FOLDER.rglob("*.yaml")) - set(OVERLAYS))
+MUON = FOLDER / "optimizer" / "muon.yaml"
+CONFIGS = sorted(set(FOLDER.rglob("*.yaml")) - {*OVERLAYS, MUON})
 SMALL = sorted((FOLDER / "smollm2").glob("*.yaml"))  # on one CPU core; these are run
 RECIPES = [path for path in CONFIGS if path.parent != FOLDER and path not in SMALL]
 
@@ -124,6 +125,21 @@ def test_every_pair(recipe: Path, overlay: Path, parser: Any) -> None:
         assert init.exclude_frozen_parameters is True
         assert init.config["zero_optimization"]["stage"] == int(overlay.stem[4])
         assert ("offload_param" in init.config["zero_optimization"]) == overlay.stem.endswith("offload")
+
+
+@pytest.mark.parametrize("recipe", CONFIGS, ids=_name)
+def test_every_recipe_with_muon(recipe: Path, parser: Any) -> None:
+    overlay = FOLDER / "strategy" / "fsdp2.yaml"
+    given = ["--config", str(recipe), "--config", str(MUON), "--config", str(overlay)]
+    both = parser.parse_args(given)
+    alone = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    for name, value in alone["model"]["init_args"].items():
+        if not isinstance(value, (dict, str)):
+            assert both.model.init_args[name] == value, name
+    made = both.model.init_args.optimizer
+    assert (made.class_path, made.init_args.lr, made.init_args.weight_decay) == ("torch.optim.Muon", 1.5e-2, 0.0)
+    assert made.init_args.adjust_lr_fn == "match_rms_adamw"
+    assert str(MUON.relative_to(FOLDER.parent)) in MUON.read_text(encoding="utf-8")
 
 
 def test_the_lines_for_several_nodes_parse(parser: Any) -> None:

@@ -75,7 +75,7 @@ def check_optimizers(trainer: L.Trainer, pl_module: L.LightningModule, also_trai
     """U, and nothing but U and ``also_train``, is going to be trained.
 
     Raises:
-        MisconfigurationException: The optimizer lacks U, or something else trains.
+        MisconfigurationException: The optimizer lacks U, or is none for its coordinates, or something else trains.
     """
     layers = pmss_layers(pl_module)
     trained = {n: p for n, p in pl_module.named_parameters() if p.requires_grad}
@@ -97,6 +97,13 @@ def check_optimizers(trainer: L.Trainer, pl_module: L.LightningModule, also_trai
             f" {', '.join(f'`{n}`' for n in missing[:5])}. The optimizer was made before the model was converted: make it in"
             " `configure_optimizers` from `[p for p in self.parameters() if p.requires_grad]`; with LightningCLI pass"
             " `auto_configure_optimizers=False`."
+        )
+    if any(type(o).__name__ == "Muon" for o in trainer.optimizers) and (
+        turned := [name for name, layer in layers.items() if layer.coordinates == "rotation"]
+    ):
+        raise MisconfigurationException(
+            f"Muon orthogonalises matrices, and what rotation coordinates train in `{turned[0]}` is a packed"
+            " triangle, no matrix; take coordinates='orthonormal', or another optimizer."
         )
 
 

@@ -112,6 +112,22 @@ def test_anything_else_that_trains_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, callback(tmp_path)).fit(Unfreezing(), plain_loader())
 
 
+class Muon(Toy):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Muon([p for p in self.parameters() if p.requires_grad], lr=2e-4, weight_decay=0.0)
+
+
+def test_muon_trains_whole_cores_and_refuses_packed_ones(tmp_path: Path) -> None:
+    module = Muon()
+    trainer(tmp_path, callback(tmp_path)).fit(module, plain_loader())
+    for layer in pmss_layers(module).values():
+        # Whatever the gradient's singular values, the first steps move V alike in all directions.
+        values = torch.linalg.svdvals(layer.core.weight.detach())
+        assert values[-1] > 0.1 * values[0]
+    with pytest.raises(MisconfigurationException, match=r"Muon orthogonalises.*`net\.0`.*coordinates='orthonormal'"):
+        trainer(tmp_path, callback(tmp_path, coordinates="rotation")).fit(Muon(), plain_loader())
+
+
 def test_merged_model_is_refused_for_fit(tmp_path: Path) -> None:
     module = Toy()
     convert(module, PMSSConfig(rank=4))

@@ -157,7 +157,7 @@ def test_every_method_runs_and_changes_the_loss(method: dict[str, Any], tiny_lla
         "method": method,
         "lr": 3e-2,
         "seed": 1,
-        "spectra": method["name"] in ("pmss", "lora", "full") and "reselect" not in method,
+        "spectra": "reselect" not in method,
     }
     places = Places((str(Path(tiny_llama).parent),), str(tmp_path), str(tmp_path / "cache"))
     untrained = run(spec | {"method": {"name": "base"}, "steps": 0, "spectra": False}, places)
