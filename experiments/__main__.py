@@ -1,4 +1,4 @@
-"""``python -m experiments run STUDY.yaml ...``, ``status`` and ``page``."""
+"""``python -m experiments run STUDY.yaml ...``, ``status``, ``gradients`` and ``page``."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ def main() -> int:
     verbs = parser.add_subparsers(dest="verb", required=True)
     runs = verbs.add_parser("run", help="run what is missing; stop it and start it again at will")
     status = verbs.add_parser("status", help="what is finished and what is missing")
+    gradients = verbs.add_parser("gradients", help="how much of GSM8K's gradients the skeletons of SmolLM2 hold")
     page = verbs.add_parser("page", help="tables and plots of the records for docs/evidence.md")
     for verb in (runs, status):
         verb.add_argument("studies", nargs="*", type=Path, help="all of experiments/studies if none is given")
     for verb in (runs, status, page):
         verb.add_argument("--records", type=Path, default=RECORDS)
-    runs.add_argument("--models", nargs="+", default=["models"], help="folders that models lie in")
-    runs.add_argument("--data", required=True, help="folder with gsm8k, commonsense and drop")
-    runs.add_argument("--cache", default="runs/experiments/cache", help="for tokenised data")
+    for verb in (runs, gradients):
+        verb.add_argument("--models", nargs="+", default=["models"], help="folders that models lie in")
+        verb.add_argument("--data", required=True, help="folder with gsm8k, commonsense and drop")
+        verb.add_argument("--cache", default="runs/experiments/cache", help="for tokenised data")
     runs.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     runs.add_argument("--workers", type=int, help="runs at a time; a core each on the CPU, one on a GPU if not given")
     runs.add_argument("--minutes", type=float, help="begin no run after so many minutes")
@@ -37,6 +39,11 @@ def main() -> int:
         from experiments.page import write_page
 
         print(write_page(read_records(given.records), given.output))
+        return 0
+    if given.verb == "gradients":
+        from experiments.gradients import write
+
+        print(write(Places(tuple(given.models), given.data, given.cache)))
         return 0
     studies = [read_study(path) for path in given.studies or sorted(STUDIES.glob("*.yaml"))]
     if given.verb == "status":

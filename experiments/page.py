@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from experiments.driver import spent_minutes
+from experiments.gradients import RECORD, gradient_table
 from experiments.pictures import PICTURES
 from experiments.study import Study, read_study
 from experiments.tables import difference_table, final_table, sweep_table
@@ -61,6 +63,8 @@ def write_page(records: Mapping[str, Any], docs: Path) -> Path:
             if name in PICTURES:
                 PICTURES[name](study, records, folder / f"{study.name}-{name}.png")
     page = docs / "evidence.md"
-    text = filled(page.read_text(encoding="utf-8"), {s.name: section(s, records, "evidence") for s in studies})
+    sections = {s.name: section(s, records, "evidence") for s in studies}
+    sections["gradients"] = gradient_table(json.loads(RECORD.read_text(encoding="utf-8")))
+    text = filled(page.read_text(encoding="utf-8"), sections)
     page.write_text(text, encoding="utf-8")
     return page

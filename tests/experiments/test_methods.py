@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from experiments.calibrated import RULES, calibrate, choose, pursue
+from experiments.gradients import share
 from experiments.layer_scales import RULES as RULES_OF_SCALES
 from experiments.layer_scales import LayerScales
 from experiments.methods import METHODS, CalibratedSkeleton, Reselection, WeightedFrame
@@ -72,6 +73,19 @@ def test_moments_are_those_of_autograd(tiny_llama: str) -> None:
     held = _held(layer.weight.detach(), found.gradient, choose(layer.weight, found, 5, "gradient")[1])
     others = [_held(layer.weight.detach(), found.gradient, c) for c in itertools.combinations(range(8), 5)]
     assert held > sum(others) / len(others)
+
+
+def test_the_share_of_a_gradient_that_a_skeleton_holds() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, core = torch.randn(9, 7, generator=generator), torch.randn(3, 2, generator=generator)
+    rows, cols = torch.tensor([1, 4]), torch.tensor([0, 2, 5])
+    within = weight[:, cols] @ core @ weight[rows]
+    assert share(within, weight, rows, cols) == pytest.approx(1.0, rel=1e-4)
+    whole = torch.linalg.qr(weight[:, cols], mode="complete").Q
+    outside = whole[:, 3:4] @ torch.linalg.qr(weight[rows].T).Q[:, :1].T
+    assert share(outside, weight, rows, cols) == pytest.approx(0.0, abs=1e-6)
+    both = within / within.norm() + outside / outside.norm()
+    assert share(both, weight, rows, cols) == pytest.approx(0.5, rel=1e-4)
 
 
 def test_unknown_rules_are_refused_before_training(tmp_path: Path) -> None:

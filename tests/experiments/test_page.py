@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from experiments.driver import read_records
+from experiments.gradients import RECORD, gradient_table
 from experiments.page import STUDIES, filled, section
 from experiments.pictures import PICTURES
 from experiments.study import read_study
@@ -24,9 +26,14 @@ def test_each_study_stands_on_the_page_as_its_records_have_it(name: str) -> None
         assert (DOCS / "evidence" / f"{name}-{picture}.png").is_file()
 
 
+def test_the_gradients_stand_on_the_page_as_their_record_has_them() -> None:
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    assert gradient_table(record) in (DOCS / "evidence.md").read_text(encoding="utf-8")
+
+
 def test_no_section_is_of_a_study_that_is_gone() -> None:
     page = (DOCS / "evidence.md").read_text(encoding="utf-8")
-    assert page.count("made by python -m experiments page -->") == len(NAMES)
+    assert page.count("made by python -m experiments page -->") == len(NAMES) + 1  # and that of the gradients
     pictures = {path.name for path in (DOCS / "evidence").glob("*.png")}
     assert all(f"(evidence/{name})" in page for name in pictures)
 
