@@ -15,6 +15,11 @@ SCORES = {
 }
 
 
+def written(rate: float) -> str:
+    """A learning rate in two digits at most: 3e-03, 1.5e-02."""
+    return f"{rate:.1e}".replace(".0e", "e")
+
+
 def final_table(study: Study, records: Records) -> str:
     """Per arm: size, best rate, the scores as mean and 95 % interval over the seeds, and what a step costs."""
     arms = [(arm, study.finished(arm, "final", records)) for arm in study.arms]
@@ -26,7 +31,7 @@ def final_table(study: Study, records: Records) -> str:
             rows.append([arm.label, "", "", *([""] * (len(shown) + 2)), "0"])
             continue
         first: Any = found[0]
-        rate = f"{first['spec']['lr']:.0e}" if first["spec"]["steps"] else ""
+        rate = written(first["spec"]["lr"]) if first["spec"]["steps"] else ""
         scores = [str(mean(list(by_seed(found, key).values()))) for key in shown]
         seconds = mean([r["seconds_per_step"] for r in found if r["seconds_per_step"] is not None])
         rows.append(
@@ -49,7 +54,7 @@ def sweep_table(study: Study, records: Records) -> str:
             text = "" if score is None else "diverged" if score == float("inf") else f"{score:.3f}"
             cells.append(f"**{text}**" if score is not None and score == min(known) < float("inf") else text)
         rows.append([label, *cells])
-    return table([f"{study.by} by rate", *(f"{lr:.0e}" for lr in rates)], rows)
+    return table([f"{study.by} by rate", *map(written, rates)], rows)
 
 
 def difference_table(study: Study, records: Records) -> str:

@@ -12,6 +12,7 @@ from experiments.gradients import RECORD, gradient_table
 from experiments.page import STUDIES, filled, section
 from experiments.pictures import PICTURES
 from experiments.study import read_study
+from experiments.tables import written
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 NAMES = sorted(path.stem for path in STUDIES.glob("*.yaml"))
@@ -29,6 +30,10 @@ def test_each_study_stands_on_the_page_as_its_records_have_it(name: str) -> None
 def test_the_gradients_stand_on_the_page_as_their_record_has_them() -> None:
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     assert gradient_table(record) in (DOCS / "evidence.md").read_text(encoding="utf-8")
+
+
+def test_rates_are_written_whole() -> None:
+    assert [written(rate) for rate in (3e-3, 1.5e-2, 1.0)] == ["3e-03", "1.5e-02", "1e+00"]
 
 
 def test_no_section_is_of_a_study_that_is_gone() -> None:
