@@ -159,18 +159,24 @@ VARIANTS = [{"name": name, **OPTIONS.get(name, {"rank": 2})} for name in METHODS
 ]
 
 
-@pytest.mark.parametrize("method", VARIANTS, ids=lambda m: "-".join(map(str, m)) + m["name"])
-def test_every_method_runs_and_changes_the_loss(method: dict[str, Any], tiny_llama: str, tmp_path: Path) -> None:
-    spec: dict[str, Any] = {
-        "model": Path(tiny_llama).name,
+def _spec(model: str, batch_size: int) -> dict[str, Any]:
+    """What all runs on pairs have in common; `lr` is that of a few steps."""
+    return {
+        "model": Path(model).name,
         "dtype": "float32",
         "precision": "32-true",
-        "task": {"name": "pairs", "size": 8, "batch_size": 4},
+        "task": {"name": "pairs", "size": 8, "batch_size": batch_size},
+        "lr": 3e-2,
+        "seed": 1,
+    }
+
+
+@pytest.mark.parametrize("method", VARIANTS, ids=lambda m: "-".join(map(str, m)) + m["name"])
+def test_every_method_runs_and_changes_the_loss(method: dict[str, Any], tiny_llama: str, tmp_path: Path) -> None:
+    spec = _spec(tiny_llama, 4) | {
         "steps": 8,
         "evaluate": ["val", "test"],
         "method": method,
-        "lr": 3e-2,
-        "seed": 1,
         "spectra": "reselect" not in method,
     }
     places = Places((str(Path(tiny_llama).parent),), str(tmp_path), str(tmp_path / "cache"))
@@ -236,16 +242,10 @@ def test_tensor_adam_is_adam_with_one_second_moment() -> None:
 
 def test_muon_steps_in_all_directions_alike(tiny_llama: str, tmp_path: Path) -> None:
     places = Places((str(Path(tiny_llama).parent),), str(tmp_path), str(tmp_path / "cache"))
-    spec: dict[str, Any] = {
-        "model": Path(tiny_llama).name,
-        "dtype": "float32",
-        "precision": "32-true",
-        "task": {"name": "pairs", "size": 8, "batch_size": 8},
+    spec = _spec(tiny_llama, 8) | {
         "steps": 1,
         "evaluate": [],
         "method": {"name": "pmss", "rank": 4},
-        "lr": 3e-2,
-        "seed": 1,
         "spectra": True,
     }
     spread = {}
