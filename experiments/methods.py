@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from experiments.calibrated import RULES, calibrate, choose
 from experiments.layer_scales import LayerScales
+from experiments.rectangular import RectangularCore
 from experiments.rotating import RotatingCore
 from lightning_pmss import PMSSCallback, PMSSConfig
 from lightning_pmss.conversion import pmss_layers
@@ -61,7 +62,7 @@ def callbacks(method: Mapping[str, Any], seed: int, folder: Path, calibration: A
     if name in PEFT:
         return [PeftCallback(name, target_modules=targets, **options)]
     skeleton, reselect, frame = (options.pop(key, None) for key in ("skeleton", "reselect", "frame"))
-    core, layer_scales = options.pop("core", None), options.pop("layer_scales", None)
+    core, sides, layer_scales = (options.pop(key, None) for key in ("core", "sides", "layer_scales"))
     options.setdefault("scale", 1.0)  # a run is what its file says, whatever the library's defaults become
     options.setdefault("coordinates", "orthonormal")
     quiet: dict[str, Any] = {"merge_on_save": None, "log_throughput": False, "output_dir": folder}
@@ -74,6 +75,8 @@ def callbacks(method: Mapping[str, Any], seed: int, folder: Path, calibration: A
         ]
     if core is not None:
         found.append(RotatingCore(core))
+    if sides is not None:
+        found.append(RectangularCore(**sides))
     if frame is not None:
         found.append(WeightedFrame(**frame))
     if layer_scales is not None:

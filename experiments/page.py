@@ -29,7 +29,11 @@ def section(study: Study, records: Mapping[str, Any], pictures: str) -> str:
     if study.final is not None:
         parts += [final_table(study, records), difference_table(study, records)]
     if "sweep" in study.show:
-        parts.append(sweep_table(study, records))
+        parts += [
+            f"<details markdown><summary>{study.by} at each rate</summary>",
+            sweep_table(study, records),
+            "</details>",
+        ]
     parts += [
         f"![{name} of {study.name}]({pictures}/{study.name}-{name}.png)" for name in study.show if name in PICTURES
     ]

@@ -32,6 +32,8 @@ class RotatingFrame(nn.Module):
     themselves, without the SVD; with another scale of V it is the library's ``coordinates="rotation"``.
     """
 
+    core = None  # `PMSSCore` asks: it is not the library's own rotation
+
     def __init__(self, weight: Tensor, columns: Tensor, rows: Tensor, kind: str) -> None:
         super().__init__()
         q_c, t_c = torch.linalg.qr(columns.double())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.measure import table
-from experiments.statistics import by_seed, mean, paired
+from experiments.statistics import Mean, by_seed, mean, paired
 from experiments.study import Records, Study
 
 SCORES = {
@@ -28,7 +28,6 @@ def final_table(study: Study, records: Records) -> str:
     rows: list[list[object]] = []
     for arm, found in arms:
         if not found:
-            rows.append([arm.label, "", "", *([""] * (len(shown) + 2)), "0"])
             continue
         first: Any = found[0]
         rate = written(first["spec"]["lr"]) if first["spec"]["steps"] else ""
@@ -38,7 +37,9 @@ def final_table(study: Study, records: Records) -> str:
             [arm.label, f"{first['trainable']:,}" if rate else "", rate, *scores]
             + [f"{seconds.mean:.3f}" if rate else "", f"{first['saved_bytes'] / 1e6:.1f}" if rate else "", len(found)]
         )
-    return table(head, rows)
+    waiting = ", ".join(arm.label for arm, found in arms if not found)
+    missing = f"Not run with these seeds: {waiting}." if waiting else ""
+    return "\n\n".join(part for part in (table(head, rows) if rows else "", missing) if part)
 
 
 def sweep_table(study: Study, records: Records) -> str:
@@ -58,13 +59,20 @@ def sweep_table(study: Study, records: Records) -> str:
 
 
 def difference_table(study: Study, records: Records) -> str:
-    """The comparisons that the study names: mean of A - B, paired by seed, with its 95 % interval."""
+    """The comparisons that the study names: A - B, paired by seed; bold where the 95 % interval leaves zero out."""
     arms = {arm.label: study.finished(arm, "final", records) for arm in study.arms}
-    rows = []
-    for a, b in study.compare:
-        for key, what in SCORES.items():
-            difference = paired(arms[a], arms[b], key)
-            if difference.n > 1:
-                sure = "no" if abs(difference.mean) <= difference.half else "yes"
-                rows.append([f"{a} - {b}", what, f"{difference.mean:+.3f} ± {difference.half:.3f}", difference.n, sure])
-    return table(["difference", "in", "mean and 95 % interval", "seeds", "beyond noise"], rows) if rows else ""
+    found = {(a, b): {key: paired(arms[a], arms[b], key) for key in SCORES} for a, b in study.compare}
+    found = {pair: scores for pair, scores in found.items() if any(score.n > 1 for score in scores.values())}
+    shown = [key for key in SCORES if any(scores[key].n > 1 for scores in found.values())]
+    rows = [
+        [f"{a} - {b}", *(_difference(scores[key]) for key in shown), max(score.n for score in scores.values())]
+        for (a, b), scores in found.items()
+    ]
+    return table(["difference", *(SCORES[key] for key in shown), "seeds"], rows) if rows else ""
+
+
+def _difference(score: Mean) -> str:
+    if score.n < 2:
+        return ""
+    text = f"{score.mean:+.3f} ± {score.half:.3f}"
+    return f"**{text}**" if abs(score.mean) > score.half else text

@@ -19,6 +19,8 @@ from experiments.layer_scales import RULES as RULES_OF_SCALES
 from experiments.layer_scales import LayerScales
 from experiments.methods import METHODS, CalibratedSkeleton, Reselection, WeightedFrame
 from experiments.optimizers import TensorAdam
+from experiments.rectangular import KINDS as KINDS_OF_SIDES
+from experiments.rectangular import RectangularFrame
 from experiments.rotating import KINDS, RotatingFrame
 from experiments.run import Places, run
 from experiments.spectrum import spectra, summary
@@ -304,3 +306,45 @@ def test_a_rotating_core_turns_what_w_has_between_columns_and_rows(kind: str) ->
     assert (after - before).norm() > 0.5
     used = sum(bool((frame(v + step) - frame(v)).abs().max() > 1e-6) for step in (1e-2 * torch.eye(16)).view(16, 4, 4))
     assert 16 - used == frame.unused
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_SIDES)
+def test_a_rectangular_core_moves_so_many_directions_of_each_side(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    columns, rows, v = (torch.randn(*shape, generator=generator) for shape in ((9, 5), (5, 7), (5, 5)))
+    frame = RectangularFrame(columns, rows, 2, 4, kind)
+    assert frame.unused == 25 - 8
+    update = columns @ frame(v) @ rows
+    torch.testing.assert_close(torch.linalg.svdvals(update)[:2], torch.linalg.svdvals(v[:2, :4]))  # orthonormal sides
+    assert torch.linalg.matrix_rank(update) == 2
+    for side, vectors, count in ((update, columns, 2), (update.T, rows.T, 4)):
+        if kind == "leading":
+            span = torch.linalg.svd(vectors).U[:, :count]
+            torch.testing.assert_close(span @ (span.T @ side), side)
+        elif count == 4:  # in the span of four of the five vectors, and of no three
+            held = [_held(vectors, side, chosen) for chosen in itertools.combinations(range(5), count)]
+            assert max(held) == pytest.approx(float(side.square().sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "numbers", "rank"),
+    [({"sides": {"left": 2, "right": 5}}, 2 * 5, 2), ({"core": "right"}, 15, 6), ({"core": "both"}, 30, 6)],
+)
+def test_a_core_of_another_kind_trains(
+    tiny_llama: str, tmp_path: Path, options: dict[str, Any], numbers: int, rank: int
+) -> None:
+    places = Places((str(Path(tiny_llama).parent),), str(tmp_path), str(tmp_path / "cache"))
+    spec = _spec(tiny_llama, 8) | {"steps": 2, "evaluate": [], "spectra": True}
+    record = run(spec | {"method": {"name": "pmss", "rank": 6, **options}}, places)
+    assert record["trainable"] == 14 * numbers
+    assert 1 <= max(ranks[2] for ranks in record["spectra"]["ranks"].values()) <= rank
+
+
+def test_an_unknown_core_is_refused(tiny_llama: str, tmp_path: Path) -> None:
+    places = Places((str(Path(tiny_llama).parent),), str(tmp_path), str(tmp_path / "cache"))
+    for options, message in (
+        ({"sides": {"left": 2, "right": 2, "kind": "tall"}}, "sides.kind"),
+        ({"core": "up"}, "core="),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(_spec(tiny_llama, 8) | {"steps": 1, "method": {"name": "pmss", "rank": 6, **options}}, places)

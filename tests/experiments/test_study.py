@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,23 @@ def test_a_sweep_goes_on_past_an_end_and_then_to_the_final(tmp_path: Path) -> No
     assert [(r["spec"]["lr"], r["spec"]["seed"]) for r in final] == [(1e-2, 1), (1e-2, 2)]
     assert "2.150 ± 0.635" in final_table(study, records)  # 0.05 sqrt(2) 12.706 / sqrt(2)
     assert "**2.000**" in sweep_table(study, records)
-    assert "+0.000 ± 0.000" in difference_table(study, records)
+    assert "| +0.000 ± 0.000" in difference_table(study, records)
+    assert "Not run" not in final_table(study, records)
+
+
+def test_a_difference_beyond_noise_is_bold_and_what_was_not_run_is_named(tmp_path: Path) -> None:
+    study = _study(tmp_path, arms=[*ASKED["arms"], {"name": "full", "lr": [1e-3]}], extend=0)
+    records = {}
+    for _ in range(2):
+        for spec in study.next_runs(records):
+            name = spec["method"]["name"]
+            if spec["evaluate"] == ["val"]:
+                records[identity(spec)] = _record(spec, **{"val/loss": 1.0})
+            elif name != "full":
+                score = (2.0 if name == "pmss" else 1.0) + 1e-3 * spec["seed"] * (name == "pmss")
+                records[identity(spec)] = _record(spec, **{"test/loss": score})
+    assert re.search(r"\| pmss 4 - lora 1 +\| \*\*\+1\.00\d ± 0\.006\*\* +\| 2 ", difference_table(study, records))
+    assert final_table(study, records).endswith("Not run with these seeds: full.")
 
 
 def test_a_diverged_rate_is_never_the_best(tmp_path: Path) -> None:
