@@ -48,7 +48,8 @@ def sweep_table(study: Study, records: Records) -> str:
     rates = sorted({lr for scores in tried.values() for lr in scores})
     rows = []
     for label, scores in tried.items():
-        known = [s for s in scores.values() if s is not None]
+        if not (known := [s for s in scores.values() if s is not None]):
+            continue
         cells = []
         for lr in rates:
             score = scores.get(lr)
