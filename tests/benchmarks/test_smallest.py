@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, step
+from benchmarks import gpu, optimizer_step, step
 from benchmarks.rivals import RIVALS, Case, blocks, build, run, trained
 
 OURS = ["pmss keep", "pmss regather", "naive"]
@@ -41,6 +41,28 @@ def test_step_writes_figures_of_every_rival(tmp_path: Path, capsys: pytest.Captu
     assert result["rivals"]["pmss regather"]["saved_bytes_above_floor"] == 7 * (16 * 16 + 16 * 16) * 4  # h, U
     assert plot.stat().st_size > 0
     assert "| pmss keep | 1,792 |" in capsys.readouterr().out
+
+
+def test_optimizer_step_writes_spreads_of_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, threads = tmp_path / "found.json", torch.get_num_threads()
+    sizes = ["--ranks", "4", "8", "--matrices", "2", "--rounds", "3", "--width", "16"]
+    optimizer_step.main([*sizes, "--json", str(file)])
+    assert torch.get_num_threads() == threads
+    found = json.loads(file.read_text())["ranks"]
+    assert [entry["rank"] for entry in found] == [4, 8]
+    for entry in found:
+        for name in ("adamw", "muon", "ratio"):
+            assert 0 < entry[name]["min"] <= entry[name]["median"] <= entry[name]["max"]
+            assert entry[name]["n"] == 3
+    assert "| 8 " in capsys.readouterr().out
+
+
+def test_the_two_optimizers_step_cores_of_their_own() -> None:
+    for name, optimizer in optimizer_step.optimizers(rank=6, matrices=2).items():
+        cores = optimizer.param_groups[0]["params"]
+        assert [tuple(core.shape) for core in cores] == [(6, 6)] * 2
+        optimizer.step()
+        assert all(core.abs().max() > 0 for core in cores), name
 
 
 @pytest.mark.parametrize("bound", [(1024, 128, 1.085), (1024, 256, 1.196), (2048, 256, 1.085), (4096, 256, 1.040)])
