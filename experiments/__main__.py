@@ -1,4 +1,4 @@
-"""``python -m experiments run STUDY.yaml ...``, ``status``, ``gradients`` and ``page``."""
+"""``python -m experiments run STUDY.yaml ...``, ``status``, ``gradients``, ``floor`` and ``page``."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ def main() -> int:
     runs = verbs.add_parser("run", help="run what is missing; stop it and start it again at will")
     status = verbs.add_parser("status", help="what is finished and what is missing")
     gradients = verbs.add_parser("gradients", help="how much of GSM8K's gradients the skeletons of SmolLM2 hold")
+    floor = verbs.add_parser("floor", help="the lowest loss on pairs that the frozen head of stories260K allows")
     page = verbs.add_parser("page", help="tables and plots of the records for docs/evidence.md")
     for verb in (runs, status):
         verb.add_argument("studies", nargs="*", type=Path, help="all of experiments/studies if none is given")
     for verb in (runs, status, page):
         verb.add_argument("--records", type=Path, default=RECORDS)
-    for verb in (runs, gradients):
+    for verb in (runs, gradients, floor):
         verb.add_argument("--models", nargs="+", default=["models"], help="folders that models lie in")
         verb.add_argument("--data", required=True, help="folder with gsm8k, commonsense and drop")
         verb.add_argument("--cache", default="runs/experiments/cache", help="for tokenised data")
@@ -40,9 +41,11 @@ def main() -> int:
 
         print(write_page(read_records(given.records), given.output))
         return 0
-    if given.verb == "gradients":
-        from experiments.gradients import write
+    if given.verb in ("gradients", "floor"):
+        from experiments import floor as floors
+        from experiments import gradients as shares
 
+        write = shares.write if given.verb == "gradients" else floors.write
         print(write(Places(tuple(given.models), given.data, given.cache)))
         return 0
     studies = [read_study(path) for path in given.studies or sorted(STUDIES.glob("*.yaml"))]

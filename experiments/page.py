@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.driver import spent_minutes
+from experiments.floor import RECORD as FLOOR
+from experiments.floor import floor_text
 from experiments.gradients import RECORD, gradient_table
 from experiments.pictures import PICTURES
 from experiments.study import Study, read_study
@@ -69,6 +71,7 @@ def write_page(records: Mapping[str, Any], docs: Path) -> Path:
     page = docs / "evidence.md"
     sections = {s.name: section(s, records, "evidence") for s in studies}
     sections["gradients"] = gradient_table(json.loads(RECORD.read_text(encoding="utf-8")))
+    sections["floor"] = floor_text(json.loads(FLOOR.read_text(encoding="utf-8")))
     text = filled(page.read_text(encoding="utf-8"), sections)
     page.write_text(text, encoding="utf-8")
     return page

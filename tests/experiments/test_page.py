@@ -38,7 +38,9 @@ def test_rates_are_written_whole() -> None:
 
 def test_no_section_is_of_a_study_that_is_gone() -> None:
     page = (DOCS / "evidence.md").read_text(encoding="utf-8")
-    assert page.count("made by python -m experiments page -->") == len(NAMES) + 1  # and that of the gradients
+    assert (
+        page.count("made by python -m experiments page -->") == len(NAMES) + 2
+    )  # and those of the gradients and of the floor
     pictures = {path.name for path in (DOCS / "evidence").glob("*.png")}
     assert all(f"(evidence/{name})" in page for name in pictures)
 
