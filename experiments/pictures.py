@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +97,39 @@ def spectrum(study: Study, records: Records, path: Path) -> Path:
     return _save(figure, path)
 
 
+def lead(study: Study, records: Records, path: Path) -> Path:
+    """Training loss of A less that of B, step by step on the same batches: moving mean over the seeds, and their range."""
+    figure, axis = pyplot.subplots(figsize=(7, 4.2))
+    arms = {arm.label: study.finished(arm, "final", records) for arm in study.arms}
+    for a, b in study.compare:
+        left, right = ({r["spec"]["seed"]: r["train_loss"] for r in arms[label]} for label in (a, b))
+        curves = [smoothed_difference(left[seed], right[seed]) for seed in sorted(left.keys() & right.keys())]
+        if curves:
+            steps = [first for first, _ in curves[0]]
+            values = list(zip(*[[value for _, value in curve] for curve in curves], strict=True))
+            (line,) = axis.plot(steps, [sum(v) / len(v) for v in values], label=f"{a} - {b}")
+            axis.fill_between(steps, list(map(min, values)), list(map(max, values)), color=line.get_color(), alpha=0.2)
+    axis.axhline(0, color="grey", ls=":")
+    axis.set(xlabel="step", ylabel="difference in training loss")
+    axis.grid(alpha=0.3)
+    if axis.get_legend_handles_labels()[1]:
+        axis.legend(fontsize=7)
+    return _save(figure, path)
+
+
+def smoothed_difference(a: Sequence[float], b: Sequence[float]) -> list[tuple[float, float]]:
+    """``(step, mean of a - b)`` over windows of a tenth of the steps, at least five; the step is the window's middle."""
+    width = min(max(5, len(a) // 10), len(a))
+    differences = [x - y for x, y in zip(a, b, strict=True)]
+    return [
+        (start + (width + 1) / 2, sum(differences[start : start + width]) / width)
+        for start in range(len(differences) - width + 1)
+    ]
+
+
 PICTURES: Mapping[str, Callable[[Study, Records, Path], Path]] = {
     "frontier": frontier,
+    "lead": lead,
     "rates": rates,
     "spectrum": spectrum,
 }

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from experiments.driver import RECORDS, read_records
+from experiments.pictures import smoothed_difference
 from experiments.statistics import mean, paired
 from experiments.study import Study, half_decade, identity, read_study
 from experiments.tables import difference_table, final_table, sweep_table
@@ -165,3 +166,11 @@ def test_every_committed_record_belongs_to_a_study_and_names_no_place() -> None:
     assert set(records) == asked
     for file in RECORDS.rglob("*.json"):
         assert '"/' not in file.read_text()  # no absolute path
+
+
+def test_the_smoothed_difference_of_two_curves() -> None:
+    falling = [10.0 - step for step in range(8)]
+    found = smoothed_difference(falling, [9.0 - step for step in range(8)])
+    assert found == [(3.0, 1.0), (4.0, 1.0), (5.0, 1.0), (6.0, 1.0)]  # windows of five; steps count from 1
+    assert smoothed_difference([3.0, 5.0], [1.0, 1.0]) == [(1.5, 3.0)]
+    assert [value for _, value in smoothed_difference(falling, [0.0] * 8)] == [8.0, 7.0, 6.0, 5.0]
