@@ -42,6 +42,12 @@ def section(study: Study, records: Mapping[str, Any], pictures: str) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def total(records: Mapping[str, Any]) -> str:
+    """How many runs there are, and what they took."""
+    hours = sum(record["seconds"] for record in records.values()) / 3600
+    return f"The {len(records)} runs on this page took {hours:.1f} core-hours."
+
+
 def filled(text: str, sections: Mapping[str, str]) -> str:
     """The page with each study's section renewed.
 
@@ -72,6 +78,7 @@ def write_page(records: Mapping[str, Any], docs: Path) -> Path:
     sections = {s.name: section(s, records, "evidence") for s in studies}
     sections["gradients"] = gradient_table(json.loads(RECORD.read_text(encoding="utf-8")))
     sections["floor"] = floor_text(json.loads(FLOOR.read_text(encoding="utf-8")))
+    sections["total"] = total(records)
     text = filled(page.read_text(encoding="utf-8"), sections)
     page.write_text(text, encoding="utf-8")
     return page
