@@ -9,7 +9,7 @@ import pytest
 
 from experiments.driver import read_records
 from experiments.gradients import RECORD, gradient_table
-from experiments.page import STUDIES, filled, section
+from experiments.page import STUDIES, filled, section, total
 from experiments.pictures import PICTURES
 from experiments.study import read_study
 from experiments.tables import written
@@ -32,6 +32,11 @@ def test_the_gradients_stand_on_the_page_as_their_record_has_them() -> None:
     assert gradient_table(record) in (DOCS / "evidence.md").read_text(encoding="utf-8")
 
 
+def test_the_total_is_that_of_the_records() -> None:
+    assert total({"a": {"seconds": 1800.0}, "b": {"seconds": 3600.0}}) == "The 2 runs on this page took 1.5 core-hours."
+    assert total(read_records()) in (DOCS / "evidence.md").read_text(encoding="utf-8")
+
+
 def test_rates_are_written_whole() -> None:
     assert [written(rate) for rate in (3e-3, 1.5e-2, 1.0)] == ["3e-03", "1.5e-02", "1e+00"]
 
@@ -39,7 +44,8 @@ def test_rates_are_written_whole() -> None:
 def test_no_section_is_of_a_study_that_is_gone() -> None:
     page = (DOCS / "evidence.md").read_text(encoding="utf-8")
     assert (
-        page.count("made by python -m experiments page -->") == len(NAMES) + 2
+        page.count("made by python -m experiments page -->")
+        == len(NAMES) + 3  # and those of gradients, floor and total
     )  # and those of the gradients and of the floor
     pictures = {path.name for path in (DOCS / "evidence").glob("*.png")}
     assert all(f"(evidence/{name})" in page for name in pictures)
