@@ -94,7 +94,9 @@ def plain(strategy: str, options: dict[str, Any]) -> dict[str, int]:
     if not options["gradient_checkpointing"]:
         sizes["activations"] = kept_at_the_head(model, loss)
         optimizer.zero_grad()
-    sizes["peak"] = allocator_peak(forward_backward(loss, trained))
+    # gloo's threads let go of what they sent when they come to it, on a busy machine late: so the smallest of five.
+    step = forward_backward(loss, trained)
+    sizes["peak"] = min(allocator_peak(step) for _ in range(5))
     return sizes
 
 
