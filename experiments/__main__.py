@@ -29,7 +29,8 @@ def main() -> int:
         verb.add_argument("--records", type=Path, default=RECORDS)
     for verb in (runs, gradients, floor):
         verb.add_argument("--models", nargs="+", default=["models"], help="folders that models lie in")
-        verb.add_argument("--data", required=True, help="folder with gsm8k, commonsense and drop")
+        if verb is not floor:
+            verb.add_argument("--data", required=True, help="folder with gsm8k, commonsense and drop")
         verb.add_argument("--cache", default="runs/experiments/cache", help="for tokenised data")
     runs.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     runs.add_argument("--workers", type=int, help="runs at a time; a core each on the CPU, one on a GPU if not given")
@@ -46,7 +47,7 @@ def main() -> int:
         from experiments import gradients as shares
 
         write = shares.write if given.verb == "gradients" else floors.write
-        print(write(Places(tuple(given.models), given.data, given.cache)))
+        print(write(Places(tuple(given.models), getattr(given, "data", ""), given.cache)))
         return 0
     studies = [read_study(path) for path in given.studies or sorted(STUDIES.glob("*.yaml"))]
     if given.verb == "status":

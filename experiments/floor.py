@@ -46,10 +46,10 @@ def token_floor(head: Tensor, norm: Tensor, token: int, eps: float = 1e-5, start
             z.grad = None
             value = loss()
             value.backward()
-            return float(value)
+            return float(value.detach())
 
         optimizer.step(closure)
-        found.append(float(loss()))
+        found.append(float(loss().detach()))
     return min(found)
 
 

@@ -14,7 +14,7 @@ from experiments.floor import floor_text
 from experiments.gradients import RECORD, gradient_table
 from experiments.pictures import PICTURES
 from experiments.study import Study, read_study
-from experiments.tables import difference_table, final_table, sweep_table
+from experiments.tables import difference_table, final_table, norm_table, sweep_table
 
 STUDIES = Path(__file__).parent / "studies"
 _MARK = "<!-- study {name}: made by python -m experiments page -->"
@@ -30,12 +30,10 @@ def section(study: Study, records: Mapping[str, Any], pictures: str) -> str:
     ]
     if study.final is not None:
         parts += [final_table(study, records), difference_table(study, records)]
-    if "sweep" in study.show:
-        parts += [
-            f"<details markdown><summary>{study.by} at each rate</summary>",
-            sweep_table(study, records),
-            "</details>",
-        ]
+    if "norms" in study.show:
+        parts.append(norm_table(study, records))
+    if "sweep" in study.show and (rates := sweep_table(study, records)):
+        parts += [f"<details markdown><summary>{study.by} at each rate</summary>", rates, "</details>"]
     parts += [
         f"![{name} of {study.name}]({pictures}/{study.name}-{name}.png)" for name in study.show if name in PICTURES
     ]

@@ -26,6 +26,7 @@ Spec = dict[str, Any]
 Records = Mapping[str, Mapping[str, Any]]
 
 RUN_DEFAULTS: Spec = {"dtype": "float32", "precision": "32-true", "evaluate": ["val"]}
+SHOW = ("frontier", "lead", "norms", "rates", "spectrum", "sweep")
 _PHASE = ("seeds", "evaluate", "steps", "spectra", "task")
 
 
@@ -166,6 +167,8 @@ def read_study(path: Path) -> Study:
     for options in (told["common"], *(arm.overrides for arm in arms)):
         if (optimizer := options.get("optimizer", "adamw")) not in OPTIMIZERS:
             raise ValueError(f"{path.name}: optimizer is {optimizer!r}; choose one of {list(OPTIMIZERS)}.")
+    if lost := sorted(set(told.get("show", ())) - set(SHOW)):
+        raise ValueError(f"{path.name}: show names {lost[0]!r}; choose of {list(SHOW)}.")
     for phase in ("sweep", "final"):
         if extra := set(told.get(phase) or {}) - set(_PHASE):
             raise ValueError(f"{path.name}: {phase} has the unknown keys {sorted(extra)}; known are {list(_PHASE)}.")

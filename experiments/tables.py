@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
 from benchmarks.measure import table
@@ -56,7 +58,23 @@ def sweep_table(study: Study, records: Records) -> str:
             text = "" if score is None else "diverged" if score == float("inf") else f"{score:.3f}"
             cells.append(f"**{text}**" if score is not None and score == min(known) < float("inf") else text)
         rows.append([label, *cells])
-    return table([f"{study.by} by rate", *map(written, rates)], rows)
+    return table([f"{study.by} by rate", *map(written, rates)], rows) if rows else ""
+
+
+def norm_table(study: Study, records: Records) -> str:
+    """Per arm the norm of the learned update by kind of layer: medians over the blocks and seeds."""
+    found = {arm.label: _norms(study.finished(arm, "final", records)) for arm in study.arms}
+    kinds = list(dict.fromkeys(kind for norms in found.values() for kind in norms))
+    rows = [[label, *(f"{median(norms[kind]):.2f}" for kind in kinds)] for label, norms in found.items() if norms]
+    return table(["norm of the update", *kinds], rows) if rows else ""
+
+
+def _norms(found: Sequence[Any]) -> dict[str, list[float]]:
+    norms: dict[str, list[float]] = {}
+    for record in found:
+        for name, norm in (record["spectra"] or {}).get("norm", {}).items():
+            norms.setdefault(name.rpartition(".")[2], []).append(norm)
+    return norms
 
 
 def difference_table(study: Study, records: Records) -> str:

@@ -127,6 +127,7 @@ def test_the_name_of_a_run_depends_on_all_of_it(tmp_path: Path) -> None:
         ({"arms": [{"name": "lora", "rank": 1}]}, "no learning rates"),
         ({"arms": [*ASKED["arms"], ASKED["arms"][0]]}, "'pmss 4' stands for two arms"),
         ({"compare": [["pmss 4", "lora 2"]]}, "'lora 2', which is no arm"),
+        ({"show": ["frontiers"]}, "show names 'frontiers'; choose of"),
         ({"sweep": {"seed": [0]}}, r"unknown keys \['seed'\]"),
         ({"arms": [ASKED["arms"][0] | {"run": {"optimizer": "lion"}}], "compare": []}, "'lion'; choose one of"),
         ({"common": {"model": "tiny", "task": {"name": "gsm9k"}, "steps": 1}}, "'gsm9k'; choose one of"),
