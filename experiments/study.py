@@ -90,7 +90,7 @@ class Study:
             if scores[best] == math.inf:
                 return scores, []
             end = {rates[0]: -1, rates[-1]: 1}.get(best)
-            if end is None or arm.method["name"] == "base" or added[end] >= self.extend:
+            if end is None or len(arm.rates) == 1 or added[end] >= self.extend:  # one rate is no sweep
                 return scores, []
             added[end] += 1
             rates = sorted([*rates, half_decade(best, end)])

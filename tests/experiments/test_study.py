@@ -54,10 +54,11 @@ def test_half_decades(lr: float, steps: int, expected: float) -> None:
 
 
 def test_a_sweep_goes_on_past_an_end_and_then_to_the_final(tmp_path: Path) -> None:
-    study = _study(tmp_path)
+    arms = [ASKED["arms"][0], {"name": "lora", "rank": 1, "lr": [1e-3, 3e-3]}, {"name": "full", "lr": [1e-3]}]
+    study = _study(tmp_path, arms=arms)
     records: dict[str, Any] = {}
     loss = {("pmss", 1e-3): 3.0, ("pmss", 1e-2): 2.0, ("pmss", 3e-2): 2.5, ("lora", 1e-3): 2.0}
-    rates: dict[str, list[float]] = {"pmss": [], "lora": []}
+    rates: dict[str, list[float]] = {"pmss": [], "lora": [], "full": []}
     for _ in range(20):
         if not (specs := study.next_runs(records)):
             break
@@ -69,7 +70,8 @@ def test_a_sweep_goes_on_past_an_end_and_then_to_the_final(tmp_path: Path) -> No
             value = loss.get((name, spec["lr"]), 9.0) + 0.1 * spec["seed"]
             records[identity(spec)] = _record(spec, **{phase: value})
     assert rates["pmss"] == [1e-3, 1e-2, 3e-2]
-    assert rates["lora"] == [1e-3, 3e-3, 3e-4]  # beyond both ends of a single rate
+    assert rates["lora"] == [1e-3, 3e-3, 3e-4]
+    assert rates["full"] == [1e-3]  # one rate is no sweep
     final = study.finished(study.arms[0], "final", records)
     assert [(r["spec"]["lr"], r["spec"]["seed"]) for r in final] == [(1e-2, 1), (1e-2, 2)]
     assert "2.150 ± 0.635" in final_table(study, records)  # 0.05 sqrt(2) 12.706 / sqrt(2)
