@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib import pyplot
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from experiments.statistics import by_seed, mean
 from experiments.study import Arm, Records, Study
@@ -50,6 +51,9 @@ def frontier(study: Study, records: Records, path: Path) -> Path:
                 if low - 0.5 * (high - low) < level < high + 0.5 * (high - low):  # else it would flatten all the rest
                     axis.axhline(level, color="grey", ls=":", label="before")
         axis.set(xscale="log", xlabel="trained parameters", ylabel=SCORES[key])
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=" "))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
         if families:
             axis.legend(fontsize=7)
