@@ -19,6 +19,7 @@ from lightning_pmss.datamodules import GSM8KDataModule
 from lightning_pmss.metrics import GSM8KAccuracy
 from lightning_pmss.modules import CausalLMModule
 from tests.distributed.strategies import make_strategy
+from tests.leaving import leave
 
 
 class Recording(CausalLMModule):
@@ -106,5 +107,4 @@ if __name__ == "__main__":
     for given in json.loads(sys.argv[1]):
         Path(given["folder"]).mkdir(parents=True, exist_ok=True)
         run(given)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # else gloo's threads may abort the interpreter on its way out
+    leave()

@@ -28,6 +28,7 @@ from lightning_pmss.datamodules.sampler import LengthGroupedSampler, ResumableDa
 from lightning_pmss.gathering import gathered, whole_update
 from lightning_pmss.whole import clean_name
 from tests.distributed.strategies import make_strategy
+from tests.leaving import leave
 
 WIDTH, VOCABULARY, LENGTH, EXAMPLES = 32, 40, 12, 32
 DEFAULTS: dict[str, Any] = {
@@ -268,5 +269,4 @@ if __name__ == "__main__":
     for given in json.loads(sys.argv[1]):
         Path(given["folder"]).mkdir(parents=True, exist_ok=True)
         run(DEFAULTS | given)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # else gloo's threads may abort the interpreter on its way out
+    leave()
