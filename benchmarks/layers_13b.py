@@ -64,6 +64,7 @@ def worker(task: dict[str, Any]) -> None:
     from lightning_pmss import PMSSCallback
     from lightning_pmss.modules import CausalLMModule
     from tests.distributed.strategies import make_strategy
+    from tests.leaving import leave
 
     class Untokenized(CausalLMModule):
         """The checkpoint has no tokenizer."""
@@ -107,7 +108,7 @@ def worker(task: dict[str, Any]) -> None:
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
     }
     (Path(task["folder"]) / f"{task['strategy']}-{trainer.global_rank}.json").write_text(json.dumps(record))
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 def main() -> None:
