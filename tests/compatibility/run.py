@@ -1,4 +1,6 @@
-"""The run whose files `format1/` keeps: made at commit 5061510 by ``python -m tests.compatibility.run tests/compatibility/format1``.
+"""The run whose files `format1/` keeps, made at commit 5061510.
+
+Command: ``python -m tests.compatibility.run tests/compatibility/format1``.
 
 Do not make it anew: the folder stands for files that users already have.
 """
