@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_pmss.convertible import is_conv1d, why_no_own_weight
 from lightning_pmss.coordinates import COORDINATES as COORDINATES
 from lightning_pmss.coordinates import CoreFrame as CoreFrame
 from lightning_pmss.coordinates import Frame, PMSSCore, coordinate_frame, core_dtype
@@ -31,9 +32,9 @@ from lightning_pmss.edits import (
     product,
 )
 from lightning_pmss.guard import refuse_training
-from lightning_pmss.quantised import SliceReader, dequantised, is_quantised, whole_weight, why_unusable
+from lightning_pmss.quantised import SliceReader, dequantised, is_quantised, whole_weight
 from lightning_pmss.weight_edit import LinearWeightEdit
-from lightning_pmss.whole import is_dtensor, whole_shape
+from lightning_pmss.whole import is_dtensor
 
 EDITS = ("auto", "input", "output", "weight")
 MEMORY_MODES = ("keep", "regather")
@@ -96,6 +97,10 @@ class PMSSLinear(nn.Module):
         memory: str = "regather",
     ) -> PMSSLinear:
         """Turn a supported layer into a PMSS layer, in place: the module object and its parameters stay the same."""
+        if isinstance(layer, PMSSLinear):
+            raise ValueError("the layer is converted already; a converted layer is not converted again.")
+        if reason := why_no_own_weight(layer):
+            raise ValueError(f"this {type(layer).__name__} cannot be converted: {reason}.")
         shape = canonical_shape(layer)
         if edit == "weight" and (reason := why_no_weight_edit(layer, dropout)):
             raise ValueError(f"edit='weight' {reason}")
@@ -253,24 +258,9 @@ def _rebuild(base: type[nn.Module]) -> PMSSLinear:
     return cls.__new__(cls)
 
 
-def is_conv1d(layer: nn.Module) -> bool:
-    """Whether this is transformers' ``Conv1D`` (recognised by name, since the core never imports transformers)."""
-    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(layer).__mro__)
-
-
 def is_transposed(layer: nn.Module) -> bool:
     """Whether the layer stores W^T ``[in, out]``."""
     return is_conv1d(layer)
-
-
-def is_supported(layer: nn.Module) -> bool:
-    """Whether `PMSSLinear.adopt` can convert this layer: a floating-point ``nn.Linear`` (or subclass) or ``Conv1D``."""
-    if not (isinstance(layer, nn.Linear) or is_conv1d(layer)) or isinstance(layer, nn.modules.lazy.LazyModuleMixin):
-        return False
-    if is_quantised(layer) or why_unusable(layer):
-        return why_unusable(layer) is None
-    weight = getattr(layer, "weight", None)
-    return isinstance(weight, Tensor) and weight.is_floating_point() and len(whole_shape(weight)) == 2
 
 
 def canonical_shape(layer: nn.Module) -> tuple[int, int]:

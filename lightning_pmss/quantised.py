@@ -29,7 +29,7 @@ def quantisation_of(layer: nn.Module, weight: Tensor | None = None) -> str | Non
 
     weight: What the layer holds at other times; default: ``layer.weight``.
     """
-    weight = getattr(layer, "weight", None) if weight is None else weight
+    weight = layer._parameters.get("weight") if weight is None else weight  # never `layer.weight`: that may compute it
     if not isinstance(weight, Tensor):
         return None
     if (state := _state_4bit(weight)) is not None:
@@ -48,7 +48,7 @@ def is_quantised(layer: nn.Module) -> bool:
 
 def why_unusable(layer: nn.Module) -> str | None:
     """Why a layer of a quantisation library cannot be converted, with the remedy; None where it can, or is a plain one."""
-    weight = getattr(layer, "weight", None)
+    weight = layer._parameters.get("weight")
     kind = type(layer).__name__
     if isinstance(weight, Tensor):
         if (state := _state_4bit(weight)) is not None:
@@ -195,7 +195,7 @@ def prepare(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-        if isinstance(module, nn.Linear) and _is_int8_code(module.weight):
+        if isinstance(module, nn.Linear) and quantisation_of(module) == "bitsandbytes int8":
             module.pmss_values = dtype  # type: ignore[assignment]
 
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from lightning_pmss.config import PMSSConfig
-from lightning_pmss.layers import can_output_edit, is_conv1d, is_supported, why_no_weight_edit
+from lightning_pmss.convertible import is_linear, is_supported, why_no_own_weight
+from lightning_pmss.layers import can_output_edit, why_no_weight_edit
 from lightning_pmss.messages import some
 from lightning_pmss.quantised import why_unusable
 from lightning_pmss.skeleton import Skeleton
@@ -54,11 +55,12 @@ def find_targets(
     targets: list[str] = []
     everything = config.target_modules == "all-linear"
     if everything:
-        candidates = [n for n, m in modules.items() if isinstance(m, nn.Linear) or is_conv1d(m)]
+        candidates = [n for n, m in modules.items() if is_linear(m)]
         heads = _heads(model, modules, candidates)
     else:
         candidates = match_modules(config.target_modules, modules, "target_modules", linear=True)
         heads = {}
+    by_name = not everything and not isinstance(config.target_modules, str)
     for name in candidates:
         if _below(name, excluded):
             left_out[name] = "excluded"
@@ -66,6 +68,8 @@ def find_targets(
             left_out[name] = "trained in full"
         elif name in heads:
             left_out[name] = heads[name]
+        elif not by_name and (reason := why_no_own_weight(modules[name])):
+            left_out[name] = reason
         else:
             targets.append(name)
     if not targets:
@@ -94,7 +98,7 @@ def match_modules(
     if isinstance(patterns, str):
         hits = [n for n in modules if _matches_regex(patterns, n, field)]
         # A regular expression may run over containers and norms on its way; a named module must itself be convertible.
-        usable = [n for n in hits if is_supported(modules[n])] if linear else hits
+        usable = [n for n in hits if is_supported(modules[n]) or why_no_own_weight(modules[n])] if linear else hits
         if not usable:
             _refuse_nomatch_modules(patterns, hits, modules, field, linear)
         return usable
@@ -136,12 +140,19 @@ def refuse_unconvertible(
 ) -> None:
     owners: dict[int, list[str]] = {}
     for name, module in modules.items():
-        for parameter in module.parameters(recurse=False):
+        for parameter in _parameters_used(module):
             owners.setdefault(id(parameter), []).append(name)
     for name in targets:
         layer = modules[name]
         if reason := why_unusable(layer):
             raise ValueError(f"`{name}` ({type(layer).__name__}) {reason}")
+        if reason := why_no_own_weight(layer):
+            raise ValueError(
+                f"`{name}` ({type(layer).__name__}): {reason}. PMSS converts layers that own a plain weight. Take it"
+                " out of target_modules or list it in exclude_modules; of torch's parametrisations, norms and pruning the"
+                " result can be kept as a plain weight first (`remove_parametrizations`, `remove_weight_norm`,"
+                " `prune.remove`)."
+            )
         if not is_supported(layer):
             raise ValueError(
                 f"`{name}` is a {type(layer).__name__} whose weight cannot be read as a floating-point matrix; PMSS converts"
@@ -185,6 +196,14 @@ def refuse_unconvertible(
             raise ValueError(f"`{name}`: edit='weight' {reason}")
 
 
+def _parameters_used(module: nn.Module) -> list[Tensor]:
+    """A module's own parameters, and the weight of another one that it takes through an attribute or a property."""
+    own: list[Tensor] = list(module.parameters(recurse=False))
+    if is_linear(module) and "weight" not in module._parameters and "parametrizations" not in module._modules:
+        own += [w for w in [getattr(module, "weight", None)] if isinstance(w, nn.Parameter)]
+    return own
+
+
 def ranks_of(config: PMSSConfig, targets: list[str], modules: Mapping[str, nn.Module]) -> dict[str, int]:
     def matches(pattern: str, name: str) -> bool:
         return name == pattern or name.endswith(f".{pattern}") or _matches_regex(pattern, name, "rank_pattern")
@@ -199,12 +218,12 @@ def _heads(model: nn.Module, modules: Mapping[str, nn.Module], candidates: list[
     """The linear layers that ``"all-linear"`` leaves out, with the reason."""
     root, _ = hugging_face_root(model)
     heads: dict[str, str] = {}
-    embedded = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
+    embedded = {id(m._parameters.get("weight")) for m in modules.values() if isinstance(m, nn.Embedding)} - {id(None)}
     body = getattr(root, getattr(root, "base_model_prefix", "") or "_", root)
     inside = {id(m) for m in body.modules()} if is_hugging_face(root) else None
     for name in candidates:
         parent = modules.get(name.rpartition(".")[0])
-        if id(modules[name].weight) in embedded:
+        if id(modules[name]._parameters.get("weight")) in embedded:
             heads[name] = "shares the embedding's weight"
         elif (
             inside is not None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_pmss.config import PMSSConfig
 from lightning_pmss.conversion import conversion_of, convert, pmss_layers
+from lightning_pmss.convertible import is_supported
 from lightning_pmss.files.adapter_card import CARD_FILE, adapter_card
 from lightning_pmss.files.adapter_file import (
     CONFIG_FILE,
@@ -29,7 +30,7 @@ from lightning_pmss.files.plain import quantisation_settings
 from lightning_pmss.files.shards import few, save_tensors
 from lightning_pmss.fingerprint import fingerprint, same_base
 from lightning_pmss.gathering import whole_tensors, whole_update
-from lightning_pmss.layers import PMSSLinear, canonical_shape, is_supported, is_transposed
+from lightning_pmss.layers import PMSSLinear, canonical_shape, is_transposed
 from lightning_pmss.quantised import quantisation_of, whole_weight
 from lightning_pmss.report import ConversionReport
 from lightning_pmss.skeleton import Skeleton, SkeletonLayer

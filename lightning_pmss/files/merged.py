@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from lightning_pmss.convertible import FLOATS
 from lightning_pmss.files.adapter_file import AdapterFile, AdapterModule, read_adapter
 from lightning_pmss.files.atomic import atomic_folder, check_target
 from lightning_pmss.files.model_folder import FileMergeReport, copy_others, refuse_overlap, write_report
-from lightning_pmss.files.naming import FLOATS, parse_dtype, resolve_names
+from lightning_pmss.files.naming import parse_dtype, resolve_names
 from lightning_pmss.files.plain import without_quantiser
 from lightning_pmss.files.shards import (
     SINGLE_FILE,

@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 import torch
 
+from lightning_pmss.convertible import FLOATS
 from lightning_pmss.files.adapter_file import AdapterFile
 from lightning_pmss.files.shards import ShardReader, few
-
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def parse_dtype(dtype: str | torch.dtype | None, left_out: str) -> torch.dtype | None:
