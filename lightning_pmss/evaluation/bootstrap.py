@@ -14,7 +14,7 @@ import numpy as np
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
-_CHUNK = 4_000_000  # indices drawn at a time: 32 MB
+_CHUNK = 4_000_000  # values drawn at a time: 32 MB
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,22 @@ def interval_of_mean(
     if not np.isfinite(array).all():
         raise ValueError(f"The value of example {int(np.argmin(np.isfinite(array)))} is not finite.")
     check_options(resamples, confidence)
-    # The mean that is exact where the values are: a constant has an interval of width 0.
+    # Exact where the values are: a constant has an interval of width 0.
     mean = math.fsum(array) / len(array)
-    means = np.empty(resamples)
-    generator = np.random.default_rng(seed)
-    step = max(1, _CHUNK // len(array))
-    for start in range(0, resamples, step):
-        size = min(step, resamples - start)
-        means[start : start + size] = array[generator.integers(0, len(array), (size, len(array)))].mean(axis=1)
-    outside = (1 - confidence) / 2
-    low, high = np.quantile(means, [outside, 1 - outside])
-    return Interval(mean, min(float(low), mean), max(float(high), mean), len(array))
+    if len(array) == 1:  # every resample is this one example, which scipy refuses to draw from
+        return Interval(mean, mean, mean, 1)
+    from scipy.stats import bootstrap  # half a second to import, and not every command needs it
+
+    found = bootstrap(
+        (array,),
+        np.mean,
+        n_resamples=resamples,
+        batch=max(1, _CHUNK // len(array)),
+        confidence_level=confidence,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(mean, min(float(found.low), mean), max(float(found.high), mean), len(array))
 
 
 def check_options(resamples: int, confidence: float) -> None:
@@ -92,9 +97,6 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
     Returns:
         The probability of a split at least as uneven; 1.0 where there is no such example.
     """
-    n, least = only_a + only_b, min(only_a, only_b)
-    term, tail = 1, 1  # binomial coefficients in whole numbers: nothing is rounded before the end
-    for k in range(1, least + 1):
-        term = term * (n - k + 1) // k
-        tail += term
-    return min(1.0, 2 * tail / 2**n)
+    from scipy.stats import binomtest
+
+    return float(binomtest(min(only_a, only_b), only_a + only_b).pvalue) if only_a + only_b else 1.0

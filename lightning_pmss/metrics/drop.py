@@ -14,11 +14,11 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_pmss.metrics.assignment import best_assignment
 from lightning_pmss.metrics.base import check_pairs
 
 AnswerType = Literal["number", "span", "spans", "date"]
@@ -208,8 +208,9 @@ class DROPScore(Metric):
         pred_bags, gold_bags = [set(span.split()) for span in preds], [set(span.split()) for span in golds]
         scores = [[_bag_f1(pred_bag, gold_bag, self.strict) for pred_bag in pred_bags] for gold_bag in gold_bags]
         aligned = np.zeros(max(len(golds), len(preds)))
-        for row, column in best_assignment(scores):
-            aligned[row] = scores[row][column]
+        if preds and golds:
+            rows, columns = linear_sum_assignment(scores, maximize=True)
+            aligned[rows] = np.asarray(scores)[rows, columns]
         mean = np.mean(aligned)
         # numpy's rounding, not Python's: they differ at halves such as 0.155, and the script has numpy's.
         return match, float(np.round(mean, 2) if self.strict else mean)
