@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
-import itertools
 import re
 import string
 from pathlib import Path
