@@ -30,6 +30,7 @@ from lightning_pmss.datamodules.rows import (
     text,
 )
 from lightning_pmss.metrics import GSM8KAccuracy, MATHAccuracy, MetaMathAccuracy
+from lightning_pmss.metrics.metamath import MARK
 
 _ANNOTATION = re.compile(r"<<[^<>\n]*>>")
 
@@ -58,6 +59,8 @@ class _Kind:
     columns: tuple[str, str]
     scored: Callable[[str], bool]
     needs: str
+    ends: Callable[[str], bool] | None = None
+    """What training answers must hold, where that is less."""
 
 
 _GSM8K = _Kind(
@@ -66,12 +69,18 @@ _GSM8K = _Kind(
     lambda answer: GSM8KAccuracy.extract(answer) is not None,
     "the final line '#### N' that GSM8K's answers are scored by",
 )
+# Answers to MATH's questions need not be numbers; MetaMathAccuracy could not score them, but they can be trained on.
+_METAMATH = (
+    _is_answer(MetaMathAccuracy.gold),
+    "a final 'The answer is: N'",
+    lambda answer: bool(answer.rpartition(MARK)[1]),
+)
 _KINDS = (
     # GSM8K_Backward of MetaMath has GSM8K's columns and others, and its answers are bare numbers.
     _Kind("GSM8K_Backward", ("question", "answer"), _is_answer(MetaMathAccuracy.gold), "a number"),
-    _Kind("MetaMathQA", ("query", "response"), _is_answer(MetaMathAccuracy.gold), "a final 'The answer is: N'"),
+    _Kind("MetaMathQA", ("query", "response"), *_METAMATH),
     _Kind("MATH", ("problem", "solution"), _is_answer(MATHAccuracy.gold), "a final answer in \\boxed{}"),
-    _Kind("pissa-dataset", ("instruction", "output"), _is_answer(MetaMathAccuracy.gold), "a final 'The answer is: N'"),
+    _Kind("pissa-dataset", ("instruction", "output"), *_METAMATH),
     _GSM8K,
 )
 _MATH_SUBJECTS = (
@@ -113,7 +122,7 @@ def _parse(rows: Iterable[Row], split: Split, types: Sequence[str] = ()) -> Iter
         question, answer = (text(where, row, column).strip() for column in kind.columns)
         if types and not str(row["type"]).startswith(tuple(types)):
             continue
-        scored = kind.scored(answer)
+        scored = (kind.scored if split == "test" or kind.ends is None else kind.ends)(answer)
         if not scored and (split == "test" or kind is _GSM8K):
             raise ValueError(f"{where}: the answer ends in {answer[-40:]!r}, without {kind.needs}. Add it.")
         yield Example(question, answer), scored

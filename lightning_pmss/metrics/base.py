@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -26,6 +27,17 @@ def check_pairs(preds: Any, targets: Any) -> None:
         )
     if len(preds) != len(targets):
         raise ValueError(f"Got {len(preds)} texts for {len(targets)} targets; give one text per target.")
+
+
+class OnClassToo:
+    """A method that the class has as well: called on it, with the class's own settings."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.__doc__ = function.__doc__
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        return MethodType(self.function, owner if instance is None else instance)
 
 
 class TextAccuracy(Metric):

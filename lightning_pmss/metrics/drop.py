@@ -7,6 +7,7 @@ by the rules of the authors' script (``allenai/allennlp-reading-comprehension``,
 
 from __future__ import annotations
 
+import contextlib
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -20,18 +21,21 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_pmss.metrics.base import check_pairs
+from lightning_pmss.metrics.exact import only_number
+from lightning_pmss.metrics.notation import CURRENCY, GLUE, typography
 
 AnswerType = Literal["number", "span", "spans", "date"]
 ANSWER_TYPES: tuple[AnswerType, ...] = get_args(AnswerType)
 
 _ARTICLE = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+_SIGNS = str.maketrans("", "", string.punctuation + CURRENCY)
 _MONTHS = "january|february|march|april|may|june|july|august|september|october|november|december"
 # The script joins day, month and year by blanks whether they are there or not: two blanks, always.
 _DATE = re.compile(rf"(?=.*\w)(\d{{1,2}})? ({_MONTHS})? (\d+)?", re.IGNORECASE)
 # What surrounds a number in running text without being part of it; a minus and a decimal point in front are.
 _AROUND = re.compile(r"^[^\w.+-]*(?P<inner>.*?)[^\w]*$", re.DOTALL)
-_THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?")
+_PARTED = re.compile(r"(?<=\d)[^\w\s]+(?=\d)")
 _UNIT = 1_000_000  # F1 is summed as whole millionths: exact, in whatever order ranks and batches are added
 
 
@@ -53,13 +57,14 @@ def _normalise_token(token: str) -> str:
 def _normalise_token_corrected(token: str) -> str:
     match = _AROUND.match(token)
     inner = match["inner"] if match else token
-    plain = inner.replace(",", "") if _THOUSANDS.fullmatch(inner) else inner
-    # No "nan", "infinity" or "1_000": `float` would take them for numbers.
-    number = _number(plain) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", plain) else None
-    bare = token.lower().translate(_PUNCTUATION)
-    if number is None and bare.isdecimal():
-        number = float(bare)
-    return " ".join(_ARTICLE.sub(" ", bare if number is None else str(number)).split())
+    number = None
+    if inner[:1].isdecimal() or inner[:1] in ("+", "-", "."):  # no "nan", "infinity" or "b52"
+        with contextlib.suppress(OverflowError):
+            exact = only_number(inner)
+            number = None if exact is None else float(exact)
+    # What is no number does not become one by losing its punctuation: 9:30 is not 930.
+    bare = _PARTED.sub("\u00a6", inner).lower().translate(_SIGNS) if number is None else str(number)
+    return " ".join(_ARTICLE.sub(" ", bare).split())
 
 
 def normalise(text: str, strict: bool = True) -> str:
@@ -74,6 +79,7 @@ def normalise(text: str, strict: bool = True) -> str:
         parts = [_normalise_token(token) for token in re.split(" |-", text)]
     else:
         # A hyphen separates, except as the sign of a number that stands alone.
+        text = re.sub(rf"(?<=\d){GLUE}(?=\d{{3}}(?!\d))", ",", typography(text))
         parts = [_normalise_token_corrected(token) for token in re.split(r"\s+|(?<=\w)-|-(?=\D)", text)]
     return " ".join(part for part in parts if part)
 
@@ -143,7 +149,8 @@ class DROPScore(Metric):
 
     ``strict=False`` corrects these: a generated text ends at its first line, all white space separates, punctuation
     around a number is not part of it, a hyphen between words or numbers separates and one in front of a number is its
-    sign, and F1 is not rounded per question.
+    sign, numbers are read in the usual notations and other texts with digits do not become numbers by losing their
+    punctuation (``9:30`` is not 930, ``1/2`` not 12), and F1 is not rounded per question.
 
     As input to ``update`` the metric takes:
 

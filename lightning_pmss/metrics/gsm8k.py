@@ -8,27 +8,13 @@ filter of common evaluation harnesses repeats.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from fractions import Fraction
-from types import MethodType
-from typing import Any
 
-from lightning_pmss.metrics.base import TextAccuracy
+from lightning_pmss.metrics.base import OnClassToo, TextAccuracy
 from lightning_pmss.metrics.exact import exact_number
 
 _ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")
 _MARK = re.compile(r"####[^\S\n]*\n?")
-
-
-class _OnClassToo:
-    """A method that the class has as well: called on it, with the class's own settings."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-        self.__doc__ = function.__doc__
-
-    def __get__(self, instance: Any, owner: type) -> Any:
-        return MethodType(self.function, owner if instance is None else instance)
 
 
 class GSM8KAccuracy(TextAccuracy):
@@ -46,10 +32,11 @@ class GSM8KAccuracy(TextAccuracy):
     * A match of punctuation only (``#### ,``) is an answer, the empty string or dots, that no gold answer equals.
 
     ``strict=False`` corrects the first two: behind the first ``####``, with blanks or a line's end or nothing between,
-    the first number of the line counts; currency signs are passed over and numbers compared exactly (``18``, ``18.0``,
-    ``18.`` and ``36/2`` are equal; nothing is rounded). Commas count only where they part thousands: ``1,8,0,0`` is 1.
-    Still a text without ``####`` is wrong: where texts end in "The answer is", take
-    :class:`~lightning_pmss.metrics.MetaMathAccuracy`.
+    the first number of the line counts. It is read in the usual notations (``9{,}500``, ``9 500``, ``9,500 $``,
+    ``\boxed{9500}``, a Unicode minus; :mod:`lightning_pmss.metrics.exact`) and compared exactly: ``18``, ``18.0``,
+    ``18.`` and ``36/2`` are equal, nothing is rounded. A number counts whole or not at all: ``1,8,0,0``, ``9,5`` and
+    ``3*4`` are no answer, rather than 1, 9 and 3. Still a text without ``####`` is wrong: where texts end in "The answer
+    is", take :class:`~lightning_pmss.metrics.MetaMathAccuracy`.
 
     As input to ``update`` the metric takes:
 
@@ -75,7 +62,7 @@ class GSM8KAccuracy(TextAccuracy):
 
     strict = True
 
-    @_OnClassToo
+    @OnClassToo
     def extract(self, text: str) -> str | Fraction | None:
         """Return the final answer of ``text``, ``None`` where it holds none: by the published rule a text without commas,
         by the corrected one a number."""
@@ -90,10 +77,9 @@ class GSM8KAccuracy(TextAccuracy):
         mark = _MARK.search(text)
         if mark is None:
             return None
-        line = text[mark.end() :].split("\n", 1)[0]
-        return exact_number(line.replace("$", "").replace("\\", ""))
+        return exact_number(text[mark.end() :].split("\n", 1)[0])
 
-    @_OnClassToo
+    @OnClassToo
     def score(self, pred: str, target: str) -> float:
         """Return 1.0 if the answers of ``pred`` and ``target`` agree, else 0.0."""
         gold = self.extract(target)

@@ -11,10 +11,14 @@ import contextlib
 import re
 from fractions import Fraction
 
+from lightning_pmss.metrics.exact import only_number
+from lightning_pmss.metrics.notation import CURRENCY, GLUE, typography
+
 _FRACTION = re.compile(r"(-?)\\frac\{(-?\d+)\}\{(-?\d+)\}")
 _DECIMAL = re.compile(r"-?(\d+\.?\d*|\.\d+)")
 _TEXT = re.compile(r"\\(?:text|mbox|textbf|mathrm|textrm)\{\s*([^{}]*?)\s*\}")
 _UNITS = re.compile(r"(?<=[\d}])\\(?:text|mbox|mathrm|textrm)\{[^{}]*\}(\^\{?\d\}?)?")
+_LAST_UNIT = re.compile(r"(?<=[\d}])(?:\s|\\[,;:! ]|~)*\\(?:text|mbox|mathrm|textrm)\{[^{}]*\}(\^\{?\d\}?)?[\s.$]*$")
 _NAMED = re.compile(r"[A-Za-z]\\in|[A-Za-z](\([A-Za-z]\))?=")
 
 
@@ -119,10 +123,16 @@ def _value(text: str) -> Fraction | None:
         bottom = int(match[3])
         value = Fraction(int(match[2]), bottom) if bottom else None
         return -value if match[1] and value is not None else value
-    return Fraction(text) if _DECIMAL.fullmatch(text) else None
+    return only_number(text) if _DECIMAL.fullmatch(text) else None
+
+
+def _number(text: str) -> Fraction | None:
+    number = only_number(text)
+    return only_number(_LAST_UNIT.sub("", text)) if number is None else number
 
 
 def _tidy(text: str) -> str:
+    text = typography(text).replace(GLUE, "").replace(CURRENCY, "$")
     text = text.strip().rstrip(".").strip().strip("$").strip()
     text = re.sub(r"\\[,;:!]|\\ |~|\\displaystyle", "", text)
     text = text.replace("{,}", "")
@@ -138,6 +148,9 @@ def _tidy(text: str) -> str:
 
 def equivalent_corrected(first: str, second: str) -> bool:
     """Return whether two answers are the same by the corrected rule, see ``MATHAccuracy``."""
+    numbers = [_number(text) for text in (first, second)]
+    if None not in numbers:  # without blanks, as the published rule compares them, "1 1/2" would be "11/2"
+        return numbers[0] == numbers[1]
     if equivalent(first, second):
         return True
     sides = []

@@ -13,14 +13,17 @@ from fractions import Fraction
 
 from typing_extensions import override
 
-from lightning_pmss.metrics.base import TextAccuracy
-from lightning_pmss.metrics.exact import exact_number
+from lightning_pmss.metrics.base import OnClassToo, TextAccuracy
+from lightning_pmss.metrics.exact import exact_number, only_number
 
 MARK = "The answer is: "
 
 _STRICT = re.compile(r"[\-+]?\d*[\.,/]?\d+")
 _MARKS = re.compile(r"the (?:final )?answer is:?|####", re.IGNORECASE)
-_GOLD = re.compile(r"#### ?([-+]?[\d,]*\.?\d+)")
+_GOLD = re.compile(r"#### ?(\S.*)")
+# How the published rule's gold answers were read here from the first: the first number, thousands with commas.
+_FIRST = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d))(?:\s*/\s*\d+(?:\.\d+)?)?")
+_PUBLISHED_GOLD = re.compile(r"#### ?([-+]?[\d,]*\.?\d+)")
 
 
 def _strict_number(text: str) -> int | None:
@@ -47,8 +50,32 @@ def _corrected_number(text: str) -> Fraction | None:
     marks = list(_MARKS.finditer(text))
     if not marks:
         return None
-    line = text[marks[-1].end() :].strip().split("\n", 1)[0]
-    return exact_number(line.replace("$", "").replace("\\", ""))
+    return exact_number(text[marks[-1].end() :].strip().split("\n", 1)[0])
+
+
+def _exact_gold(target: str) -> Fraction | None:
+    match = _GOLD.search(target)
+    if match is not None:
+        return exact_number(match[1])
+    return _corrected_number(target) if MARK in target else only_number(target)
+
+
+def _published_gold(target: str) -> Fraction | None:
+    match = _PUBLISHED_GOLD.search(target)
+    if match is not None:
+        text = match[1]
+    elif MARK in target:
+        text = target[list(_MARKS.finditer(target))[-1].end() :].strip().split("\n", 1)[0]
+    else:
+        text = target if re.fullmatch(r"\s*\$?[-+]?[\d,./]+\s*", target) else ""
+    found = _FIRST.search(text.replace("$", "").replace("\\", ""))
+    if found is None:
+        return None
+    top, _, bottom = found.group().replace(",", "").partition("/")
+    try:
+        return Fraction(top.strip()) / Fraction(bottom.strip()) if bottom else Fraction(top.strip())
+    except (ArithmeticError, ValueError):
+        return None
 
 
 class MetaMathAccuracy(TextAccuracy):
@@ -65,9 +92,9 @@ class MetaMathAccuracy(TextAccuracy):
     * The mark must be byte for byte so: ``the answer is 18``, ``The answer is:18`` are wrong.
     * Where the published script would stop with an error (``1/00``), the text is wrong here.
 
-    ``strict=False`` corrects these: numbers are exact (fractions and decimals, nothing is rounded), thousands are read
-    whole, the mark may be ``The answer is``, ``The final answer is`` or ``####`` in any case, with or without the colon
-    and the blank; currency signs are passed over.
+    ``strict=False`` corrects these: numbers are exact (fractions and decimals, nothing is rounded), they are read in the
+    usual notations, whole or not at all (:mod:`lightning_pmss.metrics.exact`), the mark may be ``The answer is``, ``The
+    final answer is`` or ``####`` in any case, with or without the colon and the blank.
 
     As input to ``update`` the metric takes:
 
@@ -92,25 +119,21 @@ class MetaMathAccuracy(TextAccuracy):
 
     """
 
+    strict = False
+
     def extract(self, text: str) -> int | Fraction | None:
         """Return the final number of ``text``, ``None`` where it holds none."""
         return _strict_number(text) if self.strict else _corrected_number(text)
 
-    @staticmethod
-    def gold(target: str) -> Fraction:
-        """Return the number of a target, exactly.
+    @OnClassToo
+    def gold(self, target: str) -> Fraction:
+        """Return the number of a target, exactly; called on the class, as the corrected rule reads it.
 
         Raises:
             ValueError: If it holds none.
 
         """
-        match = _GOLD.search(target)
-        if match is not None:
-            number = exact_number(match.group(1))
-        elif MARK in target:
-            number = _corrected_number(target)
-        else:
-            number = exact_number(target) if re.fullmatch(r"\s*\$?[-+]?[\d,./]+\s*", target) else None
+        number = _published_gold(target) if self.strict else _exact_gold(target)
         if number is None:
             raise ValueError(
                 f"The target {target[-60:]!r} holds no answer; it must end in a line such as '#### 42' or"
