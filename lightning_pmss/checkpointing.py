@@ -8,13 +8,13 @@ hooks are skipped for ``save_weights_only=True``, and a hook on the module's sta
     FSDP1, FSDP2          file or folder; while the strategy saves or loads, the module shows only what is trained
     ZeRO-2, ZeRO-3        folder; the engine leaves out frozen parameters (``exclude_frozen_parameters``)
 
-A folder is written under another name and put in place when it is complete, so that a killed run leaves the last one.
+A file or folder is written under another name and put in place when it is complete, so that a killed run leaves the last one.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +27,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from lightning_pmss.checkpoint_io import local_path, use_atomic_files
 from lightning_pmss.conversion import conversion_of, pmss_layers
+from lightning_pmss.disk import clean_leftovers, relink, remove, replace, sync_tree, temporary_sibling
 from lightning_pmss.fingerprint import fingerprint, same_base
 from lightning_pmss.gathering import gathered, load_trained_state, trained_state
 from lightning_pmss.layers import PMSSLinear
@@ -153,6 +155,8 @@ class CheckpointSeam:
         self.strategy = trainer.strategy
         self.engine: Engine = engine_of(self.strategy)
         self.after_save, self.after_remove = after_save, after_remove
+        self._newest: Path | None = None  # the file or folder that was saved last
+        use_atomic_files(self.strategy)
         self._metadata: dict[str, Any] = {}  # hashing the slices takes time, and they only change when one is loaded
         self._inner = {name: getattr(self.strategy, name) for name in self._methods()}
         self._patched = {name: getattr(self, f"_{name}") for name in self._inner}
@@ -182,11 +186,17 @@ class CheckpointSeam:
         if self.engine == "plain":
             kept = self._short_indices(kept)
         checkpoint = checkpoint | {"state_dict": kept, METADATA: self._describe()}
-        path = Path(self.strategy.broadcast(filepath))
-        if self._writes_folders():
-            self._save_folder(checkpoint, path, storage_options)
+        where = self.strategy.broadcast(filepath)
+        path = local_path(where)
+        if path is None:
+            self._inner["save_checkpoint"](checkpoint, where, storage_options)
+            return
+        # Before it writes one file, FSDP removes a folder of that name, the last good checkpoint of a run with shards.
+        if self._writes_folders() or (self.engine != "plain" and path.is_dir()):
+            self._save_beside(checkpoint, path, storage_options)
         else:
             self._inner["save_checkpoint"](checkpoint, path, storage_options)
+        self._newest = path
         if self.after_save is not None:
             self.after_save(path)
 
@@ -196,25 +206,30 @@ class CheckpointSeam:
         short = {f"{name}{part}" for name in names for part in ("rows", "cols")}
         return {k: v.to(torch.int32) if k in short else v for k, v in state.items()}
 
-    def _save_folder(self, checkpoint: dict[str, Any], path: Path, storage_options: Any) -> None:
-        writing, old = path.with_name(f"{path.name}.writing"), path.with_name(f"{path.name}.old")
-        zero = self.strategy.is_global_zero
-        if zero:
-            for leftover in (writing, old) if path.exists() else (writing,):
-                shutil.rmtree(leftover, ignore_errors=True)
-        self.strategy.barrier("PMSS.clean")
-        self._inner["save_checkpoint"](checkpoint, writing, storage_options)
-        self.strategy.barrier("PMSS.written")
-        if zero:
-            about = checkpoint[METADATA] | {"tensors": {k: list(v) for k, v in self.trained.items()}}
-            (writing / SIDECAR).write_text(json.dumps(about), encoding="utf-8")
-            if path.exists():
-                path.rename(old)  # a run that is killed here leaves the last checkpoint under this name
-            writing.rename(path)
-            if old.is_dir():
-                shutil.rmtree(old)
-            else:
-                old.unlink(missing_ok=True)
+    def _save_beside(self, checkpoint: dict[str, Any], path: Path, storage_options: Any) -> None:
+        """Let the strategy write a hidden sibling, on all ranks, and put it in the place of the last checkpoint."""
+        folder, writing, lock = self._writes_folders(), path, None
+        if self.strategy.is_global_zero:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            clean_leftovers(path)
+            writing, lock = temporary_sibling(path, folder=folder)
+        try:
+            writing = Path(self.strategy.broadcast(writing))
+            self._inner["save_checkpoint"](checkpoint, writing, storage_options)
+            self.strategy.barrier("PMSS.written")
+            if self.strategy.is_global_zero:
+                if folder:
+                    about = checkpoint[METADATA] | {"tensors": {k: list(v) for k, v in self.trained.items()}}
+                    (writing / SIDECAR).write_text(json.dumps(about), encoding="utf-8")
+                    sync_tree(writing)
+                replace(writing, path)
+        except BaseException:
+            if writing != path:
+                remove(writing)
+            raise
+        finally:
+            if lock is not None:
+                os.close(lock)
         self.strategy.barrier("PMSS.in_place")
 
     def _writes_folders(self) -> bool:
@@ -238,9 +253,19 @@ class CheckpointSeam:
         return dict(self._metadata)
 
     def _remove_checkpoint(self, filepath: Any) -> None:
+        path = local_path(filepath)
+        if path is not None and self.strategy.is_global_zero:
+            self._keep_last_link(path)
         self._inner["remove_checkpoint"](filepath)
-        if self.after_remove is not None:
-            self.after_remove(Path(filepath))
+        if path is not None and self.after_remove is not None:
+            self.after_remove(path)
+
+    def _keep_last_link(self, removed: Path) -> None:
+        """ModelCheckpoint(save_last="link") moves its link only after what it points to is gone; a kill between loses it."""
+        for callback in self.trainer.checkpoint_callbacks:
+            link = Path(getattr(callback, "last_model_path", ""))
+            if link.is_symlink() and self._newest not in (None, removed) and link.resolve() == removed.resolve():
+                relink(link, self._newest)  # type: ignore[arg-type]
 
     # -- loading --------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_pmss.files import atomic
+from lightning_pmss import disk
 from lightning_pmss.files.atomic import atomic_folder
 
 
@@ -78,7 +78,7 @@ def test_manifest_of_others_gives_no_right(tmp_path: Path) -> None:
 @pytest.mark.parametrize("swap", [True, False])
 def test_exception_keeps_the_old_folder(tmp_path: Path, swap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not swap:
-        monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+        monkeypatch.setattr(disk, "_exchange", lambda *_: False)
     _write(tmp_path / "out", "first")
     with pytest.raises(TypeError, match="must be str"):
         _write(tmp_path / "out", 7, overwrite=True)  # type: ignore[arg-type] - fails inside the block
@@ -113,7 +113,7 @@ def test_failed_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pyt
             raise OSError(errno.EIO, "I/O error")
         return rename(self, target)
 
-    monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+    monkeypatch.setattr(disk, "_exchange", lambda *_: False)
     monkeypatch.setattr(Path, "rename", fails)
     with pytest.raises(OSError, match="I/O error"):
         _write(tmp_path / "out", "second", overwrite=True)

@@ -1,0 +1,63 @@
+"""Checkpoint files that a kill cannot destroy.
+
+Lightning writes a checkpoint into the temporary folder and moves it: a copy over the last one where the two are on different
+file systems, never flushed in either case. Here it is written beside its target, flushed, and renamed.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.strategies import Strategy
+from typing_extensions import override
+
+from lightning_pmss.disk import atomic_file
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's own, but that a local file is complete before it takes the place of the last one.
+
+    URLs of other file systems (``s3://``, ...) are written as Lightning does.
+    """
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        local = local_path(path)
+        if local is None or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        try:
+            with atomic_file(local) as stream:
+                torch.save(checkpoint, stream)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # torch hides why its stream could not be written
+                raise error.__context__ from error
+            raise
+
+
+def use_atomic_files(strategy: Strategy) -> None:
+    """Let a strategy that would write checkpoints by Lightning's default write them by `AtomicCheckpointIO`.
+
+    Plugins of the user stay; one that wraps the default, such as ``AsyncCheckpointIO``, wraps ours.
+    """
+    plugin: Any = strategy._checkpoint_io
+    if isinstance(plugin, _WrappingCheckpointIO):
+        while isinstance(plugin.checkpoint_io, _WrappingCheckpointIO):
+            plugin = plugin.checkpoint_io
+        if plugin.checkpoint_io is None or type(plugin.checkpoint_io) is TorchCheckpointIO:
+            plugin._checkpoint_io = AtomicCheckpointIO()  # the property would refuse a second one
+    elif plugin is None or type(plugin) is TorchCheckpointIO:
+        strategy.checkpoint_io = AtomicCheckpointIO()
+
+
+def local_path(path: str | os.PathLike[str]) -> Path | None:
+    """A path or ``file:`` URL as a path; None for a URL of another file system."""
+    system, name = url_to_fs(str(path))
+    return Path(name) if isinstance(system, LocalFileSystem) else None

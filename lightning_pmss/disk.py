@@ -1,0 +1,190 @@
+"""Bytes on the disk: written beside their target, flushed, and put in place by a rename.
+
+At every moment the target is either the complete old content or the complete new one. Whatever stops the writing (an
+exception, a full disk, a kill, a power cut), the old content stays.
+
+What is unfinished is a hidden sibling called ``.<name>.pmss-tmp-<random>``; ``.<name>.pmss-old-<random>`` is what is about to
+be replaced. A live writer holds a lock on its own sibling, which the kernel releases when the process ends, so that others
+remove the leftovers of dead writers and no others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import re
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows: no locks, hence leftovers are never removed there
+    fcntl = None  # type: ignore[assignment]
+
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.pmss-(?P<kind>tmp|old)-[0-9a-f]{12}")
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Yield a binary stream whose content becomes the file `path` when the block ends without an exception.
+
+    A link of that name is replaced, not followed. The folder of `path` is made.
+
+    Raises:
+        OSError: The file cannot be written; what was there before is unchanged.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    clean_leftovers(target)
+    temporary, lock = temporary_sibling(target, folder=False)
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        replace(temporary, target)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        explain_full_disk(error, target)
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def explain_full_disk(error: BaseException, target: Path) -> None:
+    """Add to the error of a full disk what became of the target."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        error.add_note(f"The disk is full. Nothing was changed at {target}; free some space and run again.")
+
+
+def temporary_sibling(target: Path, *, folder: bool) -> tuple[Path, int | None]:
+    """Make an empty hidden sibling of `target` and lock it.
+
+    Returns:
+        The sibling, and the open lock (None where the file system has none); close it when the sibling is in place.
+    """
+    while True:
+        temporary = target.parent / f".{target.name}.pmss-tmp-{secrets.token_hex(6)}"
+        if folder:
+            temporary.mkdir()
+        else:
+            temporary.touch(exist_ok=False)
+        if fcntl is None:
+            return temporary, None
+        handle = os.open(temporary, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks: no run can lock there, so none will clean there either
+            os.close(handle)
+            return temporary, None
+        if temporary.exists():  # a cleaning run may have removed it before it was locked
+            return temporary, handle
+        os.close(handle)
+
+
+def clean_leftovers(target: Path) -> None:
+    """Remove what killed writers left for this target; bring the old content back if the kill fell between two renames."""
+    clean_folder(target.parent, only=target.name)
+
+
+def clean_folder(folder: Path, only: str | None = None) -> None:
+    """The same for all targets in a folder, or for the one called `only`."""
+    if fcntl is None or not folder.is_dir():
+        return
+    for leftover in sorted(folder.iterdir()):
+        found = _LEFTOVER.fullmatch(leftover.name)
+        if found is None or only not in (None, found["name"]):
+            continue
+        if leftover.is_symlink():
+            leftover.unlink(missing_ok=True)
+            continue
+        try:
+            handle = os.open(leftover, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # a live run holds it
+            continue
+        else:
+            target = folder / found["name"]
+            if found["kind"] == "old" and not os.path.lexists(target):
+                leftover.rename(target)
+            else:
+                remove(leftover)
+        finally:
+            os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with what it holds; nothing happens if it is gone or cannot be removed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush every file and folder; without it a power cut after the rename can leave empty files."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            sync(Path(root) / name)
+        sync(Path(root))
+
+
+def sync(path: Path) -> None:
+    """Flush one file or folder."""
+    if path.is_dir() and sys.platform == "win32":
+        return  # folders cannot be opened there
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def replace(temporary: Path, target: Path) -> None:
+    """Put a file or folder in the place of another one, or of none; a link is replaced, not followed."""
+    is_folder = target.is_dir() and not target.is_symlink()
+    if not os.path.lexists(target) or not (temporary.is_dir() or is_folder):
+        os.replace(temporary, target)
+    elif _exchange(temporary, target):
+        remove(temporary)  # the name now holds the old content
+    else:
+        old = target.parent / f".{target.name}.pmss-old-{secrets.token_hex(6)}"
+        target.rename(old)
+        try:
+            temporary.rename(target)
+        except BaseException:
+            old.rename(target)
+            raise
+        remove(old)
+    sync(target.parent)
+
+
+def relink(link: Path, target: Path) -> None:
+    """Let a symbolic link point to another file or folder, in one step."""
+    temporary = link.parent / f".{link.name}.pmss-tmp-{secrets.token_hex(6)}"
+    temporary.symlink_to(os.path.relpath(target, link.parent))
+    os.replace(temporary, link)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names in one step where the system can (Linux); False where it cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    done: int = renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE)
+    return done == 0
