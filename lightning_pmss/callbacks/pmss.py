@@ -34,6 +34,7 @@ from lightning_pmss.checkpointing import CheckpointSeam, record_fingerprints
 from lightning_pmss.config import PMSSConfig
 from lightning_pmss.conversion import conversion_of, convert, pmss_layers
 from lightning_pmss.gathering import whole_update
+from lightning_pmss.modules.resuming import restore_loaders
 from lightning_pmss.report import ConversionReport
 from lightning_pmss.sharding import Engine, prepare_strategy, refuse_quantised
 from lightning_pmss.targets import hugging_face_root
@@ -217,7 +218,8 @@ class PMSSCallback(L.Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say when a resumed run cannot be exact."""
+        """Let loaders go on where they were; say when a resumed run cannot be exact."""
+        restore_loaders(trainer)
         loaders = trainer.fit_loop._combined_loader
         mid_epoch = (
             trainer.fit_loop.epoch_loop.batch_progress.current.ready > 0 and not trainer.fit_loop.epoch_loop.done

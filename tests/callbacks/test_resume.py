@@ -29,6 +29,30 @@ def test_resume_equals_never_stopped(tmp_path: Path, late: bool, options: dict[s
         assert resumed == whole[done:], checkpoint.name
 
 
+class Scheduled(toys.Toy):
+    """Asks for the number of steps, for which Lightning makes the loaders before it reads the checkpoint."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        steps = int(self.trainer.estimated_stepping_batches)
+        return [optimizer], [torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=steps)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_resume_of_a_module_that_asks_for_the_number_of_steps(tmp_path: Path, num_workers: int) -> None:
+    def run(folder: Path, checkpoint: Path | None) -> list[float]:
+        torch.manual_seed(1)
+        module = Scheduled()
+        callback = PMSSCallback(rank=6, dropout=0.3, output_dir=folder, merge_on_save=None)
+        saver = L.pytorch.callbacks.ModelCheckpoint(folder, "{step}", every_n_train_steps=4, save_top_k=-1)
+        toys.trainer(folder, callback, saver, max_epochs=2).fit(module, toys.Numbers(num_workers), ckpt_path=checkpoint)
+        return module.losses
+
+    whole = run(tmp_path, None)
+    for step in (4, 8):
+        assert run(tmp_path / str(step), tmp_path / f"step={step}.ckpt") == whole[step:]
+
+
 def test_resume_in_a_new_process(tmp_path: Path) -> None:
     whole = toys.fit(tmp_path / "whole", None, False, {})
     assert len(whole) == STEPS
