@@ -269,7 +269,8 @@ class PMSSCallback(L.Callback):
         self._randomness.leave()
         if self.log_throughput:
             values = self._clock.figures(batch, trainer.world_size)
-            values["pmss/peak_memory_gb"] = peak_memory_gb(pl_module.device)
+            if (peak := peak_memory_gb(pl_module.device)) is not None:
+                values["pmss/peak_memory_gb"] = peak
             pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
             shown = {SHORT[name]: value for name, value in values.items() if name in SHORT}
             pl_module.log_dict(shown, prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_pmss.process_memory import peak_memory
 
 # What a progress bar has room for.
 SHORT = {"pmss/tokens_per_second": "tok/s", "pmss/peak_memory_gb": "peak GB"}
@@ -34,12 +34,15 @@ class StepClock:
         return values
 
 
-def peak_memory_gb(device: torch.device) -> float:
-    """Peak so far in 10^9 bytes: what the allocator of a CUDA device held, else the resident memory of this process."""
+def peak_memory_gb(device: torch.device) -> float | None:
+    """Peak so far in 10^9 bytes: what the allocator of a CUDA device held, else the resident memory of this process.
+
+    None where the system does not report the memory of a process (Windows).
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    peak = peak_memory()
+    return None if peak is None else peak / 1e9
 
 
 def _tokens(batch: Any) -> int | None:

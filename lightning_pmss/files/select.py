@@ -25,10 +25,11 @@ from lightning_pmss.config import PMSSConfig
 from lightning_pmss.files.adapter_file import library_versions
 from lightning_pmss.files.architecture import Target, find_matrices, model_on_meta
 from lightning_pmss.files.pieces import Pieces, file_states, sync
-from lightning_pmss.files.select_report import SelectedLayer, SelectReport, peak_memory
+from lightning_pmss.files.select_report import SelectedLayer, SelectReport
 from lightning_pmss.files.shards import ShardReader, ShardWriter, TensorInfo, few, open_shards
 from lightning_pmss.fingerprint import fingerprint, same_base
 from lightning_pmss.layers import coordinate_frame
+from lightning_pmss.process_memory import peak_memory
 from lightning_pmss.selection import projection_residual, select_skeleton
 from lightning_pmss.skeleton import FORMAT_VERSION, METADATA
 

@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import re
-import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -112,16 +104,3 @@ class SelectReport:
         )
         lines.append(f"written: {self.output} ({self.bytes / 2**20:.2f} MiB)")
         return "\n".join(lines)
-
-
-def peak_memory() -> int | None:
-    """Largest resident memory of this process so far, in bytes."""
-    try:  # on Linux getrusage's peak is inherited from the process that started this one; the kernel's own is not
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    except OSError:
-        found = None
-    if found is not None:
-        return 1024 * int(found[1])
-    if resource is None:
-        return None
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
