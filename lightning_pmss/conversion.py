@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from lightning_pmss.config import PMSSConfig
 from lightning_pmss.fingerprint import same_base
-from lightning_pmss.layers import Frame, PMSSLinear, canonical_shape, coordinate_frame, core_dtype, is_transposed
+from lightning_pmss.layers import Frame, PMSSLinear, canonical_shape, coordinate_frame, is_transposed
 from lightning_pmss.messages import some
 from lightning_pmss.quantised import hidden_values, prepare, quantisation_of, value_dtype, whole_weight
 from lightning_pmss.report import ConversionReport, LayerReport
@@ -165,17 +165,16 @@ def _report(name: str, layer: nn.Module, requested: int, plan: SkeletonLayer) ->
     low = dtype if dtype in LOW_PRECISION else torch.bfloat16  # in which autocast may compute
     frame = plan.frame or Frame()
     error = rounding_error(frame, low)
-    columns, rows = len(layer.cols), len(layer.rows)
     return LayerReport(
         name=name,
         shape=canonical_shape(layer),
-        rank=columns,
+        rank=len(layer.cols),
         requested_rank=requested,
         edit=layer.edit,
         trainable=whole_size(layer.core.weight),
         residual=plan.residual,
-        kept_bytes_per_token=rows * dtype.itemsize,
-        file_bytes=columns * rows * core_dtype(layer.weight.dtype).itemsize + 4 * (columns + rows),
+        kept_bytes_per_token=len(layer.rows) * dtype.itemsize,
+        file_bytes=layer.file_bytes,
         rounding_error=error,
         fitting_rank=fitting_rank(frame, low) if error > LIMIT else None,
     )

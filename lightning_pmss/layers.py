@@ -124,6 +124,12 @@ class PMSSLinear(nn.Module):
         """Whether ``weight`` currently holds W' (the pristine W is kept aside until `unmerge`)."""
         return self.pristine is not None
 
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of U and both index vectors in the adapter file, which stores U whatever the coordinates."""
+        columns, rows = len(self.cols), len(self.rows)
+        return columns * rows * core_dtype(self.core.weight.dtype).itemsize + 4 * (columns + rows)
+
     def core_update(self) -> Tensor:
         """``s U [c, r]``, everything folded in."""
         update: Tensor = self.core(self.scale)

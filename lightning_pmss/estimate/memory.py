@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from lightning_pmss.config import PMSSConfig
+from lightning_pmss.conversion import pmss_layers
 from lightning_pmss.estimate.architecture import (
     METHODS,
     Architecture,
@@ -30,6 +32,7 @@ from lightning_pmss.estimate.strategies import (
     place,
     reserve,
 )
+from lightning_pmss.targets import canonical_modules, match_modules
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
@@ -257,7 +260,6 @@ def _estimate(run: Run, config: Any, loaded: torch.dtype, methods: tuple[str, ..
         other = steps.get(not run.gradient_checkpointing)
         where = place(pieces, run.strategy, run.world, run.optimizer, run.zero)
         of_base = parameters * loaded.itemsize
-        checkpoint, adapter = _file_bytes(pieces, run, method)
         results[method] = MethodEstimate(
             method=method,
             rank=rank,
@@ -275,23 +277,30 @@ def _estimate(run: Run, config: Any, loaded: torch.dtype, methods: tuple[str, ..
             reserve=reserve(run.world),
             activations_other=None if other is None else other.peak,
             host=host_bytes(of_base, where, run.strategy, run.devices),
-            checkpoint=checkpoint,
-            adapter=adapter,
+            checkpoint=_checkpoint_bytes(pieces, run),
+            adapter=_adapter_bytes(model, run.config) if method == "pmss" else _trained_bytes(pieces),
         )
     return Estimate(run, type(base).__name__, parameters, str(loaded).removeprefix("torch."), results)
 
 
-def _file_bytes(pieces: list[Piece], run: Run, method: str) -> tuple[int, int]:
-    """(checkpoint, adapter): tensors without headers."""
-    trained = [p for p in pieces if p.kind == "trained" and not p.buffer]
-    indices = [p for p in pieces if p.kind == "index"]
-    deepspeed = run.strategy.startswith("zero")
-    alone = place([replace(p, block="") for p in trained], "zero2" if deepspeed else "single", 1, run.optimizer)
-    checkpoint = alone.trained + alone.optimizer + sum(p.nbytes for p in pieces if p.buffer)
-    if method == "pmss":
-        # U in float32 and int32 indices, whatever the run holds.
-        return checkpoint, sum(p.numel for p in trained) * 4 + sum(p.numel for p in indices) * 4
-    return checkpoint, sum(p.nbytes for p in trained)
+def _checkpoint_bytes(pieces: list[Piece], run: Run) -> int:
+    """Tensors of one checkpoint, without headers."""
+    trained = [replace(p, block="") for p in pieces if p.kind == "trained" and not p.buffer]
+    kind = "zero2" if run.strategy.startswith("zero") else "single"
+    alone = place(trained, kind, 1, run.optimizer)
+    return alone.trained + alone.optimizer + sum(p.nbytes for p in pieces if p.buffer)
+
+
+def _trained_bytes(pieces: list[Piece]) -> int:
+    return sum(p.nbytes for p in pieces if p.kind == "trained" and not p.buffer)
+
+
+def _adapter_bytes(model: nn.Module, config: PMSSConfig) -> int:
+    """Tensors of the adapter file, without headers: U and indices of each layer, and the modules trained in full."""
+    modules = canonical_modules(model)
+    full = (modules[name] for name in match_modules(config.also_train, modules, "also_train"))
+    extra = sum(value.nbytes for module in full for value in module.state_dict().values())
+    return extra + sum(layer.file_bytes for layer in pmss_layers(model).values())
 
 
 def with_options(run: Run, **changes: Any) -> Run:

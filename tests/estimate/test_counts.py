@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_pmss import PMSSConfig
 from lightning_pmss.checkpointing import trained_shapes
+from lightning_pmss.conversion import conversion_of
+from lightning_pmss.coordinates import COORDINATES
 from lightning_pmss.estimate import Run, estimate
 from lightning_pmss.estimate.architecture import Architecture, Piece, count, decoder_blocks, inventory, read_config
 from lightning_pmss.estimate.strategies import ZeroSettings, host_bytes, place
@@ -65,8 +67,9 @@ def test_decoder_blocks(fixtures: Path) -> None:
     assert decoder_blocks(plain) == ["blocks.0", "blocks.1", "blocks.2"]
 
 
-def test_adapter_and_checkpoint_files(tmp_path: Path) -> None:
-    config = pmss_config()
+@pytest.mark.parametrize("coordinates", COORDINATES)
+def test_adapter_and_checkpoint_files(tmp_path: Path, coordinates: str) -> None:
+    config = pmss_config(coordinates=coordinates)
     run = Run(write_config(tmp_path), config=config, sequence_length=32, weights_dtype="float32", precision="32-true")
     found = estimate(run, ("pmss",), both=False).methods["pmss"]
 
@@ -74,6 +77,7 @@ def test_adapter_and_checkpoint_files(tmp_path: Path) -> None:
     file = save_adapter(model, tmp_path / "adapter") / "adapter_model.safetensors"
     assert sum(tensor.nbytes for tensor in load_file(file).values()) == found.adapter
     assert found.adapter == pytest.approx(file.stat().st_size, rel=0.1)
+    assert found.adapter == conversion_of(model).adapter_bytes  # type: ignore[union-attr]
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     loss_of(model)().backward()
@@ -90,6 +94,17 @@ def test_adapter_and_checkpoint_files(tmp_path: Path) -> None:
     torch.save(record, tmp_path / "saved.ckpt")
     around = 2000 * len(tensors)  # the format's own bytes, which count in a small model only
     assert found.checkpoint < (tmp_path / "saved.ckpt").stat().st_size < found.checkpoint + around
+
+
+def test_adapter_file_with_a_head_in_bfloat16(tmp_path: Path) -> None:
+    """What is trained in full is stored in its own dtype, U in float32."""
+    config = pmss_config(also_train=["lm_head"])
+    found = estimate(
+        Run(write_config(tmp_path), config=config, sequence_length=32, weights_dtype="bfloat16"), ("pmss",)
+    )
+    model = small_model(torch.bfloat16, config)
+    file = save_adapter(model, tmp_path / "adapter") / "adapter_model.safetensors"
+    assert sum(tensor.nbytes for tensor in load_file(file).values()) == found.methods["pmss"].adapter
 
 
 PIECES = [
