@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from lightning_pmss.edits import without_autocast
 from lightning_pmss.rotation import angles, packed_shape, turned
-from lightning_pmss.whole import fill
+from lightning_pmss.whole import fill, whole_shape
 
 COORDINATES = ("orthonormal", "rotation", "spectral", "raw")
 
@@ -171,7 +171,7 @@ class CoreFrame(nn.Module):
         for name, new in zip(Frame._fields, frame, strict=True):
             old = getattr(self, name)
             if new is not None and old is not None:
-                fill(old, new.reshape(old.shape))
+                fill(old, new.reshape(whole_shape(old)))
 
     def reset_parameters(self) -> None:
         """Called by engines once parameters that were made on the meta device have memory."""

@@ -48,8 +48,8 @@ def whole_update(model: nn.Module, layer: PMSSLinear) -> Tensor:
             with whole(parameter) as value:
                 tensors[clean_name(name)] = value.clone()
     frame = Frame(*(tensors.get(f"frame.{part}") for part in Frame._fields))
-    weight = tensors["weight"]
-    plain = PMSSCore(weight.shape[0], weight.shape[1], frame, weight.dtype, weight.device)
+    weight = tensors["weight"]  # in rotation coordinates a packed triangle, whose shape is not U's
+    plain = PMSSCore(len(layer.cols), len(layer.rows), frame, weight.dtype, weight.device)
     with torch.no_grad():
         plain.weight.copy_(weight)
         update: Tensor = plain(layer.scale)

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ WIDTH, VOCABULARY, LENGTH, EXAMPLES = 32, 40, 12, 32
 DEFAULTS: dict[str, Any] = {
     "strategy": "ddp",
     "steps": 4,
+    "lr": 0.02,
     "checkpoint": None,
     "callback": {},  # options of PMSSCallback
     "precision": "32-true",
@@ -48,6 +50,7 @@ DEFAULTS: dict[str, Any] = {
     "kill_at": None,  # rank 1 is killed when the checkpoint of this step is being made
     "stamp": False,  # before the last checkpoint every rank fills its part of U with its own number
     "only": None,  # "test" instead of fit
+    "raises": None,  # part of the message of an error that every rank must end with
     "then": None,  # "validate" or "fit" with the same Trainer after fit
 }
 
@@ -153,7 +156,7 @@ class Module(L.LightningModule):
         return {clean_name(n): p for n, p in self.named_parameters() if p.requires_grad}
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.02)
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.task["lr"])
 
 
 def _part(parameter: nn.Parameter) -> Tensor:
@@ -243,13 +246,15 @@ def run(task: dict[str, Any]) -> None:
     except Exception as error:
         if task["kill_at"]:  # what rank 0 sees of it
             raise
-        record["error"] = f"{type(error).__name__}: {error}"
+        traceback.print_exc()
+        record["error"] = f"{type(error).__name__}: {error}"  # `launch` fails on it unless the task says "raises"
     record |= {
         "losses": module.losses,
         "scores": module.scores,
         "frozen_gradients": module.frozen_gradients,
         "trained": sorted(module.trained()),
         "parts": module.parts,
+        "norms": {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("pmss/u_norm/")},
         "indices": {n: [x.rows.tolist(), x.cols.tolist()] for n, x in pmss_layers(module).items()},
     }
     (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(record))

@@ -45,7 +45,7 @@ class Stopping(CausalLMModule):
 
 
 def main(tasks: list[dict[str, Any]]) -> None:
-    """Test once per task; rank r writes the logged values to ``<folder>/logged<r>.json``."""
+    """Test once per task; rank r writes the logged values to ``<folder>/rank<r>.json``."""
     for task in tasks:
         choice = task.get("options", {}).get("answer_by") == "likelihood"
         metric: Any = CommonsenseAccuracy() if choice else OddTexts()
@@ -75,10 +75,12 @@ def main(tasks: list[dict[str, Any]]) -> None:
         try:
             logged = trainer.test(module, data, verbose=False)[0]
         except KeyError:
+            if module.stop_after is None:
+                raise
             logged = {}
         record = {"logged": logged, "asked": module.asked}
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"logged{trainer.global_rank}.json").write_text(json.dumps(record))
+        (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(record))
         part = folder / "predictions-test.rank1.jsonl"
         if not logged and trainer.global_rank == 1 and part.exists():  # the kill caught rank 1 in the middle of a line
             part.write_bytes(part.read_bytes()[:-3])

@@ -74,7 +74,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def logged(folder: Path, rank: int = 0) -> dict[str, Any]:
-    return json.loads((folder / f"logged{rank}.json").read_text())
+    return json.loads((folder / f"rank{rank}.json").read_text())
 
 
 @pytest.fixture(scope="module")
