@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 
+from lightning_pmss.callbacks.processing import processing_of
 from lightning_pmss.callbacks.throughput import SHORT
 
 
@@ -16,6 +17,9 @@ def run_facts(trainer: L.Trainer, module: L.LightningModule) -> dict[str, dict[s
     if data is not None:
         training["data"] = type(data).__name__
         training |= {name: getattr(data, name) for name in ("path", "prompt_style") if getattr(data, name, None)}
+    names = [getattr(part, "name_or_path", None) for part in processing_of(trainer, module)]
+    if named := [name for name in names if isinstance(name, str) and name]:
+        training["tokenizer"] = named[0]
     training["optimizer steps"] = trainer.global_step
     if trainer.optimizers:
         optimizer = trainer.optimizers[0]

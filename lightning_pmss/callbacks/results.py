@@ -10,9 +10,10 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_pmss.callbacks.facts import run_facts
+from lightning_pmss.callbacks.processing import processing_of
 from lightning_pmss.files import merge_files, save_adapter, write_merged
 from lightning_pmss.files.atomic import check_target
-from lightning_pmss.targets import hugging_face_root
+from lightning_pmss.files.base import base_of
 from lightning_pmss.whole import is_fsdp1, is_sharded
 
 
@@ -32,15 +33,14 @@ def write_results(trainer: L.Trainer, module: L.LightningModule, adapter: Path |
         base = base_folder(module) if sharded and adapter is not None else None
         if base is not None:
             if first:
-                report = merge_files(base, adapter, merged, overwrite=True)  # type: ignore[arg-type]
-                if (tokenizer := _tokenizer(module)) is not None:
-                    tokenizer.save_pretrained(merged)
+                tokenizer = processing_of(trainer, module)
+                report = merge_files(base, adapter, merged, overwrite=True, tokenizer=tokenizer)  # type: ignore[arg-type]
         elif sharded or first:
             if sharded:
                 rank_zero_info("PMSS: no checkpoint of the base on disk; gathering it on rank 0, one matrix at a time.")
             # FSDP1's root owns what is in no unit of its own.
             model: Any = trainer.strategy.model if is_fsdp1(module) else module
-            report = write_merged(model, merged, tokenizer=_tokenizer(module), overwrite=True)
+            report = write_merged(model, merged, tokenizer=processing_of(trainer, module), overwrite=True)
     trainer.strategy.barrier("PMSS.results")
     return report
 
@@ -72,21 +72,5 @@ def beside(checkpoint: Path) -> Path:
 
 def base_folder(module: L.LightningModule) -> Path | None:
     """The folder that the Hugging Face model was loaded from, or its snapshot in the hub's cache, if it has safetensors."""
-    known = getattr(getattr(hugging_face_root(module)[0], "config", None), "_name_or_path", None)
-    if not known:
-        return None
-    folder = Path(known).expanduser()
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-        try:
-            folder = Path(snapshot_download(known, local_files_only=True))
-        except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError):
-            return None
-    return folder if any(folder.glob("*.safetensors")) else None
-
-
-def _tokenizer(module: L.LightningModule) -> Any:
-    tokenizer = getattr(module, "tokenizer", None)
-    return tokenizer if hasattr(tokenizer, "save_pretrained") else None
+    folder = base_of(module).folder
+    return folder if folder is not None and any(folder.glob("*.safetensors")) else None

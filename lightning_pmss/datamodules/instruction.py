@@ -181,6 +181,11 @@ class InstructionDataModule(L.LightningDataModule):
         return self._encoders["train"]
 
     @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of training, loaded at first use."""
+        return self.encoder.tokenizer
+
+    @property
     def eval_encoder(self) -> PromptEncoder:
         """The prompt format of evaluation, with its worked examples."""
         if "eval" not in self._encoders:

@@ -26,6 +26,7 @@ from lightning_pmss.files.adapter_file import (
     read_adapter,
 )
 from lightning_pmss.files.atomic import WRITTEN_BY, atomic_folder, check_target
+from lightning_pmss.files.base import Base, base_of
 from lightning_pmss.files.plain import quantisation_settings
 from lightning_pmss.files.shards import few, save_tensors
 from lightning_pmss.fingerprint import fingerprint, same_base
@@ -55,7 +56,7 @@ def save_adapter(
         model: converted by `convert` or the callback; merged or not.
         folder: written whole or not at all.
         base: id or path of the base model; default: what the Hugging Face model knows of itself.
-        revision: commit of the base; default likewise.
+        revision: commit of the base; default: likewise, or what the model hub's cache knows.
         overwrite: replace an earlier adapter of this library.
         run: what is known of the training, for the card: section -> text, or name -> number or text.
 
@@ -109,14 +110,16 @@ def save_adapter(
     tied = other_names(extra, model)
     if sharded and torch.distributed.get_rank() != 0:
         return target
-    known = getattr(hugging_face_root(model)[0], "config", None)
+    known = base_of(model)
+    if base not in (None, known.name):
+        known = Base(base)
     config = {
         "written_by": WRITTEN_BY,
         "files": [CARD_FILE, CONFIG_FILE, WEIGHTS_FILE],
         "format_version": FORMAT_VERSION,
         "peft_type": "PMSS",  # so that peft says at once that this is none of its own
-        "base_model_name_or_path": base or getattr(known, "_name_or_path", None) or None,
-        "revision": revision or getattr(known, "_commit_hash", None),
+        "base_model_name_or_path": known.name,
+        "revision": revision or known.revision,
         "model_class": class_path(hugging_face_root(model)[0]),
         "quantisation": sorted(q for q in {quantisation_of(m, m.pristine) for m in layers.values()} if q),
         **quantisation_settings(hugging_face_root(model)[0]),
@@ -128,7 +131,7 @@ def save_adapter(
     with atomic_folder(target, overwrite=overwrite) as temporary:
         save_tensors(tensors, temporary / WEIGHTS_FILE)
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (temporary / CARD_FILE).write_text(adapter_card(config, run), encoding="utf-8")
+        (temporary / CARD_FILE).write_text(adapter_card(config, run, known.folder), encoding="utf-8")
     return target
 
 

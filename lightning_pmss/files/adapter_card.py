@@ -11,12 +11,15 @@ import yaml
 CARD_FILE = "README.md"
 
 
-def adapter_card(config: Mapping[str, Any], run: Mapping[str, Any] | None = None) -> str:
+def adapter_card(
+    config: Mapping[str, Any], run: Mapping[str, Any] | None = None, base_folder: Path | None = None
+) -> str:
     """The card's text.
 
     Args:
         config: What ``adapter_config.json`` holds.
         run: What is known of the training, printed as it comes: name -> number, text, or mapping of these.
+        base_folder: Where the base's files are, if its name does not say it (a snapshot in the hub's cache).
     """
     base = config["base_model_name_or_path"]
     revision = config["revision"]
@@ -25,7 +28,7 @@ def adapter_card(config: Mapping[str, Any], run: Mapping[str, Any] | None = None
     if base and is_hub_id(base):  # a path is no id, and the hub refuses a card that names one
         front["base_model"] = base
         front["tags"].append(f"base_model:adapter:{base}")
-    if licence := _licence(base):
+    if licence := _licence(base_folder or base):
         front["license"] = licence
     lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", "# PMSS adapter", ""]
     lines += [
@@ -99,7 +102,7 @@ def _load(config: Mapping[str, Any]) -> list[str]:
     return [*made, 'load_adapter(model, "THIS_FOLDER")']
 
 
-def _licence(base: str | None) -> str | None:
+def _licence(base: str | Path | None) -> str | None:
     """What the front matter of the base's own card says, where the base is a folder here."""
     card = Path(base).expanduser() / CARD_FILE if base else None
     if card is None or not card.is_file():

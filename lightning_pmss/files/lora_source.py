@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_pmss.conversion import conversion_of, pmss_layers
 from lightning_pmss.files.adapter import class_path, other_names, tensors_of
 from lightning_pmss.files.adapter_file import AdapterFile, not_finite
+from lightning_pmss.files.base import base_of
 from lightning_pmss.files.naming import Wording, match_names
 from lightning_pmss.files.shards import ShardReader, few
 from lightning_pmss.fingerprint import same_base
@@ -107,7 +108,7 @@ def model_source(model: nn.Module) -> Source:
             f"NaN or infinite values in {few(broken)}: the training has diverged, and such an adapter is not exported. "
             "Go back to an earlier checkpoint."
         )
-    known = getattr(root, "config", None)
+    known = base_of(model)
     return Source(
         layers={
             n: Layer(canonical_shape(layer), layer.transposed, min(len(layer.cols), len(layer.rows)))
@@ -119,8 +120,8 @@ def model_source(model: nn.Module) -> Source:
         tied=other_names(extra, model),
         modules=list(modules),
         double=any(layer.core.weight.dtype == torch.float64 for layer in layers.values()),
-        base_model=getattr(known, "_name_or_path", None) or None,
-        revision=getattr(known, "_commit_hash", None),
+        base_model=known.name,
+        revision=known.revision,
         model_class=class_path(root),
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from lightning_pmss.convertible import FLOATS
 from lightning_pmss.files.adapter_file import AdapterFile, AdapterModule, read_adapter
 from lightning_pmss.files.atomic import atomic_folder, check_target
+from lightning_pmss.files.base import base_of
 from lightning_pmss.files.model_folder import FileMergeReport, copy_others, refuse_overlap, write_report
 from lightning_pmss.files.naming import parse_dtype, resolve_names
 from lightning_pmss.files.plain import without_quantiser
@@ -77,6 +78,7 @@ def merge_files(
     max_shard_size: str | int | None = "5GB",
     dtype: str | torch.dtype | None = None,
     progress: bool = True,
+    tokenizer: Any = None,
 ) -> FileMergeReport:
     """Merge an adapter into a base on disk, tensor by tensor, and write a complete model folder.
 
@@ -91,6 +93,7 @@ def merge_files(
             None for no limit).
         dtype: dtype of the merged model's floating-point weights (``"float32"``, ...); None keeps the base's.
         progress: show a progress bar.
+        tokenizer: as for `write_merged`.
 
     Raises:
         FileNotFoundError: base or adapter or one of their files is missing.
@@ -115,6 +118,7 @@ def merge_files(
             names = shard_names(1)
         report = FileMergeReport(str(output), replaced=plan.replaced, added=plan.added, shards=names)
         with atomic_folder(output, overwrite=overwrite) as folder:
+            _save_processing(tokenizer, folder)
             report.copied_files = copy_others(base, folder, target_dtype)
             _write_shards(plan, dict(zip(names, shards, strict=True)), folder, report, progress)
             write_index(folder, dict(zip(names, shards, strict=True)), reader.metadata)
@@ -169,8 +173,8 @@ def write_merged(
         model: converted by `convert`, the callback or `load_adapter`.
         folder: written whole or not at all.
         base: folder of the base, from which tokenizer files and the like are copied; default: where the Hugging Face
-            model was loaded from, if that was a folder.
-        tokenizer: written by its ``save_pretrained``; goes before the base's files.
+            model was loaded from, a folder or a snapshot in the model hub's cache.
+        tokenizer: a tokenizer or processor, or a list of them, written by ``save_pretrained``; go before the base's files.
         overwrite: replace an earlier output.
 
     Raises:
@@ -179,8 +183,8 @@ def write_merged(
     """
     target = Path(folder).expanduser()
     root, prefix = hugging_face_root(model)
-    known = getattr(getattr(root, "config", None), "_name_or_path", None)
-    source = _source(base or known)
+    known = base_of(model)
+    source = _source(base or known.folder)
     if source is not None and (base is not None or target.resolve() == source.resolve()):
         # A base that was not named may well lie around the output of a run; then only its top level is copied.
         refuse_overlap(target, {"base": source})
@@ -202,17 +206,22 @@ def write_merged(
                 save_tensors(outside, temporary / OUTSIDE_FILE)
         else:
             save_tensors(state, temporary / SINGLE_FILE)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+        _save_processing(tokenizer, temporary)
         if source is not None and save_pretrained is not None:
             report.copied_files = copy_others(source, temporary, None, top_only=base is None)
         report.shards = sorted(path.name for path in temporary.glob("*.safetensors"))
-        write_report(temporary, report, base_model=str(base or known or "") or None)
+        write_report(temporary, report, base_model=str(base or known.name or "") or None)
     return report
 
 
+def _save_processing(tokenizer: Any, folder: Path) -> None:
+    if tokenizer is not None:
+        for part in tokenizer if isinstance(tokenizer, Sequence) else [tokenizer]:
+            part.save_pretrained(folder)
+
+
 def _source(base: str | os.PathLike[str] | None) -> Path | None:
-    """The base as a folder, or None where it is a hub id and there is nothing to copy from."""
+    """The base as a folder, or None where there is nothing to copy from."""
     folder = Path(base).expanduser() if base else None
     return folder if folder is not None and (folder / "config.json").is_file() else None
 

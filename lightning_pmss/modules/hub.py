@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from lightning_pmss.hub_cache import snapshot_of
 from lightning_pmss.modules.quantisation import quantised_options
 
 
@@ -39,7 +40,11 @@ def load_causal_lm(
     if quantisation is not None:
         _load(AutoConfig, "model", name_or_path, **options)  # a wrong name is reported here
         options |= quantised_options(quantisation, name_or_path, dtype, strategy, **options)
-    return _load(AutoModelForCausalLM, "model", name_or_path, dtype=dtype, **options)
+    model = _load(AutoModelForCausalLM, "model", name_or_path, dtype=dtype, **options)
+    snapshot = None if Path(name_or_path).expanduser().is_dir() else snapshot_of(name_or_path, options.get("revision"))
+    if snapshot is not None:
+        model.config._commit_hash = snapshot.commit  # transformers knew it up to its version 4
+    return model
 
 
 def load_tokenizer(name_or_path: str, **options: Any) -> Any:

@@ -1,0 +1,74 @@
+"""The tokenizer and processors that a run works with, wherever they live."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
+
+# The usual attributes; they also cover properties, and classes that transformers does not know.
+_NAMES = ("processor", "tokenizer", "image_processor", "video_processor", "feature_extractor")
+_NAMED = ("tokenizer", "tokenizer_name", "tokenizer_name_or_path")  # attributes that may name a tokenizer
+
+
+def processing_of(trainer: L.Trainer, module: L.LightningModule) -> list[Any]:
+    """What a merged model needs beside its weights: objects with ``save_pretrained``, at most one of each kind.
+
+    Looked for in the LightningModule, then in the DataModule, then in the collate functions of the training loaders; a
+    DataModule may also give the name of its tokenizer.
+    """
+    found: dict[str, Any] = {}
+    owners = [module, getattr(trainer, "datamodule", None), *_collate_functions(trainer)]
+    for owner in owners:
+        for kind, value in _parts(owner):
+            found.setdefault(kind, value)
+    if "tokenizer" not in found and "processor" not in found:
+        tokenizer = next((t for owner in owners for t in _by_name(owner)), None)
+        if tokenizer is not None:
+            found["tokenizer"] = tokenizer
+    # A processor writes its tokenizer, too, and one that was found on its own is written over that.
+    return [found[kind] for kind in sorted(found, key=lambda kind: kind != "processor")]
+
+
+def _collate_functions(trainer: L.Trainer) -> list[Any]:
+    combined = getattr(trainer.fit_loop, "_combined_loader", None)
+    return [getattr(loader, "collate_fn", None) for loader in combined.flattened] if combined is not None else []
+
+
+def _parts(owner: Any) -> Iterator[tuple[str, Any]]:
+    """(kind, object) of what an object holds under the usual names or of transformers' classes."""
+    if owner is None:
+        return
+    for name in _NAMES:
+        value = getattr(owner, name, None)
+        if hasattr(value, "save_pretrained") and not isinstance(value, nn.Module):  # a model would write its weights
+            yield name, value
+    from transformers import FeatureExtractionMixin, ImageProcessingMixin, PreTrainedTokenizerBase, ProcessorMixin
+
+    kinds = {
+        "processor": ProcessorMixin,
+        "tokenizer": PreTrainedTokenizerBase,
+        "image_processor": ImageProcessingMixin,
+        "feature_extractor": FeatureExtractionMixin,
+    }
+    for value in list(getattr(owner, "__dict__", {}).values()):
+        yield from ((kind, value) for kind, class_ in kinds.items() if isinstance(value, class_))
+
+
+def _by_name(owner: Any) -> Iterator[Any]:
+    """The tokenizer that an object names, loaded from its folder or the hub's cache."""
+    name = next((value for n in _NAMED if isinstance(value := getattr(owner, n, None), str)), None)
+    if name is None:
+        return
+    from transformers import AutoTokenizer
+
+    try:
+        yield AutoTokenizer.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        rank_zero_warn(
+            f"The tokenizer {name!r} of {type(owner).__name__} could not be loaded for the merged model: {reason}"
+        )

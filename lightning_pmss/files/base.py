@@ -1,0 +1,77 @@
+"""Where the base of a model comes from: its name, its folder on this machine, its commit on the model hub."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.files.shards import open_shards
+from lightning_pmss.fingerprint import fingerprint, same_base
+from lightning_pmss.hub_cache import Snapshot, snapshot_at, snapshot_of, snapshots
+from lightning_pmss.layers import PMSSLinear
+from lightning_pmss.targets import hugging_face_root
+
+_COMPARED = 3  # layers by which two snapshots of one repository are told apart
+
+
+class Base(NamedTuple):
+    """What is known of a base.
+
+    Attributes:
+        name: Id on the hub, or path; None where it was not recorded.
+        folder: Its files on this machine, also in the hub's cache; None where there are none.
+        revision: Commit on the hub.
+    """
+
+    name: str | None = None
+    folder: Path | None = None
+    revision: str | None = None
+
+
+def base_of(model: nn.Module) -> Base:
+    """The base of the Hugging Face model inside `model`, as far as its config and the hub's cache know."""
+    config = getattr(hugging_face_root(model)[0], "config", None)
+    name = getattr(config, "_name_or_path", None)
+    if not isinstance(name, str) or not name:
+        return Base()
+    recorded = getattr(config, "_commit_hash", None)  # set by our loader, and by transformers before its version 5
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        snapshot = snapshot_at(folder)
+        return Base(name, folder, recorded) if snapshot is None else Base(snapshot.name, folder, snapshot.commit)
+    found = snapshot_of(name, recorded) if recorded is not None else _loaded(name, model)
+    return Base(name, None, recorded) if found is None else Base(name, found.folder, found.commit)
+
+
+def _loaded(name: str, model: nn.Module) -> Snapshot | None:
+    """The snapshot that a model was loaded from by its id alone: the model does not say which revision was asked for."""
+    candidates = snapshots(name)
+    if len(candidates) < 2:
+        return candidates[0] if candidates else None
+    layers = dict(islice(pmss_layers(model).items(), _COMPARED))
+    return next((snapshot for snapshot in candidates if _holds(snapshot.folder, layers)), None)
+
+
+def _holds(folder: Path, layers: dict[str, PMSSLinear]) -> bool:
+    """Whether a folder's weights are those of the layers."""
+    if not layers:
+        return False
+    try:
+        with open_shards(folder) as reader:
+            for name, layer in layers.items():
+                own = f".{name}.weight"  # either may have the model's base prefix, or not
+                key = next((k for k in reader.tensors if f".{k}".endswith(own) or own.endswith(f".{k}")), None)
+                if key is None or reader.tensors[key].shape != tuple(layer.weight.shape):
+                    return False
+                stored = reader.read(key)
+                canonical = stored.T if layer.transposed else stored
+                known = layer.fingerprint or fingerprint(*layer.slices())
+                if not same_base(known, canonical[layer.rows.cpu()], canonical[:, layer.cols.cpu()]):
+                    return False
+    except (OSError, ValueError, TypeError):  # no safetensors, damaged, or codes: then it cannot be told
+        return False
+    return True
