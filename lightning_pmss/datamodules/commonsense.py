@@ -13,18 +13,17 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
+from lightning_pmss.datamodules.columns import Format, filled, text
 from lightning_pmss.datamodules.commonsense_hub import hub_rows
 from lightning_pmss.datamodules.instruction import Example, InstructionDataModule, Split
 from lightning_pmss.datamodules.rows import (
     Row,
-    check_mapping,
     existing,
     load_hub_rows,
     looks_like_file,
     read_json,
     read_rows,
     split_file,
-    text,
 )
 from lightning_pmss.metrics.commonsense import TASK_LABELS, TASKS
 
@@ -38,16 +37,22 @@ _OPENINGS = {
 }
 
 
+_FORMAT = Format("LLM-Adapters", ("instruction", "output", "answer"), reads=("input", "task"))
+
+
 def possible_tasks(instruction: str) -> tuple[str, ...]:
     """Return the tasks that an instruction of LLM-Adapters may belong to; none for a foreign text."""
     return next((tasks for opening, tasks in _OPENINGS.items() if instruction.startswith(opening)), ())
 
 
-def _example(where: str, row: Any, task: str | None) -> Example:
-    row = check_mapping(where, row, ("instruction", "output", "answer"), "LLM-Adapters")
+def _example(where: str, row: Any, task: str | None, ignored: Sequence[str] = ()) -> Example:
+    row = _FORMAT.check(where, row, ignored)
     instruction, output, label = (text(where, row, column) for column in ("instruction", "output", "answer"))
-    if row.get("input"):
-        raise ValueError(f"{where}: the input is {row['input'][:40]!r}; in the commonsense data it is empty.")
+    if filled(row.get("input")) and "input" not in ignored:
+        raise ValueError(
+            f"{where}: the input is {str(row['input'])[:40]!r}; in the commonsense data it is empty. Put what it says into"
+            " the instruction, or leave it out on purpose: --data.ignore_columns '[input]'."
+        )
     possible = (task,) if task is not None else possible_tasks(instruction)
     label = label.strip()
     labels = [name for name in possible if label in TASK_LABELS[name]]
@@ -140,7 +145,11 @@ class CommonsenseDataModule(InstructionDataModule):
         if given is None:
             own = Path(self.path).expanduser()
             if not own.is_dir():
-                return [_example(where, row, task) for task in self.tasks for where, row in hub_rows(task)]
+                return [
+                    _example(where, row, task)
+                    for task in self.tasks
+                    for where, row in hub_rows(task, self.ignore_columns)
+                ]
             given = self.path
         path = Path(given).expanduser()
         if path.is_dir():
@@ -149,7 +158,7 @@ class CommonsenseDataModule(InstructionDataModule):
 
     def _per_task(self, folder: Path, stem: str, remedy: str) -> list[Example]:
         return [
-            _example(where, row, task)
+            _example(where, row, task, self.ignore_columns)
             for task in self.tasks
             for where, row in read_rows(split_file(folder / task, [stem], remedy))
         ]
@@ -159,7 +168,7 @@ class CommonsenseDataModule(InstructionDataModule):
         named = self._named_tasks(rows, path)
         examples = []
         for (where, row), name in zip(rows, named, strict=True):
-            example = _example(where, row, name)
+            example = _example(where, row, name, self.ignore_columns)
             possible = (name,) if name is not None else possible_tasks(example.question)
             wanted = [task in self.tasks for task in possible]
             if any(wanted) and not all(wanted):

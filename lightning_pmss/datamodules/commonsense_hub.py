@@ -6,11 +6,12 @@ the data sets' cards; a missing one is an error that names it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_pmss.datamodules.rows import Row, check_mapping, load_hub_rows
+from lightning_pmss.datamodules.columns import Format
+from lightning_pmss.datamodules.rows import Row, load_hub_rows
 
 _Made = tuple[str, str]  # instruction, label
 
@@ -71,18 +72,35 @@ class _Source:
     columns: tuple[str, ...]
     make: Callable[[Mapping[str, Any]], _Made]
     config: str | None = None
+    silent: tuple[str, ...] = ()
+    """Columns that LLM-Adapters' form leaves out: BoolQ's passage (it is asked closed book), identities, parts of others."""
+
+    @property
+    def format(self) -> Format:
+        return Format(self.hub_id, self.columns, silent=self.silent)
 
 
 _ARC = ("question", "choices", "answerKey")
 _SOURCES = {
-    "boolq": _Source("google/boolq", "validation", ("question", "answer"), _boolq),
+    "boolq": _Source("google/boolq", "validation", ("question", "answer"), _boolq, silent=("passage",)),
     "piqa": _Source("ybisk/piqa", "validation", ("goal", "sol1", "sol2", "label"), _piqa),
     "social_i_qa": _Source(
         "allenai/social_i_qa", "validation", ("context", "question", "answerA", "answerB", "answerC", "label"), _siqa
     ),
-    "hellaswag": _Source("Rowan/hellaswag", "validation", ("activity_label", "ctx", "endings", "label"), _hellaswag),
+    "hellaswag": _Source(
+        "Rowan/hellaswag",
+        "validation",
+        ("activity_label", "ctx", "endings", "label"),
+        _hellaswag,
+        silent=("ind", "ctx_a", "ctx_b", "source_id", "split_type"),
+    ),
     "winogrande": _Source(
-        "allenai/winogrande", "validation", ("sentence", "option1", "option2", "answer"), _winogrande, "winogrande_xl"
+        "allenai/winogrande",
+        "validation",
+        ("sentence", "option1", "option2", "answer"),
+        _winogrande,
+        "winogrande_xl",
+        ("qID",),
     ),
     "ARC-Easy": _Source("allenai/ai2_arc", "test", _ARC, lambda row: _choices(row, "question"), "ARC-Easy"),
     "ARC-Challenge": _Source("allenai/ai2_arc", "test", _ARC, lambda row: _choices(row, "question"), "ARC-Challenge"),
@@ -92,19 +110,21 @@ _SOURCES = {
         ("question_stem", "choices", "answerKey"),
         lambda row: _choices(row, "question_stem"),
         "main",
+        ("fact1", "humanScore", "clarity", "turkIdAnonymized"),
     ),
 }
 
 
-def to_llm_adapters(task: str, where: str, row: Any) -> dict[str, str]:
+def to_llm_adapters(task: str, where: str, row: Any, ignored: Sequence[str] = ()) -> dict[str, str]:
     """Return a row of the original data of ``task`` in LLM-Adapters' form.
 
     Raises:
-        ValueError: If it lacks a column or its answer is none of its choices; the message says where.
+        ValueError: If it lacks a column or has another one filled that is not ``ignored``, or its answer is none of its
+            choices; the message says where.
 
     """
     source = _SOURCES[task]
-    row = check_mapping(where, row, source.columns, source.hub_id)
+    row = source.format.check(where, row, ignored)
     try:
         instruction, label = source.make(row)
     except (ValueError, TypeError, KeyError) as error:
@@ -112,7 +132,7 @@ def to_llm_adapters(task: str, where: str, row: Any) -> dict[str, str]:
     return {"instruction": instruction, "input": "", "output": f"the correct answer is {label}", "answer": label}
 
 
-def hub_rows(task: str) -> list[Row]:
+def hub_rows(task: str, ignored: Sequence[str] = ()) -> list[Row]:
     """Return the evaluation rows of ``task`` from the hub in LLM-Adapters' form.
 
     Raises:
@@ -123,4 +143,4 @@ def hub_rows(task: str) -> list[Row]:
     options = [{"name": source.config} if source.config else {}]
     files = "--data.test_path FOLDER, with <task>/test.json (dataset/ of github.com/AGI-Edgerunners/LLM-Adapters)."
     rows = load_hub_rows(source.hub_id, source.split, options, files)
-    return [(where, to_llm_adapters(task, where, row)) for where, row in rows]
+    return [(where, to_llm_adapters(task, where, row, ignored)) for where, row in rows]

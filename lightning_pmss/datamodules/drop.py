@@ -15,29 +15,39 @@ Benchmark Requiring Discrete Reasoning Over Paragraphs"), from the hub or from l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from typing_extensions import override
 
+from lightning_pmss.datamodules.columns import Format, recognise, text
 from lightning_pmss.datamodules.instruction import Example, InstructionDataModule, Split
 from lightning_pmss.datamodules.prompts import PromptStyle
 from lightning_pmss.datamodules.rows import (
     Row,
-    check_mapping,
     existing,
     load_hub_rows,
     looks_like_file,
     read_json,
     read_rows,
     split_file,
-    text,
 )
 from lightning_pmss.metrics.drop import answer_strings
 
 _STEMS = {"train": ("train", "drop_dataset_train"), "test": ("test", "dev", "validation", "drop_dataset_dev")}
 _PASSAGE, _QUESTION, _ANSWER = "Passage: ", "\nQuestion: ", "\nAnswer:"
+
+_IDS = ("query_id", "section_id", "passage_id")
+_ENTRY = Format("DROP", ("passage", "qa_pairs"), silent=("wiki_url", *_IDS))
+_PAIR = Format("DROP", ("question", "answer"), reads=("validated_answers",), silent=_IDS)
+_ASKED = Format("DROP", ("passage", "question"), reads=("answer", "answers_spans", "validated_answers"), silent=_IDS)
+_ROW = Format("DROP", ("passage", "question", "answer"), reads=("validated_answers",), silent=_IDS)
+_SPANS = Format("ucinlp/drop", ("passage", "question", "answers_spans"), silent=_IDS)
+_CONTEXT = Format("simple-evals' DROP", ("context", "completion", "ref_text"))
+# The columns that are objects.
+_GOLD = Format("an answer of DROP", (), reads=("number", "spans", "date"), silent=("worker_id", "hit_id"))
+_ANSWERS_SPANS = Format("answers_spans", ("spans",), silent=("types",))
 
 
 class DROPQuestion(NamedTuple):
@@ -48,11 +58,13 @@ class DROPQuestion(NamedTuple):
     answers: list[list[str]]
 
 
-def _answers(where: str, candidates: Iterable[Any]) -> list[list[str]]:
+def _answers(where: str, row: Mapping[str, Any], ignored: Sequence[str]) -> list[list[str]]:
     answers = []
-    for candidate in candidates:
+    validated = [("validated_answers", answer) for answer in _records(where, row.get("validated_answers"))]
+    for column, candidate in [("answer", row["answer"]), *validated]:
         if not isinstance(candidate, Mapping):
             raise ValueError(f"{where}: an answer is {candidate!r}; it must be an object with number, spans and date.")
+        _GOLD.check(where, candidate, ignored, f"{column}.")
         try:
             spans = list(answer_strings(candidate)[0])
         except ValueError as error:
@@ -64,26 +76,29 @@ def _answers(where: str, candidates: Iterable[Any]) -> list[list[str]]:
     return answers
 
 
-def _records(validated: Any) -> list[Any]:
+def _records(where: str, validated: Any) -> list[Any]:
     """Return validated answers as a list of objects; `datasets` turns such a list into an object of lists."""
-    if isinstance(validated, Mapping):
-        keys = [key for key in ("number", "date", "spans") if key in validated]
-        return [dict(zip(keys, values, strict=True)) for values in zip(*(validated[key] for key in keys), strict=True)]
-    return list(validated or ())
+    if not isinstance(validated, Mapping):
+        return list(validated or ())
+    columns = list(validated.values())
+    if not all(isinstance(column, list) for column in columns) or len(set(map(len, columns))) > 1:
+        raise ValueError(
+            f"{where}: the validated_answers are {validated!r}; give objects, or one of lists of equal length."
+        )
+    return [dict(zip(validated, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
-def _from_passages(path: Path, passages: Mapping[str, Any]) -> Iterator[DROPQuestion]:
+def _from_passages(path: Path, passages: Mapping[str, Any], ignored: Sequence[str]) -> Iterator[DROPQuestion]:
     for name, entry in passages.items():
         where = f"{path} passage {name!r}"
-        entry = check_mapping(where, entry, ("passage", "qa_pairs"), "DROP")
+        entry = _ENTRY.check(where, entry, ignored)
         passage = text(where, entry, "passage")
         if not isinstance(entry["qa_pairs"], list):
             raise ValueError(f"{where}: qa_pairs is {type(entry['qa_pairs']).__name__}; it must be a list.")
         for number, pair in enumerate(entry["qa_pairs"]):
             place = f"{where} question {number}"
-            pair = check_mapping(place, pair, ("question", "answer"), "DROP")
-            candidates = [pair["answer"], *_records(pair.get("validated_answers"))]
-            yield DROPQuestion(passage, text(place, pair, "question").strip(), _answers(place, candidates))
+            pair = _PAIR.check(place, pair, ignored, "qa_pairs.")
+            yield DROPQuestion(passage, text(place, pair, "question").strip(), _answers(place, pair, ignored))
 
 
 def _from_context(where: str, row: Mapping[str, Any]) -> DROPQuestion:
@@ -103,31 +118,36 @@ def _from_context(where: str, row: Mapping[str, Any]) -> DROPQuestion:
     return DROPQuestion(context[len(_PASSAGE) : start], question, answers)
 
 
-def _from_rows(rows: Iterable[Row]) -> Iterator[DROPQuestion]:
+def _spans(where: str, value: Any, ignored: Sequence[str]) -> list[list[str]]:
+    spans = _ANSWERS_SPANS.check(where, value, ignored, "answers_spans.")["spans"]
+    if not isinstance(spans, list) or not all(isinstance(span, str) for span in spans):
+        raise ValueError(f"{where}: the spans are {spans!r}; they must be a list of texts.")
+    answers = [[span] for span in dict.fromkeys(spans) if span.strip()]
+    if not answers:
+        raise ValueError(f"{where}: no gold answer that is not blank; remove the question or give it an answer.")
+    return answers
+
+
+def _from_rows(rows: Iterable[Row], ignored: Sequence[str] = ()) -> Iterator[DROPQuestion]:
     for where, row in rows:
-        if isinstance(row, Mapping) and "context" in row:
-            row = check_mapping(where, row, ("context", "completion", "ref_text"), "This form of DROP")
+        kind = recognise((_CONTEXT, _SPANS, _ROW), row, ignored)
+        if kind is not _CONTEXT:
+            _ASKED.check(where, row, ignored)
+        row = kind.check(where, row, ignored)
+        if kind is _CONTEXT:
             yield _from_context(where, row)
             continue
-        row = check_mapping(where, row, ("passage", "question"), "DROP")
         passage, question = text(where, row, "passage"), text(where, row, "question").strip()
-        if "answers_spans" in row:
-            spans = check_mapping(where, row["answers_spans"], ("spans",), "answers_spans")["spans"]
-            if not isinstance(spans, list) or not all(isinstance(span, str) for span in spans):
-                raise ValueError(f"{where}: the spans are {spans!r}; they must be a list of texts.")
-            answers = [[span] for span in dict.fromkeys(spans) if span.strip()]
-            if not answers:
-                raise ValueError(
-                    f"{where}: no gold answer that is not blank; remove the question or give it an answer."
-                )
-        else:
-            row = check_mapping(where, row, ("passage", "question", "answer"), "DROP")
-            answers = _answers(where, [row["answer"], *_records(row.get("validated_answers"))])
+        answers = _answers(where, row, ignored) if kind is _ROW else _spans(where, row["answers_spans"], ignored)
         yield DROPQuestion(passage, question, answers)
 
 
-def read_drop(path: str | Path) -> list[DROPQuestion]:
+def read_drop(path: str | Path, ignore_columns: Sequence[str] = ()) -> list[DROPQuestion]:
     """Read and check a file in one of DROP's formats, see the module.
+
+    Args:
+        path: the file.
+        ignore_columns: columns that may be filled though they are not read.
 
     Raises:
         ValueError: If it is in none, or a question has no answer; the message names file and row.
@@ -135,7 +155,10 @@ def read_drop(path: str | Path) -> list[DROPQuestion]:
     """
     path = Path(path)
     whole = read_json(path) if path.suffix == ".json" else None
-    questions = list(_from_passages(path, whole) if isinstance(whole, Mapping) else _from_rows(read_rows(path)))
+    if isinstance(whole, Mapping):
+        questions = list(_from_passages(path, whole, ignore_columns))
+    else:
+        questions = list(_from_rows(read_rows(path), ignore_columns))
     if not questions:
         raise ValueError(f"{path}: no questions in this file.")
     return questions
@@ -226,10 +249,10 @@ class DROPDataModule(InstructionDataModule):
         if looks_like_file(given):
             path = Path(given).expanduser()
             if path.is_dir():
-                return read_drop(split_file(path, _STEMS[split], remedy))
+                return read_drop(split_file(path, _STEMS[split], remedy), self.ignore_columns)
             if split == "test" and self.test_path is None and path.is_file():
                 return None
-            return read_drop(existing(path, remedy))
+            return read_drop(existing(path, remedy), self.ignore_columns)
         files = f"--data.{option} FOLDER, with drop_dataset_train.json and drop_dataset_dev.json of the DROP release."
         hub_split = "train" if split == "train" else "validation"
-        return list(_from_rows(load_hub_rows(given, hub_split, [{}], files)))
+        return list(_from_rows(load_hub_rows(given, hub_split, [{}], files), self.ignore_columns))

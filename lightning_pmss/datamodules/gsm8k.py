@@ -9,27 +9,27 @@ MATH (Hendrycks et al. 2021, "Measuring Mathematical Problem Solving With the MA
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
+from lightning_pmss.datamodules.columns import Format, recognise, text
 from lightning_pmss.datamodules.instruction import Example, InstructionDataModule, Split, check_int
 from lightning_pmss.datamodules.prompts import STYLES, PromptStyle
 from lightning_pmss.datamodules.rows import (
     Row,
-    check_mapping,
     existing,
     load_hub_rows,
     looks_like_file,
     read_rows,
     split_file,
-    text,
 )
 from lightning_pmss.metrics import GSM8KAccuracy, MATHAccuracy, MetaMathAccuracy
+from lightning_pmss.metrics.exact import exact_number
 from lightning_pmss.metrics.metamath import MARK
 
 _ANNOTATION = re.compile(r"<<[^<>\n]*>>")
@@ -51,38 +51,66 @@ def _is_answer(gold: Callable[[str], Any]) -> Callable[[str], bool]:
     return check
 
 
+def _read_alike(answer: str) -> bool:
+    """Return whether the published and the corrected rule find the same number: else neither's scores are to be trusted."""
+    text, number = GSM8KAccuracy.extract(answer), GSM8KAccuracy.extract_number(answer)
+    return text is not None and number is not None and exact_number(text) == number
+
+
 @dataclass(frozen=True)
 class _Kind:
-    """A published format: its name, the columns of question and answer, and what an answer must hold to be scored."""
+    """A published format, the first two columns being question and answer, and what an answer must hold.
 
-    name: str
-    columns: tuple[str, str]
+    Args:
+        format: its columns.
+        scored: whether an answer of a test set can be scored.
+        ends: whether an answer to train on has an end that is read as the answer.
+        needs: what the answer must end in, for messages.
+
+    """
+
+    format: Format
     scored: Callable[[str], bool]
+    ends: Callable[[str], bool]
     needs: str
-    ends: Callable[[str], bool] | None = None
-    """What training answers must hold, where that is less."""
 
 
+_NUMBER = _is_answer(MetaMathAccuracy.gold)
+_BOXED = _is_answer(MATHAccuracy.gold)
+# Answers to MATH's questions need not be numbers; MetaMathAccuracy could not score them, but they can be trained on.
+_METAMATH = (_NUMBER, lambda answer: MARK in answer, "a final 'The answer is: N'")
 _GSM8K = _Kind(
-    "GSM8K",
-    ("question", "answer"),
+    Format("GSM8K", ("question", "answer")),
+    _read_alike,
     lambda answer: GSM8KAccuracy.extract(answer) is not None,
     "the final line '#### N' that GSM8K's answers are scored by",
 )
-# Answers to MATH's questions need not be numbers; MetaMathAccuracy could not score them, but they can be trained on.
-_METAMATH = (
-    _is_answer(MetaMathAccuracy.gold),
-    "a final 'The answer is: N'",
-    lambda answer: bool(answer.rpartition(MARK)[1]),
-)
-_KINDS = (
-    # GSM8K_Backward of MetaMath has GSM8K's columns and others, and its answers are bare numbers.
-    _Kind("GSM8K_Backward", ("question", "answer"), _is_answer(MetaMathAccuracy.gold), "a number"),
-    _Kind("MetaMathQA", ("query", "response"), *_METAMATH),
-    _Kind("MATH", ("problem", "solution"), _is_answer(MATHAccuracy.gold), "a final answer in \\boxed{}"),
-    _Kind("pissa-dataset", ("instruction", "output"), *_METAMATH),
-    _GSM8K,
-)
+_KINDS = {
+    kind.format: kind
+    for kind in (
+        # MetaMath's backward questions, in two layouts, whose answers are bare numbers; the rest is what another model said.
+        _Kind(
+            Format(
+                "GSM8K_Backward",
+                ("question", "answer", "original_question"),
+                silent=("original_answer", "output", "inv_question_pred_answer", "pred_inv_answer_cleaned"),
+            ),
+            _NUMBER,
+            _NUMBER,
+            "a number",
+        ),
+        _Kind(Format("MetaMathQA", ("query", "response"), silent=("type", "original_question")), *_METAMATH),
+        # The answer of MATH-500 is what its solution has in the box.
+        _Kind(
+            Format("MATH", ("problem", "solution"), silent=("type", "level", "subject", "answer")),
+            _BOXED,
+            _BOXED,
+            "a final answer in \\boxed{}",
+        ),
+        _Kind(Format("pissa-dataset", ("instruction", "output"), silent=("type",)), *_METAMATH),
+        _GSM8K,
+    )
+}
 _MATH_SUBJECTS = (
     "algebra",
     "counting_and_probability",
@@ -102,55 +130,54 @@ _HUB: dict[str, tuple[list[dict[str, Any]], tuple[str, ...]]] = {
 }
 
 
-def _kind_of(row: Any) -> _Kind:
-    if isinstance(row, Mapping):
-        if "inv_question_pred_answer" in row or "original_answer" in row:
-            return _KINDS[0]
-        for kind in _KINDS[1:]:
-            if all(column in row for column in kind.columns):
-                return kind
-    return _GSM8K
-
-
-def _parse(rows: Iterable[Row], split: Split, types: Sequence[str] = ()) -> Iterator[tuple[Example, bool]]:
-    """Yield each example of the wanted types, and whether its answer can be scored."""
+def _parse(
+    rows: Iterable[Row], split: Split, types: Sequence[str] = (), ignored: Sequence[str] = ()
+) -> Iterator[tuple[Example, bool]]:
+    """Yield each example of the wanted types, and whether its answer has an end."""
     kind: _Kind | None = None
     for where, row in rows:
         if kind is None:
-            kind = _kind_of(row)
-        row = check_mapping(where, row, (*kind.columns, "type") if types else kind.columns, kind.name)
-        question, answer = (text(where, row, column).strip() for column in kind.columns)
+            kind = _KINDS[recognise(list(_KINDS), row, ignored)]
+            columns = kind.format.needs[:2]
+            read = replace(kind.format, needs=(*kind.format.needs, "type")) if types else kind.format
+            ends = kind.scored if split == "test" else kind.ends
+        row = read.check(where, row, ignored)
+        question, answer = (text(where, row, column).strip() for column in columns)
         if types and not str(row["type"]).startswith(tuple(types)):
             continue
-        scored = (kind.scored if split == "test" or kind.ends is None else kind.ends)(answer)
-        if not scored and (split == "test" or kind is _GSM8K):
+        whole = ends(answer)
+        if not whole and (split == "test" or kind is _GSM8K):
             raise ValueError(f"{where}: the answer ends in {answer[-40:]!r}, without {kind.needs}. Add it.")
-        yield Example(question, answer), scored
+        yield Example(question, answer), whole
 
 
-def _read(path: Path, split: Split, types: Sequence[str] = ()) -> list[tuple[Example, bool]]:
-    found = list(_parse(read_rows(path), split, types))
+def _read(
+    path: Path, split: Split, types: Sequence[str] = (), ignored: Sequence[str] = ()
+) -> list[tuple[Example, bool]]:
+    found = list(_parse(read_rows(path), split, types, ignored))
     if not found:
         of_type = f" of type {' or '.join(types)}" if types else ""
         raise ValueError(f"{path}: no examples{of_type} in this file; it needs one JSON object per line.")
     return found
 
 
-def read_jsonl(path: str | Path) -> list[Example]:
+def read_jsonl(path: str | Path, ignore_columns: Sequence[str] = ()) -> list[Example]:
     """Read and check a file in the format of GSM8K, MetaMathQA or MATH. Empty lines are skipped.
 
     Args:
         path: the file: JSONL, JSON or parquet, by its name.
+        ignore_columns: columns that may be filled though they are not read.
 
     Returns:
         Its examples, in order.
 
     Raises:
-        ValueError: If a line is not UTF-8, not a JSON object, lacks a column, or has an empty question or answer or one
-            that cannot be scored; the message names the file and the line. Also if the file has no examples.
+        ValueError: If a line is not UTF-8, not a JSON object, lacks a column, has another one filled, or has an empty
+            question or answer or one that cannot be scored; the message names the file and the line. Also if the file
+            has no examples.
 
     """
-    return [example for example, _ in _read(Path(path), "test")]
+    return [example for example, _ in _read(Path(path), "test", (), ignore_columns)]
 
 
 class GSM8KDataModule(InstructionDataModule):
@@ -248,10 +275,10 @@ class GSM8KDataModule(InstructionDataModule):
         if looks_like_file(given):
             path = Path(given).expanduser()
             if path.is_dir():
-                return _read(split_file(path, [split], remedy), split, types)
+                return _read(split_file(path, [split], remedy), split, types, self.ignore_columns)
             if split == "test" and self.test_path is None and path.is_file():
                 return None
-            return _read(existing(path, remedy), split, types)
+            return _read(existing(path, remedy), split, types, self.ignore_columns)
         options, splits = _HUB.get(given, ([{}], ("train", "test")))
         if split not in splits:
             return None
@@ -259,4 +286,4 @@ class GSM8KDataModule(InstructionDataModule):
             f"--data.{option} FOLDER, with train.jsonl and test.jsonl (GSM8K's are in grade_school_math/data of"
             " github.com/openai/grade-school-math)."
         )
-        return list(_parse(load_hub_rows(given, split, options, files), split, types))
+        return list(_parse(load_hub_rows(given, split, options, files), split, types, self.ignore_columns))

@@ -22,7 +22,7 @@ from lightning_pmss.datamodules.cache import encode
 from lightning_pmss.datamodules.collate import IGNORED as IGNORED
 from lightning_pmss.datamodules.collate import Batch as Batch
 from lightning_pmss.datamodules.collate import InstructionCollator as InstructionCollator
-from lightning_pmss.datamodules.options import check_choice as check_choice
+from lightning_pmss.datamodules.options import check_instruction_options
 from lightning_pmss.datamodules.options import check_int as check_int
 from lightning_pmss.datamodules.packing import PackedCollator, PackingReport, pack_rows
 from lightning_pmss.datamodules.prompts import STYLES, PromptEncoder, PromptStyle, check_examples, load_tokenizer
@@ -88,6 +88,8 @@ class InstructionDataModule(L.LightningDataModule):
         num_shots: Worked examples in front of each question in evaluation. They count as part of the prompt.
         shots: Where they are from: "train", drawn by ``seed``, none of them evaluated; or a file of fixed ones, with the
             columns question and response.
+        ignore_columns: Columns of the data that may be filled though nothing reads them. Any other such column is an
+            error that names it.
 
     Raises:
         ValueError: If an argument is out of range, or if no training example is short enough.
@@ -119,25 +121,10 @@ class InstructionDataModule(L.LightningDataModule):
         packing: bool = False,
         num_shots: int = 0,
         shots: str = "train",
+        ignore_columns: str | Sequence[str] = (),
     ) -> None:
         super().__init__()
-        owner = type(self).__name__
-        sizes = {"batch_size": batch_size, "max_length": max_length, "seed": seed, "val_size": val_size}
-        for name, value in (sizes | {"num_workers": num_workers, "num_shots": num_shots}).items():
-            check_int(owner, name, value, {"batch_size": 1, "max_length": 2}.get(name, 0))
-        limits = {"train_limit": train_limit, "val_limit": val_limit, "test_limit": test_limit}
-        for name, limit in {"eval_batch_size": eval_batch_size, **limits}.items():
-            check_int(owner, name, limit, 1, optional=True)
-        check_choice(owner, "prompt_style", prompt_style, ("plain", *self.styles, "chat"))
-        check_choice(owner, "loss_on", loss_on, ("response", "all"))
-        check_choice(owner, "too_long", too_long, ("drop", "cut_prompt", "error"))
-        if num_shots and not self.few_shot:
-            raise ValueError(f"`{owner}(num_shots={num_shots})`: its protocol has no worked examples; give 0.")
-        if (prompt_style, too_long) == ("chat", "cut_prompt"):
-            raise ValueError(
-                f"`{owner}`: cutting the beginning of a chat would cut its template; with --data.prompt_style chat give"
-                " --data.too_long drop or a larger --data.max_length."
-            )
+        check_instruction_options(type(self).__name__, tuple(self.styles), self.few_shot, locals())
         self.save_hyperparameters(logger=False)
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
@@ -153,6 +140,7 @@ class InstructionDataModule(L.LightningDataModule):
         self.packing = packing
         self.num_shots = num_shots
         self.shots = shots
+        self.ignore_columns = (ignore_columns,) if isinstance(ignore_columns, str) else tuple(ignore_columns)
         self.tokenizer_name = tokenizer
         self.data: dict[Split, Dataset] = {}
         """The tokenised splits that :meth:`setup` has made."""
@@ -200,7 +188,7 @@ class InstructionDataModule(L.LightningDataModule):
 
     def _shots(self) -> tuple[Example, ...]:
         if not self.num_shots or self.shots != "train":
-            return read_shots(self.shots, self.num_shots) if self.num_shots else ()
+            return read_shots(self.shots, self.num_shots, self.ignore_columns) if self.num_shots else ()
         train, val, test = (self._examples(split) or [] for split in _SPLITS)
         left, held = hold_out(group_numbers(train), 0 if val else self.val_size, self.seed)
         return draw_shots((train[row] for row in left), [*(train[row] for row in held), *val, *test], self.num_shots)

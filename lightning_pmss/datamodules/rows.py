@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,25 @@ Row = tuple[str, Any]
 """Where the row is ("FILE:LINE", "FILE row N"), and the row: in good data a mapping."""
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+class _Repeated(Exception):
+    """A JSON object has a key more than once: all but the last value would be lost."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _Repeated(next(key for key in keys if keys.count(key) > 1))
+    return found
+
+
+def _loads(text: str, where: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except _Repeated as error:
+        raise ValueError(f"{where}: an object has the key {str(error)!r} more than once; keep one of them.") from None
 
 
 def _decode(raw: bytes, where: str, encoding: str) -> str:
@@ -37,7 +56,7 @@ def read_jsonl_rows(path: Path) -> Iterator[Row]:
             if not line:
                 continue
             try:
-                yield where, json.loads(line)
+                yield where, _loads(line, where)
             except json.JSONDecodeError as error:
                 raise ValueError(
                     f"{where}: not valid JSON ({error.msg} at column {error.colno}). Each line must be one whole JSON"
@@ -56,7 +75,7 @@ def read_json(path: Path) -> Any:
     for number, line in enumerate(raw.split(b"\n"), start=1):
         _decode(line, f"{path}:{number}", "utf-8")
     try:
-        return json.loads(raw.decode("utf-8-sig"))
+        return _loads(raw.decode("utf-8-sig"), str(path))
     except json.JSONDecodeError as error:
         remedy = "Repair or download the file again."
         if error.msg == "Extra data":
@@ -163,35 +182,3 @@ def split_file(folder: Path, stems: Sequence[str], remedy: str) -> Path:
             if (folder / f"{stem}{suffix}").is_file():
                 return folder / f"{stem}{suffix}"
     return existing(folder / f"{stems[0]}{SUFFIXES[0]}", remedy)
-
-
-def check_mapping(where: str, row: Any, columns: Iterable[str], kind: str) -> Mapping[str, Any]:
-    """Return ``row`` if it is a mapping with all ``columns``.
-
-    Raises:
-        ValueError: If not; the message names the place, what is missing and what is there.
-
-    """
-    names = list(columns)
-    if not isinstance(row, Mapping):
-        raise ValueError(f"{where}: expected a JSON object with {' and '.join(names)}, got {type(row).__name__}.")
-    missing = [name for name in names if name not in row]
-    if missing:
-        raise ValueError(
-            f"{where}: no column {' and '.join(map(repr, missing))}; found {sorted(map(str, row))}. {kind}'s columns"
-            f" are {' and '.join(map(repr, names))}."
-        )
-    return row
-
-
-def text(where: str, row: Mapping[str, Any], column: str) -> str:
-    """Return the text in ``column``, as it is.
-
-    Raises:
-        ValueError: If it is not a text, or blank.
-
-    """
-    value = row[column]
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}: the {column} is {value!r}; it must be a text that is not empty.")
-    return value

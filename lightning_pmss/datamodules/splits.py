@@ -7,8 +7,11 @@ from pathlib import Path
 
 import torch
 
+from lightning_pmss.datamodules.columns import Format, text
 from lightning_pmss.datamodules.prompts import Example
-from lightning_pmss.datamodules.rows import check_mapping, existing, read_rows, text
+from lightning_pmss.datamodules.rows import existing, read_rows
+
+_SHOTS = Format("a file of worked examples", ("question", "response"))
 
 
 def group_numbers(examples: Sequence[Example]) -> list[int]:
@@ -75,8 +78,10 @@ def draw_shots(candidates: Iterable[Example], evaluated: Iterable[Example], coun
     return tuple(shots)
 
 
-def read_shots(path: str, count: int) -> tuple[Example, ...]:
+def read_shots(path: str, count: int, ignored: Sequence[str] = ()) -> tuple[Example, ...]:
     """Return the first ``count`` worked examples of a file with the columns ``question`` and ``response``.
+
+    Other columns may be filled where they are ``ignored`` or tell rows apart.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -86,7 +91,7 @@ def read_shots(path: str, count: int) -> tuple[Example, ...]:
     remedy = "Give --data.shots train, or a file with the columns question and response."
     shots = []
     for where, row in read_rows(existing(Path(path), remedy)):
-        row = check_mapping(where, row, ("question", "response"), "A file of worked examples")
+        row = _SHOTS.check(where, row, ignored)
         shots.append(Example(text(where, row, "question"), text(where, row, "response")))
     if len(shots) < count:
         raise ValueError(
