@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import cache
+from typing import Any, get_type_hints
+
+import torch
+from pydantic import Field, create_model
 
 from lightning_pmss.layers import COORDINATES, EDITS, MEMORY_MODES
+from lightning_pmss.messages import some
+from lightning_pmss.reading import Record, checked
 from lightning_pmss.selection import ROW_MODES, SELECTORS
 
+_NUMBERS = torch.finfo(torch.float32)
 # The rank at which scale="auto" is 1. Adam moves each entry of V by the learning rate, so the update grows with the rank.
 REFERENCE_RANK = 64
 
@@ -89,10 +95,13 @@ class PMSSConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {list(allowed)}.")
         if isinstance(self.oversample, bool) or not isinstance(self.oversample, int) or self.oversample < 0:
             raise ValueError(f"oversample={self.oversample!r} must be a whole number of at least 0.")
-        if isinstance(self.scale, str) and self.scale != "auto":
+        if isinstance(self.scale, (str, bool)) and self.scale != "auto":
             raise ValueError(f"scale={self.scale!r} is not known; type 'auto' or a number.")
-        if not isinstance(self.scale, str) and (not math.isfinite(self.scale) or self.scale == 0):
-            raise ValueError(f"scale={self.scale!r} must be finite and not zero, else U can never change the layer.")
+        if not isinstance(self.scale, str) and not _NUMBERS.tiny <= abs(self.scale) <= _NUMBERS.max:
+            raise ValueError(
+                f"scale={self.scale!r} must be finite and not zero, else U can never change the layer; its size is held in"
+                f" float32, from {_NUMBERS.tiny:.3g} to {_NUMBERS.max:.3g}."
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r} must lie in [0, 1).")
 
@@ -100,6 +109,39 @@ class PMSSConfig:
         """The factor s of a layer with ``rank`` rows and columns."""
         return REFERENCE_RANK / rank if isinstance(self.scale, str) else float(self.scale)
 
+    @classmethod
+    def from_file(cls, values: Any, where: str, remedy: str) -> PMSSConfig:
+        """The options that a file holds; those that an older file lacks are the defaults.
+
+        Args:
+            values: As read: plain values, not checked yet.
+            where: The file, for messages.
+            remedy: What to do about a damaged one, a whole sentence.
+
+        Raises:
+            ValueError: An option is unknown, of another type or out of its range.
+        """
+        options_class: Any = cls
+        known = {option.name for option in fields(cls)}
+        if isinstance(values, Mapping) and (unknown := [name for name in values if name not in known]):
+            raise ValueError(f"{where}: its PMSS options do not fit this version: {some(unknown)} unknown. {remedy}")
+        options = checked(_record_of(options_class), values, where, remedy, under="config")
+        try:
+            return cls(**options.model_dump(exclude_unset=True))
+        except ValueError as error:
+            raise ValueError(f"{where}: its PMSS options do not fit this version: {error} {remedy}") from error
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON and for a checkpoint that is loaded with ``weights_only=True``."""
         return asdict(self)
+
+
+@cache
+def _record_of(options: Any) -> type[Record]:
+    """What the dataclass's fields look like in a file."""
+    types, known = get_type_hints(options), {}
+    for option in fields(options):
+        made: Any = option.default_factory
+        known[option.name] = (types[option.name], option.default if made is MISSING else Field(default_factory=made))
+    record: type[Record] = create_model(options.__name__, __base__=Record, **known)  # type: ignore[call-overload]
+    return record

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lightning_pmss.config import PMSSConfig
+from lightning_pmss.coordinates import PMSSCore, core_dtype
 from lightning_pmss.fingerprint import same_base
 from lightning_pmss.layers import Frame, PMSSLinear, canonical_shape, coordinate_frame, is_transposed
 from lightning_pmss.messages import some
@@ -30,7 +31,13 @@ from lightning_pmss.targets import (
 from lightning_pmss.whole import outside_zero_init, whole_size
 
 
-def convert(model: nn.Module, config: PMSSConfig, *, skeleton: Skeleton | None = None) -> ConversionReport:
+def convert(
+    model: nn.Module,
+    config: PMSSConfig,
+    *,
+    skeleton: Skeleton | None = None,
+    updates: Mapping[str, Tensor] | None = None,
+) -> ConversionReport:
     """Convert the targeted linear layers of a model in place and freeze everything but U and ``also_train``.
 
     Everything is checked and computed before the first layer is touched: after an error the model is as it was.
@@ -39,14 +46,15 @@ def convert(model: nn.Module, config: PMSSConfig, *, skeleton: Skeleton | None =
         model: Any module. Names are taken relative to the Hugging Face model inside it, where there is exactly one.
         config: What to convert and how.
         skeleton: Rows and columns per module, used instead of selecting (as when an adapter is loaded).
+        updates: ``s U [c, r]`` per module to start from, in place of zero.
 
     Returns:
         The report; converting again with an equal config changes nothing and returns the first one's report.
 
     Raises:
         ValueError: A pattern matches nothing, a matched layer cannot be converted (unsupported type, tied weight, meta
-            tensor without a skeleton, already sharded, called past its ``forward``), or the model was converted with
-            another config.
+            tensor without a skeleton, already sharded, called past its ``forward``), the model was converted with
+            another config, or an update that its coordinates cannot hold.
     """
     if (done := conversion_of(model)) is not None:
         if done.config == config and skeleton is None:
@@ -65,6 +73,9 @@ def convert(model: nn.Module, config: PMSSConfig, *, skeleton: Skeleton | None =
     prepare(model)
     with outside_zero_init():
         plans = _plan(targets, modules, config, skeleton, ranks)
+        starts = {
+            name: _numbers(plans[name], modules[name], update, config, name) for name, update in (updates or {}).items()
+        }
         for name, plan in plans.items():
             layer = PMSSLinear.adopt(
                 modules[name],
@@ -78,6 +89,8 @@ def convert(model: nn.Module, config: PMSSConfig, *, skeleton: Skeleton | None =
                 memory=config.memory,
             )
             layer.fingerprint = plan.fingerprint
+            if name in starts:
+                layer.core.weight.data.copy_(starts[name])
         layers = [_report(name, modules[name], ranks[name], plan) for name, plan in plans.items()]
     notes = _leave_fast_paths(model)
     model.requires_grad_(False)
@@ -157,6 +170,14 @@ def _plan(
             f" was made from. {remedy}"
         )
     return plans
+
+
+def _numbers(plan: SkeletonLayer, layer: nn.Module, update: Tensor, config: PMSSConfig, name: str) -> Tensor:
+    """What the layer's trained tensor starts from."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    columns, rows = len(plan.cols), len(plan.rows)
+    core = PMSSCore(columns, rows, plan.frame or Frame(), core_dtype(weight.dtype), weight.device)
+    return core.numbers_of(update, config.scale_of(columns), name)
 
 
 def _report(name: str, layer: nn.Module, requested: int, plan: SkeletonLayer) -> LayerReport:

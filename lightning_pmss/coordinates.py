@@ -91,6 +91,30 @@ def _rotating(frame: Frame, columns: Tensor, rows: Tensor, weight: Tensor | None
     return frame._replace(core=core, gain=(8 * mean_square).rsqrt())
 
 
+def check_frame(frame: Frame, coordinates: str, columns: int, rows: int) -> str | None:
+    """Why these factors, finite but of unknown origin, are none of a layer with so many columns and rows; None if they fit."""
+    parts = {"raw": (), "spectral": ("gain",), "orthonormal": ("left", "right")}.get(coordinates, Frame._fields)
+    if present := [part for part, value in frame._asdict().items() if (value is not None) != (part in parts)]:
+        return (
+            f"in {coordinates} coordinates a layer has {', '.join(parts) or 'none'}, and {present[0]} does not fit that"
+        )
+    if frame.gain is not None and (frame.gain.numel() != 1 or not float(frame.gain) > 0):
+        return "gain is not one positive number"
+    if frame.core is not None and frame.core.shape != (columns, rows):
+        return f"core is {list(frame.core.shape)}, and must be {[columns, rows]}"
+    for part, value, size in (("left", frame.left, columns), ("right", frame.right, rows)):
+        if value is None:
+            continue
+        if value.shape != (size, size):
+            return f"{part} is {list(value.shape)}, and must be {[size, size]}"
+        triangle = value.triu() if part == "left" else value.tril()
+        diagonal = value.diagonal().abs()
+        # Inverse factors of slices that `coordinate_frame` takes are far from singular.
+        if not torch.equal(triangle, value) or not float(diagonal.min()) > 1e-8 * float(diagonal.max()):
+            return f"{part} is not an invertible triangle"
+    return None
+
+
 def trained_shape(coordinates: str, rank: int) -> tuple[int, int]:
     """Of what is trained in a layer with `rank` rows and columns."""
     return packed_shape(rank) if coordinates == "rotation" else (rank, rank)
@@ -213,21 +237,41 @@ class PMSSCore(nn.Module):
             self.frame.set(frame)
 
     @torch.no_grad()
-    def set_u(self, u: Tensor, scale: float = 1.0) -> None:
-        """Choose V such that ``forward(scale)`` yields ``u`` (solved in float64).
+    def set_u(self, u: Tensor, scale: float = 1.0, name: str = "") -> None:
+        """Choose V such that ``forward(scale)`` yields ``u``; raises as `numbers_of`, before anything is changed."""
+        self.weight.copy_(self.numbers_of(u, scale, name))
+
+    @torch.no_grad()
+    def numbers_of(self, u: Tensor, scale: float = 1.0, name: str = "") -> Tensor:
+        """What ``weight`` must hold for ``forward(scale)`` to yield ``u`` (solved in float64); nothing is changed.
+
+        Args:
+            u: ``s U [c, r]``.
+            scale: s.
+            name: Module name for errors.
 
         Raises:
-            ValueError: In ``rotation`` coordinates, where u does not turn W.
+            ValueError: In ``rotation`` coordinates u does not turn W; or the numbers are too large or too small for the
+                dtype in which V is kept.
         """
         v = u.to(self.weight.device, torch.float64)
         if (frame := self.frame) is not None and frame.left is not None and frame.right is not None:
             v = torch.linalg.solve(frame.left.double(), v)
             v = torch.linalg.solve(frame.right.double(), v, left=False)
         if frame is not None and frame.core is not None:
-            v = angles(frame.core.double(), v)
+            v = angles(frame.core.double(), v, name)
         if frame is not None and frame.gain is not None:
             v = v / frame.gain.double()
-        self.weight.copy_(v / scale)
+        v = v / scale
+        numbers = v.to(self.weight.dtype)
+        lost = float(torch.linalg.vector_norm(numbers.double() - v))  # not finite where the numbers are not
+        if not lost <= 1e-3 * float(torch.linalg.vector_norm(v)) or not _is_finite(self, numbers, scale):
+            kind = str(numbers.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"`{name}`: with scale {scale:.3g} its update needs trained numbers up to {float(v.abs().max()):.3g}, which"
+                f" {kind} cannot hold. Load it with a scale near 1."
+            )
+        return numbers
 
     def reset_parameters(self) -> None:
         """Called by engines once parameters that were made on the meta device have memory: V starts at zero."""
@@ -239,3 +283,9 @@ class PMSSCore(nn.Module):
             return moved if moved.dtype in (torch.float32, torch.float64) else tensor.to(moved.device)
 
         return super()._apply(keep_precision, recurse)
+
+
+def _is_finite(core: PMSSCore, numbers: Tensor, scale: float) -> bool:
+    """Whether U, made of these numbers, is finite."""
+    made = torch.func.functional_call(core, {"weight": numbers}, (scale,))
+    return bool(made.isfinite().all())

@@ -13,11 +13,26 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from lightning_pmss.reading import Record
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+
+
+class FingerprintRecord(Record):
+    """What `fingerprint` returns, as a file holds it."""
+
+    dtype: Literal["float32", "bfloat16", "float16"]
+    float32: _Hash
+    bfloat16: _Hash
+    float16: _Hash
 
 
 def fingerprint(rows_of_w: Tensor, columns_of_w: Tensor) -> dict[str, str]:

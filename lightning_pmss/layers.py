@@ -136,7 +136,11 @@ class PMSSLinear(nn.Module):
         return update
 
     def set_update(self, update: Tensor) -> None:
-        """The inverse of `core_update`: choose V such that ``s U`` equals ``update [c, r]`` within rounding."""
+        """The inverse of `core_update`: choose V such that ``s U`` equals ``update [c, r]`` within rounding.
+
+        Raises:
+            ValueError: See `PMSSCore.numbers_of`; nothing is changed then.
+        """
         self.core.set_u(update, self.scale)
 
     def base_weight(self) -> Tensor:

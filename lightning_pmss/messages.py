@@ -8,4 +8,10 @@ from collections.abc import Sequence
 def some(names: Sequence[str], most: int = 5) -> str:
     """The first names in backticks, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(f"`{name}`" for name in names[:most]) + more
+    return ", ".join(f"`{one_line(name)}`" for name in names[:most]) + more
+
+
+def one_line(name: object) -> str:
+    """A name that a file gave, without line breaks and other characters that a terminal would act on."""
+    text = str(name)
+    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")

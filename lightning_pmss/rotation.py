@@ -56,24 +56,27 @@ class Turned(torch.autograd.Function):
         return (grad - grad.T)[places[0], places[1]].view(ctx.shape), None
 
 
-def angles(core: Tensor, v: Tensor) -> Tensor:
-    """The numbers [a, b] with ``core @ turned(numbers)`` nearest to v [c, r]; `core` is M [c, r].
+def angles(core: Tensor, v: Tensor, name: str = "") -> Tensor:
+    """The numbers [a, b] with ``core @ turned(numbers)`` nearest to v [c, r]; `core` is M [c, r], `name` is for errors.
 
     Raises:
         ValueError: v is not M turned, or turned by half a circle, which Cayley's transform cannot reach.
     """
     rank = core.shape[1]
     # Procrustes: the rotation B that brings M B nearest to M + v (Schoenemann 1966).
-    left, _, right = torch.linalg.svd(core.T @ (core + v))
-    rotation = left @ right
     eye = torch.eye(rank, dtype=core.dtype, device=core.device)
-    k = torch.linalg.solve(rotation + eye, rotation - eye, left=False)
+    try:
+        left, _, right = torch.linalg.svd(core.T @ (core + v))
+        rotation = left @ right
+        k = torch.linalg.solve(rotation + eye, rotation - eye, left=False)
+    except torch.linalg.LinAlgError:  # half a circle: no such K
+        k = torch.full_like(eye, torch.nan)
     places = torch.tril_indices(rank, rank, -1, device=core.device)
     packed = ((k - k.T) / 2)[places[0], places[1]].view(packed_shape(rank))
     error, size = float((core @ turned(packed, rank) - v).norm()), float(v.norm())
     if not error <= 1e-3 * size:
         raise ValueError(
-            f"this update is not a rotation of the weight (a share of {error / size:.2g} is not): it was trained in other"
-            " coordinates; load it with coordinates='orthonormal'."
+            f"`{name}`: this update is not a rotation of the weight (a share of {error / size:.2g} is not): it was trained in"
+            " other coordinates; load it with coordinates='orthonormal'."
         )
     return packed

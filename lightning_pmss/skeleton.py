@@ -8,28 +8,82 @@ coordinates and the proof of its base (fingerprints) from the file. Format, safe
     <module>.gain                   float32 scalar: the frame of spectral and rotation coordinates
     <module>.core                   float32 [c, r]: the frame of rotation coordinates, beside left, right and gain
     metadata["pmss_skeleton"]       JSON: format_version, selection options, coordinates, base, and per module its shape,
-                                    fingerprint and residual
+                                    fingerprint and residual, and from format 2 on a checksum of each tensor
 
 Only rows and cols are needed: the file of an adapter serves as well, where weights are at hand.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from safetensors import SafetensorError, safe_open
+import torch
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
-from lightning_pmss.layers import Frame
+from lightning_pmss.coordinates import Frame, check_frame
+from lightning_pmss.fingerprint import FingerprintRecord
 from lightning_pmss.messages import some
+from lightning_pmss.reading import (
+    Record,
+    TensorRecord,
+    check_index,
+    check_sums,
+    checked,
+    get_tensor,
+    not_finite,
+    open_tensors,
+    parse_json,
+)
+from lightning_pmss.reading.records import Size
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 METADATA = "pmss_skeleton"
+_ANY_SIZE = 2**48
+_AGAIN = "Make it anew with `python -m lightning_pmss select`, or copy it again."
+
+
+class SkeletonLayerRecord1(Record):
+    """What the file says of one layer, in format 1."""
+
+    shape: Annotated[list[Size], Field(min_length=2, max_length=2)]
+    fingerprint: FingerprintRecord
+    residual: float | None = None
+
+
+class SkeletonLayerRecord(SkeletonLayerRecord1):
+    """The same in format 2: with a checksum of each of its tensors, by the last part of its name."""
+
+    tensors: dict[str, TensorRecord]
+
+
+class SkeletonRecord1(Record):
+    """The JSON in the header, format 1."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    format_version: Literal[1]
+    options: dict[str, Any] = {}
+    coordinates: Literal["orthonormal", "rotation", "spectral", "raw"] | None = None
+    base: dict[str, Any] | None = None
+    versions: dict[str, str] = {}
+    modules: Mapping[str, SkeletonLayerRecord1]
+
+
+class SkeletonRecord(SkeletonRecord1):
+    """The JSON in the header, format 2."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format_version: Literal[2]  # type: ignore[assignment]
+    modules: Mapping[str, SkeletonLayerRecord]
+
+
+_RECORDS: dict[int, type[SkeletonRecord1]] = {1: SkeletonRecord1, 2: SkeletonRecord}
 
 
 @dataclass(frozen=True)
@@ -71,47 +125,88 @@ class Skeleton:
 
 
 def read_skeleton(path: str | os.PathLike[str]) -> Skeleton:
-    """Read a skeleton file, or the indices in an adapter's ``adapter_model.safetensors``.
+    """Read and check a skeleton file, or the indices in an adapter's ``adapter_model.safetensors``.
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: Not a safetensors file, or without pairs of rows and columns, or of a newer format.
+        PermissionError: It must not be read.
+        ValueError: Not a complete safetensors file, without pairs of rows and columns, of a format that is not known, or with
+            tensors that are damaged, are no indices, or are no coordinates.
     """
     file = Path(path).expanduser()
     source = f"skeleton_file={str(path)!r}"
-    if not file.is_file():
+    if not file.exists():
         raise FileNotFoundError(f"{source} does not exist; make it with `python -m lightning_pmss select`.")
-    try:
-        opened = safe_open(str(file), framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{source} is not a complete safetensors file ({error}).") from error
-    with opened as tensors:
-        keys = set(tensors.keys())
-        about: dict[str, Any] = json.loads((tensors.metadata() or {}).get(METADATA, "{}"))
-        if about.get("format_version", FORMAT_VERSION) > FORMAT_VERSION:
-            raise ValueError(f"{source} has format {about['format_version']}, newer than this library; update it.")
+    with open_tensors(file, _AGAIN) as opened:
+        keys = set(opened.keys())
+        about = _read_about((opened.metadata() or {}).get(METADATA), source)
         names = sorted(key.removesuffix(".rows") for key in keys if key.endswith(".rows"))
         if not names or any(f"{n}.cols" not in keys for n in names):
-            raise ValueError(f"{source} does not hold `<module>.rows` and `<module>.cols` in pairs.")
-        known: dict[str, Any] = about.get("modules", {})
-        if lost := sorted(set(known) - set(names)):
-            raise ValueError(f"{source} promises {some(lost)} but does not hold them; make it again.")
-
-        def tensor(key: str) -> Tensor | None:
-            return tensors.get_tensor(key) if key in keys else None
-
+            raise ValueError(f"{source} does not hold `<module>.rows` and `<module>.cols` in pairs. {_AGAIN}")
+        if about is None:
+            parts: tuple[str, ...] = ("rows", "cols")
+        else:
+            parts = ("rows", "cols", *(Frame._fields if about.coordinates is not None else ()))
+            expected = {f"{n}.{part}" for n in about.modules for part in parts}
+            if lost := sorted(set(about.modules) - set(names)):
+                raise ValueError(f"{source} promises {some(lost)} but does not hold them. {_AGAIN}")
+            if foreign := sorted(keys - expected):
+                raise ValueError(f"{source} holds {some(foreign)}, of which its header says nothing. {_AGAIN}")
         layers = {}
         for n in names:
-            frame = None
-            if about.get("coordinates") is not None:
-                frame = Frame(*(tensor(f"{n}.{part}") for part in Frame._fields))
-            entry = known.get(n, {})
-            layers[n] = SkeletonLayer(
-                tensors.get_tensor(f"{n}.rows").long(),
-                tensors.get_tensor(f"{n}.cols").long(),
-                frame,
-                entry.get("fingerprint"),
-                tuple(entry["shape"]) if "shape" in entry else None,
-                entry.get("residual"),
-            )
-    return Skeleton(layers, about.get("coordinates"), source, about.get("options", {}))
+            found = {p: get_tensor(opened, f"{n}.{p}", file, _AGAIN) for p in parts if f"{n}.{p}" in keys}
+            layers[n] = _layer(found, None if about is None else about.modules[n], about, n, source)
+    if about is None:
+        return Skeleton(layers, None, source)
+    return Skeleton(layers, about.coordinates, source, about.options)
+
+
+def _read_about(text: str | None, source: str) -> SkeletonRecord1 | None:
+    """The JSON of the header; None where there is none, as in the file of an adapter."""
+    if text is None:
+        return None
+    about = parse_json(text.encode("utf-8", "surrogatepass"), f"{source}, its header's {METADATA}", _AGAIN)
+    version = about.get("format_version") if isinstance(about, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise ValueError(
+            f"{source} has format {version}, newer than this library, which reads up to {FORMAT_VERSION}; update it."
+        )
+    if isinstance(version, bool) or not isinstance(version, int) or version not in _RECORDS:
+        raise ValueError(f"{source} has the format {version!r}, which does not exist. {_AGAIN}")
+    return checked(_RECORDS[version], about, source, _AGAIN)
+
+
+def _layer(
+    found: Mapping[str, Tensor],
+    entry: SkeletonLayerRecord1 | None,
+    about: SkeletonRecord1 | None,
+    name: str,
+    source: str,
+) -> SkeletonLayer:
+    """One layer's tensors, checked."""
+    out_features, in_features = entry.shape if entry is not None else (_ANY_SIZE, _ANY_SIZE)
+    check_index(found["rows"], out_features, f"{name}.rows", source, _AGAIN)
+    check_index(found["cols"], in_features, f"{name}.cols", source, _AGAIN)
+    frame = None
+    if about is not None and about.coordinates is not None:
+        frame = Frame(*(found.get(part) for part in Frame._fields))
+        factors = {f"{name}.{part}": value for part, value in found.items()}
+        kinds = {value.dtype for part, value in found.items() if part in Frame._fields}
+        if kinds - {torch.float32, torch.float64}:
+            raise ValueError(f"{source}: the coordinates of `{name}` are not float32 or float64 numbers. {_AGAIN}")
+        if broken := not_finite(factors):
+            raise ValueError(f"{source}: NaN or infinite values in {some(broken)}. {_AGAIN}")
+        if reason := check_frame(frame, about.coordinates, len(found["cols"]), len(found["rows"])):
+            raise ValueError(f"{source}: the coordinates of `{name}` cannot be used: {reason}. {_AGAIN}")
+    if isinstance(entry, SkeletonLayerRecord):
+        if odd := sorted(set(entry.tensors) ^ set(found)):
+            raise ValueError(f"{source}: `{name}` differs from its header in {some(odd)}. {_AGAIN}")
+        check_sums(found, entry.tensors, f"{source}, `{name}`", _AGAIN)
+    return SkeletonLayer(
+        found["rows"].long(),
+        found["cols"].long(),
+        frame,
+        None if entry is None else entry.fingerprint.model_dump(),
+        None if entry is None else (out_features, in_features),
+        None if entry is None else entry.residual,
+    )

@@ -29,7 +29,7 @@ from lightning_pmss.adapters.bank import (
 from lightning_pmss.adapters.states import LayerState, Update, layer_state
 from lightning_pmss.config import PMSSConfig
 from lightning_pmss.conversion import conversion_of, convert, pmss_layers
-from lightning_pmss.files.adapter import check_also_train, check_base, check_modules, pmss_config, tensors_of
+from lightning_pmss.files.adapter import check_also_train, check_base, check_modules, tensors_of
 from lightning_pmss.files.adapter_file import AdapterFile, read_adapter
 from lightning_pmss.layers import PMSSLinear, canonical_shape, is_transposed
 from lightning_pmss.messages import some
@@ -69,7 +69,7 @@ def load_adapters(
         raise ValueError(f"rank={rank!r} is not a rank; type a whole number of at least 1.")
     modules = canonical_modules(model)
     read = {name: read_adapter(folder) for name, folder in folders.items()}
-    configs = {name: pmss_config(adapter) for name, adapter in read.items()}
+    configs = {name: adapter.options for name, adapter in read.items()}
     also: dict[str, list[str]] = {}
     for name, adapter in read.items():
         also[name] = match_modules(configs[name].also_train, modules, "also_train")
@@ -243,5 +243,5 @@ def _states(
             with whole_weight(layer) as found:
                 weight = found.T if is_transposed(layer) else found
         update = Update(stored.U, stored.rows, stored.cols)
-        states[name] = layer_state(weight, update, sizes[name], config.coordinates, config.scale_of(sizes[name]))
+        states[name] = layer_state(weight, update, sizes[name], config.coordinates, config.scale_of(sizes[name]), name)
     return states

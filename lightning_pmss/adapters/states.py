@@ -44,7 +44,9 @@ class LayerState:
     frame: Frame
 
 
-def layer_state(weight: Tensor, update: Update, rank: int, coordinates: str, scale: float) -> LayerState:
+def layer_state(
+    weight: Tensor, update: Update, rank: int, coordinates: str, scale: float, name: str = ""
+) -> LayerState:
     """An update in the form of a layer of the given rank, which may be larger than the update's.
 
     The indices are filled up with others that are not in use, and U with zeros: the update stays what it is.
@@ -55,13 +57,14 @@ def layer_state(weight: Tensor, update: Update, rank: int, coordinates: str, sca
         rank: k, at least the update's, at most W's smaller side.
         coordinates: Of the live layer.
         scale: Of the live layer.
+        name: Module name for errors.
     """
     device, dtype = weight.device, core_dtype(weight.dtype)
     u, rows, cols = (tensor.to(device) for tensor in update)
     r, c = weight.index_select(0, rows), weight.index_select(1, cols)
     frame = _frame(c, r, coordinates, dtype)
     core = PMSSCore(len(cols), len(rows), frame, dtype, device)
-    core.set_u(u, scale)
+    core.set_u(u, scale, name)
     all_rows, all_cols = filled(rows, rank, weight.shape[0]), filled(cols, rank, weight.shape[1])
     if frame.left is not None and frame.right is not None and (len(all_rows), len(all_cols)) != (len(rows), len(cols)):
         more_r, more_c = weight[all_rows[len(rows) :]], weight[:, all_cols[len(cols) :]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,24 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_pmss.config import PMSSConfig
 from lightning_pmss.conversion import conversion_of, convert, pmss_layers
 from lightning_pmss.convertible import is_supported
-from lightning_pmss.files.adapter_card import CARD_FILE, adapter_card
-from lightning_pmss.files.adapter_file import (
-    CONFIG_FILE,
-    FORMAT_VERSION,
-    WEIGHTS_FILE,
-    AdapterFile,
-    AdapterModule,
-    library_versions,
-    not_finite,
-    read_adapter,
-)
-from lightning_pmss.files.atomic import WRITTEN_BY, atomic_folder, check_target
+from lightning_pmss.files.adapter_file import AdapterFile, AdapterModule, read_adapter, write_adapter
+from lightning_pmss.files.atomic import check_target
 from lightning_pmss.files.base import Base, base_of
 from lightning_pmss.files.plain import quantisation_settings
-from lightning_pmss.files.shards import few, save_tensors
+from lightning_pmss.files.shards import few
 from lightning_pmss.fingerprint import fingerprint, same_base
 from lightning_pmss.gathering import whole_tensors, whole_update
 from lightning_pmss.layers import PMSSLinear, canonical_shape, is_transposed
@@ -74,19 +62,17 @@ def save_adapter(
     if report is None or not layers:
         raise ValueError(f"{type(model).__name__} has no converted layer to save. Call convert(model, config) first.")
 
-    tensors: dict[str, Tensor] = {}
-    modules: dict[str, Any] = {}
+    modules = {}
     for name, layer in layers.items():
         update = whole_update(model, layer)
-        tensors[f"{name}.U"] = update.to("cpu", torch.float64 if update.dtype == torch.float64 else torch.float32)
-        tensors[f"{name}.rows"] = layer.rows.to("cpu", torch.int32)
-        tensors[f"{name}.cols"] = layer.cols.to("cpu", torch.int32)
-        modules[name] = {
-            "shape": list(canonical_shape(layer)),
-            "rank": update.shape[0] if update.shape[0] == update.shape[1] else list(update.shape),
-            "layout": "conv1d" if layer.transposed else "linear",
-            "fingerprint": dict(layer.fingerprint or fingerprint(*layer.slices())),
-        }
+        modules[name] = AdapterModule(
+            shape=canonical_shape(layer),
+            layout="conv1d" if layer.transposed else "linear",
+            fingerprint=dict(layer.fingerprint or fingerprint(*layer.slices())),
+            U=update.to("cpu", torch.float64 if update.dtype == torch.float64 else torch.float32),
+            rows=layer.rows.cpu(),
+            cols=layer.cols.cpu(),
+        )
     named = canonical_modules(model)
     if sharded := is_sharded(model):
         full = {id(module): clean_name(name) for name, module in model.named_modules()}
@@ -99,39 +85,26 @@ def save_adapter(
         }
     else:
         extra = tensors_of(report.also_train, named)
-    if clash := sorted(set(tensors) & set(extra)):
-        raise ValueError(f"also_train has tensors under the names of PMSS's own: {few(clash)}. Rename these modules.")
-    tensors.update({key: value.detach().cpu() for key, value in extra.items()})
-    if broken := not_finite(tensors):
-        raise ValueError(
-            f"NaN or infinite values in {few(broken)}: the training has diverged, and such an adapter is not saved. "
-            "Lower the learning rate, or go back to an earlier checkpoint."
-        )
     tied = other_names(extra, model)
     if sharded and torch.distributed.get_rank() != 0:
         return target
+    root = hugging_face_root(model)[0]
     known = base_of(model)
     if base not in (None, known.name):
         known = Base(base)
-    config = {
-        "written_by": WRITTEN_BY,
-        "files": [CARD_FILE, CONFIG_FILE, WEIGHTS_FILE],
-        "format_version": FORMAT_VERSION,
-        "peft_type": "PMSS",  # so that peft says at once that this is none of its own
-        "base_model_name_or_path": known.name,
-        "revision": revision or known.revision,
-        "model_class": class_path(hugging_face_root(model)[0]),
-        "quantisation": sorted(q for q in {quantisation_of(m, m.pristine) for m in layers.values()} if q),
-        **quantisation_settings(hugging_face_root(model)[0]),
-        "config": report.config.to_dict(),
-        "modules": modules,
-        "also_train": {key: {"shape": list(value.shape), "tied": tied[key]} for key, value in extra.items()},
-        "versions": library_versions(),
-    }
-    with atomic_folder(target, overwrite=overwrite) as temporary:
-        save_tensors(tensors, temporary / WEIGHTS_FILE)
-        (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (temporary / CARD_FILE).write_text(adapter_card(config, run, known.folder), encoding="utf-8")
+    adapter = AdapterFile(
+        folder=target,
+        options=report.config,
+        base_model=known.name,
+        revision=revision or known.revision,
+        modules=modules,
+        model_class=class_path(root),
+        also_train={key: value.detach().cpu() for key, value in extra.items()},
+        tied=tied,
+        quantisation=sorted(q for q in {quantisation_of(m, m.pristine) for m in layers.values()} if q),
+        quantisation_settings=quantisation_settings(root),
+    )
+    write_adapter(adapter, target, overwrite=overwrite, run=run, base=known.folder)
     return target
 
 
@@ -151,7 +124,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Conversion
             otherwise. The message names file and modules.
     """
     adapter = read_adapter(folder)
-    config = pmss_config(adapter)
+    config = adapter.options
     modules = canonical_modules(model)
     report = conversion_of(model)
     if merged := [name for name, layer in pmss_layers(model).items() if layer.merged]:
@@ -169,22 +142,17 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Conversion
     if report is None:
         layers = {name: SkeletonLayer(stored.rows, stored.cols) for name, stored in adapter.modules.items()}
         skeleton = Skeleton(layers, source=str(adapter.folder))
-        report = convert(model, config, skeleton=skeleton)
+        report = convert(model, config, skeleton=skeleton, updates={n: m.U for n, m in adapter.modules.items()})
+    else:
+        converted = pmss_layers(model)
+        numbers = {n: x.core.numbers_of(adapter.modules[n].U, x.scale, n) for n, x in converted.items()}
+        with torch.no_grad():
+            for name, layer in converted.items():
+                layer.core.weight.copy_(numbers[name])
     with torch.no_grad():
-        for name, layer in pmss_layers(model).items():
-            layer.set_update(adapter.modules[name].U)
         for key, place in places.items():
             place.copy_(adapter.also_train[key])
     return report
-
-
-def pmss_config(adapter: AdapterFile) -> PMSSConfig:
-    """The options that the adapter was made with."""
-    try:
-        return PMSSConfig(**adapter.config)
-    except (TypeError, ValueError) as error:
-        file = adapter.folder / CONFIG_FILE
-        raise ValueError(f"{file}: its PMSS options do not fit this version ({error}).") from error
 
 
 def check_modules(adapter: AdapterFile, modules: Mapping[str, nn.Module], wanted: set[str], *, converted: bool) -> None:
@@ -260,11 +228,24 @@ def check_also_train(adapter: AdapterFile, places: Mapping[str, Tensor]) -> None
         says += [f"has {few(foreign)}, which the model does not train in full"] if foreign else []
         raise ValueError(f"{adapter.folder} {' and '.join(says)}. Load it into the architecture it was trained on.")
     for key, place in places.items():
-        if place.shape != adapter.also_train[key].shape:
+        stored = adapter.also_train[key]
+        if kind_of(place) != kind_of(stored):
             raise ValueError(
-                f"{adapter.folder}: {key} has the shape {list(adapter.also_train[key].shape)}, the model's "
+                f"{adapter.folder}: {key} is {stored.dtype}, and the model's is {place.dtype}: other numbers. Load it into the"
+                " architecture it was trained on."
+            )
+        if place.shape != stored.shape:
+            raise ValueError(
+                f"{adapter.folder}: {key} has the shape {list(stored.shape)}, the model's "
                 f"{list(place.shape)}. Build the model with the same settings (a head: the same number of labels)."
             )
+
+
+def kind_of(tensor: Tensor) -> str:
+    """Between which tensors values can be copied: those with floating-point, complex, whole or logical numbers."""
+    if tensor.is_floating_point() or tensor.is_complex():
+        return "complex" if tensor.is_complex() else "floating"
+    return "logical" if tensor.dtype == torch.bool else "whole"
 
 
 def tensors_of(names: list[str], modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:

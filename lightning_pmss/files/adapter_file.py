@@ -8,8 +8,8 @@ LightningModule loads into the plain model), else of the model that was saved:
     <module>.cols   int32 [c], columns
     <name>          parameters and buffers of the modules trained in full (`also_train`)
 
-so the file means ``W' = W + W[:, cols] U W[rows]`` and nothing else. Loading is strict both ways and checks everything
-before it touches the model.
+so the file means ``W' = W + W[:, cols] U W[rows]`` and nothing else. The config has a checksum of each tensor (format 2;
+format 1 had none). Loading is strict both ways and checks everything before it touches the model.
 """
 
 from __future__ import annotations
@@ -24,16 +24,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lightning_pmss.files.shards import few
+from lightning_pmss.config import PMSSConfig
+from lightning_pmss.files.adapter_card import CARD_FILE, adapter_card
+from lightning_pmss.files.adapter_record import FORMAT_VERSION, PEFT_TYPE, RECORDS, AdapterRecord1, LayerRecord
+from lightning_pmss.files.atomic import WRITTEN_BY, atomic_folder
+from lightning_pmss.files.shards import few, save_tensors
+from lightning_pmss.messages import one_line
+from lightning_pmss.reading import (
+    TensorRecord,
+    check_index,
+    check_sums,
+    checked,
+    describe_tensors,
+    not_finite,
+    read_json,
+    read_tensors,
+)
 
-FORMAT_VERSION = 1
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 _PARTS = ("U", "rows", "cols")
-_LAYOUTS = ("linear", "conv1d")
+_AGAIN = "Copy the folder again, or use an earlier adapter."
 
 
 @dataclass(frozen=True)
@@ -59,17 +72,36 @@ class AdapterModule:
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """A read and checked adapter folder."""
+    """An adapter as its folder holds it: read and checked, or about to be written.
+
+    Attributes:
+        folder: Where it comes from, for messages.
+        options: What it was made with.
+        base_model: Id or path of the base.
+        revision: Its commit.
+        modules: The converted layers by canonical name.
+        model_class: Dotted path of the model's class; files of early versions lack it.
+        also_train: Tensors of the modules trained in full.
+        tied: Other names of an ``also_train`` tensor.
+        quantisation: How the base kept its weights, such as "bitsandbytes nf4".
+        quantisation_settings: See `files.plain`.
+    """
 
     folder: Path
-    config: dict[str, Any]  # the fields of PMSSConfig
+    options: PMSSConfig
     base_model: str | None
     revision: str | None
     modules: dict[str, AdapterModule]
-    model_class: str | None = None  # dotted path; files of early versions lack it
+    model_class: str | None = None
     also_train: dict[str, Tensor] = field(default_factory=dict)
-    tied: dict[str, list[str]] = field(default_factory=dict)  # other names of an also_train tensor
-    quantisation: list[str] = field(default_factory=list)  # how the base kept its weights, such as "bitsandbytes nf4"
+    tied: dict[str, list[str]] = field(default_factory=dict)
+    quantisation: list[str] = field(default_factory=list)
+    quantisation_settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The options as plain values."""
+        return self.options.to_dict()
 
     def wrong_base(self, modules: list[str], base: str) -> str:
         """The message for a base that is not the one this adapter was trained on."""
@@ -77,7 +109,7 @@ class AdapterFile:
         revision = f", revision {self.revision}" if self.revision else ""
         return (
             f"{self.folder} belongs to another base: the weights of {few(modules, 3)} in {base} are not those it was "
-            f"trained on ({trained_on}{revision}). Load that base, unmerged; on other weights a PMSS adapter means "
+            f"trained on ({one_line(trained_on + revision)}). Load that base, unmerged; on other weights a PMSS adapter means "
             f"nothing.{self._quantised_hint()}"
         )
 
@@ -85,9 +117,78 @@ class AdapterFile:
         if not self.quantisation:
             return ""
         return (
-            f" It was trained on quantised weights ({', '.join(self.quantisation)}), which are not those of the checkpoint:"
-            " load the base quantised the same way; for a dense model write_merged(model, folder) after load_adapter."
+            f" It was trained on quantised weights ({one_line(', '.join(self.quantisation))}), which are not those of the"
+            " checkpoint: load the base quantised the same way; for a dense model write_merged(model, folder) after"
+            " load_adapter."
         )
+
+
+def write_adapter(
+    adapter: AdapterFile,
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    run: Mapping[str, Any] | None = None,
+    base: Path | None = None,
+) -> None:
+    """Write an adapter folder, whole or not at all.
+
+    Args:
+        adapter: Finite, and of one model.
+        folder: Its place.
+        overwrite: Replace an earlier adapter of this library.
+        run: For the card, see `save_adapter`.
+        base: Folder of the base, for the card.
+
+    Raises:
+        FileExistsError: See `atomic_folder`.
+        ValueError: NaN or infinite values, or two tensors of one name.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, module in adapter.modules.items():
+        tensors[f"{name}.U"] = module.U
+        tensors |= {f"{name}.rows": module.rows.to(torch.int32), f"{name}.cols": module.cols.to(torch.int32)}
+    if clash := sorted(set(tensors) & set(adapter.also_train)):
+        raise ValueError(f"also_train has tensors under the names of PMSS's own: {few(clash)}. Rename these modules.")
+    tensors.update(adapter.also_train)
+    if broken := not_finite(tensors):
+        raise ValueError(
+            f"NaN or infinite values in {few(broken)}: the training has diverged, and such an adapter is not saved. "
+            "Lower the learning rate, or go back to an earlier checkpoint."
+        )
+    config = {
+        "written_by": WRITTEN_BY,
+        "files": [CARD_FILE, CONFIG_FILE, WEIGHTS_FILE],
+        "format_version": FORMAT_VERSION,
+        "peft_type": PEFT_TYPE,
+        "base_model_name_or_path": adapter.base_model,
+        "revision": adapter.revision,
+        "model_class": adapter.model_class,
+        "quantisation": adapter.quantisation,
+        **adapter.quantisation_settings,
+        "config": adapter.config,
+        "modules": {name: _entry(module) for name, module in adapter.modules.items()},
+        "also_train": {
+            key: {"shape": list(value.shape), "tied": adapter.tied.get(key, [])}
+            for key, value in adapter.also_train.items()
+        },
+        "tensors": describe_tensors(tensors),
+        "versions": library_versions(),
+    }
+    with atomic_folder(folder, overwrite=overwrite) as temporary:
+        save_tensors(tensors, temporary / WEIGHTS_FILE)
+        (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (temporary / CARD_FILE).write_text(adapter_card(config, run, base), encoding="utf-8")
+
+
+def _entry(module: AdapterModule) -> dict[str, Any]:
+    columns, rows = module.U.shape
+    return {
+        "shape": list(module.shape),
+        "rank": rows if rows == columns else [columns, rows],
+        "layout": module.layout,
+        "fingerprint": module.fingerprint,
+    }
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
@@ -95,6 +196,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
 
     Raises:
         FileNotFoundError: no folder, or a file of the two is missing.
+        PermissionError: a file must not be read.
         ValueError: see `load_adapter`.
     """
     folder = Path(folder).expanduser()
@@ -104,35 +206,37 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
     if missing:
         raise FileNotFoundError(f"{folder} lacks {' and '.join(missing)}: not a complete adapter folder.")
     config = _read_config(folder / CONFIG_FILE)
-    tensors = _read_tensors(folder / WEIGHTS_FILE)
-    expected = {f"{name}.{part}" for name in config["modules"] for part in _PARTS} | set(config["also_train"])
+    options = PMSSConfig.from_file(config.config, str(folder / CONFIG_FILE), _AGAIN)
     file = folder / WEIGHTS_FILE
-    lost, foreign = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
-    if lost or foreign:
-        says = [f"lacks {few(lost)}"] if lost else []
-        says += [f"holds {few(foreign)}, which {CONFIG_FILE} does not know"] if foreign else []
-        raise ValueError(f"{file} {' and '.join(says)}. The two files do not belong together; copy the folder again.")
+    tensors = read_tensors(file, _AGAIN)
+    of_layers = {f"{name}.{part}" for name in config.modules for part in _PARTS}
+    _check_names(file, config, of_layers, set(tensors))
     if broken := not_finite(tensors):
         raise ValueError(f"{file}: NaN or infinite values in {few(broken)}. Use an earlier adapter or checkpoint.")
-    modules = {}
-    for name, entry in config["modules"].items():
-        modules[name] = _checked_module(file, name, entry, *(tensors.pop(f"{name}.{part}") for part in _PARTS))
-    for name, entry in config["also_train"].items():
-        if list(tensors[name].shape) != entry["shape"]:
+    modules = {
+        name: _checked_module(file, name, entry, *(tensors[f"{name}.{part}"] for part in _PARTS))
+        for name, entry in config.modules.items()
+    }
+    for name, full in config.also_train.items():
+        if list(tensors[name].shape) != full.shape:
             raise ValueError(
-                f"{file}: {name} has the shape {list(tensors[name].shape)}, {CONFIG_FILE} says {entry['shape']}. "
+                f"{file}: {one_line(name)} has the shape {list(tensors[name].shape)}, {CONFIG_FILE} says {full.shape}. "
                 "The two files do not belong together; copy the folder again."
             )
+    records: dict[str, TensorRecord] | None = getattr(config, "tensors", None)
+    if records is not None:
+        check_sums(tensors, records, str(file), _AGAIN)
     return AdapterFile(
         folder=folder,
-        config=config["config"],
-        base_model=config.get("base_model_name_or_path"),
-        revision=config.get("revision"),
+        options=options,
+        base_model=config.base_model_name_or_path,
+        revision=config.revision,
         modules=modules,
-        model_class=config.get("model_class"),
-        also_train=tensors,
-        quantisation=list(config.get("quantisation") or ()),
-        tied={name: entry["tied"] for name, entry in config["also_train"].items() if entry.get("tied")},
+        model_class=config.model_class,
+        also_train={name: tensors[name] for name in config.also_train},
+        tied={name: full.tied for name, full in config.also_train.items() if full.tied},
+        quantisation=config.quantisation,
+        quantisation_settings=config.model_dump(include={"quantization_config", "base_dtype"}, exclude_none=True),
     )
 
 
@@ -147,72 +251,50 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-def _read_config(file: Path) -> dict[str, Any]:
+def _read_config(file: Path) -> AdapterRecord1:
     """The config, with every part that is relied on later checked."""
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} is not readable JSON ({error}); copy the folder again.") from error
+    config = read_json(file, _AGAIN)
     found = config.get("format_version") if isinstance(config, dict) else None
-    if not isinstance(found, int) or config.get("peft_type") != "PMSS":
+    if not isinstance(found, int) or isinstance(found, bool) or config.get("peft_type") != PEFT_TYPE:
         kind = f" (peft_type {config['peft_type']})" if isinstance(config, dict) and "peft_type" in config else ""
-        other = " peft loads it: PeftModel.from_pretrained(base, folder)." if kind and "PMSS" not in kind else ""
-        raise ValueError(f"{file} does not describe a PMSS adapter{kind}.{other}")
+        other = " peft loads it: PeftModel.from_pretrained(base, folder)." if kind and PEFT_TYPE not in kind else ""
+        raise ValueError(f"{file} does not describe a PMSS adapter{one_line(kind)}.{other}")
     if found > FORMAT_VERSION:
         raise ValueError(
             f"{file} has format version {found}, and this lightning-pmss reads up to {FORMAT_VERSION}: upgrade it. "
-            f"It was written with {config.get('versions')}."
+            f"It was written with {one_line(config.get('versions'))}."
         )
-    try:
-        for entry in config["modules"].values():
-            out_features, in_features = entry["shape"]
-            fine = isinstance(out_features, int) and isinstance(in_features, int) and entry["layout"] in _LAYOUTS
-            if not fine or not isinstance(entry["fingerprint"]["dtype"], str):
-                raise TypeError(f"bad entry {entry}")
-        if not config["modules"] or not isinstance(config["config"], dict):
-            raise TypeError("no modules or no config")
-        if not all(isinstance(entry["shape"], list) for entry in config["also_train"].values()):
-            raise TypeError("bad also_train")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{file} is damaged or was edited by hand ({error!r}); copy the folder again.") from error
-    return dict(config)
+    if found not in RECORDS:
+        raise ValueError(f"{file} has format version {found}, which does not exist. {_AGAIN}")
+    return checked(RECORDS[found], config, str(file), _AGAIN)
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            # Copies: a view would pin the file, which the next save replaces.
-            return {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError) as error:
+def _check_names(file: Path, config: AdapterRecord1, of_layers: set[str], present: set[str]) -> None:
+    """Every tensor must be known, and every known one there."""
+    if len(of_layers) != len(_PARTS) * len(config.modules) or not of_layers.isdisjoint(config.also_train):
+        raise ValueError(f"{file.with_name(CONFIG_FILE)} gives two of its tensors one name. {_AGAIN}")
+    expected = of_layers | set(config.also_train)
+    lost, foreign = sorted(expected - present), sorted(present - expected)
+    if lost or foreign:
+        says = [f"lacks {few(lost)}"] if lost else []
+        says += [f"holds {few(foreign)}, which {CONFIG_FILE} does not know"] if foreign else []
+        raise ValueError(f"{file} {' and '.join(says)}. The two files do not belong together; copy the folder again.")
+    if (records := getattr(config, "tensors", None)) is not None and (odd := sorted(expected ^ set(records))):
         raise ValueError(
-            f"{file} is not a complete safetensors file ({error}): truncated or damaged. Copy the folder again, or use "
-            "an earlier adapter."
-        ) from error
+            f"{file.with_name(CONFIG_FILE)}: `tensors` and `modules` differ in {few(odd)}. It is damaged or was edited by"
+            f" hand. {_AGAIN}"
+        )
 
 
-def _checked_module(
-    file: Path, name: str, entry: Mapping[str, Any], u: Tensor, rows: Tensor, cols: Tensor
-) -> AdapterModule:
-    out_features, in_features = entry["shape"]
+def _checked_module(file: Path, name: str, entry: LayerRecord, u: Tensor, rows: Tensor, cols: Tensor) -> AdapterModule:
+    out_features, in_features = entry.shape
     for part, indices, size in (("rows", rows, out_features), ("cols", cols, in_features)):
-        if indices.dtype not in (torch.int32, torch.int64) or indices.dim() != 1 or not len(indices):
-            raise ValueError(
-                f"{file}: {name}.{part} is {indices.dtype} {list(indices.shape)}, and an index vector was expected."
-            )
-        if int(indices.min()) < 0 or int(indices.max()) >= size:
-            raise ValueError(f"{file}: {name}.{part} holds indices outside 0..{size - 1} (W is {entry['shape']}).")
-        if len(indices.unique()) != len(indices):
-            raise ValueError(f"{file}: {name}.{part} holds an index twice.")
+        check_index(indices, size, f"{name}.{part}", str(file), f"W is {entry.shape}. {_AGAIN}")
     if u.dtype not in (torch.float32, torch.float64) or tuple(u.shape) != (len(cols), len(rows)):
         raise ValueError(
-            f"{file}: {name}.U is {u.dtype} {list(u.shape)}; by its indices it must be float32 or float64 "
-            f"[{len(cols)}, {len(rows)}]."
+            f"{file}: {one_line(name)}.U is {u.dtype} {list(u.shape)}; by its indices it must be float32 or float64 "
+            f"[{len(cols)}, {len(rows)}]. {_AGAIN}"
         )
     return AdapterModule(
-        (out_features, in_features), entry["layout"], entry["fingerprint"], u, rows.long(), cols.long()
+        (out_features, in_features), entry.layout, entry.fingerprint.model_dump(), u, rows.long(), cols.long()
     )
-
-
-def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors with NaN or infinite values."""
-    return [key for key, value in tensors.items() if value.is_floating_point() and not bool(value.isfinite().all())]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lightning_pmss.files.adapter_file import WEIGHTS_FILE, not_finite, read_adapter
+from lightning_pmss.files.adapter_file import WEIGHTS_FILE, read_adapter
 from lightning_pmss.files.atomic import atomic_folder, check_target
 from lightning_pmss.files.lora_config import CONFIG_FILE, peft_config, write_peft_config
 from lightning_pmss.files.lora_report import ExportedLayer, LoraReport, write_card, write_report
@@ -23,6 +23,7 @@ from lightning_pmss.files.lora_source import Source, file_source, model_source
 from lightning_pmss.files.model_folder import refuse_overlap
 from lightning_pmss.files.naming import parse_dtype
 from lightning_pmss.files.shards import ShardWriter, TensorInfo, few, open_shards
+from lightning_pmss.reading import not_finite
 
 FORMATS = ("peft",)
 _PREFIX = "base_model.model."  # of peft's keys

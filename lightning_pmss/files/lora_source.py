@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from lightning_pmss.conversion import conversion_of, pmss_layers
 from lightning_pmss.files.adapter import class_path, other_names, tensors_of
-from lightning_pmss.files.adapter_file import AdapterFile, not_finite
+from lightning_pmss.files.adapter_file import AdapterFile
 from lightning_pmss.files.base import base_of
 from lightning_pmss.files.naming import Wording, match_names
 from lightning_pmss.files.shards import ShardReader, few
 from lightning_pmss.fingerprint import same_base
 from lightning_pmss.layers import canonical_shape
+from lightning_pmss.reading import not_finite
 from lightning_pmss.targets import canonical_modules, hugging_face_root
 from lightning_pmss.whole import clean_name, is_sharded
 

@@ -14,11 +14,12 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import quote
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_pmss.files.atomic import WRITTEN_BY
 from lightning_pmss.files.shards import ShardWriter, TensorInfo
+from lightning_pmss.reading import Record, check_sums, checked, open_tensors, parse_json, read_json, read_tensors
+from lightning_pmss.skeleton import SkeletonLayerRecord
 
 try:
     import fcntl
@@ -27,6 +28,19 @@ except ImportError:  # Windows: two runs to one output are not told apart there
 
 IDENTITY = "selection.json"
 _ABOUT = "piece"
+_AGAIN = "Delete it: the next run makes it anew."
+
+
+class PieceRecord(Record):
+    """What is saved beside the tensors of one matrix.
+
+    Attributes:
+        rank: It was selected with.
+        layer: Its entry in the skeleton file.
+    """
+
+    rank: int
+    layer: SkeletonLayerRecord
 
 
 class Pieces:
@@ -115,7 +129,7 @@ class Pieces:
 
     def _read_identity(self) -> dict[str, Any] | None:
         try:
-            found = json.loads((self.folder / IDENTITY).read_text(encoding="utf-8"))
+            found = read_json(self.folder / IDENTITY, _AGAIN)
         except (OSError, ValueError):
             return None
         return found if isinstance(found, dict) and found.get("written_by") == WRITTEN_BY else None
@@ -151,19 +165,29 @@ class Pieces:
         sync(temporary)
         os.replace(temporary, self.file(name))
 
-    def about(self, name: str) -> dict[str, Any] | None:
+    def about(self, name: str) -> PieceRecord | None:
         """What was saved beside a module's tensors; None if there is no whole piece of it."""
         try:
-            with safe_open(str(self.file(name)), framework="pt") as opened:
-                found: dict[str, Any] = json.loads((opened.metadata() or {})[_ABOUT])
-                return found
-        except (OSError, SafetensorError, KeyError, ValueError):
+            with open_tensors(self.file(name), _AGAIN) as opened:
+                text = (opened.metadata() or {}).get(_ABOUT, "")
+            return checked(
+                PieceRecord, parse_json(text.encode(), str(self.file(name)), _AGAIN), str(self.file(name)), _AGAIN
+            )
+        except (FileNotFoundError, ValueError):
             return None
 
     def load(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a piece, as copies."""
-        with safe_open(str(self.file(name)), framework="pt") as opened:
-            return {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118 - not a mapping
+        """The tensors of a piece, as copies.
+
+        Raises:
+            ValueError: They are not those that were saved.
+        """
+        file, about = self.file(name), self.about(name)
+        tensors = read_tensors(file, _AGAIN)
+        if about is None or set(about.layer.tensors) != set(tensors):
+            raise ValueError(f"{file} is damaged. {_AGAIN}")
+        check_sums(tensors, about.layer.tensors, str(file), _AGAIN)
+        return tensors
 
     def infos(self, name: str) -> list[TensorInfo]:
         """Dtypes and shapes of a piece."""

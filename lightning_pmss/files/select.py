@@ -30,6 +30,7 @@ from lightning_pmss.files.shards import ShardReader, ShardWriter, TensorInfo, fe
 from lightning_pmss.fingerprint import fingerprint, same_base
 from lightning_pmss.layers import coordinate_frame
 from lightning_pmss.process_memory import peak_memory
+from lightning_pmss.reading import describe_tensors
 from lightning_pmss.selection import projection_residual, select_skeleton
 from lightning_pmss.skeleton import FORMAT_VERSION, METADATA
 
@@ -176,6 +177,7 @@ def _select(target: Target, reader: ShardReader, config: PMSSConfig, pieces: Pie
         "shape": list(target.shape),
         "fingerprint": fingerprint(rows_of_w, columns_of_w),
         "residual": projection_residual(weight, cols),
+        "tensors": describe_tensors(tensors),
     }
     pieces.save(target.name, tensors, {"rank": target.rank, "layer": about})
 
@@ -189,7 +191,7 @@ def _read(target: Target, reader: ShardReader) -> Tensor:
 
 def _is_finished(pieces: Pieces, target: Target) -> bool:
     about = pieces.about(target.name)
-    return about is not None and about["rank"] == target.rank and tuple(about["layer"]["shape"]) == target.shape
+    return about is not None and about.rank == target.rank and tuple(about.layer.shape) == target.shape
 
 
 def _check_base(
@@ -202,10 +204,11 @@ def _check_base(
     """The base's files changed in size or time: go on only if the weights are still those of the finished pieces."""
 
     def same(target: Target) -> bool:
-        stored, about = pieces.load(target.name), pieces.about(target.name)
+        about = pieces.about(target.name)
+        stored = pieces.load(target.name)
         weight = _read(target, reader)
         rows, cols = stored["rows"].long(), stored["cols"].long()
-        return about is not None and same_base(about["layer"]["fingerprint"], weight[rows], weight[:, cols])
+        return about is not None and same_base(about.layer.fingerprint.model_dump(), weight[rows], weight[:, cols])
 
     strangers = [target.name for target, fits in each(same, finished, "checking what is finished") if not fits]
     if strangers and not overwrite:
@@ -226,16 +229,13 @@ def _write(output: Path, targets: Sequence[Target], pieces: Pieces, about: dict[
     layers: list[SelectedLayer] = []
     modules: dict[str, Any] = {}
     for target in targets:
-        piece = pieces.about(target.name)
-        assert piece is not None
-        modules[target.name] = piece["layer"]
-        infos += [
-            TensorInfo(f"{target.name}.{i.key}", i.dtype, i.shape, target.name) for i in pieces.infos(target.name)
-        ]
+        stored, piece = pieces.infos(target.name), pieces.about(target.name)
+        assert piece is not None  # else its tensors would have been refused
+        assert piece.layer.residual is not None  # `_select` writes one
+        modules[target.name] = piece.layer.model_dump()
+        infos += [TensorInfo(f"{target.name}.{i.key}", i.dtype, i.shape, target.name) for i in stored]
         layers.append(
-            SelectedLayer(
-                target.name, target.shape, target.rank, target.requested_rank, float(piece["layer"]["residual"])
-            )
+            SelectedLayer(target.name, target.shape, target.rank, target.requested_rank, piece.layer.residual)
         )
     temporary = pieces.folder / "skeleton.tmp"  # beside the output, so that a rename puts it in place
     with ShardWriter(temporary, infos, {METADATA: json.dumps({**about, "modules": modules})}) as writer:

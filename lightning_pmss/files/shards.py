@@ -18,12 +18,17 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import ConfigDict
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightning_pmss.messages import one_line
+from lightning_pmss.reading import Record, checked, get_tensor, open_tensors, read_json
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_AGAIN = "Copy or download it again."
 
 # Names of the safetensors format. Other types (4- and 6-bit floats) belong to quantised checkpoints.
 _TO_TORCH = {
@@ -71,14 +76,11 @@ class ShardReader:
             ValueError: the shard cannot be read.
         """
         info = self.tensors[key]
+        file = self.folder / info.file
         if self._open is None or self._open[0] != info.file:
             self.close()
-            self._open = (info.file, _open_shard(self.folder / info.file))
-        try:
-            tensor: Tensor = self._open[1].get_tensor(key)
-            return tensor
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{self.folder / info.file}: the tensor {key} cannot be read ({error}).") from error
+            self._open = (info.file, open_tensors(file, _AGAIN))
+        return get_tensor(self._open[1], key, file, _AGAIN)
 
     def close(self) -> None:
         """Unmap the open shard."""
@@ -91,26 +93,33 @@ class ShardReader:
         self.close()
 
 
-def open_shards(folder: str | os.PathLike[str]) -> ShardReader:
-    """Open a folder with ``model.safetensors`` or ``model.safetensors.index.json`` and its shards.
+def open_shards(base: str | os.PathLike[str]) -> ShardReader:
+    """Open the weights of a model: a Hugging Face folder, or a state dict in a safetensors file.
 
-    Reads the header of every shard, so that a missing, truncated or foreign one shows before any work is done.
+    Of a folder are taken ``model.safetensors``, else the shards that ``model.safetensors.index.json`` names, else the one
+    safetensors file in it. Reads the header of every shard, so that a missing, truncated or foreign one shows before any
+    work is done.
 
     Raises:
-        FileNotFoundError: no folder, no safetensors weights in it, or a missing shard.
-        ValueError: an unreadable index or shard, or an index that does not agree with the shards.
+        FileNotFoundError: Nothing there, no safetensors weights in the folder, or a missing shard.
+        PermissionError: A file must not be read.
+        ValueError: An unreadable index or shard, or an index that does not agree with the shards.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(base).expanduser()
+    if folder.is_file():
+        return _one_file(folder)
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{folder} is not a folder. The base is a folder with config.json and safetensors weights; a model of the "
-            "hub is downloaded to one by `hf download MODEL --local-dir FOLDER`."
+            f"{folder} is not a folder. The base is a folder with config.json and safetensors weights, or a safetensors file"
+            " with a state dict; a model of the hub is downloaded to a folder by `hf download MODEL --local-dir FOLDER`."
         )
     if (folder / SINGLE_FILE).is_file():  # transformers, too, prefers it to an index
-        infos = read_header(folder / SINGLE_FILE)
-        return ShardReader(folder, {info.key: info for info in infos})
+        return _one_file(folder / SINGLE_FILE)
     if not (folder / INDEX_FILE).is_file():
-        raise FileNotFoundError(_no_weights(folder))
+        single = sorted(folder.glob("*.safetensors"))
+        if len(single) != 1:
+            raise FileNotFoundError(_no_weights(folder, single))
+        return _one_file(single[0])
 
     weight_map, metadata = _read_index(folder / INDEX_FILE)
     files = list(dict.fromkeys(weight_map.values()))
@@ -143,12 +152,15 @@ def read_header(file: Path) -> list[TensorInfo]:
         ValueError: not a complete safetensors file, or one with a type that torch has not.
     """
     infos = []
-    with _open_shard(file) as shard:
+    with open_tensors(file, _AGAIN) as shard:
         for key in shard.offset_keys():
             part = shard.get_slice(key)
             name = part.get_dtype()
             if name not in _TO_TORCH:
-                raise ValueError(f"{file}: the tensor {key} has the type {name}, which lightning-pmss cannot copy.")
+                raise ValueError(
+                    f"{file}: the tensor {one_line(key)} has the type {name}, which lightning-pmss cannot copy. Give a model"
+                    " in floating point."
+                )
             infos.append(TensorInfo(key, _TO_TORCH[name], tuple(part.get_shape()), file.name))
     return infos
 
@@ -267,37 +279,41 @@ def parse_size(size: str | int) -> int:
     return int(float(match[1]) * units[match[2].upper()])
 
 
-def _open_shard(file: Path) -> Any:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist.")
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{file} is not a complete safetensors file ({error}). Truncated or damaged: copy or download it again."
-        ) from error
+class _Index(Record):
+    """What ``model.safetensors.index.json`` has to hold; transformers adds what it likes."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    weight_map: dict[str, str]
+    metadata: dict[str, Any] | None = None
+
+
+def _one_file(file: Path) -> ShardReader:
+    return ShardReader(file.parent, {info.key: info for info in read_header(file)})
 
 
 def _read_index(file: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-        weight_map = {str(key): str(value) for key, value in index["weight_map"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is not a readable index of shards ({error!r}). Copy or download it again.") from error
+    index = checked(_Index, read_json(file, _AGAIN), str(file), _AGAIN)
+    weight_map = index.weight_map
     outside = [name for name in weight_map.values() if Path(name).name != name]
     if not weight_map or outside:
-        raise ValueError(f"{file} names no shards beside it ({few(outside) or 'empty'}). Copy or download it again.")
-    metadata = index.get("metadata")
-    return weight_map, metadata if isinstance(metadata, dict) else {}
+        raise ValueError(f"{file} names no shards beside it ({few(outside) or 'empty'}). {_AGAIN}")
+    return weight_map, index.metadata or {}
 
 
-def _no_weights(folder: Path) -> str:
+def _no_weights(folder: Path, single: Sequence[Path]) -> str:
+    if single:
+        return (
+            f"{folder} holds {few([path.name for path in single])} and no {INDEX_FILE} that says which of them are the model."
+            " Give the file of the state dict itself."
+        )
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickled:
         return (
             f"{folder} holds its weights as {few(pickled)}, not as safetensors. Convert it once: "
             "AutoModelForCausalLM.from_pretrained(FOLDER, dtype='auto').save_pretrained(NEW_FOLDER), copy or save the "
-            "tokenizer beside it, and give NEW_FOLDER as the base."
+            "tokenizer beside it, and give NEW_FOLDER as the base. A state dict of a model of yours: "
+            "safetensors.torch.save_file(state, 'FILE.safetensors'), and give the file."
         )
     gguf = sorted(path.name for path in folder.glob("*.gguf"))
     hint = f" It holds {few(gguf)}; load that in transformers and save_pretrained() it first." if gguf else ""
@@ -306,4 +322,6 @@ def _no_weights(folder: Path) -> str:
 
 def few(names: Sequence[str], limit: int = 5) -> str:
     """The first few names, for messages."""
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return ", ".join(one_line(name) for name in names[:limit]) + (
+        f" and {len(names) - limit} more" if len(names) > limit else ""
+    )

@@ -13,6 +13,7 @@ from lightning_pmss.files.pieces import sync
 from lightning_pmss.files.shards import save_tensors
 from lightning_pmss.fingerprint import fingerprint
 from lightning_pmss.layers import Frame, canonical_shape
+from lightning_pmss.reading import describe_tensors
 from lightning_pmss.skeleton import FORMAT_VERSION, METADATA
 
 
@@ -36,14 +37,16 @@ def save_skeleton(model: nn.Module, file: str | os.PathLike[str]) -> Path:
     tensors: dict[str, Tensor] = {}
     modules = {}
     for name, layer in pmss_layers(model).items():
-        tensors[f"{name}.rows"], tensors[f"{name}.cols"] = layer.rows.int(), layer.cols.int()
+        own = {"rows": layer.rows.int(), "cols": layer.cols.int()}
         for part in Frame._fields if layer.core.frame is not None else ():
             if (factor := getattr(layer.core.frame, part)) is not None:
-                tensors[f"{name}.{part}"] = factor
+                own[part] = factor
+        tensors |= {f"{name}.{part}": value for part, value in own.items()}
         modules[name] = {
             "shape": list(canonical_shape(layer)),
             "fingerprint": fingerprint(*layer.slices()),
             "residual": residuals[name],
+            "tensors": describe_tensors(own),
         }
     about = {
         "format_version": FORMAT_VERSION,

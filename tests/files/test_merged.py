@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from lightning_pmss.conversion import pmss_layers
 from lightning_pmss.files import merge_files, save_adapter
 from lightning_pmss.merging import merge, merge_weight
+from tests.files.edits import edit_tensors, seal
 
 Train = Callable[..., Any]
 Logits = Callable[[nn.Module], torch.Tensor]
@@ -257,10 +258,8 @@ def test_bases_that_cannot_be_streamed(tiny_llama: str, sharded_llama: str, adap
 
 
 def test_results_that_are_not_finite(tiny_llama: str, adapter: Path, tmp_path: Path) -> None:
-    file = adapter / "adapter_model.safetensors"
-    tensors = load_file(file)
-    tensors["model.layers.1.mlp.up_proj.U"] *= 1e20
-    save_file(tensors, file)
+    edit_tensors(adapter, lambda tensors: tensors["model.layers.1.mlp.up_proj.U"].mul_(1e20))
+    seal(adapter)
     with pytest.raises(ValueError, match=r"merging model.layers.1.mlp.up_proj gives NaN or inf.*float16.*float32"):
         _merge(tiny_llama, adapter, tmp_path / "merged", dtype="float16")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]

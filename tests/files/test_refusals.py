@@ -261,8 +261,8 @@ def test_an_adapter_of_another_architecture(tiny_gpt2: str, adapter: Path, tmp_p
 def test_a_format_of_a_newer_version(tiny_llama: str, adapter: Path, tmp_path: Path) -> None:
     file = adapter / "adapter_config.json"
     config = json.loads(file.read_text())
-    file.write_text(json.dumps(config | {"format_version": 2, "versions": {"lightning-pmss": "9.0"}}))
-    message = rf"{file} has format version 2, and this lightning-pmss reads up to 1: upgrade it.*9\.0"
+    file.write_text(json.dumps(config | {"format_version": 3, "versions": {"lightning-pmss": "9.0"}}))
+    message = rf"{file} has format version 3, and this lightning-pmss reads up to 2: upgrade it.*9\.0"
     _refused_everywhere(adapter, tiny_llama, tmp_path, message)
 
 

@@ -1,0 +1,63 @@
+"""What ``adapter_config.json`` has to hold."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from lightning_pmss.fingerprint import FingerprintRecord
+from lightning_pmss.reading import Record, TensorRecord
+from lightning_pmss.reading.records import Shape, Size
+
+FORMAT_VERSION = 2
+PEFT_TYPE = "PMSS"  # so that peft says at once that this is none of its own
+
+
+class LayerRecord(Record):
+    """One converted layer."""
+
+    shape: Annotated[list[Size], Field(min_length=2, max_length=2)]
+    rank: Size | Annotated[list[Size], Field(min_length=2, max_length=2)]
+    layout: Literal["linear", "conv1d"]
+    fingerprint: FingerprintRecord
+
+
+class FullRecord(Record):
+    """One tensor of a module trained in full."""
+
+    shape: Shape
+    tied: list[str] = []
+
+
+class AdapterRecord1(Record):
+    """Format 1: nothing proves the tensors."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    format_version: Literal[1]
+    peft_type: str
+    written_by: str = ""
+    files: list[str] = []
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    model_class: str | None = None
+    quantisation: list[str] = []
+    quantization_config: dict[str, Any] | None = None
+    base_dtype: str | None = None
+    config: dict[str, Any]
+    modules: Annotated[dict[str, LayerRecord], Field(min_length=1)]
+    also_train: dict[str, FullRecord]
+    versions: dict[str, str] = {}
+
+
+class AdapterRecord(AdapterRecord1):
+    """Format 2: with dtype, shape and checksum of every tensor in the file of the weights."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format_version: Literal[2]  # type: ignore[assignment]
+    tensors: dict[str, TensorRecord]
+
+
+RECORDS: dict[int, type[AdapterRecord1]] = {1: AdapterRecord1, 2: AdapterRecord}

@@ -1,0 +1,34 @@
+"""Read files that may be damaged, foreign or edited by hand: each refusal is one sentence, and no input is a crash.
+
+The ground of every reader: an adapter folder, a skeleton file, a checkpoint, an index of shards, a model's ``config.json``.
+What a file of one kind has to hold is written down beside its reader, as a `Record`.
+"""
+
+from lightning_pmss.reading.json_text import parse_json, read_json
+from lightning_pmss.reading.records import Record, TensorRecord, checked
+from lightning_pmss.reading.tensors import (
+    check_index,
+    check_sums,
+    describe_tensors,
+    get_tensor,
+    not_finite,
+    open_tensors,
+    read_tensors,
+)
+from lightning_pmss.reading.unreadable import refuse_unreadable
+
+__all__ = [
+    "Record",
+    "TensorRecord",
+    "check_index",
+    "check_sums",
+    "checked",
+    "describe_tensors",
+    "get_tensor",
+    "not_finite",
+    "open_tensors",
+    "parse_json",
+    "read_json",
+    "read_tensors",
+    "refuse_unreadable",
+]

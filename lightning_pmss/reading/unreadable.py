@@ -1,0 +1,28 @@
+"""What can be refused before a file is opened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def refuse_unreadable(file: Path) -> None:
+    """Refuse a path that holds no file that this process may read.
+
+    Raises:
+        FileNotFoundError: Nothing is there.
+        ValueError: It is a folder.
+        PermissionError: The file exists and this process must not read it.
+    """
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder, and a file is expected there. Give the path of the file.")
+    if not file.exists():
+        raise FileNotFoundError(f"{file} does not exist.")
+    try:
+        with file.open("rb"):
+            pass
+    except PermissionError as error:
+        mode = file.stat().st_mode & 0o777
+        raise PermissionError(
+            f"{file} cannot be read: permission denied (its mode is {mode:03o}). Type `chmod u+r {file}`, or run as the user"
+            " who owns it."
+        ) from error
