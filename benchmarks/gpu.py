@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from benchmarks.break_even import break_even
 from benchmarks.machine import machine, spread, write_json
 from benchmarks.rivals import RIVALS, Case, blocks, build, run, trained
+from lightning_pmss.indices import index_tensors
 from lightning_pmss.selection import select_skeleton
 
 GPU_CASES = (
@@ -80,11 +81,10 @@ def free() -> None:
 
 
 def own_bytes(model: nn.Module, base: nn.Module) -> int:
-    """Bytes of the parameters and buffers that a rival adds."""
+    """Bytes of the parameters, buffers and indices that a rival adds."""
     there = {t.untyped_storage().data_ptr() for t in (*base.parameters(), *base.buffers())}
-    added = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())
-    }
+    held = *model.parameters(), *model.buffers(), *index_tensors(model).values()
+    added = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
     return sum(size for address, size in added.items() if address not in there)
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks.machine import machine, spread, write_json
 from benchmarks.rivals import RIVALS, Case, blocks, build, run, trained
+from lightning_pmss.indices import index_tensors
 
 CASES = {c.name: c for c in (Case(1024, 128), Case(1024, 256), Case(2048, 256), Case(4096, 256, layers=1))}
 SMALLEST = Case(64, 16, layers=1, length=8)
@@ -46,7 +47,10 @@ def step(model: nn.Module, x: Tensor, grad: Tensor) -> float:
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
     """Bytes of the storages kept for backward that are neither parameters nor buffers nor the input."""
     x = x.detach().requires_grad_()
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
+    own = {
+        t.untyped_storage().data_ptr()
+        for t in (*model.parameters(), *model.buffers(), *index_tensors(model).values(), x)
+    }
     kept: list[weakref.ref[Tensor]] = []
 
     def pack(tensor: Tensor) -> Tensor:

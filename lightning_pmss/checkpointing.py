@@ -32,7 +32,7 @@ from lightning_pmss.conversion import conversion_of, pmss_layers
 from lightning_pmss.disk import clean_leftovers, relink, remove, replace, sync_tree, temporary_sibling
 from lightning_pmss.fingerprint import fingerprint, same_base
 from lightning_pmss.gathering import gathered, load_trained_state, trained_state
-from lightning_pmss.layers import PMSSLinear
+from lightning_pmss.indices import index_tensors
 from lightning_pmss.messages import some
 from lightning_pmss.sharding import Engine, engine_of
 from lightning_pmss.whole import is_sharded, whole_shape
@@ -51,6 +51,7 @@ def trained_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """
     frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
     live = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    live |= index_tensors(module)
     return {k: whole_shape(live[k]) for k in module.state_dict() if k in live and k not in frozen}
 
 
@@ -202,8 +203,7 @@ class CheckpointSeam:
 
     def _short_indices(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Rows and columns as int32: in int64 they are 1.6 % of what rank 256 trains. Loading copies them into int64."""
-        names = {f"{n}." if n else "" for n, m in self.module.named_modules() if isinstance(m, PMSSLinear)}
-        short = {f"{name}{part}" for name in names for part in ("rows", "cols")}
+        short = index_tensors(self.module)
         return {k: v.to(torch.int32) if k in short else v for k, v in state.items()}
 
     def _save_beside(self, checkpoint: dict[str, Any], path: Path, storage_options: Any) -> None:
@@ -301,6 +301,10 @@ class CheckpointSeam:
         self._metadata = {}
         with self._only_trained():
             loaded: dict[str, Any] = self._inner["load_checkpoint"](path, weights_only)
+        if path.is_file():  # of which Lightning loads what it finds among parameters and buffers
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
+            for key, indices in index_tensors(self.module).items():
+                indices.copy_(state[key])
         self._follow_indices(before)
         here = self._describe()["fingerprints"]
         there = made.get("fingerprints", {})

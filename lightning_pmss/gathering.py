@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
+from lightning_pmss.indices import index_tensors
 from lightning_pmss.layers import Frame, PMSSCore, PMSSLinear
 from lightning_pmss.whole import clean_name, is_fsdp1, is_sharded, whole
 
@@ -106,8 +107,8 @@ def trained_state(model: nn.Module, keys: Mapping[str, Any]) -> dict[str, Any]:
     for prefix, unit in _trained_units(model):
         for key, value in unit.state_dict().items():
             found[f"{prefix}{clean_name(key)}"] = value
-    for name, buffer in model.named_buffers():
-        found[clean_name(name)] = buffer
+    for name, tensor in _replicated(model):
+        found[clean_name(name)] = tensor
     return {k: v for k, v in found.items() if k in keys}
 
 
@@ -121,9 +122,15 @@ def load_trained_state(model: nn.Module, state: Mapping[str, Any]) -> None:
         if part:
             unit.load_state_dict(part, strict=False)
     with torch.no_grad():
-        for name, buffer in model.named_buffers():
+        for name, tensor in _replicated(model):
             if clean_name(name) in state:
-                buffer.copy_(state[clean_name(name)])
+                tensor.copy_(state[clean_name(name)])
+
+
+def _replicated(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What every rank holds whole."""
+    yield from model.named_buffers()
+    yield from index_tensors(model).items()
 
 
 def _units(model: nn.Module) -> Iterator[FSDP]:

@@ -13,7 +13,7 @@ are ours. What is trained is a tensor V in chosen coordinates, from which U is d
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from lightning_pmss.edits import (
     product,
 )
 from lightning_pmss.guard import refuse_training
+from lightning_pmss.indices import IndexTensors
 from lightning_pmss.quantised import SliceReader, dequantised, is_quantised, whole_weight
 from lightning_pmss.weight_edit import LinearWeightEdit
 from lightning_pmss.whole import is_dtensor
@@ -44,7 +45,7 @@ OWN_PRODUCT = (
 )
 
 
-class PMSSLinear(nn.Module):
+class PMSSLinear(IndexTensors):
     """Mixin that turns a linear layer into ``W' = W + s C U R``; instances are made by `PMSSLinear.adopt`.
 
     The concrete class is a dynamic subclass of the base layer's own class, so parameters keep their names and
@@ -54,17 +55,20 @@ class PMSSLinear(nn.Module):
         W' = weight + weight[:, cols] @ core_update() @ weight[rows]
 
     Attributes:
-        rows, cols: int64 buffers ``[r]`` and ``[c]``.
+        rows, cols: int64 ``[r]`` and ``[c]``; neither parameters nor buffers (`lightning_pmss.indices`).
         core: `PMSSCore`, owner of the trained tensor.
         scale, coordinates, dropout, memory: As configured.
         fingerprint: Of the slices of W (`lightning_pmss.fingerprint`), where it was taken while W was whole; else None.
         on_trust: Converted without its weight, so that nobody has compared it with the fingerprint yet.
         edit: ``"input"``, ``"output"`` or ``"weight"``.
+        base_class: What the layer was before it was converted.
         transposed: Whether ``weight`` is stored ``[in, out]``.
         quantised: Whether the base keeps W in codes (`lightning_pmss.quantised`).
         disabled: Whether the layer runs as the base does (see `lightning_pmss.adapters.disable_adapter`).
     """
 
+    index_names = ("rows", "cols")
+    base_class: ClassVar[type[nn.Module]]
     weight: nn.Parameter
     bias: nn.Parameter | None
     rows: Tensor
@@ -79,7 +83,6 @@ class PMSSLinear(nn.Module):
     quantised: bool = False
     fingerprint: Mapping[str, str] | None
     pristine: Tensor | None
-    waiting: tuple[Tensor, Tensor] | None
     on_trust: bool
     disabled: bool = False
 
@@ -107,15 +110,12 @@ class PMSSLinear(nn.Module):
         layer.__class__ = _pmss_class(type(layer))
         assert isinstance(layer, PMSSLinear)
         weight = layer.weight
-        layer.register_buffer("rows", rows.to(weight.device, torch.int64))
-        layer.register_buffer("cols", cols.to(weight.device, torch.int64))
+        layer.set_indices(weight.device, rows=rows, cols=cols)
         layer.core = PMSSCore(len(cols), len(rows), frame, core_dtype(weight.dtype), weight.device)
         layer.scale, layer.coordinates, layer.dropout, layer.memory = float(scale), coordinates, float(dropout), memory
         layer.transposed, layer.quantised = is_transposed(layer), is_quantised(layer)
         layer.edit = choose_edit(layer, shape) if edit == "auto" else edit
         layer.fingerprint = layer.pristine = None
-        # On the meta device the indices wait here until the layer gets memory (see `reset_parameters`).
-        layer.waiting = (rows.cpu(), cols.cpu()) if weight.is_meta else None
         layer.on_trust = weight.is_meta
         return layer
 
@@ -174,13 +174,13 @@ class PMSSLinear(nn.Module):
         self.core.set_frame(frame)
 
     def reset_parameters(self) -> None:
-        """Called by engines once a layer that was made on the meta device has memory: the base's own, then the indices."""
+        """Called by engines once a layer that was made on the meta device has memory: the base's own, where it has one."""
         if (base := getattr(super(), "reset_parameters", None)) is not None:
             base()
-        if self.waiting is not None:
-            self.rows.copy_(self.waiting[0])
-            self.cols.copy_(self.waiting[1])
-            self.waiting = None
+
+    def index_sizes(self) -> dict[str, int]:
+        """Rows and columns of W."""
+        return dict(zip(self.index_names, canonical_shape(self), strict=True))
 
     def forward(self, input: Tensor) -> Tensor:
         if self.disabled:
@@ -195,27 +195,28 @@ class PMSSLinear(nn.Module):
         flat = input.reshape(-1, input.shape[-1])
         dtype = compute_dtype(flat)
         update = self.core_update()
+        indices = self.indices_on(flat.device)
         own_product = self._own_product(flat.dtype, dtype)
         if self.edit == "weight":
             if reason := why_no_weight_edit(self, self.dropout) or (None if own_product else OWN_PRODUCT):
                 raise ValueError(f"edit='weight' {reason}")
-            y = LinearWeightEdit.apply(flat, self.weight, self.bias, update, self.rows, self.cols, self.transposed)
+            y = LinearWeightEdit.apply(flat, self.weight, self.bias, update, *indices, self.transposed)
             return y.view(*input.shape[:-1], y.shape[-1])
         if own_product:
             edit = LinearInputEdit if self.edit == "input" else LinearOutputEdit
             u = update.to(dtype)
-            y = edit.apply(flat, self.weight, self.bias, u, self.rows, self.cols, *self._options(flat))
+            y = edit.apply(flat, self.weight, self.bias, u, *indices, *self._options(flat))
             return y.view(*input.shape[:-1], y.shape[-1])
         source = SliceReader(self) if self.quantised else self.weight
         if self.edit == "input":
-            edited = InputEdit.apply(flat, source, update.to(dtype), self.rows, self.cols, *self._options(flat))
+            edited = InputEdit.apply(flat, source, update.to(dtype), *indices, *self._options(flat))
             return super().forward(edited.view(input.shape))
         # The gather must come before the bias: in bfloat16 a large bias would swamp h.
         base = super().forward(input) if self.bias is None else product(input, self.weight, None, self.transposed)
         base = base.to(dtype) if self.quantised else base  # bitsandbytes answers in x's dtype, also under autocast
         flat = base.reshape(-1, base.shape[-1])
         update = update.to(flat.dtype)
-        output = OutputEdit.apply(flat, source, update, self.rows, self.cols, *self._options(flat))
+        output = OutputEdit.apply(flat, source, update, *indices, *self._options(flat))
         output = output.view(base.shape)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
@@ -247,7 +248,7 @@ class PMSSLinear(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The dynamic class has no importable name: pickle and deepcopy rebuild it from the base class.
-        return _rebuild, (type(self).__mro__[2],), self.__dict__
+        return _rebuild, (self.base_class,), self.__dict__
 
     def extra_repr(self) -> str:
         ranks = f"rank={self.cols.shape[0]}x{self.rows.shape[0]}"
@@ -259,7 +260,7 @@ _CLASSES: dict[type[nn.Module], type[PMSSLinear]] = {}
 
 def _pmss_class(base: type[nn.Module]) -> type[PMSSLinear]:
     if base not in _CLASSES:
-        _CLASSES[base] = type(f"PMSS{base.__name__}", (PMSSLinear, base), {"__module__": __name__})
+        _CLASSES[base] = type(f"PMSS{base.__name__}", (PMSSLinear, base), {"__module__": __name__, "base_class": base})
     return _CLASSES[base]
 
 
@@ -313,5 +314,5 @@ def can_output_edit(layer: nn.Module) -> bool:
 
 def has_known_forward(layer: nn.Module) -> bool:
     """Whether the base's forward is ``nn.Linear``'s or ``Conv1D``'s own."""
-    base: type[Any] = type(layer).__mro__[2] if isinstance(layer, PMSSLinear) else type(layer)
+    base: type[Any] = layer.base_class if isinstance(layer, PMSSLinear) else type(layer)
     return base.forward is nn.Linear.forward or is_conv1d(layer)

@@ -115,9 +115,11 @@ def merge_weight(
 
 def merged_weight(layer: PMSSLinear, name: str = "") -> tuple[Tensor, LayerDrift]:
     """W' of one layer in the layout in which the layer stores its weight, from the pristine W; the layer is not changed."""
-    weight = layer.base_weight().to(layer.rows.device)
+    update = layer.core_update().detach()
+    weight = layer.base_weight().to(update.device)
     dtype = value_dtype(layer) if layer.quantised else None
-    merged, drift = merge_weight(weight, layer.rows, layer.cols, layer.core_update().detach(), name, dtype)
+    rows, cols = layer.indices_on(update.device)
+    merged, drift = merge_weight(weight, rows, cols, update, name, dtype)
     return (merged.T.contiguous() if layer.transposed else merged), drift
 
 
@@ -215,18 +217,18 @@ def merged_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, LayerDr
         if not first:
             return {}, {}
     drift = {}
-    own = {id(layer): name for name, layer in layers.items()}
+    names = {id(layer): name for name, layer in layers.items()}
     for full, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, PMSSLinear):
-            name = own[id(module)]
+            name = names[id(module)]
             start = f"{clean_name(full)}." if clean_name(full) else ""
-            indices = [state.pop(f"{start}{what}").cpu() for what in ("rows", "cols")]
-            for key in [k for k in state if k.startswith(f"{start}core.")]:
+            own = {f"{start}{what}" for what in module.index_names}
+            for key in [k for k in state if k in own or k.startswith(f"{start}core.")]:
                 del state[key]
             if name not in results:
                 weight = state[f"{start}weight"]
                 canonical = weight.T if module.transposed else weight
-                value, cost = merge_weight(canonical, indices[0], indices[1], updates[name].cpu(), name)
+                value, cost = merge_weight(canonical, module.rows.cpu(), module.cols.cpu(), updates[name].cpu(), name)
                 results[name] = (value.T.contiguous() if module.transposed else value), cost
             state[f"{start}weight"], drift[name] = results[name]
     return state, drift
@@ -292,7 +294,8 @@ def _merge_quantised(layer: PMSSLinear, name: str, requantise: bool) -> LayerDri
     new, drift = merged_weight(layer, name)
     if requantise:
         base = layer.base_weight()
-        exact, _ = merge_weight(base, layer.rows, layer.cols, layer.core_update().detach(), name)
+        rows, cols = layer.indices_on(base.device)
+        exact, _ = merge_weight(base, rows, cols, layer.core_update().detach(), name)
         codes = requantised(layer, exact.to(value_dtype(layer)))
         error = dequantised(layer, codes) - exact
         norms = [float(torch.linalg.matrix_norm(t)) for t in (error, exact, exact - base)]

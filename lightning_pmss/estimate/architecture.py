@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_pmss.config import PMSSConfig
 from lightning_pmss.coordinates import trained_shape
+from lightning_pmss.indices import index_tensors
 from lightning_pmss.layers import Frame, PMSSLinear, canonical_shape, core_dtype
 from lightning_pmss.targets import canonical_modules, find_targets, match_modules, ranks_of, refuse_unconvertible
 
@@ -30,7 +31,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Piece:
-    """One parameter or buffer.
+    """One parameter, buffer or index tensor.
 
     Attributes:
         name: Full name in the model.
@@ -38,7 +39,7 @@ class Piece:
         itemsize: Bytes of one element.
         kind: ``"base"``, ``"trained"``, ``"factor"`` (frozen and made by PMSS) or ``"index"`` (rows and columns).
         block: Name of the decoder layer it is in; "" outside of them.
-        buffer: Whether it is a buffer: replicated by every strategy.
+        buffer: Whether it is no parameter: replicated by every strategy.
     """
 
     name: str
@@ -200,7 +201,7 @@ class LoRALinear(nn.Module):
 
 
 def inventory(model: nn.Module) -> list[Piece]:
-    """Every parameter and buffer once, in model order."""
+    """Every parameter, buffer and index tensor once."""
     blocks = decoder_blocks(model)
 
     def block_of(name: str) -> str:
@@ -211,10 +212,10 @@ def inventory(model: nn.Module) -> list[Piece]:
         kind = "trained" if parameter.requires_grad else "factor" if ".core." in f".{name}" else "base"
         pieces.append(Piece(name, tuple(parameter.shape), parameter.element_size(), kind, block_of(name)))
     for name, buffer in model.named_buffers():
-        owner = model.get_submodule(name.rpartition(".")[0])
-        index = isinstance(owner, PMSSLinear) and name.endswith((".rows", ".cols"))
-        kind = "index" if index else "factor" if ".core." in name else "base"
+        kind = "factor" if ".core." in name else "base"
         pieces.append(Piece(name, tuple(buffer.shape), buffer.element_size(), kind, block_of(name), buffer=True))
+    for name, index in index_tensors(model).items():
+        pieces.append(Piece(name, tuple(index.shape), index.element_size(), "index", block_of(name), buffer=True))
     return pieces
 
 

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_pmss.estimate.architecture import Architecture, first_line
+from lightning_pmss.indices import index_tensors
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def simulate_step(
         _checkpointing(model, {"use_reentrant": False, "preserve_rng_state": False})
     module = CausalLMModule("estimate")
     module.model = model
-    own = [*model.parameters(), *model.buffers()]
+    own = [*model.parameters(), *model.buffers(), *index_tensors(model).values()]
     # A gradient of a parameter goes to the gradients' column: the strategy decides where it is and how long.
     hooks: list[Any] = [p.register_post_accumulate_grad_hook(_drop) for p in model.parameters() if p.requires_grad]
     marks: dict[str, int] = {}

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_pmss.indices import index_tensors
 from lightning_pmss.quantised import is_quantised, whole_weight
 from lightning_pmss.whole import clean_name, is_fsdp1, is_sharded, whole
 
@@ -20,7 +21,7 @@ _PASSING = {"training", "gradient_checkpointing", "call_super_init", "dump_patch
 
 
 def model_hash(model: nn.Module) -> str:
-    """Hash of parameters, buffers and plain settings of every module; 16 hex digits.
+    """Hash of parameters, buffers, indices and plain settings of every module; 16 hex digits.
 
     Exact, and independent of device, number of threads and, but for FSDP1, of how the model is sharded. Where it is sharded
     this is a collective that gathers one tensor at a time.
@@ -32,7 +33,7 @@ def model_hash(model: nn.Module) -> str:
         plain = {k: v for k, v in plain.items() if isinstance(v, bool | int | float | str)}
         if plain:
             entries.append([clean_name(name), sorted(plain.items())])
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers()), **index_tensors(model)}
     # Of codes and scales: the weights that they stand for.
     coded = {f"{name}.weight": module for name, module in model.named_modules() if is_quantised(module)}
     for name, tensor in tensors.items():

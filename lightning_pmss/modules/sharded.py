@@ -15,6 +15,9 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
+from lightning_pmss.indices import index_tensors
+from lightning_pmss.messages import some
+
 
 def build_on_rank_zero(build: Callable[[], nn.Module], mesh: Any, device: torch.device) -> nn.Module:
     """Build a model on rank 0, shard it over the mesh by FSDP2, and send every rank its part.
@@ -55,12 +58,15 @@ def build_on_rank_zero(build: Callable[[], nn.Module], mesh: Any, device: torch.
     fully_shard(model, mesh=mesh)
     _allocate(model, device)
     whole: dict[str, Any] = source.state_dict() if source is not None else {}
-    set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    missing, unexpected = set_model_state_dict(model, whole, options=options)
+    if lost := sorted({*missing, *unexpected} - set(index_tensors(model))):  # the indices came with the twin
+        raise RuntimeError(f"these tensors did not reach every rank: {some(lost)}.")
     return model
 
 
 def _meta_twin(model: nn.Module) -> nn.Module:
-    """A copy with parameters on the meta device; ties stay ties, buffers stay real (no checkpoint holds them all)."""
+    """A copy with parameters on the meta device; ties stay ties, buffers and indices stay real."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         empty = torch.empty_like(parameter, device="meta")

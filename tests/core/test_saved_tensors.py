@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_pmss.indices import index_tensors
+
 TOKENS = 50
 
 
 def _saved(module: nn.Module, x: Tensor, autocast: bool = False) -> list[Tensor]:
-    """The tensors saved for backward, one per storage, without the parameters and buffers that exist anyway."""
-    existing = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    """The tensors saved for backward, one per storage, without those that the module holds anyway."""
+    held = *module.parameters(), *module.buffers(), *index_tensors(module).values()
+    existing = {t.untyped_storage().data_ptr() for t in held}
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:

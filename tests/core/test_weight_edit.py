@@ -106,7 +106,7 @@ def test_second_derivatives_are_refused() -> None:
 
 def test_keeps_the_gathered_rows_and_u_only() -> None:
     layer, tokens = pmss_layer(out=40, inp=30, rank=8, dtype=torch.float32, edit="weight"), 50
-    existing = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers())}
+    existing = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers(), layer.rows, layer.cols)}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

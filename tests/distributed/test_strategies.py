@@ -54,6 +54,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
             },
             {"folder": "init", "late": name.startswith("fsdp2"), "steps": 2, "head": True},
         ]
+        if name != "zero3":  # which cannot evaluate a checkpoint by path
+            stored = str(folder / "whole" / "saved" / "step=6.ckpt")
+            other = {"selection": "random", "seed": 1}
+            tasks.append({"folder": "other indices", "only": "test", "checkpoint": stored, "callback": other})
         if name in WEIGHTS_ONLY:
             tasks.append({"folder": "weights", "weights_only": True, "steps": 2})
         if name in ("fsdp1", "fsdp2"):
@@ -211,6 +215,14 @@ def test_layers_can_be_read_whole(runs: Any, name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in REFUSES_TO_TEST])
 def test_a_checkpoint_is_evaluated_by_path(runs: Any, name: str) -> None:
     for expected, found in zip(ranks(runs("ddp") / "whole"), ranks(runs(name) / "by path"), strict=True):
+        assert found["scores"] == pytest.approx(expected["scores"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "zero3"])
+def test_indices_of_a_checkpoint_replace_those_selected_now(runs: Any, name: str) -> None:
+    for expected, found in zip(ranks(runs("ddp") / "by path"), ranks(runs(name) / "other indices"), strict=True):
+        assert "error" not in found
+        assert found["indices"] == expected["indices"]
         assert found["scores"] == pytest.approx(expected["scores"], rel=1e-5)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pmss import PMSSConfig, convert
+from lightning_pmss.indices import index_tensors
 from lightning_pmss.modules.causal_lm import IGNORED, CausalLMModule
 
 SIZES = {
@@ -80,7 +81,8 @@ def kept_at_the_head(model: Any, loss: Callable[[], Tensor]) -> int:
 
     def pack(tensor: Tensor) -> Tensor:
         # Asked each time: a sharding engine puts the whole parameter into the module only while it is needed.
-        own = {local(t).untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+        held = *model.parameters(), *model.buffers(), *index_tensors(model).values()
+        own = {local(t).untyped_storage()._cdata for t in held}
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
             kept[storage._cdata] = tensor, storage.nbytes()  # held, so that no address comes twice

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from lightning_pmss.indices import index_tensors
 from tests.estimate.small import (
     allocator_peak,
     checkpoint_activations,
@@ -37,8 +38,8 @@ def held(model: nn.Module) -> dict[str, int]:
     for name, parameter in model.named_parameters():
         kind = "trained" if parameter.requires_grad else "factors" if ".core." in name else "base"
         sizes[kind] += part(parameter)
-    for name, buffer in model.named_buffers():
-        sizes["trained" if name.endswith((".rows", ".cols")) else "base"] += buffer.nbytes
+    sizes["base"] += sum(buffer.nbytes for buffer in model.buffers())
+    sizes["trained"] += sum(indices.nbytes for indices in index_tensors(model).values())
     return sizes
 
 
