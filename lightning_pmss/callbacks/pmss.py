@@ -34,7 +34,7 @@ from lightning_pmss.checkpointing import CheckpointSeam, record_fingerprints
 from lightning_pmss.config import PMSSConfig
 from lightning_pmss.conversion import conversion_of, convert, pmss_layers
 from lightning_pmss.gathering import whole_update
-from lightning_pmss.modules.resuming import restore_loaders
+from lightning_pmss.modules.resuming import count_epoch, restore_loaders
 from lightning_pmss.report import ConversionReport
 from lightning_pmss.sharding import Engine, prepare_strategy, refuse_quantised
 from lightning_pmss.targets import hugging_face_root
@@ -251,6 +251,7 @@ class PMSSCallback(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Begin the step's random stream and its clock."""
+        count_epoch(trainer)
         self._resume = None
         self._randomness.enter()
         self._clock.start()

@@ -1,4 +1,4 @@
-"""The place of a loader in its epoch, after a resume."""
+"""The place of loops and loaders, after a resume."""
 
 from __future__ import annotations
 
@@ -17,3 +17,15 @@ def restore_loaders(trainer: L.Trainer) -> None:
     if loop.restarting and loop._combined_loader_states_to_load and loop._combined_loader is not None:
         loop._load_combined_loader_states()
         iter(loop._data_fetcher)  # the iterator was made before
+
+
+def count_epoch(trainer: L.Trainer) -> None:
+    """Count the epoch that is being trained, if Lightning has not; call it in ``on_train_batch_start``.
+
+    Resumed from the last batch of an epoch, Lightning begins the next one without counting it. A checkpoint of that epoch would
+    look like one between two epochs, and a run that goes on from it would begin the epoch once more.
+    """
+    progress: Any = trainer.fit_loop.epoch_progress
+    if progress.current.started == progress.current.processed:
+        progress.increment_ready()
+        progress.increment_started()

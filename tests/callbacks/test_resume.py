@@ -53,6 +53,16 @@ def test_resume_of_a_module_that_asks_for_the_number_of_steps(tmp_path: Path, nu
         assert run(tmp_path / str(step), tmp_path / f"step={step}.ckpt") == whole[step:]
 
 
+def test_resumed_twice(tmp_path: Path) -> None:
+    """From the end of an epoch, where Lightning forgets to count the next one, and then from inside of that one."""
+    whole = toys.fit(tmp_path / "whole", None, False, {})
+    again = toys.fit(tmp_path / "again", str(tmp_path / "whole" / "checkpoints" / "step=12.ckpt"), False, {})
+    assert again == whole[12:]
+    assert (
+        toys.fit(tmp_path / "more", str(tmp_path / "again" / "checkpoints" / "step=16.ckpt"), False, {}) == whole[16:]
+    )
+
+
 def test_resume_in_a_new_process(tmp_path: Path) -> None:
     whole = toys.fit(tmp_path / "whole", None, False, {})
     assert len(whole) == STEPS
