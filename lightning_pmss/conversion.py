@@ -15,6 +15,7 @@ from lightning_pmss.coordinates import PMSSCore, core_dtype
 from lightning_pmss.fingerprint import same_base
 from lightning_pmss.layers import Frame, PMSSLinear, canonical_shape, coordinate_frame, is_transposed
 from lightning_pmss.messages import some
+from lightning_pmss.number_range import why_out_of_range
 from lightning_pmss.quantised import hidden_values, prepare, quantisation_of, value_dtype, whole_weight
 from lightning_pmss.report import ConversionReport, LayerReport
 from lightning_pmss.rounding import LIMIT, LOW_PRECISION, fitting_rank, rounding_error
@@ -37,6 +38,7 @@ def convert(
     *,
     skeleton: Skeleton | None = None,
     updates: Mapping[str, Tensor] | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> ConversionReport:
     """Convert the targeted linear layers of a model in place and freeze everything but U and ``also_train``.
 
@@ -47,14 +49,16 @@ def convert(
         config: What to convert and how.
         skeleton: Rows and columns per module, used instead of selecting (as when an adapter is loaded).
         updates: ``s U [c, r]`` per module to start from, in place of zero.
+        compute_dtype: In which the layers will compute under autocast; default: the dtype of their weights.
 
     Returns:
         The report; converting again with an equal config changes nothing and returns the first one's report.
 
     Raises:
         ValueError: A pattern matches nothing, a matched layer cannot be converted (unsupported type, tied weight, meta
-            tensor without a skeleton, already sharded, called past its ``forward``), the model was converted with
-            another config, or an update that its coordinates cannot hold.
+            tensor without a skeleton, already sharded, called past its ``forward``, weights so small or large that an
+            update leaves the range of the dtype), the model was converted with another config, or an update that its
+            coordinates cannot hold.
     """
     if (done := conversion_of(model)) is not None:
         if done.config == config and skeleton is None:
@@ -72,7 +76,7 @@ def convert(
 
     prepare(model)
     with outside_zero_init():
-        plans = _plan(targets, modules, config, skeleton, ranks)
+        plans = _plan(targets, modules, config, skeleton, ranks, compute_dtype)
         starts = {
             name: _numbers(plans[name], modules[name], update, config, name) for name, update in (updates or {}).items()
         }
@@ -121,6 +125,7 @@ def _plan(
     config: PMSSConfig,
     skeleton: Skeleton | None,
     ranks: Mapping[str, int],
+    compute_dtype: torch.dtype | None,
 ) -> dict[str, SkeletonLayer]:
     """Rows, columns and frame of every target; nothing is touched. A collective where weights are kept in parts."""
     plans: dict[str, SkeletonLayer] = {}
@@ -156,9 +161,12 @@ def _plan(
                 if stored.fingerprint is not None and not same_base(stored.fingerprint, weight[rows], weight[:, cols]):
                     strangers.append(name)
                     continue
-                frame = frame or coordinate_frame(
-                    weight[:, cols], weight[rows], config.coordinates, name, weight=weight
-                )
+                slices = weight[:, cols], weight[rows]
+                frame = frame or coordinate_frame(*slices, config.coordinates, name, weight=weight)
+                if skeleton is None or config.skeleton_file is not None:  # not where an adapter brings its own U
+                    dtype, scale = compute_dtype or value_dtype(layer), config.scale_of(len(cols))
+                    if reason := why_out_of_range(weight, slices, frame, config.coordinates, scale, dtype):
+                        raise ValueError(f"`{name}` {reason}")
                 residual = projection_residual(weight, cols) if residual is None else residual
         plans[name] = SkeletonLayer(stored.rows, stored.cols, frame, stored.fingerprint, shape, residual)
     if strangers and skeleton is not None:

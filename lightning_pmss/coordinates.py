@@ -6,6 +6,7 @@ by a factor of hundreds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -48,36 +49,66 @@ def coordinate_frame(
         weight: W ``[out, in]``, which ``"rotation"`` needs.
 
     Returns:
-        Tensors in float32 (float64 for a float64 base), computed in float64.
+        Tensors in float32 (float64 for a float64 base), computed in float64 on slices of magnitude one, so that neither
+        tiny nor huge weights leave its range on the way.
 
     Raises:
-        ValueError: The slices are linearly dependent, so that orthonormal coordinates do not exist.
+        ValueError: The slices hold NaN or infinity, or are linearly dependent, so that orthonormal coordinates do not exist.
     """
     dtype = core_dtype(columns.dtype)
+    largest = max(float(columns.detach().abs().max()), float(rows.detach().abs().max()))
+    if not math.isfinite(largest):
+        raise ValueError(f"`{name}`: the selected rows or columns hold NaN or infinite values; load sound weights.")
     if coordinates == "raw":
         return Frame()
-    t_c = torch.linalg.qr(columns.detach().double(), mode="r").R
-    t_r = torch.linalg.qr(rows.detach().double().T, mode="r").R
+    power = math.frexp(largest)[1]  # scaling by a power of two rounds nothing
+    c, r = (scaled(part.detach().double(), -power) for part in (columns, rows))
+    t_c, t_r = torch.linalg.qr(c, mode="r").R, torch.linalg.qr(r.T, mode="r").R
     singular = torch.linalg.svdvals(t_c), torch.linalg.svdvals(t_r)
     if coordinates == "spectral":
-        return Frame(gain=(1.0 / (singular[0][0] * singular[1][0])).to(dtype))
+        return rescaled(Frame(gain=(1.0 / (singular[0][0] * singular[1][0])).to(dtype)), -power)
     # Slices that depend on one another up to float32 rounding have no usable inverse factors.
     usable = [int((s > s[0] * 1e-5).sum()) for s in singular]
     if usable[0] < t_c.shape[0] or usable[1] < t_r.shape[0]:
+        fewer = f"set rank_pattern={{{name!r}: {min(usable)}}} or" if min(usable) else "set"
         raise ValueError(
             f"`{name}`: the {t_c.shape[0]} selected columns and {t_r.shape[0]} rows have only numerical rank {usable[0]} and"
-            f" {usable[1]}; set rank_pattern={{{name!r}: {min(usable)}}} or coordinates='spectral', or exclude the module."
+            f" {usable[1]}; {fewer} coordinates='spectral', or exclude the module."
         )
     eye_c, eye_r = (torch.eye(t.shape[0], dtype=t.dtype, device=t.device) for t in (t_c, t_r))
     left = torch.linalg.solve_triangular(t_c, eye_c, upper=True)
     right = torch.linalg.solve_triangular(t_r, eye_r, upper=True).T.contiguous()
     frame = Frame(left.to(dtype), right.to(dtype))
-    return frame if coordinates == "orthonormal" else _rotating(frame, columns, rows, weight, name)
+    if coordinates == "rotation":
+        assert weight is not None
+        frame = _rotating(frame, c, r, weight, power, name)
+    return rescaled(frame, -power)
 
 
-def _rotating(frame: Frame, columns: Tensor, rows: Tensor, weight: Tensor | None, name: str) -> Frame:
-    """The frame with ``M = Q_C^T W Q_R`` and the gain with which, near zero, the update has about the norm of the numbers."""
-    assert weight is not None
+def rescaled(frame: Frame, power: int) -> Frame:
+    """The frame of ``W / 2**power``, from that of W."""
+    left, right, gain, core = frame
+    return Frame(
+        None if left is None else scaled(left, power),
+        None if right is None else scaled(right, power),
+        None if gain is None else scaled(gain, 2 * power if core is None else power),
+        None if core is None else scaled(core, -power),
+    )
+
+
+def scaled(tensor: Tensor, power: int) -> Tensor:
+    """``tensor * 2**power``; in steps, since the factor itself may leave the range of the dtype."""
+    while power:
+        step = max(-100, min(100, power))
+        tensor, power = tensor * 2.0**step, power - step
+    return tensor
+
+
+def _rotating(frame: Frame, columns: Tensor, rows: Tensor, weight: Tensor, power: int, name: str) -> Frame:
+    """The frame with ``M = Q_C^T W Q_R`` and the gain with which, near zero, the update has about the norm of the numbers.
+
+    All of slices, and of a W, that are divided by ``2**power``.
+    """
     assert frame.left is not None
     assert frame.right is not None
     if len(rows) < 2:
@@ -86,7 +117,7 @@ def _rotating(frame: Frame, columns: Tensor, rows: Tensor, weight: Tensor | None
         )
     wide = frame.left.dtype
     q_c, q_r = columns.to(wide) @ frame.left, rows.T.to(wide) @ frame.right.T
-    core = q_c.T @ weight.to(wide) @ q_r
+    core = q_c.T @ scaled(weight.to(wide), -power) @ q_r
     mean_square = core.square().sum() / core.shape[1]
     return frame._replace(core=core, gain=(8 * mean_square).rsqrt())
 

@@ -108,9 +108,8 @@ def merge_weight(
         )
     # U may come in float32 while W is narrower: the error is taken against the wide sum, not against itself.
     error = rounded.to(wide) - exact
-    norm, size = torch.linalg.matrix_norm(error), torch.linalg.matrix_norm(delta)
-    lost = float(norm / size) if size > 0 else 0.0
-    return rounded, LayerDrift(float(error.abs().max()), float(norm / torch.linalg.matrix_norm(exact)), lost)
+    norm, size, whole = (float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in (error, delta, exact))
+    return rounded, LayerDrift(float(error.abs().max()), norm / whole if whole else 0.0, norm / size if size else 0.0)
 
 
 def merged_weight(layer: PMSSLinear, name: str = "") -> tuple[Tensor, LayerDrift]:

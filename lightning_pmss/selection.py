@@ -264,11 +264,12 @@ def select_skeleton(
 def projection_residual(weight: Tensor, cols: Tensor) -> float:
     """``||W - C C^+ W||_F / ||W||_F`` with ``C = W[:, cols]``: the share of W that its chosen columns do not span."""
     matrix = weight.detach()
-    basis, triangle = torch.linalg.qr(matrix[:, cols].float())
+    largest = _extreme(matrix)
+    basis, triangle = torch.linalg.qr(Scaled(matrix[:, cols], largest).whole())
     # Of columns that depend on one another, QR returns arbitrary directions that C does not span: leave those out.
     left, singular, _ = torch.linalg.svd(triangle)
     basis = basis @ left[:, singular > singular[0] * 1e-6]
-    scaled = Scaled(matrix, _extreme(matrix))
+    scaled = Scaled(matrix, largest)
     covered = scaled.rmultiply(basis.T)
     blocks = partial(scaled.blocks, scaled.outer)
     total = sum(_square(block) for _, block in blocks())

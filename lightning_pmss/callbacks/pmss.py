@@ -166,7 +166,8 @@ class PMSSCallback(L.Callback):
             refuse_quantised(self._engine, pl_module)
             if everywhere:
                 agree_on_weights(trainer, pl_module, self._engine)
-            self.report = convert(pl_module, self.config)
+            low = torch.float16 if str(trainer.precision).startswith("16") else None
+            self.report = convert(pl_module, self.config, compute_dtype=low)
             if everywhere:
                 agree_on_indices(trainer, pl_module)
             if self._engine != "plain":

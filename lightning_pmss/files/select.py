@@ -28,7 +28,8 @@ from lightning_pmss.files.pieces import Pieces, file_states, sync
 from lightning_pmss.files.select_report import SelectedLayer, SelectReport
 from lightning_pmss.files.shards import ShardReader, ShardWriter, TensorInfo, few, open_shards
 from lightning_pmss.fingerprint import fingerprint, same_base
-from lightning_pmss.layers import coordinate_frame
+from lightning_pmss.layers import coordinate_frame, core_dtype
+from lightning_pmss.number_range import why_out_of_range
 from lightning_pmss.process_memory import peak_memory
 from lightning_pmss.reading import describe_tensors
 from lightning_pmss.selection import projection_residual, select_skeleton
@@ -171,6 +172,10 @@ def _select(target: Target, reader: ShardReader, config: PMSSConfig, pieces: Pie
     rows, cols = rows.sort().values, cols.sort().values  # as `convert` does: gathers read memory in order
     rows_of_w, columns_of_w = weight[rows], weight[:, cols]
     frame = coordinate_frame(columns_of_w, rows_of_w, config.coordinates, target.name, weight=weight)
+    # In the widest dtype that the model can be loaded in: a narrower one is checked when the model is converted.
+    scale, dtype = config.scale_of(len(cols)), core_dtype(weight.dtype)
+    if reason := why_out_of_range(weight, (columns_of_w, rows_of_w), frame, config.coordinates, scale, dtype):
+        raise ValueError(f"`{target.name}` {reason}")
     tensors = {"rows": rows.to(torch.int32), "cols": cols.to(torch.int32)}
     tensors |= {part: value for part, value in frame._asdict().items() if value is not None}
     about = {
