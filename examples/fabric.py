@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     data.setup("fit")
     losses = []
     batch: Any
+    # A step over several batches would need the sum of their losses over the number of all their response tokens.
     for batch in fabric.setup_dataloaders(data.train_dataloader()):
         loss = model(**{k: batch[k] for k in ("input_ids", "attention_mask", "labels")}).loss
         fabric.backward(loss)

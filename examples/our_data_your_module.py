@@ -32,6 +32,7 @@ class YourModule(L.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         # input_ids, labels, and attention_mask or, packed, position_ids: the loss is on the responses alone.
+        # With accumulate_grad_batches or several devices derive from TokenWeighted, else Lightning averages batch means.
         loss = self.model(**batch, use_cache=False).loss
         self.log("loss", loss, prog_bar=True)
         return loss

@@ -19,11 +19,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_pmss.modules.token_weighted import TokenWeighted
+
 
 class LossCurve(L.Callback):
     """Collects the training loss of every step and the validation losses, and writes ``loss.png`` when training ends.
 
-    The training loss is what ``training_step`` returns on process 0, averaged over accumulated batches; the validation
+    The training loss is what ``training_step`` returns, averaged over processes and accumulated batches; the validation
     loss is what the module logs as `validation`. The points are part of the checkpoint: a resumed run draws the whole
     curve.
 
@@ -69,11 +71,14 @@ class LossCurve(L.Callback):
         """Remember the loss, on its device: reading it here would make the host wait for every step."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor):
-            # Lightning has divided it by the number of accumulated batches.
-            self._pending.append(loss.detach() * trainer.accumulate_grad_batches)
+            self._pending.append(loss.detach())
         last = self._train[-1][0] if self._train else 0
         if self._pending and trainer.global_step > last:
-            self._train.append((trainer.global_step, torch.stack(self._pending).mean()))
+            # Lightning has divided by the number of batches that it accumulates, also where fewer came.
+            step = torch.stack(self._pending).sum()
+            if not isinstance(pl_module, TokenWeighted):  # whose parts add up to the step's mean
+                step = step * (trainer.accumulate_grad_batches / len(self._pending))
+            self._train.append((trainer.global_step, trainer.strategy.reduce(step, reduce_op="mean")))
             self._pending.clear()
 
     @override

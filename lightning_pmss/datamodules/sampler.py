@@ -214,6 +214,11 @@ class ResumableDataLoader(DataLoader[T_co]):
         now = self.progress() if self.progress is not None else None
         return int(getattr(self.sampler, "epoch", 0)) if now is None else now[0]
 
+    @property
+    def follows_training(self) -> bool:
+        """Whether :meth:`state_dict` counts batches that were trained on, however many were fetched."""
+        return self.progress is not None
+
     def _order_key(self) -> dict[str, int]:
         """All that fixes the order of an epoch besides the epoch itself."""
         return {

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
@@ -36,10 +35,11 @@ from lightning_pmss.modules.quantisation import Quantisation, check_quantisation
 from lightning_pmss.modules.schedule import SCHEDULES, schedule_factor
 from lightning_pmss.modules.sharded import build_on_rank_zero
 from lightning_pmss.modules.token_mean import TokenMean
+from lightning_pmss.modules.token_weighted import TokenWeighted
 from lightning_pmss.whole import is_sharded
 
 
-class CausalLMModule(L.LightningModule):
+class CausalLMModule(TokenWeighted):
     """Fine-tunes a causal language model on the responses of prompt and response pairs.
 
     The model and its tokenizer are loaded in `configure_model`, so that a strategy can shard what is loaded and a
@@ -53,8 +53,9 @@ class CausalLMModule(L.LightningModule):
     ``prompt_mask``, int64 [B, P], left padded, ``id``, int64 [B] (negative: computed, not scored), and ``prompt`` and
     ``target``, lists of B strings. Without them only the loss is computed.
 
-    Logged: ``train/loss`` per step; ``val/loss`` and ``test/loss``, the mean over all response tokens of the split;
-    ``val/exact_match`` and ``test/exact_match``, where texts are generated and a metric is given.
+    A step's gradient is that of the mean over the response tokens of all its batches and ranks (`TokenWeighted`).
+    Logged: ``train/loss``, the mean over those of the last batch on this rank; ``val/loss`` and ``test/loss``, the mean over
+    all of the split; ``val/exact_match`` and ``test/exact_match``, where texts are generated and a metric is given.
 
     ``test`` puts each batch of answers on the disk as it comes, and goes on where it was stopped if it is started again with
     the same model, options and folder (``predictions_dir``).
@@ -261,17 +262,20 @@ class CausalLMModule(L.LightningModule):
         # The logits at t are for the token at t + 1. Shifting the labels spares a copy of the much larger logits.
         labels = F.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:]
         if self.loss_chunk is None:
-            logits = run().float().flatten(0, 1)
+            logits = run().flatten(0, 1)
+            logits = logits if logits.dtype == torch.float64 else logits.float()
             losses = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="none")
         else:
             losses = chunked_losses(run, self.model, labels, IGNORED, self.loss_chunk)
         return losses.view_as(labels).sum(1), (labels != IGNORED).sum(1)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Loss of one batch, logged as ``train/loss``."""
-        loss, _ = self.response_loss(batch)
-        self.log("train/loss", loss, on_step=True, on_epoch=False, prog_bar=True, batch_size=len(batch["input_ids"]))
-        return loss
+        """The batch's part of the step's loss, see `TokenWeighted`. Logged as ``train/loss``: the mean of this batch alone."""
+        sums, counts = self.example_losses(batch)
+        total, tokens = sums.sum(), counts.sum()
+        mean = total / tokens.clamp(min=1)
+        self.log("train/loss", mean, on_step=True, on_epoch=False, prog_bar=True, batch_size=len(batch["input_ids"]))
+        return self.step_loss(total, tokens)
 
     def _evaluate(self, batch: dict[str, Any], name: Literal["val", "test"], stage: str) -> None:
         mean: Any = self.mean_loss[name]

@@ -1,0 +1,55 @@
+"""Steps over several batches on two ranks equal those over one large batch on one device, under every strategy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.distributed import windows
+from tests.distributed.launch import launch, ranks, require
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+
+def adapter(folder: Path) -> dict[str, Tensor]:
+    found = load_file(folder / "out" / "adapter" / "adapter_model.safetensors")
+    return {name: value for name, value in found.items() if name.endswith(".U")}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Folders of the runs with large batches: as they are, and clipped."""
+    parent = tmp_path_factory.mktemp("whole")
+    for name, clip in (("free", None), ("clipped", 0.02)):
+        (parent / name).mkdir()
+        windows.run({"folder": str(parent / name), "model": tiny_llama, "clip": clip})
+    return parent
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "fsdp2", "zero2", "zero3"])
+def test_equals_large_batches(whole: Path, tmp_path: Path, strategy: str, tiny_llama: str) -> None:
+    require(strategy)
+    common = {"strategy": strategy, "model": tiny_llama}
+    tasks = [
+        {"folder": str(tmp_path / name), "clip": clip, **common} for name, clip in (("free", None), ("clipped", 0.02))
+    ]
+    again = {"folder": str(tmp_path / "again"), "checkpoint": str(tmp_path / "free" / "inside.ckpt"), **common}
+    errors = launch("tests.distributed.windows", [*tasks, again])
+    for name in ("free", "clipped"):
+        expected, found = adapter(whole / name), adapter(tmp_path / name)
+        assert expected.keys() == found.keys()
+        for key, value in expected.items():
+            assert float((found[key] - value).norm()) <= 1e-4 * float(value.norm()), (name, key)
+        for record in ranks(tmp_path / name):
+            assert record["steps"] == 6
+        points = windows.json.loads((whole / name / "rank0.json").read_text())["curve"]
+        assert ranks(tmp_path / name)[0]["curve"] == [[step, pytest.approx(loss, rel=1e-5)] for step, loss in points]
+    lost = "the gradients of its first 1 of 2 batches are not in the checkpoint" in errors
+    assert lost is (strategy != "ddp")
+    if not lost:
+        for key, value in adapter(tmp_path / "free").items():
+            assert float((adapter(tmp_path / "again")[key] - value).norm()) <= 1e-4 * float(value.norm()), key
