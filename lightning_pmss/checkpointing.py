@@ -34,6 +34,7 @@ from lightning_pmss.fingerprint import fingerprint, same_base
 from lightning_pmss.gathering import gathered, load_trained_state, trained_state
 from lightning_pmss.indices import index_tensors
 from lightning_pmss.messages import some
+from lightning_pmss.module_states import holding, make_whole, module_states
 from lightning_pmss.sharding import Engine, engine_of
 from lightning_pmss.whole import is_sharded, whole_shape
 
@@ -142,6 +143,8 @@ class CheckpointSeam:
         module: The converted LightningModule.
         after_save: Called on every rank with the checkpoint's path after each save.
         after_remove: The same after ModelCheckpoint removed one.
+        before_load: Called before the weights of a checkpoint are loaded, when the module has its layers.
+        at_end: Called on every rank when a training has ended and all callbacks' and the module's ``on_train_end`` are done.
     """
 
     def __init__(
@@ -150,12 +153,15 @@ class CheckpointSeam:
         module: L.LightningModule,
         after_save: Callable[[Path], None] | None = None,
         after_remove: Callable[[Path], None] | None = None,
+        before_load: Callable[[], None] | None = None,
+        at_end: Callable[[], None] | None = None,
     ) -> None:
         self.trainer, self.module = trainer, module
         self.trained, self.known = trained_shapes(module), set(module.state_dict())
         self.strategy = trainer.strategy
         self.engine: Engine = engine_of(self.strategy)
         self.after_save, self.after_remove = after_save, after_remove
+        self.before_load, self.at_end = before_load, at_end
         self._newest: Path | None = None  # the file or folder that was saved last
         use_atomic_files(self.strategy)
         self._metadata: dict[str, Any] = {}  # hashing the slices takes time, and they only change when one is loaded
@@ -170,7 +176,7 @@ class CheckpointSeam:
                 delattr(self.strategy, name)
 
     def _methods(self) -> list[str]:
-        common = ["save_checkpoint", "remove_checkpoint"]
+        common = ["save_checkpoint", "remove_checkpoint", "on_train_end"]
         if self.engine == "plain":
             return [*common, "load_model_state_dict"]
         return [*common, "load_checkpoint"] + (["lightning_module_state_dict"] if self.engine != "zero" else [])
@@ -183,10 +189,11 @@ class CheckpointSeam:
         return {k: v for k, v in state.items() if k in self.trained}
 
     def _save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        kept = {k: v for k, v in checkpoint["state_dict"].items() if k in self.trained}
+        states = module_states(checkpoint, self.trained, self.known) | {"state_dict": checkpoint["state_dict"]}
+        states = {name: {k: v for k, v in state.items() if k in self.trained} for name, state in states.items()}
         if self.engine == "plain":
-            kept = self._short_indices(kept)
-        checkpoint = checkpoint | {"state_dict": kept, METADATA: self._describe()}
+            states = {name: self._short_indices(state) for name, state in states.items()}
+        checkpoint = checkpoint | states | {METADATA: self._describe()}
         where = self.strategy.broadcast(filepath)
         path = local_path(where)
         if path is None:
@@ -199,7 +206,8 @@ class CheckpointSeam:
             self._inner["save_checkpoint"](checkpoint, path, storage_options)
         self._newest = path
         if self.after_save is not None:
-            self.after_save(path)
+            with holding(self.module, states["state_dict"] if self.engine == "plain" else {}):
+                self.after_save(path)
 
     def _short_indices(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Rows and columns as int32: in int64 they are 1.6 % of what rank 256 trains. Loading copies them into int64."""
@@ -267,9 +275,16 @@ class CheckpointSeam:
             if link.is_symlink() and self._newest not in (None, removed) and link.resolve() == removed.resolve():
                 relink(link, self._newest)  # type: ignore[arg-type]
 
+    def _on_train_end(self) -> None:
+        self._inner["on_train_end"]()
+        if self.at_end is not None:
+            self.at_end()
+
     # -- loading --------------------------------------------------------------------------------------------------
 
-    def _load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+    def _load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
+        if self.before_load is not None:
+            self.before_load()
         state, made = checkpoint["state_dict"], checkpoint.get(METADATA, {})
         check(self.module, self.trained, self.known, {k: tuple(v.shape) for k, v in state.items()}, made)
         # Under DDP rank 0's weights are sent to all ranks, but only after this: those of the others do not count yet.
@@ -279,9 +294,9 @@ class CheckpointSeam:
                 self.module, made, lambda _, x: (state[f"{prefixes[id(x)]}rows"], state[f"{prefixes[id(x)]}cols"])
             )
         self._metadata = {}
-        self._inner["load_model_state_dict"](
-            checkpoint, strict=False
-        )  # `check` was strict about everything that counts
+        # `check` was strict about everything that counts.
+        self._inner["load_model_state_dict"](checkpoint, strict=False)
+        make_whole(checkpoint, self.module, self.trained, self.known)
 
     def _load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(self.strategy.broadcast(checkpoint_path))

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from lightning_pmss.callbacks.averaging import average_the_trained, refuse_averages, refuse_copies
 from lightning_pmss.callbacks.checks import (
     agree_on_indices,
     agree_on_weights,
@@ -26,6 +27,7 @@ from lightning_pmss.callbacks.checks import (
     check_optimizers,
     warn_about_batch_norm,
 )
+from lightning_pmss.callbacks.frozen import FrozenWatch
 from lightning_pmss.callbacks.gradients import GradientCheck
 from lightning_pmss.callbacks.randomness import StepRandomness, set_random_states
 from lightning_pmss.callbacks.results import merge_beside, remove_beside, write_results
@@ -137,6 +139,7 @@ class PMSSCallback(L.Callback):
         self._seam: CheckpointSeam | None = None
         self._gradients: GradientCheck | None = None
         self._randomness = StepRandomness()
+        self._watch: FrozenWatch | None = None
         self._resume: Mapping[str, Any] | None = None
         self._clock = StepClock()
 
@@ -146,6 +149,7 @@ class PMSSCallback(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Convert now, or arrange for it right after ``configure_model``."""
         self._engine = prepare_strategy(trainer, pl_module)
+        refuse_averages(trainer, self._engine)
         if conversion_of(pl_module) is None and is_overridden("configure_model", pl_module):
             original = pl_module.configure_model
 
@@ -189,7 +193,10 @@ class PMSSCallback(L.Callback):
             pl_module,
             after_save=functools.partial(merge_beside, trainer, pl_module) if beside else None,
             after_remove=functools.partial(remove_beside, trainer) if beside else None,
+            before_load=functools.partial(average_the_trained, trainer, pl_module),
+            at_end=functools.partial(self._write_results, trainer, pl_module),
         )
+        refuse_copies(pl_module, self.report)
 
     # -- checks at the start ------------------------------------------------------------------------------------------
 
@@ -206,6 +213,8 @@ class PMSSCallback(L.Callback):
             root.train()  # `from_pretrained` leaves eval mode, in which dropout and HF's activation checkpointing are off
         also_train = self.report.also_train if self.report else []
         check_bases(trainer, pl_module)
+        average_the_trained(trainer, pl_module)
+        record_fingerprints(pl_module)
         check_optimizers(trainer, pl_module, also_train)
         warn_about_batch_norm(pl_module, also_train)
         self._gradients = GradientCheck(
@@ -219,7 +228,10 @@ class PMSSCallback(L.Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Let loaders go on where they were; say when a resumed run cannot be exact."""
+        """Let loaders go on where they were; say when a resumed run cannot be exact; look at the frozen weights."""
+        if self.report is not None:
+            refuse_copies(pl_module, self.report)
+        self._watch = FrozenWatch(pmss_layers(pl_module)) if self._engine == "plain" else None
         restore_loaders(trainer)
         loaders = trainer.fit_loop._combined_loader
         mid_epoch = (
@@ -282,15 +294,22 @@ class PMSSCallback(L.Callback):
 
     # -- results ------------------------------------------------------------------------------------------------------
 
-    @override
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the adapter and, if wanted, the merged model (here and not in ``on_fit_end``, when the strategy is gone)."""
+    def _write_results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the adapter and, if wanted, the merged model.
+
+        Not in ``on_train_end``, where callbacks that come later may still change the weights (averages do), nor in
+        ``on_fit_end``, when the strategy is gone.
+        """
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         folder = self.output_folder(trainer)
         merged = None if self.merge_on_save is None else folder / "merged"
+        if other := self._watch.other_base(folder / "adapter") if self._watch is not None else None:
+            merged = None
         written = write_results(trainer, pl_module, folder / "adapter", merged)
         rank_zero_info(f"PMSS: adapter in {folder / 'adapter'}")
+        if other is not None:
+            raise RuntimeError(other)
         if merged is not None:
             rank_zero_info(f"PMSS: merged model in {merged}\n{written}")
 

@@ -1,0 +1,171 @@
+"""Lightning's averages of models beside `PMSSCallback`: of what is trained alone, and never of the frozen weights.
+
+``WeightAveraging`` (also ``EMAWeightAveraging``) and ``StochasticWeightAveraging`` copy the whole module in ``setup``, average
+every parameter, frozen ones with the rounding of the mean, and store the copy in checkpoints. Here the copy is replaced by one
+that owns the trained tensors and shows the module's own frozen ones: swapping and copying these changes nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.indices import index_tensors
+from lightning_pmss.messages import some
+from lightning_pmss.report import ConversionReport
+from lightning_pmss.sharding import Engine
+
+
+class TrainedCopy(nn.Module):
+    """What an averaging callback takes for a deep copy of the module.
+
+    ``parameters()`` and ``buffers()`` have the module's order and length; where a parameter is frozen, it is the module's own.
+    The state dict has what a checkpoint keeps: trained parameters, buffers and indices.
+    """
+
+    of: nn.Module
+    alone: bool = False
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["of"] = module  # by assignment it would become a child
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                self._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+        stored = module.state_dict()
+        for name, buffer in module.named_buffers():
+            self._buffers[name] = buffer.detach().clone()
+            if name not in stored:
+                self._non_persistent_buffers_set.add(name)
+
+    def __deepcopy__(self, memo: Any) -> TrainedCopy:
+        return self  # `AveragedModel` copies what it is given, and this one was made for it
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The averages and, unless ``alone``, the module's own frozen parameters."""
+        for name, parameter in self.of.named_parameters():
+            if (own := self._parameters.get(name)) is not None:
+                yield own
+            elif not self.alone:
+                yield parameter
+
+    def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
+        """Copies of the module's buffers, or their averages."""
+        for name, buffer in self.of.named_buffers():
+            own = self._buffers.get(name)
+            yield buffer if own is None else own
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for key, indices in index_tensors(self.of).items():
+            destination[f"{prefix}{key}"] = indices
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        errors: Any,
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        # Names with dots look like those of children that are not there; and the indices are the module's.
+        unexpected[:] = [key for key in unexpected if not key.startswith(prefix)]
+
+
+class _Trained:
+    """The part of a module that a `TrainedCopy` averages, as `AveragedModel.update_parameters` asks for it."""
+
+    def __init__(self, copy: TrainedCopy) -> None:
+        self.copy = copy
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return (p for name, p in self.copy.of.named_parameters() if name in self.copy._parameters)
+
+    def buffers(self) -> Iterator[Tensor]:
+        return self.copy.of.buffers()
+
+
+class TrainedAverage(AveragedModel):
+    """An average of the trained tensors of a module, with the settings of the one that it replaces."""
+
+    def __init__(self, module: nn.Module, settings: AveragedModel) -> None:
+        super().__init__(
+            TrainedCopy(module),
+            device=settings.n_averaged.device,
+            avg_fn=settings.avg_fn,
+            multi_avg_fn=settings.multi_avg_fn,
+            use_buffers=settings.use_buffers,
+        )
+
+    def update_parameters(self, model: nn.Module) -> None:
+        """Take the module's present values into the average."""
+        copy: Any = self.module
+        copy.alone = True  # a mean of a frozen tensor with itself rounds it
+        try:
+            super().update_parameters(_Trained(copy))  # type: ignore[arg-type]
+        finally:
+            copy.alone = False
+
+
+def average_the_trained(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Replace the copies that averaging callbacks made of the whole module in ``setup``, converted by then or not.
+
+    Call it after all setups and ``configure_model``, before a checkpoint is loaded.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        held: Any = getattr(callback, "_average_model", None)
+        if isinstance(callback, WeightAveraging):
+            if held is not None and not isinstance(held, TrainedAverage):
+                callback._average_model = TrainedAverage(module, held)
+        elif isinstance(callback, StochasticWeightAveraging) and held is not None and not isinstance(held, TrainedCopy):
+            callback._average_model = TrainedCopy(module)  # type: ignore[assignment]
+            callback._avg_fn = functools.partial(_mean, callback._avg_fn)
+
+
+def _mean(mean: Any, average: Tensor, current: Tensor, count: Tensor) -> Tensor:
+    """The mean of two tensors by ``mean``; of a frozen one, which is both, the tensor as it is."""
+    same = average.data_ptr() == current.data_ptr()
+    return average if same else mean(average, current, count)
+
+
+def refuse_averages(trainer: L.Trainer, engine: Engine) -> None:
+    """Averages of models that a strategy keeps in parts.
+
+    Raises:
+        MisconfigurationException: With the remedy.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if engine != "plain" and isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+            raise MisconfigurationException(
+                f"`{type(callback).__name__}` copies whole models and cannot average one that"
+                f" `{type(trainer.strategy).__name__}` keeps in parts. Train on one device or under 'ddp', or leave it out."
+            )
+
+
+def refuse_copies(module: L.LightningModule, report: ConversionReport) -> None:
+    """Copies of converted layers inside the module, such as a teacher or an average of it.
+
+    Raises:
+        MisconfigurationException: There are some; the message names them.
+    """
+    layers = pmss_layers(module)
+    averaged = [id(x) for m in module.modules() if isinstance(m, AveragedModel) for x in m.modules()]
+    own = {layer.name for layer in report.layers}
+    if copies := [n for n, layer in layers.items() if id(layer) in averaged or n not in own]:
+        raise MisconfigurationException(
+            f"{some(copies)} are converted layers in a copy of the model that is part of the module: an average or a teacher."
+            " The adapter and the checkpoints are of one model and would mix the two. For an average of what is trained put"
+            " `lightning.pytorch.callbacks.EMAWeightAveraging` beside PMSSCallback. Make a copy for another purpose after"
+            " the conversion (in `on_fit_start`), and keep it where it is no child: `self.__dict__['teacher'] = deepcopy(...)`."
+        )
