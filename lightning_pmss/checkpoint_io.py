@@ -34,7 +34,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         try:
-            with atomic_file(local) as stream:
+            # FSDP and DeepSpeed leave a folder of the same name.
+            with atomic_file(local, over_folder=True) as stream:
                 torch.save(checkpoint, stream)
         except RuntimeError as error:
             if isinstance(error.__context__, OSError):  # torch hides why its stream could not be written

@@ -18,7 +18,7 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,23 +32,44 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def atomic_file(path: str | os.PathLike[str], *, over_folder: bool = False) -> Iterator[BinaryIO]:
     """Yield a binary stream whose content becomes the file `path` when the block ends without an exception.
 
     A link of that name is replaced, not followed. The folder of `path` is made.
 
+    Args:
+        path: The file.
+        over_folder: Replace a folder of that name too, with all that it holds.
+
     Raises:
+        OSError: See `atomic_path`.
+    """
+    with atomic_path(path, over_folder=over_folder) as temporary, temporary.open("wb") as stream:
+        yield stream
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str], *, over_folder: bool = False) -> Iterator[Path]:
+    """The same for what is written by name: yield an empty temporary file that becomes `path`.
+
+    Raises:
+        IsADirectoryError: `path` is a folder, and `over_folder` is not given.
+        FileExistsError: `path` is a pipe or a device.
         OSError: The file cannot be written; what was there before is unchanged.
     """
-    target = Path(path)
+    target = Path(path).expanduser()
+    if target.is_dir() and not over_folder:
+        raise IsADirectoryError(f"{target} is a folder, and a file is to be written there. Name a file in it.")
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise FileExistsError(f"{target} is no regular file, and is not replaced. Name another file.")
     target.parent.mkdir(parents=True, exist_ok=True)
     clean_leftovers(target)
     temporary, lock = temporary_sibling(target, folder=False)
+    allowed = temporary.stat().st_mode & 0o666
     try:
-        with temporary.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
+        yield temporary
+        temporary.chmod(temporary.stat().st_mode | allowed)  # safetensors writes files for their owner alone
+        sync(temporary)
         replace(temporary, target)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
@@ -88,6 +109,33 @@ def temporary_sibling(target: Path, *, folder: bool) -> tuple[Path, int | None]:
         if temporary.exists():  # a cleaning run may have removed it before it was locked
             return temporary, handle
         os.close(handle)
+
+
+@contextlib.contextmanager
+def held(folder: Path, refusal: str) -> Iterator[None]:
+    """Hold an existing folder for this process alone, until the block or the process ends.
+
+    Raises:
+        FileExistsError: With the text of `refusal`: another process holds it.
+    """
+    handle = None
+    if fcntl is not None:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise FileExistsError(refusal) from None
+        except OSError:  # a file system without locks
+            pass
+        if not folder.is_dir():  # whoever held it has just removed it
+            os.close(handle)
+            raise FileExistsError(refusal)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def clean_leftovers(target: Path) -> None:
@@ -152,13 +200,20 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def replace(temporary: Path, target: Path) -> None:
-    """Put a file or folder in the place of another one, or of none; a link is replaced, not followed."""
+def replace(temporary: Path, target: Path, discard: Callable[[Path], None] | None = None) -> None:
+    """Put a file or folder in the place of another one, or of none; a link is replaced, not followed.
+
+    Args:
+        temporary: The new content.
+        target: Where it goes.
+        discard: Removes the old content, if one of the two is a folder; by default `remove`.
+    """
+    discard = discard or remove
     is_folder = target.is_dir() and not target.is_symlink()
     if not os.path.lexists(target) or not (temporary.is_dir() or is_folder):
         os.replace(temporary, target)
     elif _exchange(temporary, target):
-        remove(temporary)  # the name now holds the old content
+        discard(temporary)  # the name now holds the old content
     else:
         old = target.parent / f".{target.name}.pmss-old-{secrets.token_hex(6)}"
         target.rename(old)
@@ -167,7 +222,7 @@ def replace(temporary: Path, target: Path) -> None:
         except BaseException:
             old.rename(target)
             raise
-        remove(old)
+        discard(old)
     sync(target.parent)
 
 

@@ -11,7 +11,7 @@ import importlib.util
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import lightning as L
 import torch
@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_pmss.disk import atomic_file
 from lightning_pmss.modules.token_weighted import TokenWeighted
 
 
@@ -97,8 +98,8 @@ class LossCurve(L.Callback):
     @rank_zero_only
     def _write(self, path: Path) -> None:
         train, val = self.points()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draw(path, train, val, self.smoothing)
+        with atomic_file(path) as file:
+            draw(file, train, val, self.smoothing)
         self.path = path
         rank_zero_info(f"Loss curve of {len(train)} steps: {path}")
 
@@ -119,7 +120,7 @@ class LossCurve(L.Callback):
         self._val = [(step, loss) for step, loss in state_dict["val"]]
 
 
-def draw(path: Path, train: list[tuple[int, float]], val: list[tuple[int, float]], smoothing: int) -> None:
+def draw(file: BinaryIO, train: list[tuple[int, float]], val: list[tuple[int, float]], smoothing: int) -> None:
     """Write a picture of (optimizer step, loss) points; `smoothing` is the width of the running mean in steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -143,4 +144,4 @@ def draw(path: Path, train: list[tuple[int, float]], val: list[tuple[int, float]
     if finite or val:
         axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    figure.savefig(file, format="png", dpi=120)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_pmss.callbacks.facts import run_facts
 from lightning_pmss.callbacks.processing import processing_of
 from lightning_pmss.files import merge_files, save_adapter, write_merged
-from lightning_pmss.files.atomic import check_target
+from lightning_pmss.files.atomic import remove_folder
 from lightning_pmss.files.base import base_of
+from lightning_pmss.files.kinds import ADAPTER, MERGED
 from lightning_pmss.whole import is_fsdp1, is_sharded
 
 
@@ -54,15 +54,14 @@ def merge_beside(trainer: L.Trainer, module: L.LightningModule, checkpoint: Path
     adapter = folder.with_name(f"{folder.name}-adapter")
     write_results(trainer, module, adapter, folder)
     if trainer.is_global_zero:
-        shutil.rmtree(adapter)
+        remove_folder(adapter, ADAPTER)
 
 
 def remove_beside(trainer: L.Trainer, checkpoint: Path) -> None:
     """Remove what `merge_beside` wrote for this checkpoint."""
     folder = beside(checkpoint)
     if trainer.is_global_zero and folder.exists():
-        check_target(folder, overwrite=True)  # nothing that this library did not write is ever removed
-        shutil.rmtree(folder)
+        remove_folder(folder, MERGED)
 
 
 def beside(checkpoint: Path) -> Path:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_pmss.config import PMSSConfig
+from lightning_pmss.disk import atomic_file
 from lightning_pmss.estimate.quantised import QUANTISATIONS
 from lightning_pmss.estimate.strategies import OPTIMIZERS, STRATEGIES, ZeroSettings
 from lightning_pmss.layers import COORDINATES, MEMORY_MODES
+from lightning_pmss.reading import read_json
 
 EPILOG = "Only config.json is read. What is counted and what is not: docs/estimate.md."
 
@@ -62,6 +63,8 @@ def run(parser: argparse.ArgumentParser, args: Sequence[str]) -> None:
     given = parser.parse_args(args)
     if given.output is not None and not (folder := Path(given.output).expanduser().absolute().parent).is_dir():
         raise FileNotFoundError(f"--output {given.output}: the folder {folder} does not exist; make it first.")
+    if given.output is not None:
+        _refuse_others(Path(given.output).expanduser())
 
     from lightning_pmss.estimate.advice import remedies
     from lightning_pmss.estimate.memory import Run, estimate
@@ -103,11 +106,21 @@ def run(parser: argparse.ArgumentParser, args: Sequence[str]) -> None:
         record["remedies"] = [vars(remedy) for remedy in found or ()]
     text = json.dumps(record, indent=2)
     if given.output is not None:
-        output = Path(given.output).expanduser()
-        temporary = output.with_name(f".{output.name}.{os.getpid()}")
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(output)  # whole or not at all
+        with atomic_file(given.output) as file:
+            file.write(f"{text}\n".encode())
     print(text if given.json else table(result, given.gpu, found))
+
+
+def _refuse_others(output: Path) -> None:
+    """An earlier estimate may be replaced, and nothing else."""
+    if not output.exists():
+        return
+    try:
+        ours = read_json(output, "").keys() >= {"run", "methods", "parameters"}
+    except (AttributeError, OSError, ValueError):
+        ours = False
+    if not ours:
+        raise FileExistsError(f"{output} is no estimate, and writing there would destroy it. Name another file.")
 
 
 def _bytes(text: str) -> float:

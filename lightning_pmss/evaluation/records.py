@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning_pmss.disk import atomic_file
+
 NEEDED = ("id", "prompt", "output")
 
 
@@ -81,10 +83,5 @@ def write_json(value: Any, path: Path) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".part")
-    with scratch.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
+    with atomic_file(path) as file:
+        file.write(text.encode())

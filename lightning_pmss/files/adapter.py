@@ -15,6 +15,7 @@ from lightning_pmss.convertible import is_supported
 from lightning_pmss.files.adapter_file import AdapterFile, AdapterModule, read_adapter, write_adapter
 from lightning_pmss.files.atomic import check_target
 from lightning_pmss.files.base import Base, base_of
+from lightning_pmss.files.kinds import ADAPTER
 from lightning_pmss.files.plain import quantisation_settings
 from lightning_pmss.files.shards import few
 from lightning_pmss.fingerprint import fingerprint, same_base
@@ -56,7 +57,7 @@ def save_adapter(
         ValueError: not a converted model, or NaN or infinite values in what was trained.
     """
     target = Path(folder).expanduser()
-    check_target(target, overwrite=overwrite)
+    check_target(target, ADAPTER, overwrite=overwrite)
     report = conversion_of(model)
     layers = pmss_layers(model)
     if report is None or not layers:

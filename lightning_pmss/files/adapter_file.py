@@ -29,7 +29,8 @@ from torch import Tensor
 from lightning_pmss.config import PMSSConfig
 from lightning_pmss.files.adapter_card import CARD_FILE, adapter_card
 from lightning_pmss.files.adapter_record import FORMAT_VERSION, PEFT_TYPE, RECORDS, AdapterRecord1, LayerRecord
-from lightning_pmss.files.atomic import WRITTEN_BY, atomic_folder
+from lightning_pmss.files.atomic import atomic_folder
+from lightning_pmss.files.kinds import ADAPTER, WRITTEN_BY
 from lightning_pmss.files.shards import few, save_tensors
 from lightning_pmss.messages import one_line
 from lightning_pmss.reading import (
@@ -175,7 +176,7 @@ def write_adapter(
         "tensors": describe_tensors(tensors),
         "versions": library_versions(),
     }
-    with atomic_folder(folder, overwrite=overwrite) as temporary:
+    with atomic_folder(folder, ADAPTER, overwrite=overwrite) as temporary:
         save_tensors(tensors, temporary / WEIGHTS_FILE)
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (temporary / CARD_FILE).write_text(adapter_card(config, run, base), encoding="utf-8")

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from lightning_pmss.files.adapter_file import WEIGHTS_FILE, read_adapter
 from lightning_pmss.files.atomic import atomic_folder, check_target
+from lightning_pmss.files.kinds import LORA
 from lightning_pmss.files.lora_config import CONFIG_FILE, peft_config, write_peft_config
 from lightning_pmss.files.lora_report import ExportedLayer, LoraReport, write_card, write_report
 from lightning_pmss.files.lora_source import Source, file_source, model_source
@@ -177,7 +178,7 @@ def _write(
     source.parts(next(iter(source.layers)))  # another base is refused before anything is said or written
     if announce is not None:
         announce(report.announcement())
-    with atomic_folder(target, overwrite=overwrite) as folder:
+    with atomic_folder(target, LORA, overwrite=overwrite) as folder:
         bar = tqdm(total=report.bytes, unit="B", unit_scale=True, desc="exporting", disable=not progress)
         with bar, ShardWriter(folder / WEIGHTS_FILE, infos) as writer:
             sizes = {info.key: info.bytes for info in infos}
@@ -236,5 +237,5 @@ def _checked(folder: str | os.PathLike[str], rank: int | None, overwrite: bool) 
     target = Path(folder).expanduser()
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank={rank!r} is not a rank; type a whole number of at least 1, or leave it out: exact.")
-    check_target(target, overwrite=overwrite)
+    check_target(target, LORA, overwrite=overwrite)
     return target

@@ -10,10 +10,10 @@ from typing import Any
 
 from lightning_pmss.files.adapter_card import CARD_FILE, is_hub_id
 from lightning_pmss.files.adapter_file import library_versions
-from lightning_pmss.files.atomic import WRITTEN_BY, files_below
+from lightning_pmss.files.kinds import LORA, WRITTEN_BY, files_below
 from lightning_pmss.files.lora_config import VLLM_RANKS, vllm_rank
 
-REPORT_FILE = "export_report.json"
+REPORT_FILE = LORA.manifest
 _TAGS = {
     "ForCausalLM": "text-generation",
     "LMHeadModel": "text-generation",

@@ -21,7 +21,15 @@ from lightning_pmss.convertible import FLOATS
 from lightning_pmss.files.adapter_file import AdapterFile, AdapterModule, read_adapter
 from lightning_pmss.files.atomic import atomic_folder, check_target
 from lightning_pmss.files.base import base_of
-from lightning_pmss.files.model_folder import FileMergeReport, copy_others, refuse_overlap, write_report
+from lightning_pmss.files.kinds import MERGED, SHARDS, matches
+from lightning_pmss.files.model_folder import (
+    FileMergeReport,
+    beside_weights,
+    copy_beside,
+    refuse_outside,
+    refuse_overlap,
+    write_report,
+)
 from lightning_pmss.files.naming import parse_dtype, resolve_names
 from lightning_pmss.files.plain import without_quantiser
 from lightning_pmss.files.shards import (
@@ -103,7 +111,7 @@ def merge_files(
     """
     base, adapter, output = (Path(path).expanduser() for path in (base, adapter, output))
     refuse_overlap(output, {"base": base, "adapter": adapter})
-    check_target(output, overwrite=overwrite)
+    check_target(output, MERGED, overwrite=overwrite)
     target_dtype = parse_dtype(dtype, "the base's")
     limit = None if max_shard_size is None else parse_size(max_shard_size)
     trained = read_adapter(adapter)
@@ -112,14 +120,17 @@ def merge_files(
         plan = _Plan(trained, reader, rename, target_dtype)
         shards = plan_shards(plan.tensors, limit)
         kept = [shard[0].file for shard in shards]
-        # Base file names are kept with its structure; a new division gets the usual names.
-        names = kept if len(set(kept)) == len(kept) == len(reader.files) else shard_names(len(shards))
-        if len(shards) == 1:
-            names = shard_names(1)
-        report = FileMergeReport(str(output), replaced=plan.replaced, added=plan.added, shards=names)
-        with atomic_folder(output, overwrite=overwrite) as folder:
+        # Base file names are kept with its structure; a new division, and names of another form, get the usual ones.
+        usual = all(matches(name, SHARDS) for name in kept) and len(set(kept)) == len(kept) == len(reader.files)
+        names = kept if usual and len(shards) > 1 else shard_names(len(shards))
+        beside = beside_weights(base)
+        refuse_outside(base, beside)
+        report = FileMergeReport(
+            str(output), replaced=plan.replaced, added=plan.added, not_copied=beside.not_copied(), shards=names
+        )
+        with atomic_folder(output, MERGED, overwrite=overwrite) as folder:
             _save_processing(tokenizer, folder)
-            report.copied_files = copy_others(base, folder, target_dtype)
+            report.copied_files = copy_beside(beside, folder, target_dtype)
             _write_shards(plan, dict(zip(names, shards, strict=True)), folder, report, progress)
             write_index(folder, dict(zip(names, shards, strict=True)), reader.metadata)
             write_report(folder, report, base_model=trained.base_model, revision=trained.revision)
@@ -186,16 +197,16 @@ def write_merged(
     known = base_of(model)
     source = _source(base or known.folder)
     if source is not None and (base is not None or target.resolve() == source.resolve()):
-        # A base that was not named may well lie around the output of a run; then only its top level is copied.
+        # A base that was not named may well lie around the output of a run.
         refuse_overlap(target, {"base": source})
-    check_target(target, overwrite=overwrite)
+    check_target(target, MERGED, overwrite=overwrite)
     state, drift = merged_state(model)
     if not state:  # a sharded model, and this is not rank 0
         return FileMergeReport(str(target))
     if strange := [key for key, value in state.items() if not isinstance(value, Tensor)]:
         raise ValueError(f"safetensors holds tensors only; the state dict of the model has {few(strange)}.")
     report = FileMergeReport(str(target), merged=drift)
-    with atomic_folder(target, overwrite=overwrite) as temporary:
+    with atomic_folder(target, MERGED, overwrite=overwrite) as temporary:
         save_pretrained = getattr(root, "save_pretrained", None)
         if save_pretrained is not None:
             inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
@@ -208,7 +219,8 @@ def write_merged(
             save_tensors(state, temporary / SINGLE_FILE)
         _save_processing(tokenizer, temporary)
         if source is not None and save_pretrained is not None:
-            report.copied_files = copy_others(source, temporary, None, top_only=base is None)
+            beside = beside_weights(source)
+            report.copied_files, report.not_copied = copy_beside(beside, temporary, None), beside.not_copied()
         report.shards = sorted(path.name for path in temporary.glob("*.safetensors"))
         write_report(temporary, report, base_model=str(base or known.name or "") or None)
     return report

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
+import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,22 @@ from typing import Any
 import torch
 
 from lightning_pmss.files.adapter_file import library_versions
-from lightning_pmss.files.atomic import WRITTEN_BY, files_below
+from lightning_pmss.files.kinds import (
+    ADAPTER,
+    BESIDE_WEIGHTS,
+    MERGED,
+    SHARDS,
+    WRITTEN_BY,
+    entries,
+    files_below,
+    matches,
+)
+from lightning_pmss.files.shards import INDEX_FILE, few
 from lightning_pmss.merging import LayerDrift
+from lightning_pmss.reading import read_json
 
-REPORT_FILE = "merge_report.json"
-# Weights in any form, what belongs to an adapter or to an earlier merge, and what version control keeps.
-_NOT_COPIED = (
-    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.gguf",
-    "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "adapter_config.json", REPORT_FILE, ".git*", ".cache",
-)  # fmt: skip
+REPORT_FILE = MERGED.manifest
+_AGAIN = "Copy or download the base again."
 
 
 @dataclass
@@ -33,6 +40,7 @@ class FileMergeReport:
     replaced: list[str] = field(default_factory=list)  # also_train tensors that took the place of the base's
     added: list[str] = field(default_factory=list)  # also_train tensors that the base has not
     copied_files: list[str] = field(default_factory=list)
+    not_copied: list[str] = field(default_factory=list)  # what the base's folder holds besides
     shards: list[str] = field(default_factory=list)
 
     @property
@@ -55,6 +63,7 @@ class FileMergeReport:
             f"merged {len(self.merged)} layers into {self.output}: rounding error at most {self.total.max_error:.3g} "
             f"(in {worst}), {self.total.relative_error:.3g} of the weights' norm, "
             f"{self.total.lost_update:.3g} of the update's norm"
+            f"{f'; not copied from the base: {few(self.not_copied)}' if self.not_copied else ''}"
         )
 
 
@@ -70,31 +79,71 @@ def refuse_overlap(output: Path, inputs: Mapping[str, Path]) -> None:
             raise ValueError(f"the output {output} contains the {role} {folder}; name a folder of its own.")
 
 
-def _other_files(folder: Path, *, top_only: bool) -> Iterator[Path]:
-    for entry in sorted(folder.iterdir()):
-        if any(fnmatch.fnmatch(entry.name, pattern) for pattern in _NOT_COPIED):
-            continue
-        if entry.is_dir():
-            if not top_only:
-                yield from _other_files(entry, top_only=False)
-        elif entry.is_file():
-            yield entry
+@dataclass(frozen=True)
+class BesideWeights:
+    """What a base's folder holds beside its weights.
+
+    Attributes:
+        files: Relative name -> the file itself, of all that belongs to a model folder.
+        outside: The same for links that lead out of the folder: their content is somebody else's.
+        others: All else: weights, training runs, caches, what cannot be read as a file. A folder ends in a slash.
+    """
+
+    files: dict[str, Path]
+    outside: dict[str, Path]
+    others: list[str]
+
+    def not_copied(self) -> list[str]:
+        """For the report of a merge."""
+        weights = (*SHARDS, INDEX_FILE)
+        rest = [name for name in self.others if not matches(name, weights)]
+        return [*rest, *(f"{name} (a link out of the folder)" for name in self.outside)]
 
 
-def copy_others(base: Path, folder: Path, dtype: torch.dtype | None, *, top_only: bool = False) -> list[str]:
-    """Copy config, tokenizer and all else that is not weights; note a changed dtype in config.json."""
+def beside_weights(base: Path) -> BesideWeights:
+    """Look through a base's folder. Links to folders are not followed, links to files only within the folder.
+
+    The hub's cache keeps a model's files as links from ``snapshots/<commit>`` to ``blobs``; these are the model's own.
+    """
+    root = Path(os.path.realpath(base))
+    allowed = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
+    found = BesideWeights({}, {}, [])
+    for name, entry in entries(root):
+        real = Path(os.path.realpath(entry.path))  # the path itself where links form a circle
+        if not matches(name, BESIDE_WEIGHTS) or name == ADAPTER.manifest or not real.is_file():
+            found.others.append(name)
+        elif any(real.is_relative_to(folder) for folder in allowed):
+            found.files[name] = real
+        else:
+            found.outside[name] = real
+    return found
+
+
+def refuse_outside(base: Path, found: BesideWeights) -> None:
+    """Refuse a base whose config or tokenizer is a link to somewhere else."""
+    for name, real in found.outside.items():
+        raise ValueError(
+            f"{base / name} is a link to {real}, outside of the base, and is not copied into a model. Put a copy in its "
+            f"place: cp --remove-destination {real} {base / name}"
+        )
+
+
+def copy_beside(found: BesideWeights, folder: Path, dtype: torch.dtype | None) -> list[str]:
+    """Copy config, tokenizer and all else that belongs to a model; note a changed dtype in config.json."""
     copied = []
-    for source in _other_files(base, top_only=top_only):
-        relative = source.relative_to(base)
-        target = folder / relative
+    for name, source in found.files.items():
+        target = folder / name
         if target.exists():  # written by the caller already
             continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)  # the content, also of a link into the hub's cache; modes are not copied
-        copied.append(relative.as_posix())
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, target)  # modes are not copied
+        copied.append(name)
     config = folder / "config.json"
-    if dtype is not None and config.is_file():
-        settings = json.loads(config.read_text(encoding="utf-8"))
+    if dtype is not None and config.name in copied:
+        source = found.files[config.name]
+        settings = read_json(source, _AGAIN)
+        if not isinstance(settings, dict):
+            raise ValueError(f"{source} is no JSON object. {_AGAIN}")
         old_name = "torch_dtype" in settings and "dtype" not in settings
         settings["torch_dtype" if old_name else "dtype"] = str(dtype).removeprefix("torch.")
         config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

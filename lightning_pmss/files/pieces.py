@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,18 +17,14 @@ from urllib.parse import quote
 
 from torch import Tensor
 
-from lightning_pmss.files.atomic import WRITTEN_BY
-from lightning_pmss.files.shards import ShardWriter, TensorInfo
+from lightning_pmss.disk import held, sync
+from lightning_pmss.files.kinds import WRITTEN_BY
+from lightning_pmss.files.shards import ShardWriter, TensorInfo, few
 from lightning_pmss.reading import Record, check_sums, checked, open_tensors, parse_json, read_json, read_tensors
 from lightning_pmss.skeleton import SkeletonLayerRecord
 
-try:
-    import fcntl
-except ImportError:  # Windows: two runs to one output are not told apart there
-    fcntl = None  # type: ignore[assignment]
-
 IDENTITY = "selection.json"
-_ABOUT = "piece"
+_ABOUT, _NEW = "piece", ".tmp"
 _AGAIN = "Delete it: the next run makes it anew."
 
 
@@ -65,7 +62,7 @@ class Pieces:
         self.identity: dict[str, Any] = {"written_by": WRITTEN_BY, "options": dict(options), "files": dict(files)}
         self.overwrite = overwrite
         self.base_unchanged = True
-        self._lock: int | None = None
+        self._held = ExitStack()
 
     def __enter__(self) -> Pieces:
         """Make or take up the folder.
@@ -74,42 +71,34 @@ class Pieces:
             FileExistsError: The folder is not of a selection, or another run is at work in it.
             ValueError: It was begun with other options, and `overwrite` is not given.
         """
+        if self.folder.is_symlink():
+            raise FileExistsError(f"{self.folder} is a link, and unfinished work is kept there. Remove the link.")
         self.folder.mkdir(parents=True, exist_ok=True)
-        if fcntl is not None:
-            self._lock = os.open(self.folder, os.O_RDONLY)
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self._unlock()
-                raise FileExistsError(
-                    f"another run is writing to {self.folder}; wait for it, or give another --output."
-                ) from None
-            except OSError:
-                pass  # a file system without locks
-        try:
+        with ExitStack() as stack:
+            refusal = f"another run is writing to {self.folder}; wait for it, or give another --output."
+            stack.enter_context(held(self.folder, refusal))
+            stack.callback(self._remove_empty)
             self._take_up()
-        except BaseException:
-            self._unlock()
-            raise
+            self._held = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         # Refused before the first matrix was done: nothing to take up.
         if kind is not None and not any(self.folder.glob("*.safetensors")):
             self.remove()
-        self._unlock()
+        self._held.close()
 
-    def _unlock(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+    def _remove_empty(self) -> None:
+        with suppress(OSError):  # not empty: unfinished work
+            self.folder.rmdir()
 
     def _take_up(self) -> None:
-        present = list(self.folder.iterdir())
         before = self._read_identity()
-        if before is None and any(path.name != f"{IDENTITY}.tmp" for path in present):
+        with os.scandir(self.folder) as found:
+            strange = sorted(entry.name for entry in found if before is None or not self._is_ours(entry))
+        if strange := [name for name in strange if name != f"{IDENTITY}{_NEW}"]:
             raise FileExistsError(
-                f"{self.folder} is where unfinished work is kept, but holds something else ({present[0].name}). Move it "
+                f"{self.folder} is where unfinished work is kept, but holds something else ({few(strange)}). Move it "
                 "away, or give another --output."
             )
         if before is None:
@@ -127,16 +116,31 @@ class Pieces:
         else:
             self.base_unchanged = before.get("files") == self.identity["files"]
 
-    def _read_identity(self) -> dict[str, Any] | None:
+    def _is_ours(self, entry: os.DirEntry[str]) -> bool:
+        """By name and content: a safetensors file of others may have been moved here."""
+        if not entry.is_file(follow_symlinks=False):
+            return False
+        if not entry.name.endswith(".safetensors"):
+            return entry.name == IDENTITY or entry.name.endswith(_NEW)
         try:
-            found = read_json(self.folder / IDENTITY, _AGAIN)
+            with open_tensors(Path(entry.path), _AGAIN) as opened:
+                return _ABOUT in (opened.metadata() or {})
+        except ValueError:  # a power cut; made again
+            return True
+
+    def _read_identity(self) -> dict[str, Any] | None:
+        file = self.folder / IDENTITY
+        try:
+            found = None if file.is_symlink() else read_json(file, _AGAIN)
         except (OSError, ValueError):
             return None
-        return found if isinstance(found, dict) and found.get("written_by") == WRITTEN_BY else None
+        if not isinstance(found, dict) or found.get("written_by") != WRITTEN_BY:
+            return None
+        return found if isinstance(found.get("options"), dict) else None
 
     def write_identity(self) -> None:
         """Record options and base; called anew once pieces of a base that looks changed have been checked."""
-        temporary = self.folder / f"{IDENTITY}.tmp"
+        temporary = self.folder / f"{IDENTITY}{_NEW}"
         temporary.write_text(json.dumps(self.identity, indent=2) + "\n", encoding="utf-8")
         sync(temporary)
         os.replace(temporary, self.folder / IDENTITY)
@@ -148,8 +152,10 @@ class Pieces:
         self.base_unchanged = True
 
     def _clear(self) -> None:
-        for path in self.folder.iterdir():
-            path.unlink()
+        with os.scandir(self.folder) as found:
+            own = [entry.path for entry in found if self._is_ours(entry)]
+        for path in own:
+            os.unlink(path)
 
     def file(self, name: str) -> Path:
         """The piece of a module."""
@@ -158,7 +164,7 @@ class Pieces:
     def save(self, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         """Keep a finished matrix, safe from a kill and from a power cut."""
         infos = [TensorInfo(key, value.dtype, tuple(value.shape)) for key, value in tensors.items()]
-        temporary = self.file(name).with_suffix(".tmp")
+        temporary = self.file(name).with_suffix(_NEW)
         with ShardWriter(temporary, infos, {_ABOUT: json.dumps(about)}) as writer:
             for info in writer.plan:
                 writer.write(info.key, tensors[info.key])
@@ -196,16 +202,6 @@ class Pieces:
     def remove(self) -> None:
         """Remove the folder: the work is done."""
         self._clear()
-        self.folder.rmdir()
-
-
-def sync(file: Path) -> None:
-    """Flush a file to the disk."""
-    handle = os.open(file, os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def file_states(folder: Path, names: list[str]) -> dict[str, list[int]]:

@@ -17,16 +17,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from lightning_pmss.config import PMSSConfig
+from lightning_pmss.disk import atomic_path
 from lightning_pmss.files.adapter_file import library_versions
 from lightning_pmss.files.architecture import Target, find_matrices, model_on_meta
-from lightning_pmss.files.pieces import Pieces, file_states, sync
+from lightning_pmss.files.pieces import Pieces, file_states
 from lightning_pmss.files.select_report import SelectedLayer, SelectReport
 from lightning_pmss.files.shards import ShardReader, ShardWriter, TensorInfo, few, open_shards
+from lightning_pmss.files.skeleton_file import refuse_others
 from lightning_pmss.fingerprint import fingerprint, same_base
 from lightning_pmss.layers import coordinate_frame, core_dtype
 from lightning_pmss.number_range import why_out_of_range
@@ -98,6 +99,7 @@ def select_files(
             "base": {"name": folder.resolve().name, "architecture": type(net).__name__},
             "versions": library_versions(),
         }
+        _refuse_output(target_file, overwrite)
         layers = _write(target_file, targets, pieces, about)
         pieces.remove()
     return SelectReport(
@@ -121,19 +123,18 @@ def _refuse(output: Path, config: PMSSConfig, workers: int | None, overwrite: bo
         raise ValueError("skeleton_file is given, but selecting makes such a file; leave it out.")
     if workers is not None and workers < 1:
         raise ValueError(f"workers={workers} is not a number of workers; type at least 1, or leave it out.")
+    _refuse_output(output, overwrite)
+
+
+def _refuse_output(output: Path, overwrite: bool) -> None:
+    """Called at the start, and again before the file is put in place: hours may have passed."""
     if output.is_dir():
         raise FileExistsError(f"{output} is a folder; name a file in it, such as {output / 'skeleton.safetensors'}.")
     if not output.exists():
         return
     if not overwrite:
         raise FileExistsError(f"{output} exists. To replace it give --overwrite, or name another file.")
-    try:
-        with safe_open(str(output), framework="pt") as opened:
-            ours = METADATA in (opened.metadata() or {})
-    except (SafetensorError, OSError):
-        ours = False
-    if not ours:
-        raise FileExistsError(f"{output} is no skeleton file, and overwriting would destroy it. Name another file.")
+    refuse_others(output)
 
 
 def _each(
@@ -242,15 +243,13 @@ def _write(output: Path, targets: Sequence[Target], pieces: Pieces, about: dict[
         layers.append(
             SelectedLayer(target.name, target.shape, target.rank, target.requested_rank, piece.layer.residual)
         )
-    temporary = pieces.folder / "skeleton.tmp"  # beside the output, so that a rename puts it in place
-    with ShardWriter(temporary, infos, {METADATA: json.dumps({**about, "modules": modules})}) as writer:
+    about = {METADATA: json.dumps({**about, "modules": modules})}
+    with atomic_path(output) as temporary, ShardWriter(temporary, infos, about) as writer:
         held: tuple[str, dict[str, Tensor]] = ("", {})
         for info in writer.plan:
             if held[0] != info.file:
                 held = (info.file, pieces.load(info.file))
             writer.write(info.key, held[1][info.key.removeprefix(f"{info.file}.")])
-    sync(temporary)
-    os.replace(temporary, output)
     return layers
 
 

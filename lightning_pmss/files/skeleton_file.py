@@ -9,11 +9,11 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lightning_pmss.conversion import conversion_of, pmss_layers
-from lightning_pmss.files.pieces import sync
+from lightning_pmss.disk import atomic_path
 from lightning_pmss.files.shards import save_tensors
 from lightning_pmss.fingerprint import fingerprint
 from lightning_pmss.layers import Frame, canonical_shape
-from lightning_pmss.reading import describe_tensors
+from lightning_pmss.reading import describe_tensors, open_tensors
 from lightning_pmss.skeleton import FORMAT_VERSION, METADATA
 
 
@@ -25,11 +25,14 @@ def save_skeleton(model: nn.Module, file: str | os.PathLike[str]) -> Path:
 
     Args:
         model: Converted by `convert`, not merged and not sharded.
-        file: The safetensors file to write; an existing one is replaced.
+        file: The safetensors file to write; an existing skeleton file is replaced.
 
     Raises:
+        FileExistsError: `file` is something else.
         ValueError: The model is not converted.
     """
+    target = Path(file).expanduser()
+    refuse_others(target)
     report = conversion_of(model)
     if report is None:
         raise ValueError(f"{type(model).__name__} has no converted layer. Call convert(model, config) first.")
@@ -55,13 +58,23 @@ def save_skeleton(model: nn.Module, file: str | os.PathLike[str]) -> Path:
         "base": None,
         "modules": modules,
     }
-    target = Path(file).expanduser()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_path(target) as temporary:
         save_tensors(tensors, temporary, {METADATA: json.dumps(about)})
-        sync(temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
     return target
+
+
+def refuse_others(file: Path) -> None:
+    """Refuse to replace what is no skeleton file.
+
+    Raises:
+        FileExistsError: There is something else.
+    """
+    if not file.exists():
+        return
+    try:
+        with open_tensors(file, "") as opened:
+            ours = METADATA in (opened.metadata() or {})
+    except ValueError:
+        ours = False
+    if not ours:
+        raise FileExistsError(f"{file} is no skeleton file, and overwriting would destroy it. Name another file.")

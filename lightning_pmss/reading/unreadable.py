@@ -10,13 +10,15 @@ def refuse_unreadable(file: Path) -> None:
 
     Raises:
         FileNotFoundError: Nothing is there.
-        ValueError: It is a folder.
+        ValueError: It is a folder, a pipe or a device.
         PermissionError: The file exists and this process must not read it.
     """
     if file.is_dir():
         raise ValueError(f"{file} is a folder, and a file is expected there. Give the path of the file.")
     if not file.exists():
         raise FileNotFoundError(f"{file} does not exist.")
+    if not file.is_file():  # to open a pipe would wait for whoever writes into it
+        raise ValueError(f"{file} is a pipe or a device, and a file is expected there. Give the path of the file.")
     try:
         with file.open("rb"):
             pass

@@ -13,8 +13,11 @@ from pathlib import Path
 
 import lightning_pmss.run_report.pictures as pictures
 from lightning_pmss.coordinates import trained_shape
+from lightning_pmss.disk import atomic_file
 from lightning_pmss.files.inspection import Inspection, inspect_adapter
 from lightning_pmss.run_report.run import Curve, Run, read_run
+
+_MARK = b"<title>PMSS run "  # what every page of ours begins with
 
 
 @dataclass
@@ -44,15 +47,14 @@ def write_report(
 
     Raises:
         FileNotFoundError: If the folder is no run's, or `base` has no weights.
-        FileExistsError: If the file exists.
+        FileExistsError: If the file exists and is not to be replaced, or is no page of a run.
         ModuleNotFoundError: If matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ModuleNotFoundError("The report draws with matplotlib: pip install -c constraints.txt -e '.[plots]'")
     run = read_run(run_dir)
     target = Path(output).expanduser() if output is not None else run.folder / "report.html"
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists; type another --output or --overwrite.")
+    _refuse_existing(target, overwrite)
     inspection, why = _inspection(run, base)
     sections = [*_curves(run), *_update(inspection, why), *_results(run), *_configuration(run)]
     from jinja2 import Environment
@@ -68,10 +70,19 @@ def write_report(
             sections=sections,
         )
     )
-    unfinished = target.with_name(f"{target.name}.writing")
-    unfinished.write_text(page, encoding="utf-8")
-    unfinished.replace(target)
+    with atomic_file(target) as file:
+        file.write(page.encode())
     return target
+
+
+def _refuse_existing(target: Path, overwrite: bool) -> None:
+    """An earlier page may be replaced if that is asked for, and nothing else."""
+    if not target.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{target} exists; type another --output or --overwrite.")
+    if not target.is_file() or _MARK not in target.read_bytes()[:4096]:
+        raise FileExistsError(f"{target} is no page of a run, and overwriting would destroy it. Name another file.")
 
 
 def _inspection(run: Run, base: str | Path | None) -> tuple[Inspection | None, str]:

@@ -89,11 +89,29 @@ def test_a_folder_with_metrics_alone(finished: Path, tmp_path: Path) -> None:
     assert re.findall(r"<h2>(.*?)</h2>", page)[:1] == ["Loss"]
 
 
+@pytest.mark.parametrize("name", ["report.html", "report.html.writing", ".report.html.pmss-tmp-0123456789ab"])
+def test_links_in_a_downloaded_folder_are_not_written_through(finished: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "thesis").write_text("mine")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    shutil.copy(finished / "metrics.csv", folder)
+    (folder / name).symlink_to(tmp_path / "none" if name == "report.html" else tmp_path / "thesis")
+    page = write_report(folder)
+    assert "PMSS run" in page.read_text(encoding="utf-8")
+    assert not page.is_symlink()
+    assert (tmp_path / "thesis").read_text() == "mine"
+    assert not (tmp_path / "none").exists()
+
+
 def test_refusals(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_report(finished, tmp_path / "page.html")
     with pytest.raises(FileExistsError, match=r"another --output or --overwrite"):
         write_report(finished, tmp_path / "page.html")
     write_report(finished, tmp_path / "page.html", overwrite=True)
+    (tmp_path / "thesis.html").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"thesis\.html is no page of a run.*Name another file"):
+        write_report(finished, tmp_path / "thesis.html", overwrite=True)
+    assert (tmp_path / "thesis.html").read_text() == "mine"
     with pytest.raises(FileNotFoundError, match=r"Did you mean .*version_0\?"):
         write_report(finished.parent)
     with pytest.raises(SystemExit):

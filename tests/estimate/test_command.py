@@ -41,6 +41,18 @@ def test_json_and_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert record["run"]["config"]["exclude_modules"] == ["down_proj"]
 
 
+def test_another_estimate_is_replaced_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, file = write_config(tmp_path), tmp_path / "estimate.json"
+    for _ in range(2):
+        call(folder, "--output", str(file))
+    for name, content in (("thesis.txt", "mine"), ("other.json", '{"methods": 1}'), ("list.json", "[]")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(SystemExit):
+            call(folder, "--output", str(tmp_path / name))
+        assert f"{name} is no estimate, and writing there would destroy it" in capsys.readouterr().err
+        assert (tmp_path / name).read_text() == content
+
+
 def test_the_config_file_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_config(tmp_path)
     call(folder)

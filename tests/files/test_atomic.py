@@ -1,27 +1,39 @@
-"""Folders are written whole or not at all, and only our own are replaced."""
+"""Files and folders are written whole or not at all."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
-import signal
-import subprocess
-import sys
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lightning_pmss import disk
+from lightning_pmss.disk import atomic_file, atomic_path
 from lightning_pmss.files.atomic import atomic_folder
+from lightning_pmss.files.kinds import MERGED
+from tests.killing import Moment, files, forks, moments, run
 
 
 def _write(target: Path, text: str, *, overwrite: bool = False) -> None:
-    with atomic_folder(target, overwrite=overwrite) as folder:
-        (folder / "sub").mkdir()
-        (folder / "sub" / "data.txt").write_text(text)
-        manifest = {"written_by": "lightning-pmss", "files": ["sub/data.txt", "merge_report.json"]}
-        (folder / "merge_report.json").write_text(json.dumps(manifest))
+    with atomic_folder(target, MERGED, overwrite=overwrite) as folder:
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "tools.jinja").write_text(text)
+        (folder / "config.json").write_text(text)
+        listed = ["config.json", "additional_chat_templates/tools.jinja", "merge_report.json"]
+        (folder / "merge_report.json").write_text(json.dumps({"written_by": "lightning-pmss", "files": listed}))
+
+
+def _text(target: Path) -> str:
+    text = (target / "config.json").read_text()
+    assert (target / "additional_chat_templates" / "tools.jinja").read_text() == text
+    return text
 
 
 def _hidden(parent: Path) -> list[str]:
@@ -32,7 +44,7 @@ def test_writes_and_replaces_own_folder(tmp_path: Path) -> None:
     target = tmp_path / "new" / "out"
     _write(target, "first")
     _write(target, "second", overwrite=True)
-    assert (target / "sub" / "data.txt").read_text() == "second"
+    assert _text(target) == "second"
     assert _hidden(target.parent) == []
 
 
@@ -40,39 +52,16 @@ def test_existing_folder_needs_overwrite(tmp_path: Path) -> None:
     _write(tmp_path / "out", "first")
     with pytest.raises(FileExistsError, match=r"not empty.*--overwrite.*overwrite=True"):
         _write(tmp_path / "out", "second")
-    assert (tmp_path / "out" / "sub" / "data.txt").read_text() == "first"
+    assert _text(tmp_path / "out") == "first"
+    assert _hidden(tmp_path) == []
 
 
 def test_empty_folder_is_taken(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".DS_Store").touch()
     _write(tmp_path / "out", "first")
-    assert (tmp_path / "out" / "sub" / "data.txt").exists()
-
-
-def test_file_in_place_of_folder(tmp_path: Path) -> None:
-    (tmp_path / "out").touch()
-    with pytest.raises(FileExistsError, match="is a file"):
-        _write(tmp_path / "out", "first", overwrite=True)
-
-
-@pytest.mark.parametrize("ours", [True, False])
-def test_foreign_files_are_never_destroyed(tmp_path: Path, ours: bool) -> None:
-    target = tmp_path / "out"
-    if ours:
-        _write(target, "first")
-    (target / "sub").mkdir(parents=True, exist_ok=True)
-    (target / "sub" / "thesis.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"did not write \(sub/thesis.txt\)"):
-        _write(target, "second", overwrite=True)
-    assert (target / "sub" / "thesis.txt").read_text() == "mine"
-
-
-def test_manifest_of_others_gives_no_right(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
-    with pytest.raises(FileExistsError, match="adapter_config.json"):
-        _write(tmp_path / "out", "second", overwrite=True)
+    assert _text(tmp_path / "out") == "first"
+    assert _hidden(tmp_path) == []
 
 
 @pytest.mark.parametrize("swap", [True, False])
@@ -82,15 +71,17 @@ def test_exception_keeps_the_old_folder(tmp_path: Path, swap: bool, monkeypatch:
     _write(tmp_path / "out", "first")
     with pytest.raises(TypeError, match="must be str"):
         _write(tmp_path / "out", 7, overwrite=True)  # type: ignore[arg-type] - fails inside the block
-    assert (tmp_path / "out" / "sub" / "data.txt").read_text() == "first"
+    assert _text(tmp_path / "out") == "first"
     assert _hidden(tmp_path) == []
     _write(tmp_path / "out", "second", overwrite=True)
-    assert (tmp_path / "out" / "sub" / "data.txt").read_text() == "second"
+    assert _text(tmp_path / "out") == "second"
     assert _hidden(tmp_path) == []
 
 
-def test_full_disk_keeps_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _write(tmp_path / "out", "first")
+@pytest.mark.parametrize("write", [_write, lambda *args, **_: _write_file(*args)])
+def test_full_disk_keeps_what_was_there(tmp_path: Path, write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "out", "first")
+    before = files(tmp_path)
 
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -98,10 +89,9 @@ def test_full_disk_keeps_the_old_folder(tmp_path: Path, monkeypatch: pytest.Monk
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left") as caught:
-            _write(tmp_path / "out", "second", overwrite=True)
+            write(tmp_path / "out", "second", overwrite=True)
     assert "Nothing was changed" in caught.value.__notes__[0]
-    assert (tmp_path / "out" / "sub" / "data.txt").read_text() == "first"
-    assert _hidden(tmp_path) == []
+    assert files(tmp_path) == before
 
 
 def test_failed_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,37 +107,100 @@ def test_failed_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(Path, "rename", fails)
     with pytest.raises(OSError, match="I/O error"):
         _write(tmp_path / "out", "second", overwrite=True)
-    assert (tmp_path / "out" / "sub" / "data.txt").read_text() == "first"
+    assert _text(tmp_path / "out") == "first"
 
 
-def test_killed_run_leaves_nothing_that_looks_complete_and_is_cleaned(tmp_path: Path) -> None:
-    _write(tmp_path / "out", "first")
-    code = (
-        "import sys, time; from lightning_pmss.files.atomic import atomic_folder\n"
-        "with atomic_folder(sys.argv[1], overwrite=True) as folder:\n"
-        "    (folder / 'data').write_text('half'); print('ready', flush=True); time.sleep(60)\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline().strip() == "ready"
-    # A second run beside the living one leaves its folder alone.
-    _write(tmp_path / "out", "meanwhile", overwrite=True)
+@forks
+@pytest.mark.parametrize("swap", [True, False])
+def test_a_kill_at_any_change_loses_nothing(tmp_path: Path, swap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every one of them: this is cheap."""
+    if not swap:
+        monkeypatch.setattr(disk, "_exchange", lambda *_: False)
+    runs, log = tmp_path / "runs", tmp_path / "log"
+
+    def work() -> None:
+        _write(runs / "out", "second", overwrite=True)
+
+    _write(runs / "out", "first")
+    ending = run(work, runs, log)
+    assert ending.status == 0, ending.output
+    seen = set()
+    for moment in moments(ending.changes, 0, ending.changes):
+        _write(runs / "out", "first", overwrite=True)
+        assert run(work, runs, log, Moment(moment.change)).status == -9
+        # Between the two renames alone, where there is no swap, nothing is there: the next run brings it back.
+        seen.add(_text(runs / "out") if (runs / "out").exists() else "between")
+        with pytest.raises(FileExistsError, match="not empty"):
+            _write(runs / "out", "third")
+        assert _text(runs / "out") in ("first", "second")
+        work()
+        assert _text(runs / "out") == "second"
+        assert _hidden(runs) == []
+    assert seen == {"first", "second"} | (set() if swap else {"between"})
+
+
+def _write_file(path: Path, text: str, **_: Any) -> None:
+    with atomic_file(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def _another_process_at(target: Path, write: str) -> Iterator[None]:
+    """Inside, another process is in the middle of writing the target; then it is killed."""
+    ours, theirs = socket.socketpair()
+    child = os.fork()
+    if child == 0:
+        try:
+            with atomic_folder(target, MERGED) if write == "folder" else atomic_file(target) as temporary:
+                (temporary / "half").write_text("half") if write == "folder" else temporary.write(b"half")
+                theirs.send(b"ready")
+                time.sleep(600)
+        finally:
+            os._exit(1)
+    try:
+        assert ours.recv(5) == b"ready"
+        yield
+    finally:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+        ours.close()
+        theirs.close()
+
+
+@forks
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_second_process_leaves_the_first_alone_and_a_killed_one_s_leavings_go(tmp_path: Path, kind: str) -> None:
+    def write() -> None:
+        _write(tmp_path / "out", "whole", overwrite=True) if kind == "folder" else _write_file(tmp_path / "out", "x")
+
+    with _another_process_at(tmp_path / "out", kind):
+        write()
+        assert len(_hidden(tmp_path)) == 1
+    whole = files(tmp_path / "out") or (tmp_path / "out").read_bytes()
     assert len(_hidden(tmp_path)) == 1
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    assert (tmp_path / "out" / "sub" / "data.txt").read_text() == "meanwhile"
-    assert len(_hidden(tmp_path)) == 1
-    _write(tmp_path / "out", "second", overwrite=True)
+    write()
     assert _hidden(tmp_path) == []
+    assert (files(tmp_path / "out") or (tmp_path / "out").read_bytes()) == whole
 
 
-def test_kill_between_two_renames_is_repaired(tmp_path: Path) -> None:
-    _write(tmp_path / "out", "first")
-    (tmp_path / "out").rename(tmp_path / ".out.pmss-old-0123456789ab")
-    with pytest.raises(FileExistsError, match="not empty"):
-        _write(tmp_path / "out", "second")
-    assert (tmp_path / "out" / "sub" / "data.txt").read_text() == "first"
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_in_the_place_of_a_file_is_replaced(tmp_path: Path, exists: bool) -> None:
+    if exists:
+        (tmp_path / "thesis").write_text("mine")
+    (tmp_path / "out").symlink_to(tmp_path / "thesis")
+    _write_file(tmp_path / "out", "page")
+    assert not (tmp_path / "out").is_symlink()
+    assert files(tmp_path) == {"out": b"page"} | ({"thesis": b"mine"} if exists else {})
+
+
+def test_special_files_are_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/null")
+    for name in ("pipe", "link"):
+        with pytest.raises(FileExistsError, match="is no regular file"):
+            _write_file(tmp_path / name, "page")
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        _write_file(tmp_path, "page")
 
 
 def test_link_to_a_folder_is_followed(tmp_path: Path) -> None:
@@ -155,7 +208,7 @@ def test_link_to_a_folder_is_followed(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "real")
     _write(tmp_path / "link", "second", overwrite=True)
     assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "real" / "sub" / "data.txt").read_text() == "second"
+    assert _text(tmp_path / "real") == "second"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX's")
@@ -164,9 +217,13 @@ def test_files_get_the_modes_that_the_umask_allows(tmp_path: Path, umask: int, m
     """safetensors makes its files readable by their owner alone, which a served model must not stay."""
     before = os.umask(umask)
     try:
-        with atomic_folder(tmp_path / "out") as folder:
+        with atomic_folder(tmp_path / "out", MERGED) as folder:
             (folder / "weights").write_text("x")
             (folder / "weights").chmod(0o600)
+        with atomic_path(tmp_path / "file") as temporary:
+            temporary.write_text("x")
+            temporary.chmod(0o600)
     finally:
         os.umask(before)
-    assert (tmp_path / "out" / "weights").stat().st_mode & 0o777 == mode
+    for written in (tmp_path / "out" / "weights", tmp_path / "file"):
+        assert written.stat().st_mode & 0o777 == mode

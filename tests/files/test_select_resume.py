@@ -220,6 +220,50 @@ def test_a_folder_of_others_is_left_alone(tiny_llama: str, output: Path, partial
     assert (partial / "thesis.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("kind", ["text", "weights", "link", "folder"])
+def test_unfinished_work_that_claims_files_of_others(
+    tiny_llama: str, output: Path, partial: Path, interrupt: Callable[..., None], kind: str
+) -> None:
+    """selection.json says that the folder is ours; what else lies in it is known by its name and content."""
+    interrupt(tiny_llama, 4)
+    mine = output.parent / "mine"
+    save_file({"w": torch.ones(2)}, mine)
+    name = {"text": "thesis.txt", "folder": "kept"}.get(kind, "model.safetensors")
+    if kind == "folder":
+        (partial / name).mkdir()
+    elif kind == "link":
+        (partial / name).symlink_to(next(partial.glob("*.safetensors")))
+    else:
+        shutil.copy(mine, partial / name)
+    before = sorted(partial.iterdir())
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match=rf"holds something else \({name}\)"):
+            select_files(tiny_llama, output, CONFIG, overwrite=overwrite, progress=False)
+    assert sorted(partial.iterdir()) == before
+    (partial / name).rmdir() if kind == "folder" else (partial / name).unlink()
+    assert select_files(tiny_llama, output, CONFIG, progress=False).resumed == 4
+
+
+def test_a_link_in_the_place_of_the_side_folder(tiny_llama: str, tmp_path: Path, output: Path, partial: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    partial.parent.mkdir()
+    partial.symlink_to(tmp_path / "thesis")
+    with pytest.raises(FileExistsError, match="is a link, and unfinished work is kept there"):
+        select_files(tiny_llama, output, CONFIG, progress=False)
+    assert not list((tmp_path / "thesis").iterdir())
+
+
+@pytest.mark.parametrize("about", ["{}", "[]", "[" * 5000, '{"rank": 8, "layer": {"shape": "ab"}}'])
+def test_a_piece_that_says_nonsense_is_made_again(
+    tiny_llama: str, tmp_path: Path, output: Path, partial: Path, interrupt: Callable[..., None], about: str
+) -> None:
+    interrupt(tiny_llama, 4)
+    piece = min(partial.glob("*.safetensors"))
+    save_file(load_file(piece), piece, {"piece": about})
+    assert select_files(tiny_llama, output, CONFIG, progress=False).resumed == 3
+    assert output.read_bytes() == fresh(tiny_llama, tmp_path)
+
+
 def test_two_runs_to_one_output(tiny_llama: str, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("fcntl")
     whole = module.projection_residual
@@ -231,6 +275,26 @@ def test_two_runs_to_one_output(tiny_llama: str, output: Path, monkeypatch: pyte
 
     monkeypatch.setattr(module, "projection_residual", meddling)
     assert select_files(tiny_llama, output, CONFIG, workers=1, progress=False).selected == MATRICES
+
+
+def test_what_appears_at_the_output_meanwhile_is_kept(
+    tiny_llama: str, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = module.projection_residual
+
+    def meddling(weight: torch.Tensor, cols: torch.Tensor) -> float:
+        output.write_text("mine")
+        return whole(weight, cols)
+
+    for overwrite in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "projection_residual", meddling)
+            with pytest.raises(FileExistsError, match=r"is no skeleton file|exists. To replace it"):
+                select_files(tiny_llama, output, CONFIG, overwrite=overwrite, progress=False)
+        assert output.read_text() == "mine"
+        output.unlink()
+        assert select_files(tiny_llama, output, CONFIG, progress=False).resumed == MATRICES
+        output.unlink()
 
 
 def test_a_full_disk_keeps_what_is_finished(

@@ -1,0 +1,127 @@
+"""Kill a piece of work at chosen moments: it runs in a fork of this process, which costs no new interpreter.
+
+A moment is a change of files: the n-th time that the work opens a file for writing, renames, removes or makes something below a
+folder. So the kills fall where they can do harm, and a seed gives the same moments again. `PMSS_KILLS` sets how many a test
+tries (a few by default).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+KILLS = int(os.environ.get("PMSS_KILLS", "5"))
+_CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate", "os.link", "os.symlink"}
+
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a fork of the process: POSIX only")
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When to kill: so many seconds after the change of this number (from 1)."""
+
+    change: int
+    delay: float = 0.0
+    by: signal.Signals = signal.SIGKILL
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How the work ended.
+
+    Attributes:
+        status: 0 where it finished, 1 after an exception, ``-N`` where signal N killed it.
+        changes: How many changes it made; 0 where it was killed.
+        output: What it printed, and its traceback.
+    """
+
+    status: int
+    changes: int
+    output: str
+
+
+def run(work: Callable[[], Any], folder: Path, log: Path, moment: Moment | None = None) -> Ending:
+    """Run the work in a fork; changes below `folder` are the moments at which it can be killed.
+
+    Args:
+        work: Needs no result; what it prints goes to `log`.
+        folder: Where its changes count.
+        log: A file outside of `folder`.
+        moment: When to kill it; None: let it finish.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.close(reading)
+            handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(handle, 1)
+            os.dup2(handle, 2)
+            sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+            torch.set_num_threads(1)  # a fork has lost the threads of its parent's pool
+            counter = _Counter(folder, moment)
+            sys.addaudithook(counter)
+            work()
+            os.write(writing, str(counter.changes).encode())
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        changes = pipe.read()
+    _, status = os.waitpid(child, 0)
+    return Ending(os.waitstatus_to_exitcode(status), int(changes or b"0"), log.read_text(errors="replace"))
+
+
+def moments(changes: int, seed: int, count: int = KILLS) -> list[Moment]:
+    """Different moments of a work that makes so many changes, some of them a little after a change."""
+    generator = random.Random(seed)
+    chosen = generator.sample(range(1, changes + 1), min(count, changes))
+    return [Moment(change, generator.choice((0.0, 0.0, 0.002, 0.02))) for change in sorted(chosen)]
+
+
+def files(folder: Path, *, but: tuple[str, ...] = ()) -> dict[str, bytes | None]:
+    """Everything below a folder by relative name: the content of files, None for folders."""
+    return {
+        path.relative_to(folder).as_posix(): None if path.is_dir() else path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.name not in but
+    }
+
+
+class _Counter:
+    """The audit hook of the child."""
+
+    def __init__(self, folder: Path, moment: Moment | None) -> None:
+        self.folder, self.moment, self.changes = f"{folder}{os.sep}", moment, 0
+
+    def __call__(self, event: str, args: tuple[Any, ...]) -> None:
+        if event != "open" and event not in _CHANGES:
+            return
+        if event == "open" and not (isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)):
+            return
+        if not any(isinstance(part, str | bytes | os.PathLike) and self._is_inside(part) for part in args[:2]):
+            return
+        self.changes += 1
+        if self.moment is not None and self.changes == self.moment.change:
+            if self.moment.delay:
+                signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), self.moment.by))  # type: ignore[union-attr]
+                signal.setitimer(signal.ITIMER_REAL, self.moment.delay)
+            else:
+                os.kill(os.getpid(), self.moment.by)
+
+    def _is_inside(self, path: Any) -> bool:
+        return os.fsdecode(path).startswith(self.folder)
