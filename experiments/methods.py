@@ -21,8 +21,9 @@ from experiments.rotating import RotatingCore
 from lightning_pmss import PMSSCallback, PMSSConfig
 from lightning_pmss.conversion import pmss_layers
 from lightning_pmss.layers import Frame
+from lightning_pmss.roots import canonical_modules
 from lightning_pmss.selection import SELECTORS, select_skeleton
-from lightning_pmss.targets import canonical_modules, find_targets
+from lightning_pmss.targets import find_targets
 
 TARGETS: dict[str, str | list[str]] = {
     "all": "all-linear",

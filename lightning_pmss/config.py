@@ -49,6 +49,9 @@ class PMSSConfig:
             instead of selecting.
         memory: ``"regather"`` gathers each layer's slice of W again in the backward pass; ``"keep"`` keeps it from the forward
             pass: up to a few hundredths faster, at two to four times the bytes (docs/performance.md).
+        root: Full name of the module to adapt, in a model that holds several (``"policy"``): only what lies inside is
+            converted, names are relative to it, and adapter, merged model and export are for it alone. ``also_train`` may
+            name modules beside it.
 
     Raises:
         ValueError: A value is out of its range; the message names the field and the values allowed.
@@ -69,6 +72,7 @@ class PMSSConfig:
     also_train: str | Sequence[str] = ()
     skeleton_file: str | None = None
     memory: str = "regather"
+    root: str | None = None
 
     def __post_init__(self) -> None:
         # Lists, so that equality and JSON do not depend on which sequence type a caller happened to use.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lightning_pmss.config import PMSSConfig
+from lightning_pmss.converted import changed_fields, is_complete, layers_to_keep, record
+from lightning_pmss.converted import conversion_of as conversion_of
+from lightning_pmss.converted import pmss_layers as pmss_layers
 from lightning_pmss.coordinates import PMSSCore, core_dtype
 from lightning_pmss.fingerprint import same_base
 from lightning_pmss.layers import Frame, PMSSLinear, canonical_shape, coordinate_frame, is_transposed
@@ -18,18 +22,12 @@ from lightning_pmss.messages import some
 from lightning_pmss.number_range import why_out_of_range
 from lightning_pmss.quantised import hidden_values, prepare, quantisation_of, value_dtype, whole_weight
 from lightning_pmss.report import ConversionReport, LayerReport
+from lightning_pmss.roots import adapted_root, canonical_modules, canonical_owners, choose_root, settle_root
 from lightning_pmss.rounding import LIMIT, LOW_PRECISION, fitting_rank, rounding_error
 from lightning_pmss.selection import projection_residual, select_skeleton
 from lightning_pmss.skeleton import Skeleton, SkeletonLayer, read_skeleton
-from lightning_pmss.targets import (
-    canonical_modules,
-    find_targets,
-    hugging_face_root,
-    match_modules,
-    ranks_of,
-    refuse_unconvertible,
-)
-from lightning_pmss.whole import outside_zero_init, whole_size
+from lightning_pmss.targets import Names, find_targets, match_modules, named_targets, ranks_of, refuse_unconvertible
+from lightning_pmss.whole import clean_name, outside_zero_init, whole_size
 
 
 def convert(
@@ -39,17 +37,21 @@ def convert(
     skeleton: Skeleton | None = None,
     updates: Mapping[str, Tensor] | None = None,
     compute_dtype: torch.dtype | None = None,
+    names: Names | None = None,
 ) -> ConversionReport:
     """Convert the targeted linear layers of a model in place and freeze everything but U and ``also_train``.
 
-    Everything is checked and computed before the first layer is touched: after an error the model is as it was.
+    Everything is checked and computed before the first layer is touched: after an error the model is as it was. What was
+    converted before as a model of its own is kept, with what it has learned, where the config is the same.
 
     Args:
-        model: Any module. Names are taken relative to the Hugging Face model inside it, where there is exactly one.
+        model: Any module. Names are taken relative to ``config.root``, else to the Hugging Face model inside it, where there
+            is exactly one that is not frozen and in eval mode as a whole.
         config: What to convert and how.
         skeleton: Rows and columns per module, used instead of selecting (as when an adapter is loaded).
         updates: ``s U [c, r]`` per module to start from, in place of zero.
         compute_dtype: In which the layers will compute under autocast; default: the dtype of their weights.
+        names: What to convert, in place of the config's patterns; the ranks are then the skeleton's.
 
     Returns:
         The report; converting again with an equal config changes nothing and returns the first one's report.
@@ -60,23 +62,38 @@ def convert(
             update leaves the range of the dtype), the model was converted with another config, or an update that its
             coordinates cannot hold.
     """
-    if (done := conversion_of(model)) is not None:
-        if done.config == config and skeleton is None:
+    root = None if config.root is None or names is not None else choose_root(model, config.root)
+    if (done := conversion_of(model, root)) is not None:
+        changed = changed_fields(done.config, config, inside=adapted_root(model, root)[0] is model)
+        if changed or skeleton is not None:
+            what = f"another config (differs in {', '.join(changed)})" if changed else "its own selection"
+            raise ValueError(f"the model is already converted with {what}; build a fresh model and convert that one.")
+        if is_complete(model, done, root):
+            settle_root(model, adapted_root(model, root)[1].removesuffix("."))
             return done
-        changed = [k for k, v in config.to_dict().items() if done.config.to_dict()[k] != v]
-        what = f"another config (differs in {', '.join(changed)})" if changed else "its own selection"
-        raise ValueError(f"the model is already converted with {what}; build a fresh model and convert that one.")
-    modules = canonical_modules(model)
+    root = choose_root(model, config.root) if names is None else names.root
+    modules = canonical_modules(model, root)
     if config.skeleton_file is not None and skeleton is None:
         skeleton = read_skeleton(config.skeleton_file)
-    also_train = match_modules(config.also_train, modules, "also_train")
-    targets, left_out = find_targets(model, config, modules, also_train)
-    refuse_unconvertible(targets, modules, config, skeleton)
-    ranks = ranks_of(config, targets, modules)
+    if names is None:
+        also_train = match_modules(config.also_train, modules, "also_train", owners=canonical_owners(model, root))
+        targets, left_out = find_targets(model, config, modules, also_train, root)
+        ranks = ranks_of(config, targets, modules)
+    else:
+        assert skeleton is not None
+        also_train = list(names.also_train)
+        targets, left_out = named_targets(model, names, modules)
+        ranks = {name: len(skeleton.layers[name].cols) for name in targets}
+    kept = layers_to_keep(model, config, modules, ranks, left_out)
+    fresh = [name for name in targets if name not in kept]
+    if done is not None and not fresh:
+        settle_root(model, root)
+        return done
+    refuse_unconvertible(fresh, modules, config, skeleton)
 
     prepare(model)
     with outside_zero_init():
-        plans = _plan(targets, modules, config, skeleton, ranks, compute_dtype)
+        plans = _plan(fresh, modules, config, skeleton, ranks, compute_dtype)
         starts = {
             name: _numbers(plans[name], modules[name], update, config, name) for name, update in (updates or {}).items()
         }
@@ -95,7 +112,7 @@ def convert(
             layer.fingerprint = plan.fingerprint
             if name in starts:
                 layer.core.weight.data.copy_(starts[name])
-        layers = [_report(name, modules[name], ranks[name], plan) for name, plan in plans.items()]
+        layers = kept | {name: _report(name, modules[name], ranks[name], plan) for name, plan in plans.items()}
     notes = _leave_fast_paths(model)
     model.requires_grad_(False)
     for name in targets:
@@ -104,18 +121,25 @@ def convert(
         modules[name].requires_grad_(True)
     done = ConversionReport(
         config=config,
-        layers=layers,
-        left_out=left_out,
+        layers=[layers[name] for name in targets],
+        left_out=left_out.reasons,
         also_train=sorted(also_train),
         trainable=sum(whole_size(p) for p in model.parameters() if p.requires_grad),
         total=sum(whole_size(p) for n, p in model.named_parameters() if ".core.frame." not in n) + hidden_values(model),
         also_train_bytes=sum(t.nbytes for name in also_train for t in modules[name].state_dict().values()),
         notes=notes,
+        unowned=left_out.unowned,
+        asleep=left_out.asleep,
+        children=_children(model, targets, modules),
     )
+    done.shares = _shares(model, list(left_out.reasons), root, done.total)
     low = {str(d).removeprefix("torch.") for name in plans if (d := value_dtype(modules[name])) in LOW_PRECISION}  # type: ignore[arg-type]
     if low and (warning := done.rounding_warning(" and ".join(sorted(low)))):
         warnings.warn(warning, stacklevel=2)
-    hugging_face_root(model)[0].pmss_report = done  # type: ignore[assignment]
+    if warning := done.unowned_warning():
+        warnings.warn(warning, stacklevel=2)
+    settle_root(model, root)
+    record(model, done)
     return done
 
 
@@ -209,17 +233,24 @@ def _report(name: str, layer: nn.Module, requested: int, plan: SkeletonLayer) ->
     )
 
 
-def conversion_of(model: nn.Module) -> ConversionReport | None:
-    """The report of the conversion that this model went through, or None."""
-    for module in model.modules():
-        if isinstance(report := module.__dict__.get("pmss_report"), ConversionReport):
-            return report
-    return None
+def _children(model: nn.Module, targets: Sequence[str], modules: Mapping[str, nn.Module]) -> dict[str, int]:
+    """How many of the targets lie in which top-level child of the model."""
+    ours = {id(modules[name]) for name in targets}
+    full = [clean_name(name) for name, module in model.named_modules() if id(module) in ours]
+    return dict(Counter(name.split(".")[0] for name in full))
 
 
-def pmss_layers(model: nn.Module) -> dict[str, PMSSLinear]:
-    """The converted layers under their canonical names."""
-    return {name: m for name, m in canonical_modules(model).items() if isinstance(m, PMSSLinear)}
+def _shares(model: nn.Module, names: Sequence[str], root: str, total: int) -> dict[str, float]:
+    """The share of the model's parameters in each of these modules and parameters."""
+    shares = dict.fromkeys(names, 0.0)
+    for name, module in canonical_owners(model, root):
+        if name in shares:
+            shares[name] = (sum(whole_size(p) for p in module.parameters()) + hidden_values(module)) / total
+        for key, parameter in module._parameters.items():
+            full = f"{name}.{key}".lstrip(".")
+            if parameter is not None and full in shares:
+                shares[full] = whole_size(parameter) / total
+    return shares
 
 
 def _leave_fast_paths(model: nn.Module) -> list[str]:

@@ -7,7 +7,7 @@ pristine W is kept aside (on the CPU) and `unmerge` puts it back bit for bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -27,6 +27,7 @@ from lightning_pmss.quantised import (
     requantised,
     value_dtype,
 )
+from lightning_pmss.roots import below, canonical_modules
 from lightning_pmss.whole import clean_name, is_sharded
 
 
@@ -195,14 +196,29 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def merged_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, LayerDrift]]:
+def merged_state(
+    model: nn.Module, under: Sequence[str] | None = None
+) -> tuple[dict[str, Tensor], dict[str, LayerDrift]]:
     """`merged_state_dict` and, by canonical module name, what the rounding of each merge cost.
 
     On a sharded model this is a collective, and rank 0 gets the whole state on its CPU, the others an empty one.
+
+    Args:
+        model: Converted.
+        under: Clean full names of modules, to get only what lies in these.
     """
-    layers = _layers(model)
+    _layers(model)
+    asked = {
+        id(m)
+        for name, m in model.named_modules(remove_duplicate=False)
+        if under is None or below(clean_name(name), under)
+    }
+    # Also those that the model's own conversion has left alone.
+    layers = {n: x for n, x in canonical_modules(model).items() if isinstance(x, PMSSLinear) and id(x) in asked}
     if not is_sharded(model):
-        state: dict[str, Tensor] = dict(model.state_dict())
+        state: dict[str, Tensor] = {
+            key: value for key, value in model.state_dict().items() if under is None or below(clean_name(key), under)
+        }
         _dequantise_state(model, state)
         results = {}
         for name, layer in layers.items():
@@ -212,13 +228,14 @@ def merged_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, LayerDr
     else:
         updates = {name: whole_update(model, layer) for name, layer in layers.items()}
         first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-        state, results = dict(whole_tensors(model, keep=first)), {}
+        state, results = dict(whole_tensors(model, under=under, keep=first)), {}
         if not first:
             return {}, {}
     drift = {}
     names = {id(layer): name for name, layer in layers.items()}
     for full, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, PMSSLinear):
+        if id(module) in names and (under is None or below(clean_name(full), under)):
+            assert isinstance(module, PMSSLinear)
             name = names[id(module)]
             start = f"{clean_name(full)}." if clean_name(full) else ""
             own = {f"{start}{what}" for what in module.index_names}
@@ -237,6 +254,8 @@ def _dequantise_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Put dense weights in the place of codes and scales; converted layers get theirs afterwards."""
     for full, module in model.named_modules(remove_duplicate=False):
         converted = isinstance(module, PMSSLinear) and module.quantised
+        if f"{full}.weight".lstrip(".") not in state:
+            continue
         if not converted and not (isinstance(module, nn.Linear) and is_quantised(module)):
             continue
         start = f"{full}." if full else ""

@@ -15,3 +15,8 @@ def one_line(name: object) -> str:
     """A name that a file gave, without line breaks and other characters that a terminal would act on."""
     text = str(name)
     return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+
+
+def kind_of(name: str) -> str:
+    """A module's name with a star for each number: the layers of a stack are of one kind."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))

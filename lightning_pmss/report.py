@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lightning_pmss.config import PMSSConfig
+from lightning_pmss.left_out import HEAD
+from lightning_pmss.messages import kind_of
+
+UNOWNED_LIMIT = 0.1  # share of the model in weights that cannot be converted, above which a user is warned
 
 
 @dataclass
@@ -47,7 +52,12 @@ class ConversionReport:
     Attributes:
         config: The configuration used.
         layers: One entry per converted layer, in model order.
-        left_out: Linear layers that were not converted, with the reason.
+        left_out: Linear layers that were not converted, and frozen parameters of two and more dimensions of other modules,
+            with the reason.
+        shares: Of the model's parameters, by name in `left_out`.
+        unowned: Names in `left_out` of parameters that no option could have had converted.
+        asleep: The topmost modules left out because they were frozen and in eval mode beside others that were not.
+        children: Number of converted layers by top-level child of the model.
         also_train: Names of the modules trained in full.
         trainable: Parameters that train: all U and ``also_train``.
         total: All parameters of the model (without the frozen coordinate factors).
@@ -63,6 +73,10 @@ class ConversionReport:
     total: int
     also_train_bytes: int
     notes: list[str] = field(default_factory=list)
+    shares: dict[str, float] = field(default_factory=dict)
+    unowned: list[str] = field(default_factory=list)
+    asleep: list[str] = field(default_factory=list)
+    children: dict[str, int] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
@@ -93,6 +107,22 @@ class ConversionReport:
             " coordinates='spectral', or compute in float32."
         )
 
+    def unowned_warning(self) -> str | None:
+        """What a user should know where much of the model is in weights that cannot be converted; None where it is little."""
+        total = sum(self.shares.get(name, 0.0) for name in self.unowned)
+        if total <= UNOWNED_LIMIT:
+            return None
+        groups = {kind: (names, sum(self.shares[n] for n in names)) for kind, names in _bykind_of(self.unowned).items()}
+        biggest = sorted(groups.items(), key=lambda item: -item[1][1])[:3]
+        listed = "; ".join(
+            f"`{kind if len(names) > 1 else names[0]}` ({self.left_out[names[0]]}, {share:.1%} of the model)"
+            for kind, (names, share) in biggest
+        )
+        return (
+            f"{total:.0%} of the model's parameters belong to no linear layer, so they are not converted and stay frozen. The"
+            f" biggest: {listed}. To train such weights in full, name their module in also_train."
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON."""
         sums = {name: getattr(self, name) for name in ("share", "adapter_bytes", "kept_bytes_per_token")}
@@ -102,8 +132,7 @@ class ConversionReport:
         """The table, with layers of equal kind folded into one line (a 32-layer model has 7 kinds)."""
         kinds: dict[tuple[Any, ...], list[LayerReport]] = {}
         for layer in self.layers:
-            kind = ".".join("*" if part.isdigit() else part for part in layer.name.split("."))
-            kinds.setdefault((kind, layer.shape, layer.rank, layer.edit), []).append(layer)
+            kinds.setdefault((kind_of(layer.name), layer.shape, layer.rank, layer.edit), []).append(layer)
         rows = [("module", "count", "out x in", "rank", "edit", "trainable", "residual")]
         for (kind, shape, rank, edit), group in kinds.items():
             clipped = f"{rank} (asked {group[0].requested_rank})" if group[0].requested_rank != rank else str(rank)
@@ -119,16 +148,33 @@ class ConversionReport:
             f" adapter {self.adapter_bytes / 2**20:.2f} MiB; kept for backward {self.kept_bytes_per_token / 1024:.1f} KiB"
             " per token"
         )
-        if self.left_out:
-            reasons: dict[str, list[str]] = {}
-            for name, why in self.left_out.items():
-                reasons.setdefault(why, []).append(name)
-            for why, names in reasons.items():
-                more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-                lines.append(f"left out ({why}): {', '.join(names[:4])}{more}")
-            frozen = [n for n, why in self.left_out.items() if why == "output head"]
-            if frozen:
-                lines.append(f"frozen as it is: {', '.join(frozen[:4])}; if freshly initialised, name it in also_train")
+        if self.children:
+            lines.append(f"converted in: {_few([f'{name} ({count})' for name, count in self.children.items()])}")
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.left_out.items():
+            reasons.setdefault(why, []).append(name)
+        for why, names in reasons.items():
+            share = sum(self.shares.get(name, 0.0) for name in names)
+            lines.append(f"left out ({why}): {_few(_kinds(names))}; {share:.1%} of the model")
+        if frozen := reasons.get(HEAD, []):
+            names = [repr(name) for name in frozen]
+            lines.append(f"frozen as it is: {_few(frozen)}; if freshly initialised, type also_train=[{_few(names)}]")
         if self.also_train:
             lines.append(f"trained in full: {', '.join(self.also_train)}")
         return "\n".join([*lines, *self.notes])
+
+
+def _bykind_of(names: Sequence[str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(kind_of(name), []).append(name)
+    return groups
+
+
+def _kinds(names: Sequence[str]) -> list[str]:
+    """Names, those of equal kind as one with their number."""
+    return [group[0] if len(group) == 1 else f"{kind} ({len(group)})" for kind, group in _bykind_of(names).items()]
+
+
+def _few(names: Sequence[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

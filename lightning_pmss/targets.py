@@ -4,111 +4,211 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
 from lightning_pmss.config import PMSSConfig
 from lightning_pmss.convertible import is_linear, is_supported, why_no_own_weight
 from lightning_pmss.layers import can_output_edit, why_no_weight_edit
+from lightning_pmss.left_out import ASLEEP, EXCLUDED, HEAD, IN_FULL, UNTARGETED, LeftOut, frozen_weights, resting
 from lightning_pmss.messages import some
 from lightning_pmss.quantised import why_unusable
+from lightning_pmss.roots import adapted_root, below, canonical_owners, is_hugging_face
 from lightning_pmss.skeleton import Skeleton
-from lightning_pmss.whole import clean_name, is_dtensor
+from lightning_pmss.whole import clean_name, is_dtensor, whole_shape
 
 # Names by which models that are no Hugging Face model usually call their output head.
 HEAD_NAMES = ("lm_head", "head", "heads", "classifier", "score", "qa_outputs", "embed_out")
 
 
-def hugging_face_root(model: nn.Module) -> tuple[nn.Module, str]:
-    """The one outermost Hugging Face model inside ``model`` and its dotted prefix, else ``(model, "")``."""
-    found: list[tuple[str, nn.Module]] = []
-    for full, module in model.named_modules():
-        name = clean_name(full)
-        inside = any(name.startswith(f"{outer}.") or outer == "" for outer, _ in found)
-        if not inside and is_hugging_face(module):
-            found.append((name, module))
-    if len(found) != 1:
-        return model, ""
-    return found[0][1], f"{found[0][0]}." if found[0][0] else ""
+@dataclass(frozen=True)
+class Names:
+    """What a file says is converted: full names, which are taken as they stand. Nothing in a file is run as a pattern.
 
-
-def canonical_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules by canonical name: relative to the Hugging Face model inside, full names outside of it.
-
-    So an adapter trained inside a LightningModule loads into the plain model. Where the two would collide, all names
-    stay full.
+    Attributes:
+        root: Full name of the module that the others are relative to; see `adapted_root`.
+        targets: Canonical names of the layers.
+        also_train: Canonical names of the modules trained in full.
     """
-    _, prefix = hugging_face_root(model)
-    # A wrapper and what it wraps have one clean name, and come in this order: the wrapped module stays.
-    named = {clean_name(name): module for name, module in model.named_modules() if clean_name(name)}
-    short = {name.removeprefix(prefix): module for name, module in named.items() if name + "." != prefix}
-    return short if len(short) == len([n for n in named if n + "." != prefix]) else named
+
+    root: str
+    targets: Sequence[str]
+    also_train: Sequence[str]
 
 
 def find_targets(
-    model: nn.Module, config: PMSSConfig, modules: Mapping[str, nn.Module], also_train: Sequence[str]
-) -> tuple[list[str], dict[str, str]]:
-    """Resolve ``target_modules`` and ``exclude_modules``: names to convert, and the linear layers left out with why."""
-    excluded = match_modules(config.exclude_modules, modules, "exclude_modules")
-    left_out: dict[str, str] = {}
+    model: nn.Module,
+    config: PMSSConfig,
+    modules: Mapping[str, nn.Module],
+    also_train: Sequence[str],
+    root: str | None = None,
+) -> tuple[list[str], LeftOut]:
+    """Resolve ``target_modules`` and ``exclude_modules``.
+
+    Args:
+        model: Not converted yet.
+        config: The patterns.
+        modules: Of `canonical_modules`, with the same ``root``.
+        also_train: Canonical names of the modules trained in full.
+        root: See `adapted_root`.
+
+    Returns:
+        Names to convert, and what is left out with why.
+
+    Raises:
+        ValueError: A pattern matches nothing, or nothing is left to convert.
+    """
+    owners = canonical_owners(model, root)
+    excluded = match_modules(config.exclude_modules, modules, "exclude_modules", owners=owners)
+    away = _away(model, config.root)
+    within = {name: module for name, module in modules.items() if away.get(id(module)) != outside_of(config.root)}
+    reasons: dict[str, str] = {}
     targets: list[str] = []
     everything = config.target_modules == "all-linear"
+    named = () if isinstance(config.target_modules, str) else config.target_modules
     if everything:
-        candidates = [n for n, m in modules.items() if is_linear(m)]
-        heads = _heads(model, modules, candidates)
+        candidates = [n for n, m in within.items() if is_linear(m)]
+        heads = _heads(adapted_root(model, root)[0], modules, candidates)
     else:
-        candidates = match_modules(config.target_modules, modules, "target_modules", linear=True)
+        candidates = match_modules(config.target_modules, within, "target_modules", linear=True, owners=owners)
         heads = {}
-    by_name = not everything and not isinstance(config.target_modules, str)
     for name in candidates:
-        if _below(name, excluded):
-            left_out[name] = "excluded"
-        elif everything and _below(name, also_train):
-            left_out[name] = "trained in full"
+        if below(name, excluded):
+            reasons[name] = EXCLUDED
+        elif everything and below(name, also_train):
+            reasons[name] = IN_FULL
+        elif id(modules[name]) in away and name not in named:  # a full name is meant as it stands
+            reasons[name] = away[id(modules[name])]
         elif name in heads:
-            left_out[name] = heads[name]
-        elif not by_name and (reason := why_no_own_weight(modules[name])):
-            left_out[name] = reason
+            reasons[name] = heads[name]
+        elif not named and (reason := why_no_own_weight(modules[name])):
+            reasons[name] = reason
         else:
             targets.append(name)
     if not targets:
-        if candidates:
-            reasons = "; ".join(f"{n}: {why}" for n, why in list(left_out.items())[:5])
-            raise ValueError(f"every layer that target_modules matches is left out ({reasons}); loosen the patterns.")
-        for name, module in modules.items():
-            if reason := why_unusable(module):
-                raise ValueError(f"`{name}` {reason}")
-        raise ValueError(
-            f"no linear layer was found in {type(model).__name__}. If its layers are made in `configure_model`, convert"
-            " after that call (PMSSCallback does); layers made in `LightningModule.setup` come too late for a callback:"
-            " make them in `__init__` or `configure_model`."
-        )
-    if clash := [n for n in targets if _below(n, also_train)]:
+        _refuse_nothing(model, modules, candidates, reasons)
+    if clash := [n for n in targets if below(n, also_train)]:
         raise ValueError(
             f"{some(clash)} match both target_modules and also_train; a module is either converted or trained."
         )
-    return targets, left_out
+    branches = {id(m): EXCLUDED for n in excluded for m in modules[n].modules()} | away
+    return targets, _left_out(owners, modules, targets, also_train, reasons, branches)
+
+
+def named_targets(model: nn.Module, names: Names, modules: Mapping[str, nn.Module]) -> tuple[list[str], LeftOut]:
+    """The same for names that a file gives."""
+    targets = [name for name in modules if name in set(names.targets)]
+    owners = canonical_owners(model, names.root)
+    return targets, _left_out(owners, modules, targets, names.also_train, {}, _away(model, None))
+
+
+def _left_out(
+    owners: Sequence[tuple[str, nn.Module]],
+    modules: Mapping[str, nn.Module],
+    targets: Sequence[str],
+    also_train: Sequence[str],
+    reasons: dict[str, str],
+    branches: Mapping[int, str],
+) -> LeftOut:
+    """All that is not converted.
+
+    Args:
+        owners: Of `canonical_owners`.
+        modules: The same by name.
+        targets: What is converted.
+        also_train: What is trained in full.
+        reasons: Of the layers that were looked at one by one; the others are added.
+        branches: Reason by id of module, for whole branches.
+    """
+    accounted = {id(p) for n in (*targets, *also_train, *reasons) for p in modules[n].parameters()}
+    unowned = []
+    for owner, module in sorted(owners, key=lambda item: not is_linear(item[1])):  # a tied weight is the linear layer's
+        for name, reason, nobodys in frozen_weights(owner, module, accounted, branches):
+            reasons[name] = reason
+            if nobodys:
+                unowned.append(name)
+    for name, module in modules.items():  # linear layers without a parameter that is theirs alone
+        if is_linear(module) and name not in targets and not below(name, also_train):
+            reasons.setdefault(name, branches.get(id(module), UNTARGETED))
+    asleep: list[str] = []
+    for name, module in modules.items():
+        if branches.get(id(module)) == ASLEEP and not below(name, asleep):
+            asleep.append(name)
+    return LeftOut(reasons, unowned, asleep)
+
+
+def _refuse_nothing(
+    model: nn.Module, modules: Mapping[str, nn.Module], candidates: Sequence[str], reasons: Mapping[str, str]
+) -> None:
+    if candidates:
+        why = "; ".join(f"{n}: {reason}" for n, reason in list(reasons.items())[:5])
+        remedy = "loosen the patterns"
+        if ASLEEP in reasons.values():
+            remedy += ", or call `train()` on what is to be adapted before it is converted, or name it as root="
+        raise ValueError(f"every layer that target_modules matches is left out ({why}); {remedy}.")
+    for name, module in modules.items():
+        if reason := why_unusable(module):
+            raise ValueError(f"`{name}` {reason}")
+    raise ValueError(
+        f"no linear layer was found in {type(model).__name__}. If its layers are made in `configure_model`, convert"
+        " after that call (PMSSCallback does); layers made in `LightningModule.setup` come too late for a callback:"
+        " make them in `__init__` or `configure_model`."
+    )
+
+
+def outside_of(root: str | None) -> str:
+    """The reason of what lies beside the chosen root."""
+    return f"outside of root={root!r}"
+
+
+def _away(model: nn.Module, root: str | None) -> dict[int, str]:
+    """Reason by id of the modules that are left out as a whole: those outside of the chosen root, those that rest."""
+    if root is None:
+        return resting(model).modules
+    named = {clean_name(name): module for name, module in model.named_modules()}
+    inside = {id(module) for module in named[root].modules()}
+    outside = {id(module): outside_of(root) for module in named.values() if id(module) not in inside}
+    return resting(named[root]).modules | outside
 
 
 def match_modules(
-    patterns: str | Sequence[str], modules: Mapping[str, nn.Module], field: str, *, linear: bool = False
+    patterns: str | Sequence[str],
+    modules: Mapping[str, nn.Module],
+    field: str,
+    *,
+    linear: bool = False,
+    owners: Sequence[tuple[str, nn.Module]] = (),
 ) -> list[str]:
-    """Module names that match; each pattern must match at least one (with ``linear``: at least one linear layer)."""
+    """Module names that match; each pattern must match at least one (with ``linear``: at least one linear layer).
+
+    owners: Of `canonical_owners`, so that a parameter of the model itself is known when it is named.
+    """
     if isinstance(patterns, str):
         hits = [n for n in modules if _matches_regex(patterns, n, field)]
         # A regular expression may run over containers and norms on its way; a named module must itself be convertible.
         usable = [n for n in hits if is_supported(modules[n]) or why_no_own_weight(modules[n])] if linear else hits
         if not usable:
+            if not hits:
+                _refuse_parameter(
+                    patterns, partial(_matches_regex, patterns, field=field), owners or modules.items(), field
+                )
             _refuse_nomatch_modules(patterns, hits, modules, field, linear)
         return usable
     names: dict[str, None] = {}
     for pattern in patterns:
-        hits = [n for n in modules if n == pattern or n.endswith(f".{pattern}")]
+        hits = [n for n in modules if _ends_in(pattern, n)]
         if not hits:
+            _refuse_parameter(pattern, partial(_ends_in, pattern), owners or modules.items(), field)
             _refuse_nomatch_modules(pattern, hits, modules, field, linear)
         names.update(dict.fromkeys(hits))
     return [n for n in modules if n in names]
+
+
+def _ends_in(pattern: str, name: str) -> bool:
+    return name == pattern or name.endswith(f".{pattern}")
 
 
 def _matches_regex(pattern: str, name: str, field: str) -> bool:
@@ -118,6 +218,25 @@ def _matches_regex(pattern: str, name: str, field: str) -> bool:
         raise ValueError(
             f"{field}={pattern!r} is not a regular expression ({error}); for plain names type a list."
         ) from error
+
+
+def _refuse_parameter(
+    pattern: str, matches: Callable[[str], bool], owners: Iterable[tuple[str, nn.Module]], field: str
+) -> None:
+    """Say so if a pattern that matches no module is the name of a parameter."""
+    for name, module in owners:
+        for key, parameter in module._parameters.items():
+            if parameter is None or not matches(f"{name}.{key}".lstrip(".")):
+                continue
+            kind, shape = type(module).__name__, list(whole_shape(parameter))
+            of = f"a parameter {shape} of the {kind} " + (f"`{name}`" if name else "itself")
+            text = f"{field}: {pattern!r} is no module but {of}."
+            if field != "target_modules" or is_linear(module):
+                raise ValueError(f"{text} Patterns name modules" + (f": type {name!r}." if name else "."))
+            raise ValueError(
+                f"{text} PMSS converts nn.Linear and Conv1D layers: take it out of target_modules; it stays frozen"
+                + (f", or is trained in full with also_train=[{name!r}]." if name else ".")
+            )
 
 
 def _refuse_nomatch_modules(
@@ -214,9 +333,8 @@ def ranks_of(config: PMSSConfig, targets: list[str], modules: Mapping[str, nn.Mo
     return {n: next((r for p, r in config.rank_pattern.items() if matches(p, n)), config.rank) for n in targets}
 
 
-def _heads(model: nn.Module, modules: Mapping[str, nn.Module], candidates: list[str]) -> dict[str, str]:
+def _heads(root: nn.Module, modules: Mapping[str, nn.Module], candidates: list[str]) -> dict[str, str]:
     """The linear layers that ``"all-linear"`` leaves out, with the reason."""
-    root, _ = hugging_face_root(model)
     heads: dict[str, str] = {}
     embedded = {id(m._parameters.get("weight")) for m in modules.values() if isinstance(m, nn.Embedding)} - {id(None)}
     body = getattr(root, getattr(root, "base_model_prefix", "") or "_", root)
@@ -231,17 +349,7 @@ def _heads(model: nn.Module, modules: Mapping[str, nn.Module], candidates: list[
             or inside is None
             and any(part in HEAD_NAMES for part in name.split("."))
         ):
-            heads[name] = "output head"
+            heads[name] = HEAD
         elif isinstance(parent, nn.MultiheadAttention):
             heads[name] = "nn.MultiheadAttention never calls its forward"
     return heads
-
-
-def _below(name: str, roots: Sequence[str]) -> bool:
-    return any(name == root or name.startswith(f"{root}.") for root in roots)
-
-
-def is_hugging_face(module: nn.Module) -> bool:
-    return any(
-        c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers.") for c in type(module).__mro__
-    )

@@ -13,7 +13,7 @@ from lightning_pmss.conversion import conversion_of, pmss_layers
 from lightning_pmss.coordinates import Frame
 from lightning_pmss.files.adapter import tensors_of
 from lightning_pmss.messages import some
-from lightning_pmss.targets import canonical_modules, hugging_face_root
+from lightning_pmss.roots import adapted_root, canonical_modules
 from lightning_pmss.whole import is_sharded
 
 _ATTRIBUTE = "pmss_adapters"
@@ -44,12 +44,12 @@ class Bank:
 
 def attach(model: nn.Module, bank: Bank) -> None:
     """Keep the bank with the model."""
-    setattr(hugging_face_root(model)[0], _ATTRIBUTE, bank)
+    setattr(adapted_root(model)[0], _ATTRIBUTE, bank)
 
 
 def find_bank(model: nn.Module) -> Bank | None:
     """The model's bank, if it has one."""
-    found: Bank | None = getattr(hugging_face_root(model)[0], _ATTRIBUTE, None)
+    found: Bank | None = getattr(adapted_root(model)[0], _ATTRIBUTE, None)
     return found
 
 

@@ -29,14 +29,16 @@ from lightning_pmss.adapters.bank import (
 from lightning_pmss.adapters.states import LayerState, Update, layer_state
 from lightning_pmss.config import PMSSConfig
 from lightning_pmss.conversion import conversion_of, convert, pmss_layers
-from lightning_pmss.files.adapter import check_also_train, check_base, check_modules, tensors_of
+from lightning_pmss.converted import converted
+from lightning_pmss.files.adapter import check_also_train, check_base, check_modules, names_in, tensors_of
 from lightning_pmss.files.adapter_file import AdapterFile, read_adapter
 from lightning_pmss.layers import PMSSLinear, canonical_shape, is_transposed
 from lightning_pmss.messages import some
 from lightning_pmss.quantised import whole_weight
 from lightning_pmss.report import ConversionReport
+from lightning_pmss.roots import canonical_modules
 from lightning_pmss.skeleton import Skeleton, SkeletonLayer
-from lightning_pmss.targets import canonical_modules, match_modules
+from lightning_pmss.targets import Names
 
 _AT_ONCE = "Load all adapters at once into a fresh model: load_adapters(model, {'name': folder, ...})."
 
@@ -63,27 +65,29 @@ def load_adapters(
     """
     if not folders:
         raise ValueError("no adapters given: load_adapters(model, {'name': folder, ...}).")
-    if conversion_of(model) is not None:
+    if pmss_layers(model):
         raise ValueError("the model is converted already: add_adapter(model, name, folder), or build a fresh model.")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank={rank!r} is not a rank; type a whole number of at least 1.")
-    modules = canonical_modules(model)
     read = {name: read_adapter(folder) for name, folder in folders.items()}
-    configs = {name: adapter.options for name, adapter in read.items()}
-    also: dict[str, list[str]] = {}
+    given = {name: names_in(adapter, model) for name, adapter in read.items()}
+    root, *others = sorted({names.root for names in given.values()})
+    if others:
+        raise ValueError(
+            f"these adapters are of several models inside this {type(model).__name__}: {some([root, *others])}."
+        )
+    modules = canonical_modules(model, root)
     for name, adapter in read.items():
-        also[name] = match_modules(configs[name].also_train, modules, "also_train")
-        check_modules(adapter, modules, set(adapter.modules), converted=False)
+        check_modules(adapter, modules, None, type(model).__name__)
         check_base(adapter, modules, type(model).__name__)
-        check_also_train(adapter, tensors_of(also[name], modules))
+        check_also_train(adapter, tensors_of(list(given[name].also_train), modules))
     sizes: dict[str, int] = {}
     for adapter in read.values():
         for name, stored in adapter.modules.items():
             sizes[name] = max(sizes.get(name, 0), rank or 0, *stored.U.shape)
     sizes = {name: min(sizes[name], *canonical_shape(modules[name])) for name in modules if name in sizes}
-    config = _config(
-        next(iter(configs.values())), sizes, sorted({module for names in also.values() for module in names})
-    )
+    also_train = sorted({module for names in given.values() for module in names.also_train})
+    config = _config(next(iter(read.values())).options, sizes, also_train)
     states = {
         name: NamedAdapter(_states(adapter, modules, sizes, config), dict(adapter.also_train))
         for name, adapter in read.items()
@@ -94,7 +98,7 @@ def load_adapters(
     skeleton = Skeleton(
         {name: SkeletonLayer(state.rows, state.cols, state.frame) for name, state in first.items()}, config.coordinates
     )
-    report = convert(model, config, skeleton=skeleton)
+    report = convert(model, config, skeleton=skeleton, names=Names(root, list(sizes), also_train))
     base = {key: value.detach().clone() for key, value in tensors_of(report.also_train, modules).items()}
     active = next(iter(states))
     bank = Bank(states, base, active)
@@ -119,7 +123,7 @@ def add_adapter(model: nn.Module, name: str, folder: str | os.PathLike[str]) -> 
     refuse_used(bank, name)
     adapter = read_adapter(folder)
     modules, layers = canonical_modules(model), pmss_layers(model)
-    check_modules(adapter, modules, set(adapter.modules), converted=False)
+    check_modules(adapter, modules, None, type(model).__name__)
     if more := sorted(set(adapter.modules) - set(layers)):
         raise ValueError(f"{adapter.folder} has layers that are not converted: {some(more)}. {_AT_ONCE}")
     sizes = {n: len(layer.rows) for n, layer in layers.items()}
@@ -189,9 +193,9 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: No converted layer, a merged model, or modules trained in full whose base values nobody kept.
     """
-    layers, report = pmss_layers(model), conversion_of(model)
-    if not layers or report is None:
+    if not pmss_layers(model):
         raise ValueError(f"{type(model).__name__} has no converted layer, so there is no adapter to disable.")
+    report, layers = converted(model, "disable the adapters of")
     refuse_merged(model)
     bank = find_bank(model)
     if bank is None and report.also_train:

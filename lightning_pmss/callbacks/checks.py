@@ -11,9 +11,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
-from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.conversion import conversion_of, pmss_layers
 from lightning_pmss.fingerprint import same_base
 from lightning_pmss.messages import some
+from lightning_pmss.roots import canonical_modules, hugging_face_models
 from lightning_pmss.sharding import Engine
 from lightning_pmss.whole import clean_name
 
@@ -115,6 +116,22 @@ def _held(trainer: L.Trainer) -> set[int]:
         for group in getattr(engine_optimizer, name, None) or ():
             held |= {id(p) for p in group}
     return held
+
+
+def wake(pl_module: L.LightningModule) -> None:
+    """Put the Hugging Face models with converted layers into training mode, but for what was left out as frozen and in eval.
+
+    `from_pretrained` leaves eval mode, in which dropout and transformers' activation checkpointing are off.
+    """
+    report, ours = conversion_of(pl_module), {id(layer) for layer in pmss_layers(pl_module).values()}
+    named = canonical_modules(pl_module)
+    asleep = [named[name] for name in (report.asleep if report else ()) if name in named]
+    asleep = [module for module in asleep if not module.training]
+    for model in hugging_face_models(pl_module):
+        if model is not pl_module and not model.training and any(id(m) in ours for m in model.modules()):
+            model.train()
+    for module in asleep:
+        module.eval()
 
 
 def warn_about_batch_norm(pl_module: L.LightningModule, also_train: Sequence[str]) -> None:

@@ -30,6 +30,7 @@ class GradientCheck:
         self.layers = dict(layers)
         self.infinities_are_normal = infinities_are_normal
         self._called: set[str] = set()
+        self._ran_untrained: set[str] = set()
         self._looked = False
         self._hooks: list[Any] = []
         self._passed: dict[str, bool] | None = {} if sharded else None  # name -> whether its gradient was finite
@@ -58,7 +59,8 @@ class GradientCheck:
                 f"No gradient reached U of {len(names)} of {len(self.layers)} converted layers: {some(names)}. Usual causes:"
                 " re-entrant activation checkpointing over frozen inputs (use `use_reentrant=False`, or call"
                 " `enable_input_require_grads()`), a `torch.no_grad()` or `detach()` around the model, or a parent that"
-                " reads the layer's `weight` instead of calling it (list such layers in `exclude_modules`)."
+                " reads the layer's `weight` instead of calling it (list such layers in `exclude_modules`). A reference or"
+                " teacher is left out if it is frozen and in eval mode before `fit`."
             )
         if not self.infinities_are_normal:
             broken = [name for name, finite in found.items() if finite is False]
@@ -70,17 +72,35 @@ class GradientCheck:
         if not silent:
             self._remove_hooks()
             return True
-        if self._looked:  # the second look: these layers did not run, as happens to experts without tokens
+        if self._looked:  # the second look: these layers did not run, or not to be trained
             self._remove_hooks()
-            rank_zero_warn(
-                f"U of {len(silent)} converted layers got no gradient because the layers did not run: {some(silent)}. That is"
-                " normal for experts that saw no token; if the model never uses them, list them in `exclude_modules`."
-            )
+            self._warn(silent)
             return True
         self._looked = True
         for name in silent:
             self._hooks.append(self.layers[name].register_forward_hook(self._noting(name)))
         return False
+
+    def _warn(self, silent: list[str]) -> None:
+        ran = [name for name in silent if name in self._ran_untrained]
+        experts = [name for name in silent if name not in ran and "experts" in name.split(".")]
+        others = [name for name in silent if name not in ran and name not in experts]
+        if ran:
+            rank_zero_warn(
+                f"U of {len(ran)} converted layers gets no gradient, since these layers ran in evaluation mode or without"
+                f" gradients only: {some(ran)}. If they are of a reference, teacher or metric, freeze them and call `eval()`"
+                " before `fit`, or list them in `exclude_modules`; if they are to be adapted, call `train()`."
+            )
+        if experts:
+            rank_zero_warn(
+                f"U of {len(experts)} converted layers got no gradient, since no token came to these experts in the first two"
+                f" steps: {some(experts)}. If that stays so, list them in `exclude_modules`."
+            )
+        if others:
+            rank_zero_warn(
+                f"U of {len(others)} converted layers got no gradient, since the layers did not run in the first two steps:"
+                f" {some(others)}. If the model never uses them, list them in `exclude_modules`."
+            )
 
     def _watching(self, name: str) -> Any:
         def note(grad: Tensor) -> None:
@@ -95,8 +115,7 @@ class GradientCheck:
 
     def _noting(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if module.training:
-                self._called.add(name)
+            (self._called if module.training else self._ran_untrained).add(name)
 
         return hook
 

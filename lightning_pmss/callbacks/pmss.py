@@ -25,6 +25,7 @@ from lightning_pmss.callbacks.checks import (
     agree_on_weights,
     check_bases,
     check_optimizers,
+    wake,
     warn_about_batch_norm,
 )
 from lightning_pmss.callbacks.frozen import FrozenWatch
@@ -35,11 +36,12 @@ from lightning_pmss.callbacks.throughput import SHORT, StepClock, peak_memory_gb
 from lightning_pmss.checkpointing import CheckpointSeam, record_fingerprints
 from lightning_pmss.config import PMSSConfig
 from lightning_pmss.conversion import conversion_of, convert, pmss_layers
+from lightning_pmss.converted import is_complete
 from lightning_pmss.gathering import whole_update
 from lightning_pmss.modules.resuming import count_epoch, restore_loaders
 from lightning_pmss.report import ConversionReport
 from lightning_pmss.sharding import Engine, prepare_strategy, refuse_quantised
-from lightning_pmss.targets import hugging_face_root
+from lightning_pmss.whole import is_sharded
 
 MERGE_ON_SAVE = ("end", "checkpoint", None)
 
@@ -71,6 +73,8 @@ class PMSSCallback(L.Callback):
         also_train: Modules trained in full and saved with the adapter, such as a fresh classification head.
         skeleton_file: Safetensors file with rows and columns to use instead of selecting.
         memory: ``regather`` or ``keep``.
+        root: Full name of the module to adapt, in a LightningModule that holds several models (``policy``); adapter, merged
+            model and export are for it alone.
         output_dir: Where adapter and merged model go; the run's log directory by default. Earlier results of this library
             there are replaced.
         merge_on_save: ``end``: write the merged model when ``fit`` ends; ``checkpoint``: also beside each checkpoint, as
@@ -106,6 +110,7 @@ class PMSSCallback(L.Callback):
         also_train: str | list[str] | None = None,
         skeleton_file: str | Path | None = None,
         memory: str = "regather",
+        root: str | None = None,
         output_dir: str | Path | None = None,
         merge_on_save: str | None = "end",
         log_throughput: bool = True,
@@ -127,6 +132,7 @@ class PMSSCallback(L.Callback):
             also_train=also_train or (),
             skeleton_file=None if skeleton_file is None else str(skeleton_file),
             memory=memory,
+            root=root,
         )
         if merge_on_save not in MERGE_ON_SAVE:
             raise ValueError(f"merge_on_save={merge_on_save!r} is not known; choose one of {list(MERGE_ON_SAVE)}.")
@@ -150,7 +156,7 @@ class PMSSCallback(L.Callback):
         """Convert now, or arrange for it right after ``configure_model``."""
         self._engine = prepare_strategy(trainer, pl_module)
         refuse_averages(trainer, self._engine)
-        if conversion_of(pl_module) is None and is_overridden("configure_model", pl_module):
+        if not self._is_converted(pl_module) and is_overridden("configure_model", pl_module):
             original = pl_module.configure_model
 
             @functools.wraps(original)
@@ -166,9 +172,9 @@ class PMSSCallback(L.Callback):
 
     def on_model_built(self, trainer: L.Trainer, pl_module: L.LightningModule, everywhere: bool = True) -> None:
         """Convert in the middle of ``configure_model``, before it shards: what `lightning_pmss.model_built` calls."""
-        if conversion_of(pl_module) is None:
+        if not self._is_converted(pl_module):
             refuse_quantised(self._engine, pl_module)
-            if everywhere:
+            if everywhere and not is_sharded(pl_module):
                 agree_on_weights(trainer, pl_module, self._engine)
             low = torch.float16 if str(trainer.precision).startswith("16") else None
             self.report = convert(pl_module, self.config, compute_dtype=low)
@@ -180,6 +186,10 @@ class PMSSCallback(L.Callback):
             precision = str(trainer.precision)
             if "mixed" in precision and (warning := self.report.rounding_warning(precision)):
                 rank_zero_warn(warning)  # on a base of low precision `convert` has warned
+
+    def _is_converted(self, pl_module: L.LightningModule) -> bool:
+        report = conversion_of(pl_module)
+        return report is not None and is_complete(pl_module, report)
 
     def _attach(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.on_model_built(trainer, pl_module)
@@ -208,9 +218,7 @@ class PMSSCallback(L.Callback):
             raise MisconfigurationException(
                 "The model is merged, so U has no effect; call `unmerge(model)` before `fit`."
             )
-        root, _ = hugging_face_root(pl_module)
-        if root is not pl_module and not root.training:
-            root.train()  # `from_pretrained` leaves eval mode, in which dropout and HF's activation checkpointing are off
+        wake(pl_module)
         also_train = self.report.also_train if self.report else []
         check_bases(trainer, pl_module)
         average_the_trained(trainer, pl_module)

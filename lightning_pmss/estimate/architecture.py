@@ -23,7 +23,8 @@ from lightning_pmss.config import PMSSConfig
 from lightning_pmss.coordinates import trained_shape
 from lightning_pmss.indices import index_tensors
 from lightning_pmss.layers import Frame, PMSSLinear, canonical_shape, core_dtype
-from lightning_pmss.targets import canonical_modules, find_targets, match_modules, ranks_of, refuse_unconvertible
+from lightning_pmss.roots import canonical_modules
+from lightning_pmss.targets import find_targets, match_modules, ranks_of, refuse_unconvertible
 
 METHODS = ("pmss", "lora", "full")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

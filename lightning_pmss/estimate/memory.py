@@ -32,7 +32,8 @@ from lightning_pmss.estimate.strategies import (
     place,
     reserve,
 )
-from lightning_pmss.targets import canonical_modules, match_modules
+from lightning_pmss.roots import canonical_modules
+from lightning_pmss.targets import match_modules
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 

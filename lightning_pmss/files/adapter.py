@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pmss.conversion import conversion_of, convert, pmss_layers
-from lightning_pmss.convertible import is_supported
+from lightning_pmss.converted import converted
+from lightning_pmss.convertible import is_linear, is_supported
 from lightning_pmss.files.adapter_file import AdapterFile, AdapterModule, read_adapter, write_adapter
 from lightning_pmss.files.atomic import check_target
 from lightning_pmss.files.base import Base, base_of
@@ -21,10 +22,12 @@ from lightning_pmss.files.shards import few
 from lightning_pmss.fingerprint import fingerprint, same_base
 from lightning_pmss.gathering import whole_tensors, whole_update
 from lightning_pmss.layers import PMSSLinear, canonical_shape, is_transposed
+from lightning_pmss.messages import kind_of, one_line
 from lightning_pmss.quantised import quantisation_of, whole_weight
 from lightning_pmss.report import ConversionReport
+from lightning_pmss.roots import adapted_root, below, canonical_modules, choose_root, noted_root
 from lightning_pmss.skeleton import Skeleton, SkeletonLayer
-from lightning_pmss.targets import canonical_modules, find_targets, hugging_face_root, match_modules
+from lightning_pmss.targets import Names
 from lightning_pmss.whole import clean_name, is_sharded
 
 __all__ = ["AdapterFile", "AdapterModule", "load_adapter", "read_adapter", "save_adapter"]
@@ -58,10 +61,7 @@ def save_adapter(
     """
     target = Path(folder).expanduser()
     check_target(target, ADAPTER, overwrite=overwrite)
-    report = conversion_of(model)
-    layers = pmss_layers(model)
-    if report is None or not layers:
-        raise ValueError(f"{type(model).__name__} has no converted layer to save. Call convert(model, config) first.")
+    report, layers = converted(model, "save")
 
     modules = {}
     for name, layer in layers.items():
@@ -89,7 +89,7 @@ def save_adapter(
     tied = other_names(extra, model)
     if sharded and torch.distributed.get_rank() != 0:
         return target
-    root = hugging_face_root(model)[0]
+    root = adapted_root(model)[0]
     known = base_of(model)
     if base not in (None, known.name):
         known = Base(base)
@@ -104,6 +104,8 @@ def save_adapter(
         tied=tied,
         quantisation=sorted(q for q in {quantisation_of(m, m.pristine) for m in layers.values()} if q),
         quantisation_settings=quantisation_settings(root),
+        root=noted_root(model),
+        left_out=[name for name in report.left_out if name in named and is_linear(named[name])],
     )
     write_adapter(adapter, target, overwrite=overwrite, run=run, base=known.folder)
     return target
@@ -112,9 +114,10 @@ def save_adapter(
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> ConversionReport:
     """Load an adapter, to go on training or for inference.
 
-    A model that is not converted is converted with the stored config and indices. On one that is converted already,
-    to the same layers and indices, only the trained tensors are set; its own scale, coordinates and dropout stay. The
-    model is touched only after every check has passed.
+    A model that is not converted is converted with the stored config and indices: exactly the layers that the file names,
+    whatever is frozen or in eval mode here. On one that is converted already, to the same layers and indices, only the
+    trained tensors are set; its own scale, coordinates and dropout stay. The model is touched only after every check has
+    passed.
 
     Returns:
         The report of the conversion.
@@ -125,17 +128,13 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Conversion
             otherwise. The message names file and modules.
     """
     adapter = read_adapter(folder)
-    config = adapter.options
-    modules = canonical_modules(model)
     report = conversion_of(model)
+    names = None if report is not None else names_in(adapter, model)
+    modules = canonical_modules(model, None if names is None else names.root)
     if merged := [name for name, layer in pmss_layers(model).items() if layer.merged]:
         raise ValueError(f"{few(merged, 3)}: the model is merged. Call unmerge(model), then load {adapter.folder}.")
-    if report is None:
-        also_train = match_modules(config.also_train, modules, "also_train")
-        wanted = set(find_targets(model, config, modules, also_train)[0])
-    else:
-        also_train, wanted = report.also_train, set(pmss_layers(model))
-    check_modules(adapter, modules, wanted, converted=report is not None)
+    also_train = report.also_train if names is None else list(names.also_train)  # type: ignore[union-attr]
+    check_modules(adapter, modules, None if report is None else set(pmss_layers(model)), type(model).__name__)
     check_base(adapter, modules, type(model).__name__)
     places = tensors_of(also_train, modules)
     check_also_train(adapter, places)
@@ -143,7 +142,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Conversion
     if report is None:
         layers = {name: SkeletonLayer(stored.rows, stored.cols) for name, stored in adapter.modules.items()}
         skeleton = Skeleton(layers, source=str(adapter.folder))
-        report = convert(model, config, skeleton=skeleton, updates={n: m.U for n, m in adapter.modules.items()})
+        updates = {n: m.U for n, m in adapter.modules.items()}
+        report = convert(model, adapter.options, skeleton=skeleton, updates=updates, names=names)
     else:
         converted = pmss_layers(model)
         numbers = {n: x.core.numbers_of(adapter.modules[n].U, x.scale, n) for n, x in converted.items()}
@@ -156,13 +156,44 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Conversion
     return report
 
 
-def check_modules(adapter: AdapterFile, modules: Mapping[str, nn.Module], wanted: set[str], *, converted: bool) -> None:
-    """The adapter's layers and the model's (converted, or about to be) must be the same ones, shape by shape."""
+def names_in(adapter: AdapterFile, model: nn.Module) -> Names:
+    """What the file names in a model that is not converted: its root there, and the modules trained in full."""
+    known = {clean_name(name) for name, _ in model.named_modules()}
+    wanted = adapter.options.root if adapter.options.root in known else None
+    root = adapter.root if adapter.root is not None and adapter.root in known else choose_root(model, wanted)
+    modules = canonical_modules(model, root)
+    if converted := [name for name, module in modules.items() if isinstance(module, PMSSLinear)]:
+        raise ValueError(f"{few(converted, 3)}: converted already. Load {adapter.folder} into a fresh model.")
+    stored = set(adapter.also_train)
+    owners = {name.rpartition(".")[0] for name in stored} & set(modules)
+    while parents := {
+        p for o in owners if (p := o.rpartition(".")[0]) and p not in owners and _all_of(p, modules) <= stored
+    }:
+        owners |= parents
+    return Names(
+        root, list(adapter.modules), sorted(o for o in owners if not below(o.rpartition(".")[0], list(owners)))
+    )
+
+
+def _all_of(name: str, modules: Mapping[str, nn.Module]) -> set[str]:
+    """Keys of what a module's state holds, under its canonical name."""
+    return set(tensors_of([name], modules))
+
+
+def check_modules(adapter: AdapterFile, modules: Mapping[str, nn.Module], wanted: set[str] | None, model: str) -> None:
+    """The adapter's layers and the model's must be the same ones, shape by shape.
+
+    Args:
+        adapter: The adapter.
+        modules: The model's, by canonical name.
+        wanted: Names of the layers that are converted already; None: those of the file are going to be.
+        model: Its class, for messages.
+    """
     folder = adapter.folder
     if absent := [name for name in adapter.modules if name not in modules]:
         raise ValueError(
             f"{folder} has layers that the model has not: {few(absent)}. Load it into the architecture it was trained "
-            f"on ({adapter.base_model or 'name not recorded'})."
+            f"on ({one_line(adapter.base_model or 'name not recorded')}).{_where_else(absent, modules)}"
         )
     for name, stored in adapter.modules.items():
         module = modules[name]
@@ -174,8 +205,10 @@ def check_modules(adapter: AdapterFile, modules: Mapping[str, nn.Module], wanted
                 f"{folder}: {name} was trained on W [out, in] = {list(stored.shape)}, and is "
                 f"{list(canonical_shape(module))} in this model. Load it into the base it was trained on."
             )
-    more, less = sorted(wanted - set(adapter.modules)), sorted(set(adapter.modules) - wanted)
-    if converted:
+    if wanted is None:
+        _refuse_deeper(adapter, modules)
+    else:
+        more, less = sorted(wanted - set(adapter.modules)), sorted(set(adapter.modules) - wanted)
         differ = [
             name
             for name, stored in adapter.modules.items()
@@ -186,11 +219,29 @@ def check_modules(adapter: AdapterFile, modules: Mapping[str, nn.Module], wanted
                 f"the model is already converted otherwise than {folder}: other layers or indices in "
                 f"{few(more + less + differ)}. Load the adapter into a fresh model."
             )
-    elif more or less:
+
+
+def _refuse_deeper(adapter: AdapterFile, modules: Mapping[str, nn.Module]) -> None:
+    """A model with further layers of the same kinds is another one: 24 blocks where the adapter has 16."""
+    left_out = adapter.left_out
+    if left_out is None:  # an early version: it says what it left out by patterns, which are not run
+        if adapter.options.target_modules != "all-linear" or adapter.options.exclude_modules:
+            return
+        left_out = []
+    known, kinds = {*adapter.modules, *left_out}, {kind_of(name) for name in adapter.modules}
+    if more := [n for n, m in modules.items() if is_linear(m) and n not in known and kind_of(n) in kinds]:
         raise ValueError(
-            f"{folder}: its options select other layers in this model than the ones stored: "
-            f"{few(more + less)}. Load it into the architecture it was trained on."
+            f"{adapter.folder}: its options select other layers in this model than the ones stored: {few(more)}. Load it into"
+            " the architecture it was trained on."
         )
+
+
+def _where_else(absent: list[str], modules: Mapping[str, nn.Module]) -> str:
+    """A hint where a module inside of the model has the names that are missing."""
+    first = absent[0]
+    owners = [name.removesuffix(f".{first}") for name in modules if name.endswith(f".{first}")]
+    owners = [owner for owner in owners if all(f"{owner}.{name}" in modules for name in absent)]
+    return f" Its module `{owners[0]}` has them: load_adapter(model.{owners[0]}, folder)." if owners else ""
 
 
 def _same_indices(layer: PMSSLinear, stored: AdapterModule) -> bool:
@@ -230,7 +281,7 @@ def check_also_train(adapter: AdapterFile, places: Mapping[str, Tensor]) -> None
         raise ValueError(f"{adapter.folder} {' and '.join(says)}. Load it into the architecture it was trained on.")
     for key, place in places.items():
         stored = adapter.also_train[key]
-        if kind_of(place) != kind_of(stored):
+        if numbers_in(place) != numbers_in(stored):
             raise ValueError(
                 f"{adapter.folder}: {key} is {stored.dtype}, and the model's is {place.dtype}: other numbers. Load it into the"
                 " architecture it was trained on."
@@ -242,7 +293,7 @@ def check_also_train(adapter: AdapterFile, places: Mapping[str, Tensor]) -> None
             )
 
 
-def kind_of(tensor: Tensor) -> str:
+def numbers_in(tensor: Tensor) -> str:
     """Between which tensors values can be copied: those with floating-point, complex, whole or logical numbers."""
     if tensor.is_floating_point() or tensor.is_complex():
         return "complex" if tensor.is_complex() else "floating"
@@ -261,7 +312,7 @@ def tensors_of(names: list[str], modules: Mapping[str, nn.Module]) -> dict[str, 
 
 def other_names(extra: Mapping[str, Tensor], model: nn.Module) -> dict[str, list[str]]:
     """Under which names each also_train tensor is known besides its own: a checkpoint stores a tied one only once."""
-    prefix = hugging_face_root(model)[1]
+    prefix = adapted_root(model)[1]
     if is_sharded(model):
         return {key: _aliases(key, model, prefix) for key in extra}
     by_address: dict[tuple[int, int], list[str]] = {}

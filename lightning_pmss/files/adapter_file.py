@@ -86,6 +86,9 @@ class AdapterFile:
         tied: Other names of an ``also_train`` tensor.
         quantisation: How the base kept its weights, such as "bitsandbytes nf4".
         quantisation_settings: See `files.plain`.
+        root: Full name, in the model that was saved, of the module that names are relative to; None where that needs no
+            name (see `adapted_root`).
+        left_out: Linear layers of that model that were not converted; None in files of early versions.
     """
 
     folder: Path
@@ -98,6 +101,8 @@ class AdapterFile:
     tied: dict[str, list[str]] = field(default_factory=dict)
     quantisation: list[str] = field(default_factory=list)
     quantisation_settings: dict[str, Any] = field(default_factory=dict)
+    root: str | None = None
+    left_out: list[str] | None = None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -167,6 +172,8 @@ def write_adapter(
         "model_class": adapter.model_class,
         "quantisation": adapter.quantisation,
         **adapter.quantisation_settings,
+        "root": adapter.root,
+        "left_out": adapter.left_out,
         "config": adapter.config,
         "modules": {name: _entry(module) for name, module in adapter.modules.items()},
         "also_train": {
@@ -238,6 +245,8 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
         tied={name: full.tied for name, full in config.also_train.items() if full.tied},
         quantisation=config.quantisation,
         quantisation_settings=config.model_dump(include={"quantization_config", "base_dtype"}, exclude_none=True),
+        root=getattr(config, "root", None),
+        left_out=getattr(config, "left_out", None),
     )
 
 

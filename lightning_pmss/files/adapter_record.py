@@ -57,6 +57,8 @@ class AdapterRecord(AdapterRecord1):
     model_config = ConfigDict(extra="forbid")
 
     format_version: Literal[2]  # type: ignore[assignment]
+    root: str | None = None
+    left_out: list[str] | None = None
     tensors: dict[str, TensorRecord]
 
 

@@ -13,8 +13,9 @@ from lightning_pmss.config import PMSSConfig
 from lightning_pmss.files.naming import Wording, match_names
 from lightning_pmss.files.shards import ShardReader, few
 from lightning_pmss.layers import canonical_shape, is_transposed
+from lightning_pmss.roots import canonical_modules
 from lightning_pmss.skeleton import Skeleton, SkeletonLayer
-from lightning_pmss.targets import canonical_modules, find_targets, match_modules, ranks_of, refuse_unconvertible
+from lightning_pmss.targets import find_targets, match_modules, ranks_of, refuse_unconvertible
 
 _IN_PYTHON = "load the model in Python and convert it there: convert(model, PMSSConfig(...))."
 
@@ -144,7 +145,7 @@ def find_matrices(model: nn.Module, config: PMSSConfig, reader: ShardReader) -> 
         Target(name, keys[name], shape, is_transposed(modules[name]), min(ranks[name], *shape), ranks[name])
         for name, shape in shapes.items()
     ]
-    return sorted(targets, key=lambda target: place[target.key]), left_out
+    return sorted(targets, key=lambda target: place[target.key]), left_out.reasons
 
 
 def _wording(model: nn.Module) -> Wording:

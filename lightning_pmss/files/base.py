@@ -13,7 +13,7 @@ from lightning_pmss.files.shards import open_shards
 from lightning_pmss.fingerprint import fingerprint, same_base
 from lightning_pmss.hub_cache import Snapshot, snapshot_at, snapshot_of, snapshots
 from lightning_pmss.layers import PMSSLinear
-from lightning_pmss.targets import hugging_face_root
+from lightning_pmss.roots import adapted_root
 
 _COMPARED = 3  # layers by which two snapshots of one repository are told apart
 
@@ -34,7 +34,7 @@ class Base(NamedTuple):
 
 def base_of(model: nn.Module) -> Base:
     """The base of the Hugging Face model inside `model`, as far as its config and the hub's cache know."""
-    config = getattr(hugging_face_root(model)[0], "config", None)
+    config = getattr(adapted_root(model)[0], "config", None)
     name = getattr(config, "_name_or_path", None)
     if not isinstance(name, str) or not name:
         return Base()

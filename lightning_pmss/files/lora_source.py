@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_pmss.conversion import conversion_of, pmss_layers
+from lightning_pmss.converted import converted
 from lightning_pmss.files.adapter import class_path, other_names, tensors_of
 from lightning_pmss.files.adapter_file import AdapterFile
 from lightning_pmss.files.base import base_of
@@ -18,7 +18,7 @@ from lightning_pmss.files.shards import ShardReader, few
 from lightning_pmss.fingerprint import same_base
 from lightning_pmss.layers import canonical_shape
 from lightning_pmss.reading import not_finite
-from lightning_pmss.targets import canonical_modules, hugging_face_root
+from lightning_pmss.roots import adapted_root, canonical_modules
 from lightning_pmss.whole import clean_name, is_sharded
 
 
@@ -86,18 +86,14 @@ def model_source(model: nn.Module) -> Source:
     Raises:
         ValueError: No converted layer, a sharded model, NaN or infinite values, or layers outside of the Hugging Face model.
     """
-    report, layers = conversion_of(model), pmss_layers(model)
-    if report is None or not layers:
-        raise ValueError(
-            f"{type(model).__name__} has no converted layer to export. Call convert or load_adapter first."
-        )
+    report, layers = converted(model, "export")
     if is_sharded(model):
         raise ValueError(
             "a sharded model is not exported in place: call save_adapter(model, ADAPTER_DIR) on every rank, then"
             " `python -m lightning_pmss export --format peft --base MODEL_DIR --adapter ADAPTER_DIR --output LORA_DIR`."
         )
     modules = canonical_modules(model)
-    root = hugging_face_root(model)[0]
+    root = adapted_root(model)[0]
     inside = {clean_name(name): module for name, module in root.named_modules(remove_duplicate=False)}
     if outside := [n for n in (*layers, *report.also_train) if inside.get(n) is not modules[n]]:
         raise ValueError(

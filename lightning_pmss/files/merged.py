@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from lightning_pmss.converted import beside_root, chosen_scope, conversion_of
 from lightning_pmss.convertible import FLOATS
 from lightning_pmss.files.adapter_file import AdapterFile, AdapterModule, read_adapter
 from lightning_pmss.files.atomic import atomic_folder, check_target
@@ -47,7 +48,7 @@ from lightning_pmss.files.shards import (
 )
 from lightning_pmss.fingerprint import same_base
 from lightning_pmss.merging import LayerDrift, merged_state
-from lightning_pmss.targets import hugging_face_root
+from lightning_pmss.roots import adapted_root
 
 OUTSIDE_FILE = "other_modules.safetensors"
 _BLOCK = 2**20  # elements of W merged at a time, so that the half dozen wide copies stay small beside the matrix
@@ -177,8 +178,9 @@ def write_merged(
 
     A Hugging Face model (also one inside a LightningModule) is written by its own ``save_pretrained``, for
     ``from_pretrained``; parameters around it, which that form cannot hold, go to ``other_modules.safetensors``. Any
-    other module gives ``model.safetensors``: a plain state dict under the original keys. The model itself is not
-    changed and may be merged or not. A sharded one is gathered on rank 0's CPU: call it on every rank, rank 0 writes.
+    other module gives ``model.safetensors``: a plain state dict under the original keys. Where the conversion had a
+    ``root``, only that module is written, and what was trained in full beside it. The model itself is not changed and may
+    be merged or not. A sharded one is gathered on rank 0's CPU: call it on every rank, rank 0 writes.
 
     Args:
         model: converted by `convert`, the callback or `load_adapter`.
@@ -193,14 +195,17 @@ def write_merged(
         ValueError: no converted layer, NaN or infinite merged weights, or a folder equal to, inside or around `base`.
     """
     target = Path(folder).expanduser()
-    root, prefix = hugging_face_root(model)
+    root, prefix = adapted_root(model)
     known = base_of(model)
     source = _source(base or known.folder)
     if source is not None and (base is not None or target.resolve() == source.resolve()):
         # A base that was not named may well lie around the output of a run.
         refuse_overlap(target, {"base": source})
     check_target(target, MERGED, overwrite=overwrite)
-    state, drift = merged_state(model)
+    under, report_of = None, conversion_of(model)
+    if (scope := chosen_scope(model)) is not None and report_of is not None:
+        under = [scope, *beside_root(model, report_of.also_train)]
+    state, drift = merged_state(model, under)
     if not state:  # a sharded model, and this is not rank 0
         return FileMergeReport(str(target))
     if strange := [key for key, value in state.items() if not isinstance(value, Tensor)]:
@@ -208,15 +213,15 @@ def write_merged(
     report = FileMergeReport(str(target), merged=drift)
     with atomic_folder(target, MERGED, overwrite=overwrite) as temporary:
         save_pretrained = getattr(root, "save_pretrained", None)
+        inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        outside = {key: value for key, value in state.items() if not key.startswith(prefix)}
         if save_pretrained is not None:
-            inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-            outside = {key: value for key, value in state.items() if not key.startswith(prefix)}
             with without_quantiser(root):
                 save_pretrained(temporary, state_dict=inside)
-            if outside:
-                save_tensors(outside, temporary / OUTSIDE_FILE)
         else:
-            save_tensors(state, temporary / SINGLE_FILE)
+            save_tensors(inside, temporary / SINGLE_FILE)
+        if outside:
+            save_tensors(outside, temporary / OUTSIDE_FILE)
         _save_processing(tokenizer, temporary)
         if source is not None and save_pretrained is not None:
             beside = beside_weights(source)

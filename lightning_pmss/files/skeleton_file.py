@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lightning_pmss.conversion import conversion_of, pmss_layers
+from lightning_pmss.converted import converted
 from lightning_pmss.disk import atomic_path
 from lightning_pmss.files.shards import save_tensors
 from lightning_pmss.fingerprint import fingerprint
@@ -33,13 +33,11 @@ def save_skeleton(model: nn.Module, file: str | os.PathLike[str]) -> Path:
     """
     target = Path(file).expanduser()
     refuse_others(target)
-    report = conversion_of(model)
-    if report is None:
-        raise ValueError(f"{type(model).__name__} has no converted layer. Call convert(model, config) first.")
+    report, layers = converted(model, "save the skeleton of")
     residuals = {layer.name: layer.residual for layer in report.layers}
     tensors: dict[str, Tensor] = {}
     modules = {}
-    for name, layer in pmss_layers(model).items():
+    for name, layer in layers.items():
         own = {"rows": layer.rows.int(), "cols": layer.cols.int()}
         for part in Frame._fields if layer.core.frame is not None else ():
             if (factor := getattr(layer.core.frame, part)) is not None:

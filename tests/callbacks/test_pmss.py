@@ -191,7 +191,8 @@ def test_silent_layers_are_found_after_the_first_backward(tmp_path: Path) -> Non
 
 def test_unused_layer_is_reported_and_not_refused(tmp_path: Path) -> None:
     with pytest.warns(
-        UserWarning, match=r"U of 1 converted layers got no gradient because the layers did not run: `net\.3`"
+        UserWarning,
+        match=r"U of 1 converted layers got no gradient, since the layers did not run in the first two steps: `net\.3`",
     ):
         trainer(tmp_path, callback(tmp_path)).fit(Sparse(), plain_loader())
 

@@ -76,7 +76,7 @@ def test_targets(options: dict[str, Any], expected: set[str]) -> None:
 
 def test_all_linear_says_what_it_leaves_out() -> None:
     report = convert(Net(), PMSSConfig(rank=4, exclude_modules=["0.up"]))
-    assert report.left_out == {"head": "output head", "blocks.0.up": "excluded"}
+    assert report.left_out == {"head": "output head", "blocks.0.up": "excluded", "embed.weight": "embedding"}
     assert "left out (output head): head" in str(report)
     assert "also_train" in str(report)
 
