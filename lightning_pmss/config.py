@@ -25,10 +25,10 @@ class PMSSConfig:
     """How a model is converted. Every field can be given to `PMSSCallback` and on the command line as ``--pmss.<field>``.
 
     Args:
-        target_modules: ``"all-linear"`` (every linear layer of the body; output head and embeddings are left out), a list
-            of module names, where ``t`` matches a module called ``t`` or ending in ``"." + t``, or any other string: a
-            regular expression for the full name. Each item must match something.
-        exclude_modules: Modules left out of the targets, with everything below them; list or regular expression as above.
+        target_modules: ``"all-linear"`` (every linear layer of the body; output head and embeddings are left out); a module's
+            name, where ``t`` matches a module called ``t`` or ending in ``"." + t``, or a list of names; or any other string:
+            a regular expression for the full name. Each item must match something.
+        exclude_modules: Modules left out of the targets, with everything below them; name, list or regular expression as above.
         rank: Rows and columns selected per layer; clipped to the smaller side of a layer, which the report says.
         rank_pattern: Rank of the targets that match a key (a name ending or a regular expression); the first match counts.
         selection: Rule that selects columns and rows: ``lupp``, ``pivoted_qr``, ``leverage``, ``norm``, ``random`` or

@@ -68,12 +68,13 @@ def find_targets(
     reasons: dict[str, str] = {}
     targets: list[str] = []
     everything = config.target_modules == "all-linear"
-    named = () if isinstance(config.target_modules, str) else config.target_modules
+    wanted = _names(config.target_modules, within)
+    named = () if isinstance(wanted, str) else wanted
     if everything:
         candidates = [n for n, m in within.items() if is_linear(m)]
         heads = _heads(adapted_root(model, root)[0], modules, candidates)
     else:
-        candidates = match_modules(config.target_modules, within, "target_modules", linear=True, owners=owners)
+        candidates = match_modules(wanted, within, "target_modules", linear=True, owners=owners)
         heads = {}
     for name in candidates:
         if below(name, excluded):
@@ -186,15 +187,15 @@ def match_modules(
 
     owners: Of `canonical_owners`, so that a parameter of the model itself is known when it is named.
     """
+    patterns = _names(patterns, modules)
     if isinstance(patterns, str):
         hits = [n for n in modules if _matches_regex(patterns, n, field)]
         # A regular expression may run over containers and norms on its way; a named module must itself be convertible.
         usable = [n for n in hits if is_supported(modules[n]) or why_no_own_weight(modules[n])] if linear else hits
         if not usable:
             if not hits:
-                _refuse_parameter(
-                    patterns, partial(_matches_regex, patterns, field=field), owners or modules.items(), field
-                )
+                for matches in (partial(_ends_in, patterns), partial(_matches_regex, patterns, field=field)):
+                    _refuse_parameter(patterns, matches, owners or modules.items(), field)
             _refuse_nomatch_modules(patterns, hits, modules, field, linear)
         return usable
     names: dict[str, None] = {}
@@ -207,6 +208,12 @@ def match_modules(
     return [n for n in modules if n in names]
 
 
+def _names(patterns: str | Sequence[str], modules: Iterable[str]) -> str | Sequence[str]:
+    """A lone string that is the name, or the ending of the name, of a module means what a list of it means."""
+    lone = isinstance(patterns, str) and any(_ends_in(patterns, name) for name in modules)
+    return [patterns] if lone else patterns  # type: ignore[list-item]
+
+
 def _ends_in(pattern: str, name: str) -> bool:
     return name == pattern or name.endswith(f".{pattern}")
 
@@ -216,7 +223,8 @@ def _matches_regex(pattern: str, name: str, field: str) -> bool:
         return re.fullmatch(pattern, name) is not None
     except re.error as error:
         raise ValueError(
-            f"{field}={pattern!r} is not a regular expression ({error}); for plain names type a list."
+            f"{field}={pattern!r} is not a regular expression ({error}), nor the name of a module; type the end of a name,"
+            " such as q_proj, or a list of them."
         ) from error
 
 
@@ -247,11 +255,25 @@ def _refuse_nomatch_modules(
         raise ValueError(
             f"{field}: {pattern!r} matches only {', '.join(kinds)}; PMSS converts nn.Linear and Conv1D layers."
         )
+    raise ValueError(f"{field}: {pattern!r} matches no module; {_remedy(pattern, modules, linear)}.")
+
+
+def _remedy(pattern: str, modules: Mapping[str, nn.Module], linear: bool) -> str:
+    """What to type instead of a pattern that matches nothing."""
+    several = [part for part in re.split(r"[\s,;\[\]'\"]+", pattern) if part]
+    if len(several) > 1 and all(any(_ends_in(part, name) for name in modules) for part in several):
+        return f"for several names type [{', '.join(several)}]"
+    if pattern == "all-linear":
+        return "type all-linear alone, not in a list"
+    try:
+        if any(re.fullmatch(pattern, name) for name in modules):
+            return "a list holds names; type a regular expression alone, not in a list"
+    except re.error:  # no regular expression, so a name
+        pass
     known = [n for n in modules if not linear or is_supported(modules[n])]
     endings = {n.rsplit(".", 1)[-1] for n in known}
     close = difflib.get_close_matches(pattern, sorted(endings | set(known)), n=4, cutoff=0.4) or sorted(endings)[:8]
-    hint = f"closest names: {', '.join(close)}" if close else "the model has no such layers"
-    raise ValueError(f"{field}: {pattern!r} matches no module; {hint}.")
+    return f"closest names: {', '.join(close)}" if close else "the model has no such layers"
 
 
 def refuse_unconvertible(
@@ -325,7 +347,7 @@ def _parameters_used(module: nn.Module) -> list[Tensor]:
 
 def ranks_of(config: PMSSConfig, targets: list[str], modules: Mapping[str, nn.Module]) -> dict[str, int]:
     def matches(pattern: str, name: str) -> bool:
-        return name == pattern or name.endswith(f".{pattern}") or _matches_regex(pattern, name, "rank_pattern")
+        return _ends_in(pattern, name) or _matches_regex(pattern, name, "rank_pattern")
 
     for pattern in config.rank_pattern:
         if not any(matches(pattern, name) for name in targets):

@@ -225,13 +225,18 @@ def _config(first: PMSSConfig, sizes: Mapping[str, int], also_train: list[str]) 
     return replace(
         first,
         coordinates="orthonormal" if first.coordinates == "rotation" else first.coordinates,
-        target_modules="|".join(re.escape(name) for name in sizes),
+        target_modules="|".join(_exactly(name) for name in sizes),
         exclude_modules=(),
         rank=max(sizes.values()),
-        rank_pattern={re.escape(name): size for name, size in sizes.items()},
-        also_train="|".join(re.escape(name) for name in also_train) if also_train else (),
+        rank_pattern={_exactly(name): size for name, size in sizes.items()},
+        also_train="|".join(_exactly(name) for name in also_train) if also_train else (),
         skeleton_file=None,
     )
+
+
+def _exactly(name: str) -> str:
+    """A regular expression for this full name; the name alone would match endings too."""
+    return f"({re.escape(name)})"
 
 
 @torch.no_grad()

@@ -58,8 +58,8 @@ class PMSSCallback(L.Callback):
     and ``fully_shard``; what cannot work is refused before any work.
 
     Args:
-        target_modules: ``"all-linear"``, a list of module name endings, or a regular expression.
-        exclude_modules: Modules left out of the targets; list of name endings or regular expression.
+        target_modules: ``"all-linear"``, the end of a module's name, a list of such, or a regular expression.
+        exclude_modules: Modules left out of the targets; name ending, list of them or regular expression.
         rank: Rows and columns selected per layer, clipped to the layer.
         rank_pattern: Other ranks for targets that match a key (name ending or regular expression).
         selection: ``lupp``, ``pivoted_qr``, ``leverage``, ``norm``, ``random`` or ``inverse_norm``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,12 @@ def unchanged(model: nn.Module) -> bool:
         ),
         ({"target_modules": ["head"]}, {"head"}),
         ({"exclude_modules": r".*proj"}, {"blocks.0.up", "blocks.1.up"}),
+        ({"target_modules": "q_proj"}, {"blocks.0.q_proj", "blocks.1.q_proj"}),
+        ({"target_modules": "1.up"}, {"blocks.1.up"}),
+        ({"target_modules": "blocks.0.up"}, {"blocks.0.up"}),
+        ({"target_modules": "head"}, {"head"}),
+        ({"target_modules": ["q_proj", "up"], "exclude_modules": "up"}, {"blocks.0.q_proj", "blocks.1.q_proj"}),
+        ({"target_modules": "blocks.0.*proj"}, {"blocks.0.q_proj", "blocks.0.v_proj"}),
     ],
 )
 def test_targets(options: dict[str, Any], expected: set[str]) -> None:
@@ -126,10 +133,38 @@ def test_report_figures_are_those_of_the_model() -> None:
     assert json.loads(json.dumps(report.to_dict()))["layers"][0]["name"] == "blocks.0.q_proj"
 
 
+def test_a_lone_name_is_a_list_of_one_everywhere() -> None:
+    net, ranks = Net(), {"q_proj": 2}
+    reports = [
+        convert(
+            deepcopy(net), PMSSConfig(rank=4, target_modules=a, exclude_modules=b, also_train=c, rank_pattern=ranks)
+        )
+        for a, b, c in (("q_proj", "blocks.1", "head"), (["q_proj"], ["blocks.1"], ["head"]))
+    ]
+    assert reports[0].layers == reports[1].layers
+    assert [(layer.name, layer.rank) for layer in reports[0].layers] == [("blocks.0.q_proj", 2)]
+    assert reports[0].left_out == reports[1].left_out
+    assert reports[0].also_train == ["head"]
+
+
+def test_a_name_takes_all_modules_that_end_in_it() -> None:
+    """Also where one of them is called so in full, which a regular expression would match alone."""
+    model = nn.ModuleDict({"up": nn.Linear(16, 16), "block": nn.ModuleDict({"up": nn.Linear(16, 16)})})
+    convert(model, PMSSConfig(rank=4, target_modules="up"))
+    assert converted(model) == {"up", "block.up"}
+
+
 REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"target_modules": ["q_proj", "v_prj"]}, r"'v_prj' matches no module; closest names: v_proj"),
     ({"target_modules": r".*\.qq_proj"}, r"matches no module; closest names: .*q_proj"),
-    ({"target_modules": "("}, "is not a regular expression"),
+    ({"target_modules": "("}, "is not a regular expression .* nor the name of a module"),
+    ({"target_modules": "norm"}, "is a LayerNorm whose weight cannot be read"),
+    ({"target_modules": "q_prj"}, "'q_prj' matches no module; closest names: q_proj"),
+    ({"target_modules": "q_proj,v_proj"}, r"matches no module; for several names type \[q_proj, v_proj\]"),
+    ({"target_modules": "q_proj v_proj"}, r"for several names type \[q_proj, v_proj\]"),
+    ({"target_modules": [r".*q_proj"]}, "a list holds names; type a regular expression alone, not in a list"),
+    ({"target_modules": ["all-linear"]}, "type all-linear alone, not in a list"),
+    ({"also_train": "haed"}, "also_train: 'haed' matches no module; closest names: head"),
     ({"target_modules": ["norm"]}, "is a LayerNorm whose weight cannot be read"),
     ({"target_modules": ["embed"]}, "is a Embedding"),
     ({"target_modules": r".*norm"}, "matches only LayerNorm"),
