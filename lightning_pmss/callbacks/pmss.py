@@ -30,6 +30,7 @@ from lightning_pmss.callbacks.checks import (
 )
 from lightning_pmss.callbacks.frozen import FrozenWatch
 from lightning_pmss.callbacks.gradients import GradientCheck
+from lightning_pmss.callbacks.launched import convert_like, follow_launchers
 from lightning_pmss.callbacks.randomness import StepRandomness, set_random_states
 from lightning_pmss.callbacks.results import merge_beside, remove_beside, write_results
 from lightning_pmss.callbacks.throughput import SHORT, StepClock, peak_memory_gb
@@ -148,6 +149,7 @@ class PMSSCallback(L.Callback):
         self._watch: FrozenWatch | None = None
         self._resume: Mapping[str, Any] | None = None
         self._clock = StepClock()
+        follow_launchers()
 
     # -- conversion ---------------------------------------------------------------------------------------------------
 
@@ -320,6 +322,10 @@ class PMSSCallback(L.Callback):
             raise RuntimeError(other)
         if merged is not None:
             rank_zero_info(f"PMSS: merged model in {merged}\n{written}")
+
+    def before_results(self, trainer: L.Trainer, state: Mapping[str, Any]) -> None:
+        """Convert the module of the process that launched the training, which gets the state dict of the one that trained."""
+        self.report = convert_like(trainer, state, self.config)
 
     def output_folder(self, trainer: L.Trainer) -> Path:
         """Where the results go: ``output_dir``, else the log directory (call it on all ranks)."""

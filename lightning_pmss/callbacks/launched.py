@@ -1,0 +1,82 @@
+"""The result of a training in launched processes comes back into the process that called ``fit``.
+
+``ddp_spawn``, ``ddp_fork`` and ``ddp_notebook`` (Lightning's choice in a notebook with several GPUs) train a copy of the module
+in other processes and send its state dict back. The module here was never converted, so Lightning, which loads what fits,
+would leave it as it was without a word.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.trainer.call import _call_configure_model
+from torch import Tensor
+
+from lightning_pmss.config import PMSSConfig
+from lightning_pmss.conversion import conversion_of, convert
+from lightning_pmss.layers import Frame
+from lightning_pmss.report import ConversionReport
+from lightning_pmss.roots import canonical_modules, choose_root
+from lightning_pmss.skeleton import Skeleton, SkeletonLayer
+
+_RECOVER = "_recover_results_in_main_process"
+_BEFORE = "before_results"  # of a callback: what is called here before Lightning loads the state dict
+
+
+def follow_launchers() -> None:
+    """From now on, before Lightning loads the result of launched processes, callbacks are asked to make room for it.
+
+    No hook of a callback runs in the process that launches, and the launcher is made before the first one. So this replaces
+    the method of Lightning's class, once; for a Trainer without our callback nothing changes.
+
+    Raises:
+        AttributeError: This version of Lightning has no such method.
+    """
+    inner: Callable[..., None] = getattr(_MultiProcessingLauncher, _RECOVER)
+    if hasattr(inner, "__wrapped__"):
+        return
+
+    @functools.wraps(inner)
+    def recover(launcher: Any, worker_output: Any, trainer: L.Trainer) -> None:
+        if worker_output.weights_path is not None:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if (ready := getattr(callback, _BEFORE, None)) is not None:
+                    ready(trainer, launcher._strategy.checkpoint_io.load_checkpoint(worker_output.weights_path))
+        inner(launcher, worker_output, trainer)
+
+    setattr(_MultiProcessingLauncher, _RECOVER, recover)
+
+
+def convert_like(trainer: L.Trainer, state: Mapping[str, Tensor], config: PMSSConfig) -> ConversionReport:
+    """Build and convert the Trainer's module so that a state dict of the converted module fits it.
+
+    Args:
+        trainer: Of the process that launched the others.
+        state: The state dict of the module that was trained.
+        config: That it was converted with.
+    """
+    module = trainer.lightning_module
+    if (report := conversion_of(module)) is None:
+        module.trainer = trainer
+        _call_configure_model(trainer)  # as the other processes did; nothing where the layers exist
+        report = conversion_of(module)  # `model_built` may have converted them
+    if report is None:
+        module.load_state_dict(state, strict=False)
+        named = {id(m): f"{name}." if name else "" for name, m in module.named_modules()}
+        layers = {
+            name: _stored(state, named[id(m)])
+            for name, m in canonical_modules(module, choose_root(module, config.root)).items()
+            if f"{named[id(m)]}rows" in state
+        }
+        report = convert(module, config, skeleton=Skeleton(layers, config.coordinates, "the result of `fit`"))
+    module.strict_loading = False
+    return report
+
+
+def _stored(state: Mapping[str, Tensor], prefix: str) -> SkeletonLayer:
+    frame = Frame(*(state.get(f"{prefix}core.frame.{part}") for part in Frame._fields))
+    return SkeletonLayer(state[f"{prefix}rows"], state[f"{prefix}cols"], frame)
