@@ -19,9 +19,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_pmss.conversion import pmss_layers
 from lightning_pmss.indices import index_tensors
+from lightning_pmss.layers import PMSSLinear
 from lightning_pmss.messages import some
-from lightning_pmss.report import ConversionReport
 from lightning_pmss.sharding import Engine
+from lightning_pmss.whole import clean_name
 
 
 class TrainedCopy(nn.Module):
@@ -153,16 +154,15 @@ def refuse_averages(trainer: L.Trainer, engine: Engine) -> None:
             )
 
 
-def refuse_copies(module: L.LightningModule, report: ConversionReport) -> None:
+def refuse_copies(module: L.LightningModule) -> None:
     """Copies of converted layers inside the module, such as a teacher or an average of it.
 
     Raises:
         MisconfigurationException: There are some; the message names them.
     """
-    layers = pmss_layers(module)
-    averaged = [id(x) for m in module.modules() if isinstance(m, AveragedModel) for x in m.modules()]
-    own = {layer.name for layer in report.layers}
-    if copies := [n for n, layer in layers.items() if id(layer) in averaged or n not in own]:
+    averaged = {id(x) for m in module.modules() if isinstance(m, AveragedModel) for x in m.modules()}
+    own = {id(layer) for layer in pmss_layers(module).values()} - averaged
+    if copies := [clean_name(n) for n, m in module.named_modules() if isinstance(m, PMSSLinear) and id(m) not in own]:
         raise MisconfigurationException(
             f"{some(copies)} are converted layers in a copy of the model that is part of the module: an average or a teacher."
             " The adapter and the checkpoints are of one model and would mix the two. For an average of what is trained put"

@@ -208,7 +208,7 @@ class PMSSCallback(L.Callback):
             before_load=functools.partial(average_the_trained, trainer, pl_module),
             at_end=functools.partial(self._write_results, trainer, pl_module),
         )
-        refuse_copies(pl_module, self.report)
+        refuse_copies(pl_module)
 
     # -- checks at the start ------------------------------------------------------------------------------------------
 
@@ -239,8 +239,7 @@ class PMSSCallback(L.Callback):
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let loaders go on where they were; say when a resumed run cannot be exact; look at the frozen weights."""
-        if self.report is not None:
-            refuse_copies(pl_module, self.report)
+        refuse_copies(pl_module)
         self._watch = FrozenWatch(pmss_layers(pl_module)) if self._engine == "plain" else None
         restore_loaders(trainer)
         loaders = trainer.fit_loop._combined_loader

@@ -33,7 +33,7 @@ def main(folder: Path, strategy: str, devices: int, late: bool) -> None:
     x = inputs().tensors[0]
     record = {
         "v": float(module.net[0].core.weight.detach().norm()),
-        "report": str(callback.report).splitlines()[-1],
+        "converted": len(callback.report.layers) if callback.report else 0,
         "output": module.net(x).tolist(),
         "fit": float(runner.callback_metrics["val_loss"]),
         "validate": runner.validate(module, plain_loader(), verbose=False)[0]["val_loss"],
