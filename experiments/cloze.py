@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from typing_extensions import override
 
+from lightning_pmss.continuations import continued
 from lightning_pmss.datamodules.instruction import Example, InstructionDataModule, Split
 from lightning_pmss.modules.likelihood import log_likelihoods
 
@@ -79,7 +80,7 @@ def cloze_accuracy(model: Any, tokenizer: Any, batches: Any, device: torch.devic
         most = max(map(len, offered))
         # Questions with fewer answers are filled up with their first one, which is then not looked at.
         texts = [[answers[turn] if turn < len(answers) else answers[0] for answers in offered] for turn in range(most)]
-        turns = [[tokenizer(f" {text}", add_special_tokens=False).input_ids for text in turn] for turn in texts]
+        turns = [continued(tokenizer, batch["prompt"], [f" {text}" for text in turn])[1] for turn in texts]
         prompts = batch["prompt_ids"].to(device), batch["prompt_mask"].to(device)
         found = log_likelihoods(model, *prompts, turns, int(tokenizer.eos_token_id or 0))
         for i, answers in enumerate(offered):

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-_CACHE_FORMAT = 3  # goes into the names of cached files: raise it when `PromptEncoder` changes what it writes
+from lightning_pmss.continuations import continued
+
+_CACHE_FORMAT = 4  # goes into the names of cached files: raise it when `PromptEncoder` changes what it writes
 _SHOT_GAP = "\n\n"  # between worked examples, as in lm_eval and the papers
 
 
@@ -99,8 +101,8 @@ def load_tokenizer(name: str) -> Any:
 class PromptEncoder:
     """Turns a batch of question and response texts into token ids; a picklable callable for ``datasets.map``.
 
-    Prompt and response are tokenised apart and then joined, so that the boundary of the loss is exact and the prompt
-    has the same tokens in training and in generation.
+    Prompt and response are read as one text (:mod:`lightning_pmss.continuations`), with a border between two tokens, so
+    that the loss is on the response alone and the prompt has the same tokens in training and in generation.
 
     Args:
         tokenizer: a tokenizer with an end-of-sequence token.
@@ -145,8 +147,7 @@ class PromptEncoder:
         """Return the columns prompt, prompt_ids, response_ids (ends with eos), prompt_length and length."""
         prompts = [self.prompt(question) for question in batch["question"]]
         lead, tail, prefix = ("", "", []) if self.style == "chat" else (self.lead, self.tail, self.prefix)
-        prompt_ids = self._ids(prompts)
-        response_ids = self._ids([lead + response + tail for response in batch["response"]])
+        prompt_ids, response_ids = continued(self.tokenizer, prompts, [lead + r + tail for r in batch["response"]])
         prompt_ids = [prefix + ids for ids in prompt_ids]
         response_ids = [[*ids, self.tokenizer.eos_token_id] for ids in response_ids]
         return {
@@ -156,10 +157,6 @@ class PromptEncoder:
             "prompt_length": [len(ids) for ids in prompt_ids],
             "length": [len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True)],
         }
-
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        encoded = self.tokenizer(texts, add_special_tokens=False, padding=False, truncation=False)
-        return [list(ids) for ids in encoded["input_ids"]]
 
     def fingerprint(self, examples: Sequence[Example], ids: Sequence[int] | None = None) -> str:
         """Return a hash of the texts, their ids where given, and all that decides their tokens; equal in every process."""

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from lightning_pmss.continuations import continued, decoded
 from lightning_pmss.modules.answers import labels_of
 
 IGNORED = -100  # the label that marks a position without loss, as everywhere in PyTorch and transformers
@@ -29,14 +30,18 @@ def offered(prompt: str, labels: Sequence[str]) -> list[str]:
 
 
 def candidates(metric: Any, tokenizer: Any, batch: dict[str, Any]) -> list[dict[str, list[int]]]:
-    """Per example the tokens of each candidate response by label, without the end of sequence.
+    """Per example the tokens of each candidate response by label, without the token that ends it.
+
+    They are read behind the prompt, as the responses of the data modules are.
 
     Raises:
         ValueError: If the metric knows of no labels, or a response does not end in its label.
     """
     found = []
-    numbers, responses = batch["id"].tolist(), _responses(batch)
-    for number, prompt, target, response in zip(numbers, batch["prompt"], batch["target"], responses, strict=True):
+    numbers = batch["id"].tolist()
+    ends = batch["end_id"].tolist() if "end_id" in batch else [None] * len(numbers)
+    rows = zip(numbers, ends, batch["prompt"], batch["target"], _prompts(batch), _responses(batch), strict=True)
+    for number, end, prompt, target, prompt_ids, response in rows:
         if number < 0:  # a filler, whose response has no labels: computed, not scored
             found.append({"": [int(tokenizer.eos_token_id)]})
             continue
@@ -47,9 +52,9 @@ def candidates(metric: Any, tokenizer: Any, batch: dict[str, Any]) -> list[dict[
                 "them: --model.metric CommonsenseAccuracy. For other data give --model.answer_by generation."
             )
         _, label, labels = task
-        if response and response[-1] == tokenizer.eos_token_id:
+        if response and response[-1] in (end, tokenizer.eos_token_id):
             response = response[:-1]
-        text = tokenizer.decode(response)
+        text = decoded(tokenizer, prompt_ids + response).removeprefix(decoded(tokenizer, prompt_ids))
         stem, word, rest = text.rpartition(label)
         if not word or rest.strip(" \n."):
             raise ValueError(
@@ -57,7 +62,8 @@ def candidates(metric: Any, tokenizer: Any, batch: dict[str, Any]) -> list[dict[
             )
         texts = {name: stem + name + rest for name in offered(prompt, labels)}
         texts.setdefault(label, text)
-        ids = {name: list(tokenizer(text, add_special_tokens=False).input_ids) for name, text in texts.items()}
+        read = continued(tokenizer, [prompt] * len(texts), list(texts.values()))[1]
+        ids = dict(zip(texts, read, strict=True))
         if ids[label] != response:
             raise ValueError(
                 f"The tokenizer reads {text!r} back as other tokens than the response's ({ids[label]} for {response}); "
@@ -65,6 +71,10 @@ def candidates(metric: Any, tokenizer: Any, batch: dict[str, Any]) -> list[dict[
             )
         found.append(ids)
     return found
+
+
+def _prompts(batch: dict[str, Any]) -> list[list[int]]:
+    return [ids[mask != 0].tolist() for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"], strict=True)]
 
 
 def _responses(batch: dict[str, Any]) -> list[list[int]]:

@@ -1,0 +1,72 @@
+"""Tokens of a prompt and of the text behind it, read as one text, with a border between two tokens where they meet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+# Texts that a tokenizer should not merge with what follows, to read a continuation behind: the first that it does not is taken.
+_ANCHORS = ("\n", ":", "|", "0", "a", "A", ".", "\u00e9")
+
+
+def tokens_of(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Return the tokens of each text, without those that the tokenizer puts around texts."""
+    encoded = tokenizer(list(texts), add_special_tokens=False, padding=False, truncation=False)
+    return [list(ids) for ids in encoded["input_ids"]]
+
+
+def continued(tokenizer: Any, prompts: Sequence[str], texts: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the tokens of prompts, and those that their continuations have behind them.
+
+    Together they are the tokens of prompt and continuation as one text: a continuation gets no second beginning, such as
+    the blank that SentencePiece puts in front of a text. A tokenizer may merge the end of a prompt with the beginning of
+    its continuation into one token. Then the border is kept all the same: the prompt has the tokens that it has alone, in
+    training as in generation, and the continuation has those of a text that begins at the border.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+        prompts: texts.
+        texts: the continuation of each.
+
+    Returns:
+        Token ids of the prompts and of the continuations.
+
+    Raises:
+        ValueError: If a continuation has no tokens of its own behind its prompt; the message has both texts.
+
+    """
+    prompt_ids = tokens_of(tokenizer, prompts)
+    wholes = tokens_of(tokenizer, [prompt + text for prompt, text in zip(prompts, texts, strict=True)])
+    rests = [whole[len(start) :] for start, whole in zip(prompt_ids, wholes, strict=True)]
+    merged = [place for place, start in enumerate(prompt_ids) if wholes[place][: len(start)] != start]
+    # What is equal in front of the border is not decoded, but for one token: the first one of a text may lose its blank.
+    common = {place: max(0, _common(prompt_ids[place], wholes[place]) - 1) for place in merged}
+    wanted = {place: decoded(tokenizer, wholes[place][common[place] :]) for place in merged}
+    for front in ("", *_ANCHORS):
+        if not merged:
+            return prompt_ids, rests
+        start = tokens_of(tokenizer, [front])[0]
+        left = []
+        for place, ids in zip(merged, tokens_of(tokenizer, [front + texts[place] for place in merged]), strict=True):
+            rests[place] = ids[len(start) :]
+            read = decoded(tokenizer, prompt_ids[place][common[place] :] + rests[place])
+            if ids[: len(start)] != start or read != wanted[place]:
+                left.append(place)
+        merged = left
+    if merged:
+        raise ValueError(
+            f"The tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no tokens for {texts[merged[0]][:40]!r} behind"
+            f" {prompts[merged[0]][-40:]!r} that read as the two texts together. Give another --data.prompt_style."
+        )
+    return prompt_ids, rests
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many tokens two sequences have in common at their beginning."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
+
+
+def decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Return the text of tokens, special ones and all blanks included."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
