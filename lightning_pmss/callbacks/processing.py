@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
+
+from lightning_pmss.roots import adapted_root
 
 # The usual attributes; they also cover properties, and classes that transformers does not know.
 _NAMES = ("processor", "tokenizer", "image_processor", "video_processor", "feature_extractor")
@@ -30,7 +33,26 @@ def processing_of(trainer: L.Trainer, module: L.LightningModule) -> list[Any]:
         if tokenizer is not None:
             found["tokenizer"] = tokenizer
     # A processor writes its tokenizer, too, and one that was found on its own is written over that.
-    return [found[kind] for kind in sorted(found, key=lambda kind: kind != "processor")]
+    parts = [found[kind] for kind in sorted(found, key=lambda kind: kind != "processor")]
+    stops = _generation_config(trainer, module)
+    return parts if stops is None else [*parts, stops]
+
+
+def _generation_config(trainer: L.Trainer, module: L.LightningModule) -> Any:
+    """The model's generation config with the token that the DataModule ends responses with, where that is missing in it.
+
+    The end of a turn in a chat template need not be the base's end of sequence, and the merged model would not stop there.
+    """
+    end = getattr(getattr(trainer, "datamodule", None), "end_id", None)
+    config: Any = getattr(adapted_root(module)[0], "generation_config", None)
+    if end is None or config is None:
+        return None
+    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if end in known:
+        return None
+    config = copy.deepcopy(config)
+    config.eos_token_id = [*(token for token in known if token is not None), end]
+    return config
 
 
 def _collate_functions(trainer: L.Trainer) -> list[Any]:

@@ -23,6 +23,7 @@ class InstructionCollator:
         loss_on_prompt: give the prompt labels too.
         max_length: cut prompts (see :meth:`room`) to this many tokens; null: cut nothing.
         prefix: number of tokens in front of each prompt that a cut leaves (the beginning-of-sequence token).
+        end_id: token that ends each response, at which generation is to stop.
 
     """
 
@@ -31,6 +32,7 @@ class InstructionCollator:
     loss_on_prompt: bool = False
     max_length: int | None = None
     prefix: int = 0
+    end_id: int | None = None
 
     def room(self, response: int) -> int:
         """Return how many tokens a prompt may have beside a response of ``response`` tokens.
@@ -70,6 +72,8 @@ class InstructionCollator:
             batch["id"] = torch.tensor([row["id"] for row in rows], dtype=torch.int64)
             batch["prompt"] = [row["prompt"] for row in rows]
             batch["target"] = [row["target"] for row in rows]
+            if self.end_id is not None:
+                batch["end_id"] = torch.full((len(rows),), self.end_id, dtype=torch.int64)
         return batch
 
     @staticmethod

@@ -49,10 +49,11 @@ class InstructionDataModule(L.LightningDataModule):
     A batch is a dictionary of
 
     * ``input_ids``, ``attention_mask``, ``labels``: int64 ``[B, T]``, padded on the right; the labels are -100 on padding
-      and, unless ``loss_on`` is "all", on the prompt, and include the response's end-of-sequence token,
+      and, unless ``loss_on`` is "all", on the prompt, and include the token that ends the response,
     * in evaluation also ``prompt_ids``, ``prompt_mask``: int64 ``[B, P]``, padded on the left; ``id``: int64 ``[B]``,
       the row's number in the source (for a validation set held out from the training rows: its number there);
-      ``prompt``: list of texts; ``target``: list of what answers are scored against, texts or lists of texts.
+      ``end_id``: int64 ``[B]``, that token; ``prompt``: list of texts; ``target``: list of what answers are scored
+      against, texts or lists of texts.
 
     Texts are tokenised once, by ``datasets.map`` into its cache; later runs with the same texts and tokenizer read
     them from there. Training batches hold examples of similar length, in an order that depends on ``seed`` and the
@@ -181,6 +182,11 @@ class InstructionDataModule(L.LightningDataModule):
             template = style.eval_template or style.template
             self._encoders["eval"] = replace(self.encoder, template=template, shots=self._shots())
         return self._encoders["eval"]
+
+    @property
+    def end_id(self) -> int:
+        """The token that ends each response; generation stops at it too."""
+        return self.encoder.end_id
 
     @property
     def _style(self) -> PromptStyle:
@@ -323,13 +329,14 @@ class InstructionDataModule(L.LightningDataModule):
         return dict(kwargs) if kwargs else {"num_replicas": 1, "rank": 0}
 
     def _collator(self, evaluation: bool = False) -> InstructionCollator:
-        tokenizer = self.encoder.tokenizer
+        pad = self.encoder.tokenizer.pad_token_id
         return InstructionCollator(
-            int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id),
+            self.end_id if pad is None else int(pad),
             evaluation,
             loss_on_prompt=self.loss_on == "all" and not evaluation,
             max_length=self.max_length if self.too_long == "cut_prompt" else None,
             prefix=len(self.encoder.prefix),
+            end_id=self.end_id,
         )
 
     @override

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from lightning_pmss.chat import ChatTemplate, turns
 from lightning_pmss.continuations import continued
 
 _CACHE_FORMAT = 4  # goes into the names of cached files: raise it when `PromptEncoder` changes what it writes
@@ -102,7 +103,9 @@ class PromptEncoder:
     """Turns a batch of question and response texts into token ids; a picklable callable for ``datasets.map``.
 
     Prompt and response are read as one text (:mod:`lightning_pmss.continuations`), with a border between two tokens, so
-    that the loss is on the response alone and the prompt has the same tokens in training and in generation.
+    that the loss is on the response alone and the prompt has the same tokens in training and in generation. A response
+    ends in the end-of-sequence token; in the chat style in what ends the assistant's turn in the template
+    (:mod:`lightning_pmss.chat`).
 
     Args:
         tokenizer: a tokenizer with an end-of-sequence token.
@@ -123,10 +126,11 @@ class PromptEncoder:
 
     def __post_init__(self) -> None:
         name = getattr(self.tokenizer, "name_or_path", "")
-        if self.tokenizer.eos_token_id is None:
+        self.chat = ChatTemplate.of(self.tokenizer) if self.style == "chat" else None
+        if self.chat is None and self.tokenizer.eos_token_id is None:
             raise ValueError(f"The tokenizer {name!r} has no end-of-sequence token, so no response would ever end.")
-        if self.style == "chat" and not self.tokenizer.chat_template:
-            raise ValueError(f"The tokenizer {name!r} has no chat template; use --data.prompt_style plain.")
+        self.end_id = int(self.tokenizer.eos_token_id if self.chat is None else self.chat.end_id)
+        """The token that ends each response."""
         # What the tokenizer itself puts in front of a text (a beginning-of-sequence token, or nothing).
         bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         full = self.tokenizer("a", add_special_tokens=True)["input_ids"]
@@ -135,21 +139,31 @@ class PromptEncoder:
 
     def prompt(self, question: str) -> str:
         """Return the prompt text of ``question``, without the tokens that the tokenizer itself puts in front of it."""
-        if self.style != "chat":
-            ask = self.template.replace
-            worked = "".join(ask("{question}", q) + self.lead + response + _SHOT_GAP for q, response, *_ in self.shots)
-            return worked + ask("{question}", question)
-        turns = [turn for q, response, *_ in self.shots for turn in (("user", q), ("assistant", response))]
-        messages = [{"role": role, "content": content} for role, content in (*turns, ("user", question))]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        if self.chat is not None:
+            return self.chat.prompt(question, self._earlier)
+        ask = self.template.replace
+        worked = "".join(ask("{question}", q) + self.lead + response + _SHOT_GAP for q, response, *_ in self.shots)
+        return worked + ask("{question}", question)
+
+    @property
+    def _earlier(self) -> list[dict[str, str]]:
+        return turns(*((question, response) for question, response, *_ in self.shots))
+
+    def _answers(self, prompts: list[str], questions: list[str], responses: list[str]) -> list[str]:
+        """Return the texts behind the prompts; in the chat style with the end of the turn."""
+        if self.chat is None:
+            return [self.lead + response + self.tail for response in responses]
+        triples = zip(prompts, questions, responses, strict=True)
+        return [self.chat.answer(*triple, self._earlier) for triple in triples]
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """Return the columns prompt, prompt_ids, response_ids (ends with eos), prompt_length and length."""
+        """Return the columns prompt, prompt_ids, response_ids (ends with ``end_id``), prompt_length and length."""
         prompts = [self.prompt(question) for question in batch["question"]]
-        lead, tail, prefix = ("", "", []) if self.style == "chat" else (self.lead, self.tail, self.prefix)
-        prompt_ids, response_ids = continued(self.tokenizer, prompts, [lead + r + tail for r in batch["response"]])
-        prompt_ids = [prefix + ids for ids in prompt_ids]
-        response_ids = [[*ids, self.tokenizer.eos_token_id] for ids in response_ids]
+        answers = self._answers(prompts, batch["question"], batch["response"])
+        prompt_ids, response_ids = continued(self.tokenizer, prompts, answers)
+        if self.chat is None:
+            prompt_ids = [self.prefix + ids for ids in prompt_ids]
+            response_ids = [[*ids, self.end_id] for ids in response_ids]
         return {
             "prompt": prompts,
             "prompt_ids": prompt_ids,
@@ -174,7 +188,7 @@ class PromptEncoder:
             self.style,
             self.tokenizer.chat_template if self.style == "chat" else [self.template, self.lead, self.tail],
             self.prefix,
-            self.tokenizer.eos_token_id,
+            self.end_id,
             None if ids is None else list(ids),
             self.shots,
         ]

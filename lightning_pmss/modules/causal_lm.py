@@ -49,9 +49,9 @@ class CausalLMModule(TokenWeighted):
 
     A training batch is a dict of ``input_ids``, ``attention_mask`` and ``labels``, int64 [B, T], right padded, with the
     label -100 on prompt and padding; packed batches have ``position_ids`` in place of the mask, which restart where an
-    example begins. For generation an evaluation batch has in addition ``prompt_ids`` and
-    ``prompt_mask``, int64 [B, P], left padded, ``id``, int64 [B] (negative: computed, not scored), and ``prompt`` and
-    ``target``, lists of B strings. Without them only the loss is computed.
+    example begins. For generation an evaluation batch has in addition ``prompt_ids`` and ``prompt_mask``, int64 [B, P],
+    left padded, ``id``, int64 [B] (negative: computed, not scored), ``prompt`` and ``target``, lists of B strings, and
+    perhaps ``end_id``, int64 [B], a token that ends texts too. Without them only the loss is computed.
 
     A step's gradient is that of the mean over the response tokens of all its batches and ranks (`TokenWeighted`).
     Logged: ``train/loss``, the mean over those of the last batch on this rank; ``val/loss`` and ``test/loss``, the mean over
@@ -127,19 +127,16 @@ class CausalLMModule(TokenWeighted):
             raise ValueError(
                 f"generate_in names {unknown}; type 'validate', 'test' or both (predict always generates)."
             )
-        self.model_name_or_path = model_name_or_path
+        self.model_name_or_path, self.revision = model_name_or_path, revision
         self.optimizer = optimizer
-        self.warmup_ratio = warmup_ratio
-        self.lr_schedule = lr_schedule
+        self.warmup_ratio, self.lr_schedule = warmup_ratio, lr_schedule
         self.dtype_name = dtype
         self.gradient_checkpointing = gradient_checkpointing
         self.loss_chunk, self.quantisation = loss_chunk, quantisation
         self.max_new_tokens = max_new_tokens
         self.answering = Answering(Generation(max_new_tokens, num_beams, stop), answer_by, metric)
         self.existing_predictions: Existing = existing_predictions
-        self.generate_in = stages
-        self.predictions_dir = predictions_dir
-        self.revision = revision
+        self.generate_in, self.predictions_dir = stages, predictions_dir
         self.model: Any = None
         self.tokenizer: Any = None
         self.metric = metric
@@ -147,6 +144,7 @@ class CausalLMModule(TokenWeighted):
             metric.sync_on_compute = False  # it is fed with the texts of all processes, see `_finish_texts`
         self.mean_loss = nn.ModuleDict({name: TokenMean() for name in ("val", "test")})
         self._texts = TextEvaluation(metric)
+        self._ends: frozenset[int] = frozenset()
         self._written: set[Path] = set()
 
     # -- building ------------------------------------------------------------------------------------------------
@@ -290,7 +288,7 @@ class CausalLMModule(TokenWeighted):
         if most(len(missing), self.model, self.device):
             asked = select(batch, missing) if missing else batch
             sums, tokens = self.example_losses(asked)
-            rows = self.answering.records(self.model, self.tokenizer, asked, self.generate)
+            rows = self._answers(asked)
             means = zip((sums / tokens.clamp(min=1)).tolist(), tokens.tolist(), strict=True)
             new = [{**row, "loss": loss, "tokens": n} for row, (loss, n) in zip(rows, means, strict=True)]
             if missing:
@@ -360,8 +358,13 @@ class CausalLMModule(TokenWeighted):
             prompt_ids: int64 [B, P], left padded.
             prompt_mask: int64 [B, P], 0 on padding.
         """
-        in_step = is_sharded(self.model)
-        return self.answering.generation.texts(self.model, self.tokenizer, prompt_ids, prompt_mask, in_step=in_step)
+        return self.answering.generation.texts(
+            self.model, self.tokenizer, prompt_ids, prompt_mask, in_step=is_sharded(self.model), ends=self._ends
+        )
+
+    def _answers(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        self._ends = frozenset(batch["end_id"].tolist()) if "end_id" in batch else frozenset()
+        return self.answering.records(self.model, self.tokenizer, batch, self.generate)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[str]:
         """Texts of one batch; they are also written to ``predictions-predict.jsonl``.
@@ -374,7 +377,7 @@ class CausalLMModule(TokenWeighted):
                 f"predict needs batches with `prompt_ids` and `prompt_mask`, this one has {sorted(batch)}. "
                 "Give the DataModule a predict_dataloader that collates prompts."
             )
-        rows = self.answering.records(self.model, self.tokenizer, batch, self.generate)
+        rows = self._answers(batch)
         self._texts.add([row for row in rows if row["id"] >= 0])
         return [row["output"] for row in rows]
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from lightning_pmss.chat import end_of_turn
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,14 @@ class Generation:
 
     @torch.no_grad()
     def texts(
-        self, model: Any, tokenizer: Any, prompt_ids: Tensor, prompt_mask: Tensor, *, in_step: bool = False
+        self,
+        model: Any,
+        tokenizer: Any,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        *,
+        in_step: bool = False,
+        ends: Iterable[int] = (),
     ) -> list[str]:
         """Continuation of each prompt, without special tokens and outer white space.
 
@@ -53,8 +62,9 @@ class Generation:
             prompt_ids: int64 [B, P], left padded.
             prompt_mask: int64 [B, P], 0 on padding.
             in_step: Each forward pass is a collective: a rank whose texts have ended goes on until all have.
+            ends: Tokens that end a text besides those of `eos_ids`, as where the data has a tokenizer of its own.
         """
-        eos, width = eos_ids(model, tokenizer), prompt_ids.shape[1]
+        eos, width = sorted({*eos_ids(model, tokenizer), *ends}), prompt_ids.shape[1]
         # Written out, because what is None here is filled from the model's own generation config (sampling, penalties).
         config = GenerationConfig(
             max_new_tokens=self.max_new_tokens,
@@ -89,10 +99,12 @@ def cut(text: str, stop: Sequence[str]) -> str:
 
 
 def eos_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end a text: those of the model's generation config and the tokenizer's, with which responses end."""
+    """Tokens that end a text: those of the model's generation config, the tokenizer's, and the end of a turn in its chat
+    template."""
     configured = model.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
-    return sorted({int(token) for token in (*ids, tokenizer.eos_token_id) if token is not None})
+    own = (tokenizer.eos_token_id, end_of_turn(tokenizer))
+    return sorted({int(token) for token in (*ids, *own) if token is not None})
 
 
 def _decode(tokenizer: Any, row: list[int], eos: Sequence[int]) -> str:
