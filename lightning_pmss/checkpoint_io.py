@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import get_protocol
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import Strategy
@@ -60,5 +60,6 @@ def use_atomic_files(strategy: Strategy) -> None:
 
 def local_path(path: str | os.PathLike[str]) -> Path | None:
     """A path or ``file:`` URL as a path; None for a URL of another file system."""
-    system, name = url_to_fs(str(path))
-    return Path(name) if isinstance(system, LocalFileSystem) else None
+    if get_protocol(str(path)) not in ("file", "local"):
+        return None
+    return Path(LocalFileSystem._strip_protocol(str(path)))

@@ -25,6 +25,7 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_pmss.checkpoint_io import local_path, use_atomic_files
@@ -35,6 +36,7 @@ from lightning_pmss.gathering import gathered, load_trained_state, trained_state
 from lightning_pmss.indices import index_tensors
 from lightning_pmss.messages import some
 from lightning_pmss.module_states import holding, make_whole, module_states
+from lightning_pmss.ranks import together
 from lightning_pmss.sharding import Engine, engine_of
 from lightning_pmss.whole import is_sharded, whole_shape
 
@@ -203,7 +205,7 @@ class CheckpointSeam:
         if self._writes_folders() or (self.engine != "plain" and path.is_dir()):
             self._save_beside(checkpoint, path, storage_options)
         else:
-            self._inner["save_checkpoint"](checkpoint, path, storage_options)
+            together(self.strategy, lambda: self._inner["save_checkpoint"](checkpoint, path, storage_options))
         self._newest = path
         if self.after_save is not None:
             with holding(self.module, states["state_dict"] if self.engine == "plain" else {}):
@@ -216,29 +218,34 @@ class CheckpointSeam:
 
     def _save_beside(self, checkpoint: dict[str, Any], path: Path, storage_options: Any) -> None:
         """Let the strategy write a hidden sibling, on all ranks, and put it in the place of the last checkpoint."""
-        folder, writing, lock = self._writes_folders(), path, None
-        if self.strategy.is_global_zero:
+        folder, first = self._writes_folders(), self.strategy.is_global_zero
+
+        def begin() -> tuple[Path, int | None]:
+            if not first:
+                return path, None
             path.parent.mkdir(parents=True, exist_ok=True)
             clean_leftovers(path)
-            writing, lock = temporary_sibling(path, folder=folder)
+            return temporary_sibling(path, folder=folder)
+
+        def put_in_place() -> None:
+            if folder:
+                about = checkpoint[METADATA] | {"tensors": {k: list(v) for k, v in self.trained.items()}}
+                (writing / SIDECAR).write_text(json.dumps(about), encoding="utf-8")
+                sync_tree(writing)
+            replace(writing, path)
+
+        writing, lock = together(self.strategy, begin)
         try:
             writing = Path(self.strategy.broadcast(writing))
-            self._inner["save_checkpoint"](checkpoint, writing, storage_options)
-            self.strategy.barrier("PMSS.written")
-            if self.strategy.is_global_zero:
-                if folder:
-                    about = checkpoint[METADATA] | {"tensors": {k: list(v) for k, v in self.trained.items()}}
-                    (writing / SIDECAR).write_text(json.dumps(about), encoding="utf-8")
-                    sync_tree(writing)
-                replace(writing, path)
+            together(self.strategy, lambda: self._inner["save_checkpoint"](checkpoint, writing, storage_options))
+            together(self.strategy, lambda: put_in_place() if first else None)
         except BaseException:
-            if writing != path:
+            if first:
                 remove(writing)
             raise
         finally:
             if lock is not None:
                 os.close(lock)
-        self.strategy.barrier("PMSS.in_place")
 
     def _writes_folders(self) -> bool:
         sharded = getattr(self.strategy, "_state_dict_type", None) == "sharded"  # FSDP1
@@ -264,7 +271,10 @@ class CheckpointSeam:
         path = local_path(filepath)
         if path is not None and self.strategy.is_global_zero:
             self._keep_last_link(path)
-        self._inner["remove_checkpoint"](filepath)
+        try:
+            self._inner["remove_checkpoint"](filepath)
+        except OSError as error:  # the training goes on with an old checkpoint too many
+            rank_zero_warn(f"The old checkpoint {filepath} could not be removed: {error}")
         if path is not None and self.after_remove is not None:
             self.after_remove(path)
 

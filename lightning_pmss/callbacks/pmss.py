@@ -28,18 +28,21 @@ from lightning_pmss.callbacks.checks import (
     wake,
     warn_about_batch_norm,
 )
+from lightning_pmss.callbacks.ending import Ending
 from lightning_pmss.callbacks.frozen import FrozenWatch
 from lightning_pmss.callbacks.gradients import GradientCheck
 from lightning_pmss.callbacks.launched import convert_like, follow_launchers
+from lightning_pmss.callbacks.places import check_before_conversion, check_before_training, local_folder
 from lightning_pmss.callbacks.randomness import StepRandomness, set_random_states
-from lightning_pmss.callbacks.results import merge_beside, remove_beside, write_results
+from lightning_pmss.callbacks.results import merge_beside, remove_beside
+from lightning_pmss.callbacks.stopping import GracefulStop
 from lightning_pmss.callbacks.throughput import SHORT, StepClock, peak_memory_gb
 from lightning_pmss.checkpointing import CheckpointSeam, record_fingerprints
 from lightning_pmss.config import PMSSConfig
 from lightning_pmss.conversion import conversion_of, convert, pmss_layers
 from lightning_pmss.converted import is_complete
 from lightning_pmss.gathering import whole_update
-from lightning_pmss.modules.resuming import count_epoch, restore_loaders
+from lightning_pmss.modules.resuming import count_epoch, restore_loaders, warn_about_loaders
 from lightning_pmss.report import ConversionReport
 from lightning_pmss.sharding import Engine, prepare_strategy, refuse_quantised
 from lightning_pmss.whole import is_sharded
@@ -137,7 +140,7 @@ class PMSSCallback(L.Callback):
         )
         if merge_on_save not in MERGE_ON_SAVE:
             raise ValueError(f"merge_on_save={merge_on_save!r} is not known; choose one of {list(MERGE_ON_SAVE)}.")
-        self.output_dir = None if output_dir is None else Path(output_dir)
+        self.output_dir = None if output_dir is None else local_folder(output_dir, "adapter and merged model")
         self.merge_on_save = merge_on_save
         self.log_throughput = log_throughput
         self.log_u_norm = log_u_norm
@@ -146,18 +149,23 @@ class PMSSCallback(L.Callback):
         self._seam: CheckpointSeam | None = None
         self._gradients: GradientCheck | None = None
         self._randomness = StepRandomness()
-        self._watch: FrozenWatch | None = None
         self._resume: Mapping[str, Any] | None = None
         self._clock = StepClock()
+        self._stop = GracefulStop()
+        self._ending: Ending | None = None
+        self._figures: dict[str, float] = {}  # of the checkpoint that was loaded
         follow_launchers()
 
     # -- conversion ---------------------------------------------------------------------------------------------------
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Convert now, or arrange for it right after ``configure_model``."""
+        """Look at where results go, then convert, now or right after ``configure_model``."""
         self._engine = prepare_strategy(trainer, pl_module)
         refuse_averages(trainer, self._engine)
+        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._figures.clear()
+            check_before_conversion(trainer, self.output_folder(trainer), self.merge_on_save)
         if not self._is_converted(pl_module) and is_overridden("configure_model", pl_module):
             original = pl_module.configure_model
 
@@ -206,7 +214,7 @@ class PMSSCallback(L.Callback):
             after_save=functools.partial(merge_beside, trainer, pl_module) if beside else None,
             after_remove=functools.partial(remove_beside, trainer) if beside else None,
             before_load=functools.partial(average_the_trained, trainer, pl_module),
-            at_end=functools.partial(self._write_results, trainer, pl_module),
+            at_end=self._write_results,
         )
         refuse_copies(pl_module)
 
@@ -233,27 +241,24 @@ class PMSSCallback(L.Callback):
         if self.report is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             for logger in trainer.loggers:
                 logger.log_metrics({"pmss/trainable_parameters": self.report.trainable}, step=trainer.global_step)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            folder, merge = self.output_folder(trainer), self.merge_on_save
+            check_before_training(trainer, pl_module, folder, merge)
+            self._ending = Ending(trainer, pl_module, folder, merge=merge, stop=self._stop, earlier=self._figures)
 
     # -- training -----------------------------------------------------------------------------------------------------
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Let loaders go on where they were; say when a resumed run cannot be exact; look at the frozen weights."""
+        """Look at the frozen weights, let loaders go on where they were, watch for signals."""
         refuse_copies(pl_module)
-        self._watch = FrozenWatch(pmss_layers(pl_module)) if self._engine == "plain" else None
         restore_loaders(trainer)
-        loaders = trainer.fit_loop._combined_loader
-        mid_epoch = (
-            trainer.fit_loop.epoch_loop.batch_progress.current.ready > 0 and not trainer.fit_loop.epoch_loop.done
-        )
-        if self._resume is not None and mid_epoch and loaders is not None:
-            foreign = [type(x).__name__ for x in loaders.flattened if not hasattr(x, "load_state_dict")]
-            if foreign:
-                rank_zero_warn(
-                    f"Resuming in the middle of an epoch: `{foreign[0]}` cannot continue where it stopped, so this epoch will"
-                    " see other batches than the uninterrupted run. For an exact resume use the loaders of"
-                    " lightning_pmss.datamodules (or any with `state_dict`/`load_state_dict`), or an end-of-epoch checkpoint."
-                )
+        if self._resume is not None:
+            warn_about_loaders(trainer)
+        self._stop.watch(trainer)
+        if self._ending is not None:
+            self._ending.watch = FrozenWatch(pmss_layers(pl_module)) if self._engine == "plain" else None
+            self._ending.make_up_for_merged()
 
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -290,6 +295,9 @@ class PMSSCallback(L.Callback):
     ) -> None:
         """End the step's random stream; log time, throughput and norms."""
         self._randomness.leave()
+        if self._ending is not None and not trainer.fit_loop.epoch_loop._should_accumulate():
+            self._ending.trained, self._ending.torn = True, False
+        self._stop.after_batch(trainer, pl_module)
         if self.log_throughput:
             values = self._clock.figures(batch, trainer.world_size)
             if (peak := peak_memory_gb(pl_module.device)) is not None:
@@ -303,24 +311,58 @@ class PMSSCallback(L.Callback):
 
     # -- results ------------------------------------------------------------------------------------------------------
 
-    def _write_results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the adapter and, if wanted, the merged model.
+    @override
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        """From here to the end of the step, tensors of two steps may be mixed."""
+        if self._ending is not None:
+            self._ending.torn = True
+
+    @override
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop before a validation rather than after it."""
+        self._stop.before_validation(trainer)
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Stop in the middle of a validation."""
+        self._stop.in_validation(trainer)
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let signals stop the process again."""
+        self._stop.release()
+
+    def _write_results(self) -> None:
+        """When the training has ended.
 
         Not in ``on_train_end``, where callbacks that come later may still change the weights (averages do), nor in
         ``on_fit_end``, when the strategy is gone.
         """
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        folder = self.output_folder(trainer)
-        merged = None if self.merge_on_save is None else folder / "merged"
-        if other := self._watch.other_base(folder / "adapter") if self._watch is not None else None:
-            merged = None
-        written = write_results(trainer, pl_module, folder / "adapter", merged)
-        rank_zero_info(f"PMSS: adapter in {folder / 'adapter'}")
-        if other is not None:
-            raise RuntimeError(other)
-        if merged is not None:
-            rank_zero_info(f"PMSS: merged model in {merged}\n{written}")
+        if self._ending is not None:
+            self._ending.finish()
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave a checkpoint and the adapter of what was trained."""
+        if self._ending is not None:
+            self._ending.stopped(exception)
+            self._ending = None
+
+    @override
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Nothing is written any more."""
+        self._stop.release()
+        if self._ending is not None:
+            self._ending.disarm()
+            self._ending = None
 
     def before_results(self, trainer: L.Trainer, state: Mapping[str, Any]) -> None:
         """Convert the module of the process that launched the training, which gets the state dict of the one that trained."""
@@ -328,29 +370,17 @@ class PMSSCallback(L.Callback):
 
     def output_folder(self, trainer: L.Trainer) -> Path:
         """Where the results go: ``output_dir``, else the log directory (call it on all ranks)."""
-        return self.output_dir or Path(trainer.log_dir or trainer.default_root_dir)
+        return self.output_dir or local_folder(trainer.log_dir or trainer.default_root_dir, "adapter and merged model")
 
     # -- state --------------------------------------------------------------------------------------------------------
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The random states of every rank, so that dropout goes on as if nothing had happened."""
-        own = self._randomness.state()
-        states: list[Any] = [own]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            states = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(states, own)
-        return {"random_states": states}
+        """The random states of every rank, so that dropout goes on as if nothing had happened, and figures for the card."""
+        figures = {} if self._ending is None else self._ending.figures()
+        return {"random_states": self._randomness.states_of_ranks(), "figures": figures}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        states = state_dict["random_states"]
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
-        if len(states) != world:
-            rank_zero_warn(
-                f"The checkpoint was made on {len(states)} devices, this run has {world}: random numbers will differ."
-            )
-            return
-        self._resume = states[rank]
-        self._randomness.load(states[rank])
+        self._figures.update(state_dict.get("figures", {}))
+        self._resume = self._randomness.load_of_ranks(state_dict["random_states"])

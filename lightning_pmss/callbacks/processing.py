@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,12 @@ from lightning_pmss.roots import adapted_root
 
 # The usual attributes; they also cover properties, and classes that transformers does not know.
 _NAMES = ("processor", "tokenizer", "image_processor", "video_processor", "feature_extractor")
+_CLASSES = {
+    "processor": ("transformers.processing_utils", "ProcessorMixin"),
+    "tokenizer": ("transformers.tokenization_utils_base", "PreTrainedTokenizerBase"),
+    "image_processor": ("transformers.image_processing_base", "ImageProcessingMixin"),
+    "feature_extractor": ("transformers.feature_extraction_utils", "FeatureExtractionMixin"),
+}
 _NAMED = ("tokenizer", "tokenizer_name", "tokenizer_name_or_path")  # attributes that may name a tokenizer
 
 
@@ -68,16 +75,12 @@ def _parts(owner: Any) -> Iterator[tuple[str, Any]]:
         value = getattr(owner, name, None)
         if hasattr(value, "save_pretrained") and not isinstance(value, nn.Module):  # a model would write its weights
             yield name, value
-    from transformers import FeatureExtractionMixin, ImageProcessingMixin, PreTrainedTokenizerBase, ProcessorMixin
-
-    kinds = {
-        "processor": ProcessorMixin,
-        "tokenizer": PreTrainedTokenizerBase,
-        "image_processor": ImageProcessingMixin,
-        "feature_extractor": FeatureExtractionMixin,
-    }
     for value in list(getattr(owner, "__dict__", {}).values()):
-        yield from ((kind, value) for kind, class_ in kinds.items() if isinstance(value, class_))
+        for kind, (module, name) in _CLASSES.items():
+            # Not imported: a run without such objects should not load what they need.
+            class_ = getattr(sys.modules.get(module), name, None)
+            if class_ is not None and isinstance(value, class_):
+                yield kind, value
 
 
 def _by_name(owner: Any) -> Iterator[Any]:

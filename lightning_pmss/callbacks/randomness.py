@@ -8,11 +8,13 @@ state could not fit. With a stream for the steps alone, dropout goes on exactly 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 
 class StepRandomness:
@@ -46,6 +48,26 @@ class StepRandomness:
     def load(self, state: Mapping[str, Any]) -> None:
         self.inside, self.outside = state["inside"], None
         set_random_states(state["outside"])
+
+    def states_of_ranks(self) -> list[Any]:
+        """The states of all processes, the same list on each."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return [self.state()]
+        states: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(states, self.state())
+        return states
+
+    def load_of_ranks(self, states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+        """Take this process's states back and return them; None where they were made on another number of devices."""
+        distributed = dist.is_available() and dist.is_initialized()
+        rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+        if len(states) != world:
+            rank_zero_warn(
+                f"The checkpoint was made on {len(states)} devices, this run has {world}: random numbers will differ."
+            )
+            return None
+        self.load(states[rank])
+        return states[rank]
 
 
 def random_states() -> dict[str, Any]:

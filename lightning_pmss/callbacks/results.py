@@ -1,75 +1,112 @@
-"""What a run leaves behind: the adapter folder and the merged model, under every strategy."""
+"""What a run writes besides Lightning's checkpoints: the adapter folder and the merged model, under every strategy."""
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_pmss.callbacks.facts import run_facts
 from lightning_pmss.callbacks.processing import processing_of
 from lightning_pmss.files import merge_files, save_adapter, write_merged
 from lightning_pmss.files.atomic import remove_folder
 from lightning_pmss.files.base import base_of
-from lightning_pmss.files.kinds import ADAPTER, MERGED
+from lightning_pmss.files.kinds import MERGED
+from lightning_pmss.ranks import together
 from lightning_pmss.whole import is_fsdp1, is_sharded
 
 
-def write_results(trainer: L.Trainer, module: L.LightningModule, adapter: Path | None, merged: Path | None) -> Any:
-    """Write the adapter and the merged model; call it on every rank, rank 0 writes. Earlier ones of ours are replaced.
+def write_adapter(
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    folder: Path,
+    *,
+    earlier: Mapping[str, float] | None = None,
+    stopped: str | None = None,
+) -> None:
+    """Write the adapter, an earlier one of ours is replaced. Call it on every rank where the model is sharded; rank 0 writes.
+
+    Args:
+        trainer: Of this run.
+        module: Converted.
+        folder: Where the adapter goes.
+        earlier: See `run_facts`.
+        stopped: See `run_facts`.
+    """
+    if is_sharded(module) or trainer.is_global_zero:
+        save_adapter(module, folder, overwrite=True, run=run_facts(trainer, module, earlier or {}, stopped))
+
+
+def write_merged_model(trainer: L.Trainer, module: L.LightningModule, adapter: Path | None, folder: Path) -> Any:
+    """Write the merged model, an earlier one of ours is replaced. Call it on every rank; rank 0 writes.
 
     A sharded base is never gathered where its checkpoint lies on disk: the adapter is merged into that, tensor by tensor.
+
+    Args:
+        trainer: Of this run.
+        module: Converted.
+        adapter: Folder of the adapter as it is now; only needed where the model is sharded.
+        folder: Where the merged model goes.
 
     Returns:
         The merge report on the rank that merged, else None.
     """
-    report: Any = None
-    sharded, first = is_sharded(module), trainer.is_global_zero
-    if adapter is not None and (sharded or first):
-        save_adapter(module, adapter, overwrite=True, run=run_facts(trainer, module))
-    if merged is not None:
-        base = base_folder(module) if sharded and adapter is not None else None
-        if base is not None:
-            if first:
-                tokenizer = processing_of(trainer, module)
-                report = merge_files(base, adapter, merged, overwrite=True, tokenizer=tokenizer)  # type: ignore[arg-type]
-        elif sharded or first:
-            if sharded:
-                rank_zero_info("PMSS: no checkpoint of the base on disk; gathering it on rank 0, one matrix at a time.")
-            # FSDP1's root owns what is in no unit of its own.
-            model: Any = trainer.strategy.model if is_fsdp1(module) else module
-            report = write_merged(model, merged, tokenizer=processing_of(trainer, module), overwrite=True)
-    trainer.strategy.barrier("PMSS.results")
-    return report
+    sharded = is_sharded(module)
+    base = streamed_base(module) if adapter is not None else None
+    if base is not None:
+        if not trainer.is_global_zero:
+            return None
+        assert adapter is not None
+        return merge_files(base, adapter, folder, overwrite=True, tokenizer=processing_of(trainer, module))
+    if not sharded and not trainer.is_global_zero:
+        return None
+    if sharded:
+        rank_zero_info("PMSS: no checkpoint of the base on disk; gathering it on rank 0, one matrix at a time.")
+    # FSDP1's root owns what is in no unit of its own.
+    model: Any = trainer.strategy.model if is_fsdp1(module) else module
+    return write_merged(model, folder, tokenizer=processing_of(trainer, module), overwrite=True)
+
+
+def streamed_base(module: L.LightningModule) -> Path | None:
+    """The base's folder of safetensors that a sharded model is merged into; None for a whole one, or without such a folder."""
+    folder = base_of(module).folder if is_sharded(module) else None
+    return folder if folder is not None and any(folder.glob("*.safetensors")) else None
 
 
 def merge_beside(trainer: L.Trainer, module: L.LightningModule, checkpoint: Path) -> None:
-    """Write the merged model beside a checkpoint (all ranks)."""
+    """Write the merged model beside a checkpoint (all ranks); the training goes on where that fails."""
     folder = beside(checkpoint)
-    if not is_sharded(module):
-        write_results(trainer, module, None, folder)
-        return
-    adapter = folder.with_name(f"{folder.name}-adapter")
-    write_results(trainer, module, adapter, folder)
-    if trainer.is_global_zero:
-        remove_folder(adapter, ADAPTER)
+
+    def write() -> None:
+        if not is_sharded(module):
+            write_merged_model(trainer, module, None, folder)
+            return
+        with tempfile.TemporaryDirectory(prefix="pmss-") as temporary:
+            adapter = Path(temporary) / "adapter"
+            write_adapter(trainer, module, adapter)
+            write_merged_model(trainer, module, adapter, folder)
+
+    try:
+        together(trainer.strategy, write)
+    except (OSError, ValueError) as error:
+        rank_zero_warn(f"No merged model was written beside {checkpoint}, which is complete: {error}")
 
 
 def remove_beside(trainer: L.Trainer, checkpoint: Path) -> None:
-    """Remove what `merge_beside` wrote for this checkpoint."""
+    """Remove what `merge_beside` wrote for this checkpoint, if nobody has put anything there."""
     folder = beside(checkpoint)
-    if trainer.is_global_zero and folder.exists():
+    if not trainer.is_global_zero or not folder.exists():
+        return
+    try:
         remove_folder(folder, MERGED)
+    except OSError as error:
+        rank_zero_warn(f"{folder} stays, although its checkpoint is gone: {error}")
 
 
 def beside(checkpoint: Path) -> Path:
     """Where the merged model of a checkpoint goes."""
     return checkpoint.with_name(f"{checkpoint.stem}-merged")
-
-
-def base_folder(module: L.LightningModule) -> Path | None:
-    """The folder that the Hugging Face model was loaded from, or its snapshot in the hub's cache, if it has safetensors."""
-    folder = base_of(module).folder
-    return folder if folder is not None and any(folder.glob("*.safetensors")) else None

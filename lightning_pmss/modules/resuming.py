@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 
 def restore_loaders(trainer: L.Trainer) -> None:
@@ -19,6 +20,21 @@ def restore_loaders(trainer: L.Trainer) -> None:
         iter(loop._data_fetcher)  # the iterator was made before
 
 
+def warn_about_loaders(trainer: L.Trainer) -> None:
+    """Say that a resumed run cannot be exact, where a loader does not go on in the middle of an epoch."""
+    loop: Any = trainer.fit_loop
+    mid_epoch = loop.epoch_loop.batch_progress.current.ready > 0 and not loop.epoch_loop.done
+    if not mid_epoch or loop._combined_loader is None:
+        return
+    foreign = [type(x).__name__ for x in loop._combined_loader.flattened if not hasattr(x, "load_state_dict")]
+    if foreign:
+        rank_zero_warn(
+            f"Resuming in the middle of an epoch: `{foreign[0]}` cannot continue where it stopped, so this epoch will"
+            " see other batches than the uninterrupted run. For an exact resume use the loaders of"
+            " lightning_pmss.datamodules (or any with `state_dict`/`load_state_dict`), or an end-of-epoch checkpoint."
+        )
+
+
 def count_epoch(trainer: L.Trainer) -> None:
     """Count the epoch that is being trained, if Lightning has not; call it in ``on_train_batch_start``.
 
@@ -29,3 +45,22 @@ def count_epoch(trainer: L.Trainer) -> None:
     if progress.current.started == progress.current.processed:
         progress.increment_ready()
         progress.increment_started()
+
+
+def settle_progress(trainer: L.Trainer) -> None:
+    """Make Lightning's counters say where a run that was stopped anywhere goes on; call it before its checkpoint is made.
+
+    Lightning goes on with a validation in which a batch was begun and not finished, and skips the rest where it was finished.
+    Metrics are in no checkpoint, so that all its batches must come again. And of a run that was stopped between two epochs it
+    takes the batches of the epoch that has ended for those of the next one, which it would skip.
+    """
+    loop: Any = trainer.fit_loop
+    if trainer.validating and not trainer.sanity_checking:
+        validation = loop.epoch_loop.val_loop.batch_progress
+        validation.current.reset()
+        validation.total.processed = validation.total.completed
+        validation.total.ready = validation.total.started = validation.total.completed + 1
+    epoch = loop.epoch_progress
+    if epoch.current.started == epoch.current.processed == epoch.current.completed:
+        epoch.current.ready, epoch.total.ready = epoch.current.completed, epoch.total.completed
+        loop.epoch_loop.batch_progress.reset_on_run()

@@ -1,0 +1,237 @@
+"""How a fit ends, and what it leaves: at its end, where it is stopped, and where there was nothing left to train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_pmss.callbacks.facts import figures
+from lightning_pmss.callbacks.frozen import FrozenWatch
+from lightning_pmss.callbacks.places import STOPPED_ADAPTER, checkpoint_folders, somewhere
+from lightning_pmss.callbacks.results import beside, merge_beside, write_adapter, write_merged_model
+from lightning_pmss.callbacks.stopping import GracefulStop
+from lightning_pmss.checkpoint_io import local_path
+from lightning_pmss.disk import remove
+from lightning_pmss.files.atomic import remove_folder
+from lightning_pmss.files.base import base_of
+from lightning_pmss.files.kinds import ADAPTER
+from lightning_pmss.modules.resuming import settle_progress
+from lightning_pmss.ranks import together
+from lightning_pmss.whole import is_sharded
+
+# Found by Trainer.fit(ckpt_path="last"), which takes the newest of the checkpoints whose names begin with "last".
+STOPPED_CHECKPOINT = "last-interrupted.ckpt"
+
+
+class Ending:
+    """Writes the results of one fit, once.
+
+    Args:
+        trainer: Of the fit.
+        module: Converted.
+        folder: Where adapter and merged model go.
+        merge: ``PMSSCallback``'s ``merge_on_save``.
+        stop: Knows of signals.
+        earlier: Figures of the checkpoint that the run goes on from.
+
+    Attributes:
+        trained: Whether an optimizer step was finished in this fit.
+        torn: Whether an optimizer step is running, which may have changed some tensors and others not.
+        watch: Knows whether somebody has changed the frozen weights.
+    """
+
+    def __init__(
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        folder: Path,
+        *,
+        merge: str | None,
+        stop: GracefulStop,
+        earlier: Mapping[str, float],
+    ) -> None:
+        self.trainer, self.module, self.folder, self.merge, self.stop = trainer, module, folder, merge, stop
+        self.earlier = earlier
+        self.trained = self.torn = False
+        self.watch: FrozenWatch | None = None
+        self._adapter: Path | None = None  # that was written
+        self._done = False
+        self._found = (folder / "adapter").exists()  # of an earlier run, which only a training that ends well replaces
+        self._teardown = BeforeTeardown(trainer.strategy, self._without_training)
+
+    def disarm(self) -> None:
+        """Write nothing any more."""
+        self._done = True
+        self._teardown.remove()
+
+    def figures(self) -> dict[str, float]:
+        """Metrics for the card, as they stand; those of the checkpoint that the run goes on from included."""
+        return {**self.earlier, **figures(self.trainer)}
+
+    def make_up_for_merged(self) -> None:
+        """Write the merged model beside the checkpoint that the run goes on from, if a kill came before it was there."""
+        if self.merge != "checkpoint" or self.trainer.ckpt_path is None:
+            return
+        checkpoint = local_path(self.trainer.ckpt_path)
+        if checkpoint is None or checkpoint.parent not in checkpoint_folders(self.trainer):
+            return  # of another run
+        if self.trainer.strategy.broadcast(not beside(checkpoint).exists()):
+            merge_beside(self.trainer, self.module, checkpoint)
+
+    # -- at the end ---------------------------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Write adapter and merged model; call it on every rank while the strategy is up."""
+        self._done = True
+        trainer, module = self.trainer, self.module
+        self._adapter, _ = somewhere(
+            trainer, self.folder / "adapter", lambda place: write_adapter(trainer, module, place, earlier=self.earlier)
+        )
+        rank_zero_info(f"PMSS: adapter in {self._adapter}")
+        adapter = self._adapter
+        together(trainer.strategy, partial(self._refuse_another_base, adapter))
+        if self.merge is not None:
+            try:
+                merged, report = somewhere(
+                    trainer, self.folder / "merged", lambda place: write_merged_model(trainer, module, adapter, place)
+                )
+            except (OSError, ValueError) as error:
+                error.add_note(f"The adapter is complete: {self._adapter}. {self._how_to_merge(self._adapter)}")
+                raise
+            rank_zero_info(f"PMSS: merged model in {merged}\n{report}")
+        if trainer.is_global_zero:
+            self._remove_of_stopped()
+        trainer.strategy.barrier("PMSS.results")
+
+    def _refuse_another_base(self, adapter: Path) -> None:
+        if self.watch is not None and (other := self.watch.other_base(adapter)) is not None:
+            raise RuntimeError(other)
+
+    def _remove_of_stopped(self) -> None:
+        """What an interruption of this run left is of no use any more."""
+        remove(self._stopped_checkpoint())
+        adapter = self.folder / STOPPED_ADAPTER
+        if adapter.is_dir():
+            try:
+                remove_folder(adapter, ADAPTER)
+            except OSError as error:
+                rank_zero_warn(f"{adapter} stays, although the training has ended: {error}")
+
+    def _without_training(self) -> None:
+        """Before the strategy is torn down: Lightning does not call ``on_train_end`` where its loops had nothing to do."""
+        trainer = self.trainer
+        if self._done or trainer.state.fn is not TrainerFn.FITTING or trainer.state.status is not TrainerStatus.RUNNING:
+            return
+        if trainer.ckpt_path is None:
+            self._done = True
+            rank_zero_warn(f"Nothing was trained, so that no adapter is written: {why_nothing_was_trained(trainer)}.")
+            return
+        rank_zero_info(f"PMSS: the training of {trainer.ckpt_path} had ended; its results are written.")
+        self.make_up_for_merged()
+        self.finish()
+
+    # -- stopped ------------------------------------------------------------------------------------------------------
+
+    def stopped(self, exception: BaseException) -> None:
+        """Leave a checkpoint and the adapter of what was trained, as far as the ranks are together, and say where."""
+        self.stop.release()
+        self.stop.mark(exception, self.trainer)
+        if self._done and self._adapter is not None:
+            rank_zero_info(f"PMSS: stopped while results were written. The adapter is complete: {self._adapter}.")
+            return
+        if not self.trained:
+            if isinstance(exception, KeyboardInterrupt | SIGTERMException):
+                rank_zero_info("PMSS: stopped before the first optimizer step was done; nothing is written.")
+            return
+        self._done = True
+        self._teardown.remove()
+        by = self._by(exception)
+        together = self.trainer.world_size == 1 or self.stop.agreed
+        rank_zero_info(f"PMSS: stopped by {by} after optimizer step {self.trainer.global_step}.")
+        if self.torn:
+            rank_zero_info(
+                "It came in the middle of an optimizer step, when tensors of two steps are mixed: not saved."
+            )
+            self._say_last_checkpoint()
+            return
+        try:
+            if together:
+                settle_progress(self.trainer)
+                checkpoint, _ = somewhere(self.trainer, self._stopped_checkpoint(), self.trainer.save_checkpoint)
+                rank_zero_info(f"PMSS: checkpoint {checkpoint}. To go on: --ckpt_path {checkpoint}")
+            else:
+                rank_zero_info("No checkpoint is made: the other processes cannot be asked for their part.")
+                self._say_last_checkpoint()
+            if together or not is_sharded(self.module):
+                place = self.folder / (STOPPED_ADAPTER if self._found else "adapter")
+                adapter = self._write_stopped_adapter(place, by, together=together)
+                rank_zero_info(f"PMSS: adapter {adapter}. {self._how_to_merge(adapter)}")
+        except Exception as error:  # it must not hide what stopped the training
+            rank_zero_warn(f"Not everything could be saved: {type(error).__name__}: {error}")
+
+    def _write_stopped_adapter(self, place: Path, by: str, *, together: bool) -> Path:
+        def write(folder: Path) -> None:
+            write_adapter(self.trainer, self.module, folder, earlier=self.earlier, stopped=by)
+
+        if not together:
+            write(place)
+            return place
+        return somewhere(self.trainer, place, write)[0]
+
+    def _by(self, exception: BaseException) -> str:
+        if isinstance(exception, SIGTERMException):
+            return self.stop.name if self.stop.agreed else "SIGTERM"
+        return "Ctrl-C" if isinstance(exception, KeyboardInterrupt) else f"{type(exception).__name__}"
+
+    def _stopped_checkpoint(self) -> Path:
+        return next(iter(checkpoint_folders(self.trainer)), self.folder) / STOPPED_CHECKPOINT
+
+    def _say_last_checkpoint(self) -> None:
+        for callback in self.trainer.checkpoint_callbacks:
+            if path := getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", ""):
+                rank_zero_info(f"PMSS: the last checkpoint is {path}.")
+
+    def _how_to_merge(self, adapter: Path) -> str:
+        base = base_of(self.module)
+        given = base.folder or base.name or "BASE"
+        return f"For a merged model type: python -m lightning_pmss merge --base {given} --adapter {adapter} --output MERGED"
+
+
+class BeforeTeardown:
+    """Calls back on every rank before a strategy is torn down, the last moment at which its ranks can work together."""
+
+    def __init__(self, strategy: Strategy, action: Callable[[], None]) -> None:
+        self.strategy, self.action, self._inner = strategy, action, strategy.teardown
+        strategy.teardown = self._call  # type: ignore[method-assign]
+
+    def remove(self) -> None:
+        """Take it off the strategy."""
+        if self.strategy.__dict__.get("teardown") == self._call:
+            del self.strategy.teardown
+
+    def _call(self) -> None:
+        self.remove()
+        self.action()
+        self._inner()
+
+
+def why_nothing_was_trained(trainer: L.Trainer) -> str:
+    """The reason for which Lightning's loops had nothing to do."""
+    loop: Any = trainer.fit_loop
+    if trainer.limit_train_batches == 0:
+        return "limit_train_batches=0"
+    if loop.max_batches == 0:
+        return "the training loader has no batch (no examples, or fewer than batch_size with drop_last)"
+    if trainer.max_steps == 0:
+        return "max_steps=0"
+    if trainer.max_epochs == 0:
+        return "max_epochs=0"
+    return f"this Trainer has done its max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps} in an earlier fit"
