@@ -58,10 +58,7 @@ def atomic_path(path: str | os.PathLike[str], *, over_folder: bool = False) -> I
         OSError: The file cannot be written; what was there before is unchanged.
     """
     target = Path(path).expanduser()
-    if target.is_dir() and not over_folder:
-        raise IsADirectoryError(f"{target} is a folder, and a file is to be written there. Name a file in it.")
-    if target.exists() and not (target.is_file() or target.is_dir()):
-        raise FileExistsError(f"{target} is no regular file, and is not replaced. Name another file.")
+    refuse_special(target, over_folder=over_folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     clean_leftovers(target)
     temporary, lock = temporary_sibling(target, folder=False)
@@ -78,6 +75,19 @@ def atomic_path(path: str | os.PathLike[str], *, over_folder: bool = False) -> I
     finally:
         if lock is not None:
             os.close(lock)
+
+
+def refuse_special(target: Path, *, over_folder: bool = False) -> None:
+    """Refuse a place where no file can be put; also called early, so that nobody waits for a refusal.
+
+    Raises:
+        IsADirectoryError: A folder, and `over_folder` is not given.
+        FileExistsError: A pipe or a device.
+    """
+    if target.is_dir() and not over_folder:
+        raise IsADirectoryError(f"{target} is a folder, and a file is to be written there. Name a file in it.")
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise FileExistsError(f"{target} is no regular file, and is not replaced. Name another file.")
 
 
 def explain_full_disk(error: BaseException, target: Path) -> None:

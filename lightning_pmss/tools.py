@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Callable, Sequence
 
 PROGRAM = "python -m lightning_pmss"
@@ -146,7 +147,10 @@ def _report(args: Sequence[str]) -> None:
         "--base", metavar="MODEL_DIR", help="folder of the base model (default: the adapter's, if here)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the page if it exists")
-    print(f"written: {write_report(**vars(parser.parse_args(args)))}")
+    page = write_report(
+        **vars(parser.parse_args(args)), announce=lambda line: print(f"not on the page: {line}", file=sys.stderr)
+    )
+    print(f"written: {page}")
 
 
 TOOLS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {

@@ -15,7 +15,7 @@ from lightning_pmss.evaluation.bootstrap import (
     interval_of_mean,
     mcnemar_exact,
 )
-from lightning_pmss.evaluation.records import read_records
+from lightning_pmss.evaluation.records import is_score, read_records
 
 Row = Mapping[str, Any]
 
@@ -106,7 +106,7 @@ def compare_files(
     files = (str(a), str(b))
     first, second = ({row["id"]: row for row in read_records(path)} for path in files)
     _check_same_questions(files, first, second, ignore_prompts)
-    ids = sorted(first)
+    ids = sorted(first, key=_order)
     names = [name for name in _score_names(files[0], first.values()) if name in _score_names(files[1], second.values())]
     if not names:
         raise ValueError(
@@ -125,8 +125,13 @@ def compare_files(
 
 
 def score_names(row: Row) -> list[str]:
-    """The keys of a row that hold scores: ``score`` and what begins with ``score_``."""
-    return [key for key in row if (key == "score" or key.startswith("score_")) and row[key] is not None]
+    """The keys of a row that hold scores."""
+    return [key for key in row if is_score(key) and row[key] is not None]
+
+
+def _order(number: int | str) -> tuple[bool, int | str]:
+    """Ids in order: files of other programs may have texts."""
+    return isinstance(number, str), number
 
 
 def _score_names(file: str, rows: Any) -> list[str]:
@@ -151,7 +156,7 @@ def _check_same_questions(
             raise ValueError(f"{path} holds no predictions; run `test` first.")
     for path, other, lacking in ((files[0], files[1], b.keys() - a.keys()), (files[1], files[0], a.keys() - b.keys())):
         if lacking:
-            shown = ", ".join(map(str, sorted(lacking)[:5])) + (", ..." if len(lacking) > 5 else "")
+            shown = ", ".join(map(str, sorted(lacking, key=_order)[:5])) + (", ..." if len(lacking) > 5 else "")
             raise ValueError(
                 f"{path} lacks {len(lacking)} of the examples in {other} (ids {shown}): they answer different "
                 "questions. Run `test` for both with the same --data options (path, test_limit), and to its end."
@@ -164,5 +169,5 @@ def _check_same_questions(
         if differing and not (key == "prompt" and ignore_prompts):
             raise ValueError(
                 f"{len(differing)} of {len(a)} examples have {told} in {files[0]} than in {files[1]} (first: id "
-                f"{min(differing)}): they answer different questions. Run `test` for both with {remedy}."
+                f"{min(differing, key=_order)}): they answer different questions. Run `test` for both with {remedy}."
             )

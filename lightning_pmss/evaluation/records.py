@@ -3,33 +3,83 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field
 
 from lightning_pmss.disk import atomic_file
+from lightning_pmss.messages import one_line
+from lightning_pmss.reading import Record, checked, json_value, refuse_unreadable
 
 NEEDED = ("id", "prompt", "output")
+_REMEDY = "Remove that line and run `test` again: what is there is kept."
 
 
-def read_records(path: str | os.PathLike[str], *, unfinished: bool = False) -> list[dict[str, Any]]:
+class PredictionRecord(Record):
+    """One line of a predictions file, as far as it is relied on; what a metric adds is checked by its name.
+
+    Attributes:
+        id: Of the question; the row's number in its source where `test` wrote it.
+        prompt: The question.
+        output: The answer.
+        group: The task, where there are several.
+        run: Hash of the evaluation it belongs to.
+    """
+
+    # Losses and log-likelihoods of a diverged model may be NaN; scores may not.
+    model_config = ConfigDict(extra="allow", allow_inf_nan=True)
+
+    id: int | str
+    prompt: str
+    output: str
+    group: str | None = None
+    run: str | None = None
+
+
+class AnswerRecord(PredictionRecord):
+    """One line that an evaluation takes up again, or has just written.
+
+    Attributes:
+        target: What the answer is scored against.
+        prompt_tokens: Length of the prompt.
+        loss: Mean cross entropy of the gold response.
+        tokens: Its length.
+    """
+
+    id: int
+    run: str
+    target: Any
+    prompt_tokens: int
+    loss: float
+    tokens: Annotated[int, Field(ge=0)]
+
+
+def read_records(
+    path: str | os.PathLike[str], *, unfinished: bool = False, kind: type[PredictionRecord] = PredictionRecord
+) -> list[dict[str, Any]]:
     """Read a predictions file.
 
     Args:
         path: The file.
         unfinished: The writing may have been killed: a last line without its end is left out.
+        kind: What each line must hold.
 
     Raises:
         FileNotFoundError: If there is no such file.
+        PermissionError: If it must not be read.
         ValueError: If it is no predictions file; names the line.
     """
     file = Path(path).expanduser()
-    if not file.is_file():
+    if not file.exists():
         raise FileNotFoundError(
             f"There is no file {str(path)!r}. `test` writes predictions-test.jsonl into its log folder, or into "
             "--model.predictions_dir."
         )
+    refuse_unreadable(file)
     lines = file.read_bytes().split(b"\n")
     if lines[-1] == b"":
         lines.pop()
@@ -38,23 +88,45 @@ def read_records(path: str | os.PathLike[str], *, unfinished: bool = False) -> l
     rows: list[dict[str, Any]] = []
     seen: dict[Any, int] = {}
     for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line.decode("utf-8"))
-        except ValueError as error:
-            raise ValueError(
-                f"{path} line {number} is not JSON ({error}). Remove that line and run `test` again: what is there is kept."
-            ) from None
-        if not isinstance(row, dict) or (missing := [key for key in NEEDED if key not in row]):
-            lacks = f"lacks {', '.join(missing)}" if isinstance(row, dict) else "is no object"
-            raise ValueError(
-                f"{path} line {number} {lacks}; give a predictions file as `test` writes it, with {', '.join(NEEDED)} "
-                "in each line."
-            )
+        row = _row(line, f"{path} line {number}", kind)
         if row["id"] in seen:
             raise ValueError(f"{path} line {number} has the id {row['id']!r} of line {seen[row['id']]}; remove one.")
         seen[row["id"]] = number
         rows.append(row)
     return rows
+
+
+def _row(line: bytes, where: str, kind: type[PredictionRecord]) -> dict[str, Any]:
+    try:
+        row = json_value(line, finite=False)
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON ({error}). {_REMEDY}") from None
+    if not isinstance(row, dict) or (missing := [key for key in NEEDED if key not in row]):
+        lacks = f"lacks {', '.join(missing)}" if isinstance(row, dict) else "is no object"
+        raise ValueError(
+            f"{where} {lacks}; give a predictions file as `test` writes it, with {', '.join(NEEDED)} in each line."
+        )
+    checked(kind, row, where, _REMEDY)
+    for key in filter(is_score, row):
+        if row[key] is not None and not _is_number(row[key]):
+            raise ValueError(f"{where}: `{one_line(key)}` is no finite number, but {_short(row[key])}. {_REMEDY}")
+    return row
+
+
+def is_score(key: str) -> bool:
+    """Whether a line holds a score under this key: ``score`` and what begins with ``score_``."""
+    return key == "score" or key.startswith("score_")
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return isinstance(value, int | float) and math.isfinite(float(value))
+    except OverflowError:
+        return False
+
+
+def _short(value: Any) -> str:
+    return type(value).__name__ if isinstance(value, dict | list) else one_line(repr(value)[:60])
 
 
 def to_line(row: Mapping[str, Any]) -> str:
@@ -66,10 +138,14 @@ def append_records(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
     """Add rows to a file, in one write that is on the disk when this returns: a kill leaves whole lines but for the last."""
     data = "".join(map(to_line, rows)).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
+    with open(path, "ab", opener=_not_through_links) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _not_through_links(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def write_records(rows: Iterable[Mapping[str, Any]], path: Path) -> None:

@@ -103,6 +103,13 @@ class TextEvaluation:
         Returns:
             The metric's values over all answers, equal on every rank; empty where there is no metric or no answer.
         """
+        try:
+            return self._finish(folder, stage, first)
+        finally:
+            if self.journal is not None:
+                self.journal.close()
+
+    def _finish(self, folder: Path | None, stage: str, first: bool) -> dict[str, Tensor]:
         rows: Any = gather_predictions(self.rows)  # type: ignore[arg-type]
         resumed = sum(gather(self.resumed))
         if not rows:

@@ -4,7 +4,7 @@ The ground of every reader: an adapter folder, a skeleton file, a checkpoint, an
 What a file of one kind has to hold is written down beside its reader, as a `Record`.
 """
 
-from lightning_pmss.reading.json_text import parse_json, read_json
+from lightning_pmss.reading.json_text import json_value, parse_json, read_json
 from lightning_pmss.reading.records import Record, TensorRecord, checked
 from lightning_pmss.reading.tensors import (
     check_index,
@@ -25,6 +25,7 @@ __all__ = [
     "checked",
     "describe_tensors",
     "get_tensor",
+    "json_value",
     "not_finite",
     "open_tensors",
     "parse_json",

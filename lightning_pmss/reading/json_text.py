@@ -40,32 +40,42 @@ def parse_json(content: bytes, where: str, remedy: str) -> Any:
         remedy: What to do about a damaged one, a whole sentence.
 
     Raises:
+        ValueError: See `json_value`.
+    """
+    try:
+        return json_value(content)
+    except ValueError as error:
+        raise ValueError(f"{where} is not readable JSON ({error}). {remedy}") from error
+
+
+def json_value(content: bytes, *, finite: bool = True) -> Any:
+    """The same; the error says the reason alone.
+
+    Args:
+        content: The text in UTF-8.
+        finite: Refuse NaN, Infinity and numbers beyond float64, which Python writes and JSON does not know.
+
+    Raises:
         ValueError: Empty, not UTF-8, with a byte order mark, not JSON, nested too deeply, a key twice in one object, or a
             number that is not finite.
     """
-
-    def refuse(reason: str, cause: Exception | None = None) -> NoReturn:
-        raise ValueError(f"{where} is not readable JSON ({reason}). {remedy}") from cause
-
-    def finite(text: str) -> float:
-        if not math.isfinite(value := float(text)):
-            raise ValueError(f"{text[:20]} is not a finite number")
-        return value
-
     if not content.strip():
-        refuse("it is empty")
+        raise ValueError("it is empty")
     if content.startswith(b"\xef\xbb\xbf"):
-        refuse("it begins with a byte order mark; save it as UTF-8 without one")
+        raise ValueError("it begins with a byte order mark; save it as UTF-8 without one")
+    strict: dict[str, Any] = {"parse_constant": _no_constant, "parse_float": _finite} if finite else {}
     try:
-        return json.loads(
-            content.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_constant, parse_float=finite
-        )
+        return json.loads(content.decode("utf-8"), object_pairs_hook=_once, **strict)
     except UnicodeDecodeError as error:
-        refuse(f"byte {error.start} is not UTF-8", error)
+        raise ValueError(f"byte {error.start} is not UTF-8") from error
     except RecursionError as error:
-        refuse("it is nested too deeply", error)
-    except ValueError as error:
-        refuse(str(error), error)
+        raise ValueError("it is nested too deeply") from error
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return value
 
 
 def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

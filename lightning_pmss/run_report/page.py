@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -15,32 +15,41 @@ import lightning_pmss.run_report.pictures as pictures
 from lightning_pmss.coordinates import trained_shape
 from lightning_pmss.disk import atomic_file
 from lightning_pmss.files.inspection import Inspection, inspect_adapter
-from lightning_pmss.run_report.run import Curve, Run, read_run
+from lightning_pmss.files.shards import open_shards
+from lightning_pmss.messages import one_line
+from lightning_pmss.run_report.run import ADAPTER_CONFIG, Curve, Run, read_run
 
 _MARK = b"<title>PMSS run "  # what every page of ours begins with
 
 
 @dataclass
 class Section:
-    """One part of the page; what is empty is left out."""
+    """One part of the page; what is empty is left out. `fault` says what is wrong with a file that it would have shown."""
 
     title: str
     picture: str = ""
     rows: Sequence[tuple[str, ...]] | None = None
     note: str = ""
     text: str = ""
+    fault: str = ""
 
 
 def write_report(
-    run_dir: str | Path, output: str | Path | None = None, *, base: str | Path | None = None, overwrite: bool = False
+    run_dir: str | Path,
+    output: str | Path | None = None,
+    *,
+    base: str | Path | None = None,
+    overwrite: bool = False,
+    announce: Callable[[str], object] | None = None,
 ) -> Path:
-    """Write the page of a run.
+    """Write the page of a run. What cannot be read or drawn is said in its place on the page; the rest is shown.
 
     Args:
         run_dir: The run's log folder.
         output: File to write; by default ``report.html`` in the run's folder.
         base: Folder of the base model, for norms and spectra of the updates; by default the one that the adapter names.
-        overwrite: Whether an existing file may be replaced.
+        overwrite: Whether an earlier page may be replaced.
+        announce: Called with each sentence about what is not shown.
 
     Returns:
         The file's path.
@@ -48,6 +57,7 @@ def write_report(
     Raises:
         FileNotFoundError: If the folder is no run's, or `base` has no weights.
         FileExistsError: If the file exists and is not to be replaced, or is no page of a run.
+        ValueError: If none of the run's files can be read, or `base` is damaged.
         ModuleNotFoundError: If matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
@@ -55,8 +65,13 @@ def write_report(
     run = read_run(run_dir)
     target = Path(output).expanduser() if output is not None else run.folder / "report.html"
     _refuse_existing(target, overwrite)
-    inspection, why = _inspection(run, base)
-    sections = [*_curves(run), *_update(inspection, why), *_results(run), *_configuration(run)]
+    if base is not None:
+        open_shards(base).close()
+    inspection, note, fault = _inspection(run, base)
+    sections = [*_curves(run), *_update(inspection, note, fault), *_results(run), *_configuration(run)]
+    for section in sections:
+        if section.fault and announce is not None:
+            announce(f"{section.title}: {section.fault}")
     from jinja2 import Environment
 
     template = files("lightning_pmss.run_report").joinpath("page.html.jinja").read_text(encoding="utf-8")
@@ -64,8 +79,8 @@ def write_report(
         Environment(autoescape=True)
         .from_string(template)
         .render(
-            title=f"PMSS run {run.folder.resolve().parent.name}/{run.folder.name}",
-            subtitle=_subtitle(run),
+            title=one_line(f"PMSS run {run.folder.resolve().parent.name}/{run.folder.name}"),
+            subtitle=_subtitle(run, inspection),
             figures=_figures(run, inspection),
             sections=sections,
         )
@@ -85,22 +100,37 @@ def _refuse_existing(target: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{target} is no page of a run, and overwriting would destroy it. Name another file.")
 
 
-def _inspection(run: Run, base: str | Path | None) -> tuple[Inspection | None, str]:
-    """The adapter's tensors looked at, with the base where it is at hand, else why it is not."""
+def _picture(title: str, draw: Callable[[], str], note: str = "", fault: str = "") -> Section:
+    """A section with a picture, or with the reason why it cannot be drawn."""
+    try:
+        return Section(title, draw(), note=note, fault=fault)
+    except (ArithmeticError, RuntimeError, ValueError) as error:
+        return Section(title, note=note, fault=f"{fault} Not drawn: {one_line(error)}".strip())
+
+
+def _inspection(run: Run, base: str | Path | None) -> tuple[Inspection | None, str, str]:
+    """The adapter's tensors looked at, with the base where it is at hand; else why it is not, as a note or as a fault."""
     if run.adapter is None:
-        return None, "No adapter in the run's folder."
-    if base is not None:
-        return inspect_adapter(run.adapter, base), ""
-    named = run.adapter_config.get("base_model_name_or_path")
-    if named and Path(named).expanduser().is_dir():
-        return inspect_adapter(run.adapter, named), ""
-    why = f"The base {named!r} is no folder here: the spectra need it. Type --base MODEL_DIR."
-    return inspect_adapter(run.adapter), why
+        fault = run.faults.get(str(ADAPTER_CONFIG), "")
+        return None, "" if fault else "No adapter in the run's folder.", fault
+    named, note, fault = base or run.about.base_model_name_or_path, "", ""
+    if base is not None or named and Path(named).expanduser().is_dir():
+        try:
+            return inspect_adapter(run.adapter, named), "", ""
+        except (ArithmeticError, OSError, RuntimeError, ValueError) as error:  # LinAlgError is a RuntimeError
+            fault = f"Without the base {one_line(named)}: {one_line(error)}"
+    else:
+        note = f"The base {named!r} is no folder here: the spectra need it. Type --base MODEL_DIR."
+    try:
+        return inspect_adapter(run.adapter), one_line(note), fault
+    except (OSError, ValueError) as error:
+        return None, "", one_line(error)
 
 
-def _subtitle(run: Run) -> str:
-    parts = [f"base {name}" for name in [run.adapter_config.get("base_model_name_or_path")] if name]
-    if config := run.adapter_config.get("config"):
+def _subtitle(run: Run, inspection: Inspection | None) -> str:
+    parts = [f"base {one_line(name)}" for name in [run.about.base_model_name_or_path] if name]
+    if inspection is not None:
+        config = inspection.config
         parts.append(f"rank {config['rank']}, {config['selection']}, {config['coordinates']} coordinates")
     return "; ".join(parts)
 
@@ -128,59 +158,64 @@ def _figures(run: Run, inspection: Inspection | None) -> list[tuple[str, str]]:
 def _curves(run: Run) -> list[Section]:
     losses: dict[str, Curve] = {name: run.curves[name] for name in ("train/loss", "val/loss") if name in run.curves}
     scores = {n: c for n, c in run.curves.items() if n.startswith("val/") and n != "val/loss"}
-    sections = []
+    sections = _fault(run, "metrics.csv", "Curves")
     if losses:
-        sections.append(Section("Loss", pictures.curves(losses, ylabel="loss", smoothing=10)))
+        sections.append(_picture("Loss", lambda: pictures.curves(losses, ylabel="loss", smoothing=10)))
     if scores:
-        sections.append(Section("Scores in validation", pictures.curves(scores, ylabel="score")))
+        more = f"The first {pictures.MOST_LINES} of {len(scores)}." if len(scores) > pictures.MOST_LINES else ""
+        sections.append(_picture("Scores in validation", lambda: pictures.curves(scores, ylabel="score"), more))
     if speed := run.curves.get("pmss/tokens_per_second"):
         lines = {"tokens per second": speed}
-        sections.append(
-            Section("Throughput", pictures.curves(lines, ylabel="tokens / s", smoothing=10, from_zero=True))
-        )
+        draw = partial(pictures.curves, lines, ylabel="tokens / s", smoothing=10, from_zero=True)
+        sections.append(_picture("Throughput", draw))
     if memory := run.curves.get("pmss/peak_memory_gb"):
-        picture = pictures.curves({"peak so far": memory}, ylabel="GB (10^9 bytes)", from_zero=True)
-        sections.append(Section("Memory", picture))
+        draw = partial(pictures.curves, {"peak so far": memory}, ylabel="GB (10^9 bytes)", from_zero=True)
+        sections.append(_picture("Memory", draw))
     return sections
 
 
-def _update(inspection: Inspection | None, why: str) -> list[Section]:
+def _update(inspection: Inspection | None, note: str, fault: str) -> list[Section]:
+    title = "The update, layer by layer"
     if inspection is None:
-        return [Section("The update", note=why)]
+        return [Section("The update", note=note, fault=fault)]
     with_base = all(layer.update_norm is not None for layer in inspection.layers)
     cells: dict[str, dict[str, float]] = {}
     for layer in inspection.layers:
         kind, block = _kind_and_block(layer.name)
         cells.setdefault(kind, {})[block] = float(layer.update_norm if with_base else layer.u_norm)  # type: ignore[arg-type]
     label = "norm of s C U R" if with_base else "norm of s U"
-    sections = [Section("The update, layer by layer", pictures.heat_map(cells, label=label), note=why)]
+    sections = [_picture(title, lambda: pictures.heat_map(cells, label=label), note, fault)]
     if with_base:
         strongest = sorted(inspection.layers, key=lambda layer: -float(layer.update_norm or 0.0))[:5]
         spectra = {layer.name: layer.singular_values or [] for layer in strongest if layer.update_norm}
         if spectra:
             ranks = [max(1, round(x.rank**2 / sum(x.shape))) for x in strongest]
-            picture = pictures.spectra(spectra, lora_rank=int(statistics.median(ranks)))
-            note = (
+            rank = int(statistics.median(ranks))
+            text = (
                 "Singular values of s C U R for the five layers with the largest update. The line is where the rank of a"
                 " LoRA with as many trained parameters ends; no LoRA was trained for this picture."
             )
-            sections.append(Section("Spectrum of the update", picture, note=note))
+            draw = partial(pictures.spectra, spectra, lora_rank=rank)
+            sections.append(_picture("Spectrum of the update", draw, text))
     return sections
 
 
 def _kind_and_block(name: str) -> tuple[str, str]:
     """``model.layers.3.mlp.up_proj`` -> (``mlp.up_proj``, ``3``); without a number the block is "-"."""
-    found = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
-    return (found[2], found[1]) if found else (name, "-")
+    parts = name.split(".")
+    place = next((place for place, part in enumerate(parts[:-1]) if part.isdecimal()), None)
+    return (name, "-") if place is None else (".".join(parts[place + 1 :]), parts[place])
 
 
 def _results(run: Run) -> list[Section]:
     sections = []
-    for stage, told in run.summaries.items():
+    for name in run.faults:
+        if name.startswith("summary-"):
+            sections += _fault(run, name, f"Scores: {one_line(Path(name).stem.removeprefix('summary-'))}")
+    for stage, scores in run.summaries.items():
         rows: list[tuple[str, ...]] = [("score", "mean", "95 % interval", "examples")]
-        for name, part in told.get("scores", {}).items():
-            interval = f"{part['low']:.4f} to {part['high']:.4f}"
-            rows.append((name, f"{part['mean']:.4f}", interval, f"{part['n']:,}"))
+        for name, part in scores.items():
+            rows.append((one_line(name), f"{part.mean:.4f}", f"{part.low:.4f} to {part.high:.4f}", f"{part.n:,}"))
         sections.append(Section(f"Scores: {stage}", rows=rows))
     if run.sizes:
         sizes = [(name, f"{size:,}") for name, size in run.sizes.items()]
@@ -189,8 +224,15 @@ def _results(run: Run) -> list[Section]:
 
 
 def _configuration(run: Run) -> list[Section]:
-    versions = run.adapter_config.get("versions", {})
-    sections = [Section("Configuration", text=run.config)] if run.config else []
-    if versions:
-        sections.append(Section("Versions", rows=[("library", "version"), *versions.items()]))
+    sections = _fault(run, "config.yaml", "Configuration")
+    if run.config:
+        sections.append(Section("Configuration", text=run.config))
+    if run.about.versions:
+        rows = [(one_line(name), one_line(version)) for name, version in run.about.versions.items()]
+        sections.append(Section("Versions", rows=[("library", "version"), *rows]))
     return sections
+
+
+def _fault(run: Run, name: str, title: str) -> list[Section]:
+    """A section in the place of what a damaged file would have shown."""
+    return [Section(title, fault=run.faults[name])] if name in run.faults else []

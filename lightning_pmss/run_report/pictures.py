@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
+from lightning_pmss.messages import one_line
 from lightning_pmss.run_report.run import Curve
 
+MOST_LINES = 12  # more would hide one another
 _INK, _PALE = "#1f4e79", "#9dbbd6"
+_MOST_POINTS, _MOST_KINDS, _MOST_LETTERS = 2000, 60, 60
 
 
 def _figure(width: float = 7.2, height: float = 3.2) -> Any:
@@ -25,26 +29,41 @@ def _svg(figure: Any) -> str:
     return text[text.index("<svg") :]
 
 
+def _label(name: str) -> str:
+    """A name that stands in the picture as it is: `$` would begin a formula, and `_` hide it from the legend."""
+    text = one_line(name)
+    text = text if len(text) <= _MOST_LETTERS else f"{text[: _MOST_LETTERS - 3]}..."
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+def _thinned(points: Curve) -> Curve:
+    """At most so many points as a picture can show, the last one among them."""
+    every = -(-len(points) // _MOST_POINTS)
+    return points[::-1][::every][::-1]
+
+
 def curves(lines: Mapping[str, Curve], *, ylabel: str, smoothing: int = 1, from_zero: bool = False) -> str:
     """Values against the step, one line per name; long lines pale with a running mean over them.
 
     Args:
-        lines: Label -> points.
+        lines: Name -> points; the first `MOST_LINES` are drawn.
         ylabel: Text of the axis.
         smoothing: Points in the running mean; 1: none.
         from_zero: Whether the axis begins at 0.
     """
     figure = _figure()
     axes = figure.add_subplot()
-    for number, (label, points) in enumerate(lines.items()):
+    for number, (name, points) in enumerate(islice(lines.items(), MOST_LINES)):
         steps, values = zip(*points, strict=True)
         color = f"C{number}" if number else _INK
         if len(points) > 2 * smoothing > 2:
-            axes.plot(steps, values, color=_PALE if not number else color, linewidth=0.8)
+            axes.plot(*zip(*_thinned(points), strict=True), color=_PALE if not number else color, linewidth=0.8)
             means = [sum(values[max(0, i - smoothing + 1) : i + 1]) / min(i + 1, smoothing) for i in range(len(values))]
-            axes.plot(steps, means, color=color, label=f"{label} (mean of {smoothing})")
+            smooth = _thinned(list(zip(steps, means, strict=True)))
+            axes.plot(*zip(*smooth, strict=True), color=color, label=f"{_label(name)} (mean of {smoothing})")
         else:
-            axes.plot(steps, values, color=color, marker="o", markersize=3, label=label)
+            thinned = zip(*_thinned(points), strict=True)
+            axes.plot(*thinned, color=color, marker="o", markersize=3, label=_label(name))
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(ylabel)
     if from_zero:
@@ -61,14 +80,15 @@ def heat_map(values: Mapping[str, Mapping[str, float]], *, label: str) -> str:
         values: Kind -> layer -> value.
         label: What the colours mean.
     """
+    values = dict(islice(values.items(), _MOST_KINDS))
     layers = list(dict.fromkeys(layer for row in values.values() for layer in row))
     grid = [[row.get(layer, float("nan")) for layer in layers] for row in values.values()]
     figure = _figure(height=1.4 + 0.28 * len(values))
     axes = figure.add_subplot()
     image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0)
-    axes.set_yticks(range(len(values)), list(values))
+    axes.set_yticks(range(len(values)), [_label(kind) for kind in values])
     every = -(-len(layers) // 16)
-    axes.set_xticks(range(0, len(layers), every), layers[::every])
+    axes.set_xticks(range(0, len(layers), every), [_label(layer) for layer in layers[::every]])
     axes.set_xlabel("block")
     figure.colorbar(image, label=label)
     return _svg(figure)
@@ -85,7 +105,7 @@ def spectra(singular_values: Mapping[str, Sequence[float]], *, lora_rank: int) -
     axes = figure.add_subplot()
     for name, values in singular_values.items():
         shown = [value / values[0] for value in values if value > values[0] * 1e-6]
-        axes.semilogy(range(1, len(shown) + 1), shown, label=name)
+        axes.semilogy(range(1, len(shown) + 1), shown, label=_label(name))
     axes.axvline(lora_rank + 0.5, color="#b23a48", linestyle="--")
     axes.annotate(
         f"a LoRA of equal size ends at rank {lora_rank}",

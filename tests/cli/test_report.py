@@ -122,5 +122,5 @@ def test_refusals(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         read_run(tmp_path)
     (tmp_path / "metrics.csv").unlink()
     (tmp_path / "summary-test.json").write_text("{")
-    with pytest.raises(ValueError, match=r"summary-test\.json is not JSON"):
+    with pytest.raises(ValueError, match=r"summary-test\.json is not readable JSON.*Run `test` again"):
         read_run(tmp_path)
