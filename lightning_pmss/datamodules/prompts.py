@@ -186,7 +186,9 @@ class PromptEncoder:
             _CACHE_FORMAT,
             spec,
             self.style,
-            self.tokenizer.chat_template if self.style == "chat" else [self.template, self.lead, self.tail],
+            [self.template, self.lead, self.tail]
+            if self.chat is None
+            else [self.tokenizer.chat_template, self.tokenizer.special_tokens_map],  # templates name special tokens
             self.prefix,
             self.end_id,
             None if ids is None else list(ids),

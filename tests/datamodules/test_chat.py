@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from chat_templates import CHATML, DEEPSEEK, GEMMA, MARKED, QWEN3, R1, TEMPLATES, tokenizer
+from chat_templates import CHATML, DEEPSEEK, GEMMA, MARKED, MARKS, QWEN3, R1, TEMPLATES, tokenizer
 
 from lightning_pmss.datamodules import Example, InstructionDataModule
 from lightning_pmss.datamodules.collate import IGNORED
@@ -170,3 +170,19 @@ def test_a_tokenizer_whose_only_end_is_that_of_the_turn(tmp_path: Path) -> None:
     module = Rows(str(tmp_path / "tokenizer"), prompt_style="chat", val_size=0, cache_dir=str(tmp_path))
     module.setup("fit")
     assert next(iter(module.train_dataloader()))["input_ids"].shape[0] == 5
+
+
+def test_the_cache_knows_the_template_and_the_tokens_that_it_names() -> None:
+    examples = [Example("Q", "A")]
+    made = [tokenizer(GEMMA), tokenizer(CHATML), tokenizer(GEMMA.replace("'<bos>'", "bos_token")), tokenizer(GEMMA)]
+    made[3].bos_token = MARKS[1]
+    found = [PromptEncoder(each, "chat", "").fingerprint(examples) for each in made]
+    assert len(set(found)) == 4
+    assert PromptEncoder(tokenizer(GEMMA), "chat", "").fingerprint(examples) == found[0]
+
+
+def test_a_tokenizer_with_several_templates() -> None:
+    made = tokenizer(None)
+    made.chat_template = {"default": CHATML, "tool_use": "{{ raise_exception('tools') }}"}
+    row = PromptEncoder(made, "chat", "")({"question": ["Q"], "response": ["A"]})
+    assert made.decode(row["response_ids"][0]) == "A<|im_end|>"
