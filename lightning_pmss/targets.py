@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_pmss.config import PMSSConfig
 from lightning_pmss.convertible import is_linear, is_supported, why_no_own_weight
+from lightning_pmss.expression import Expression
 from lightning_pmss.layers import can_output_edit, why_no_weight_edit
 from lightning_pmss.left_out import ASLEEP, EXCLUDED, HEAD, IN_FULL, UNTARGETED, LeftOut, frozen_weights, resting
 from lightning_pmss.messages import some
@@ -189,12 +190,13 @@ def match_modules(
     """
     patterns = _names(patterns, modules)
     if isinstance(patterns, str):
-        hits = [n for n in modules if _matches_regex(patterns, n, field)]
+        expression = Expression(patterns, field)
+        hits = [n for n in modules if expression.matches(n)]
         # A regular expression may run over containers and norms on its way; a named module must itself be convertible.
         usable = [n for n in hits if is_supported(modules[n]) or why_no_own_weight(modules[n])] if linear else hits
         if not usable:
             if not hits:
-                for matches in (partial(_ends_in, patterns), partial(_matches_regex, patterns, field=field)):
+                for matches in (partial(_ends_in, patterns), expression.matches):
                     _refuse_parameter(patterns, matches, owners or modules.items(), field)
             _refuse_nomatch_modules(patterns, hits, modules, field, linear)
         return usable
@@ -216,16 +218,6 @@ def _names(patterns: str | Sequence[str], modules: Iterable[str]) -> str | Seque
 
 def _ends_in(pattern: str, name: str) -> bool:
     return name == pattern or name.endswith(f".{pattern}")
-
-
-def _matches_regex(pattern: str, name: str, field: str) -> bool:
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise ValueError(
-            f"{field}={pattern!r} is not a regular expression ({error}), nor the name of a module; type the end of a name,"
-            " such as q_proj, or a list of them."
-        ) from error
 
 
 def _refuse_parameter(
@@ -266,9 +258,10 @@ def _remedy(pattern: str, modules: Mapping[str, nn.Module], linear: bool) -> str
     if pattern == "all-linear":
         return "type all-linear alone, not in a list"
     try:
-        if any(re.fullmatch(pattern, name) for name in modules):
+        expression = Expression(pattern, "")
+        if any(map(expression.matches, modules)):
             return "a list holds names; type a regular expression alone, not in a list"
-    except re.error:  # no regular expression, so a name
+    except ValueError:  # no regular expression, so a name
         pass
     known = [n for n in modules if not linear or is_supported(modules[n])]
     endings = {n.rsplit(".", 1)[-1] for n in known}
@@ -346,13 +339,14 @@ def _parameters_used(module: nn.Module) -> list[Tensor]:
 
 
 def ranks_of(config: PMSSConfig, targets: list[str], modules: Mapping[str, nn.Module]) -> dict[str, int]:
-    def matches(pattern: str, name: str) -> bool:
-        return _ends_in(pattern, name) or _matches_regex(pattern, name, "rank_pattern")
-
-    for pattern in config.rank_pattern:
-        if not any(matches(pattern, name) for name in targets):
+    ranks: dict[str, int] = {}
+    for pattern, rank in config.rank_pattern.items():
+        expression = Expression(pattern, "rank_pattern")
+        hits = [name for name in targets if _ends_in(pattern, name) or expression.matches(name)]
+        if not hits:
             _refuse_nomatch_modules(pattern, [], {n: modules[n] for n in targets}, "rank_pattern", True)
-    return {n: next((r for p, r in config.rank_pattern.items() if matches(p, n)), config.rank) for n in targets}
+        ranks = dict.fromkeys(hits, rank) | ranks  # the first match wins
+    return {name: ranks.get(name, config.rank) for name in targets}
 
 
 def _heads(root: nn.Module, modules: Mapping[str, nn.Module], candidates: list[str]) -> dict[str, str]:

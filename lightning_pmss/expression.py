@@ -1,0 +1,48 @@
+"""Regular expressions that somebody typed, with an end to their search."""
+
+from __future__ import annotations
+
+import time
+
+import regex
+
+PATIENCE = 5.0  # seconds for all names of a model; a usual expression takes a millisecond
+
+
+class Expression:
+    """A regular expression that somebody typed. It has a few seconds for all names: some take centuries.
+
+    Args:
+        pattern: For whole names.
+        field: The option, for messages.
+
+    Raises:
+        ValueError: It is none.
+    """
+
+    def __init__(self, pattern: str, field: str) -> None:
+        self.pattern, self.field, self.left = pattern, field, PATIENCE
+        try:
+            self._compiled = regex.compile(pattern)
+        except (regex.error, RecursionError) as error:
+            raise ValueError(
+                f"{field}={pattern!r} is not a regular expression ({error}), nor the name of a module; type the end of a"
+                " name, such as q_proj, or a list of them."
+            ) from error
+
+    def matches(self, name: str) -> bool:
+        """Whether it matches the whole name.
+
+        Raises:
+            ValueError: Its time is up.
+        """
+        begun = time.perf_counter()
+        try:
+            return self._compiled.fullmatch(name, timeout=max(self.left, 0.001)) is not None
+        except TimeoutError:
+            raise ValueError(
+                f"{self.field}={self.pattern!r} has not answered for `{name}` within {PATIENCE:.0f} s: repetitions inside a"
+                " repetition, such as (a|aa)+, try every division of a name. Simplify it, or type a list of names."
+            ) from None
+        finally:
+            self.left -= time.perf_counter() - begun
