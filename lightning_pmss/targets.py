@@ -18,6 +18,7 @@ from lightning_pmss.left_out import ASLEEP, EXCLUDED, HEAD, IN_FULL, UNTARGETED,
 from lightning_pmss.messages import some
 from lightning_pmss.quantised import why_unusable
 from lightning_pmss.roots import adapted_root, below, canonical_owners, is_hugging_face
+from lightning_pmss.shared_memory import is_expanded, shares_memory
 from lightning_pmss.skeleton import Skeleton
 from lightning_pmss.whole import clean_name, is_dtensor, whole_shape
 
@@ -276,6 +277,8 @@ def refuse_unconvertible(
     for name, module in modules.items():
         for parameter in _parameters_used(module):
             owners.setdefault(id(parameter), []).append(name)
+    usable = [n for n in targets if why_unusable(modules[n]) is None and is_supported(modules[n])]
+    sharing = shares_memory(usable, modules)
     for name in targets:
         layer = modules[name]
         if reason := why_unusable(layer):
@@ -297,6 +300,16 @@ def refuse_unconvertible(
             others = [n for n in shared if n != name]
             raise ValueError(
                 f"`{name}` shares its weight with {some(others)}: a change to one would change both; exclude it."
+            )
+        if name in sharing:
+            raise ValueError(
+                f"`{name}` shares the memory of its weight with {some(sharing[name])}: a change to one would change both;"
+                " exclude it, or give it a copy (`layer.weight = nn.Parameter(layer.weight.detach().clone())`)."
+            )
+        if is_expanded(weight):
+            raise ValueError(
+                f"`{name}` has a weight that is expanded from fewer numbers, which cannot be changed one by one; exclude it, or"
+                " give it a copy (`layer.weight = nn.Parameter(layer.weight.detach().clone())`)."
             )
         if is_dtensor(weight):
             raise ValueError(
