@@ -3,8 +3,8 @@
     pip install -c constraints.txt accelerate
     python examples/hf_trainer.py --model MODEL_DIR [--steps 20] [--rank 32]
 
-Its own checkpoints would hold the frozen base as well, so none are written here; for adapter-only checkpoints that resume
-exactly take Lightning's Trainer with `PMSSCallback`.
+Its own checkpoints would hold the whole merged model, from which it cannot resume, so none are written here; for adapter-only
+checkpoints that resume exactly take Lightning's Trainer with `PMSSCallback`.
 """
 
 from __future__ import annotations

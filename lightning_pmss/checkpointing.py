@@ -33,6 +33,7 @@ from lightning_pmss.conversion import conversion_of, pmss_layers
 from lightning_pmss.disk import clean_leftovers, relink, remove, replace, sync_tree, temporary_sibling
 from lightning_pmss.fingerprint import fingerprint, same_base
 from lightning_pmss.gathering import gathered, load_trained_state, trained_state
+from lightning_pmss.guard import refuse_disabled
 from lightning_pmss.indices import index_tensors
 from lightning_pmss.messages import some
 from lightning_pmss.module_states import holding, make_whole, module_states
@@ -191,6 +192,7 @@ class CheckpointSeam:
         return {k: v for k, v in state.items() if k in self.trained}
 
     def _save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        refuse_disabled(pmss_layers(self.module).values(), "saved")
         states = module_states(checkpoint, self.trained, self.known) | {"state_dict": checkpoint["state_dict"]}
         states = {name: {k: v for k, v in state.items() if k in self.trained} for name, state in states.items()}
         if self.engine == "plain":

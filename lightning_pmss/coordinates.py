@@ -7,7 +7,7 @@ by a factor of hundreds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -261,6 +261,15 @@ class PMSSCore(nn.Module):
             return turned_by
         u: Tensor = self.frame(self.weight)
         return u if scale == 1 else scale * u
+
+    @staticmethod
+    def of_tensors(tensors: Mapping[str, Tensor], columns: int, rows: int) -> PMSSCore:
+        """A core with the tensors of another one's state dict, given whole."""
+        frame = Frame(*(tensors.get(f"frame.{part}") for part in Frame._fields))
+        weight = tensors["weight"]
+        core = PMSSCore(columns, rows, frame, weight.dtype, weight.device)
+        core.weight.data.copy_(weight)
+        return core
 
     def set_frame(self, frame: Frame) -> None:
         """Replace the coordinates' factors; V is left as it is."""

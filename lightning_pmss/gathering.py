@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from lightning_pmss.indices import index_tensors
-from lightning_pmss.layers import Frame, PMSSCore, PMSSLinear
+from lightning_pmss.layers import PMSSCore, PMSSLinear
 from lightning_pmss.whole import clean_name, is_fsdp1, is_sharded, whole
 
 
@@ -48,12 +48,8 @@ def whole_update(model: nn.Module, layer: PMSSLinear) -> Tensor:
         for name, parameter in core.named_parameters():
             with whole(parameter) as value:
                 tensors[clean_name(name)] = value.clone()
-    frame = Frame(*(tensors.get(f"frame.{part}") for part in Frame._fields))
-    weight = tensors["weight"]  # in rotation coordinates a packed triangle, whose shape is not U's
-    plain = PMSSCore(len(layer.cols), len(layer.rows), frame, weight.dtype, weight.device)
     with torch.no_grad():
-        plain.weight.copy_(weight)
-        update: Tensor = plain(layer.scale)
+        update: Tensor = PMSSCore.of_tensors(tensors, len(layer.cols), len(layer.rows))(layer.scale)
     return update
 
 

@@ -1,7 +1,8 @@
-"""A merged layer must not be trained: its U has no effect, and W would take the blame silently."""
+"""States of a model in which something would go wrong silently: refused with the remedy."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -34,3 +35,17 @@ def refuse_training(layer: torch.nn.Module, output: Tensor, trained: Tensor) -> 
         return output
     refusing: Tensor = _Refusing.apply(output, trained)  # type: ignore[no-untyped-call]
     return refusing
+
+
+def refuse_disabled(modules: Iterable[torch.nn.Module], done: str) -> None:
+    """Inside `disable_adapter` the live tensors of modules trained in full are the base's, and layers leave their U out.
+
+    Args:
+        modules: Of the model.
+        done: What cannot be done to an adapter then, as a participle.
+
+    Raises:
+        ValueError: The adapter of one of them is disabled.
+    """
+    if any(getattr(module, "disabled", False) is True for module in modules):
+        raise ValueError(f"inside `with disable_adapter(model)` no adapter can be {done}; leave the block first.")

@@ -7,7 +7,7 @@ another row. So these tensors are plain attributes, which no such walk finds; th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class IndexTensors(nn.Module):
                 setattr(self, name, tensor)
         return moved
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IndexTensors:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         for name in self.index_names:
             old: Tensor = getattr(self, name)

@@ -30,10 +30,15 @@ from lightning_pmss.edits import (
     OutputEdit,
     compute_dtype,
     product,
+    without_autocast,
 )
+from lightning_pmss.foreign_writers import watch_writers
 from lightning_pmss.guard import refuse_training
 from lightning_pmss.indices import IndexTensors
-from lightning_pmss.quantised import SliceReader, dequantised, is_quantised, whole_weight
+from lightning_pmss.merged_layer import MergedLayer, merge_again, rounded_sum
+from lightning_pmss.merged_twice import is_merged
+from lightning_pmss.messages import some
+from lightning_pmss.quantised import SliceReader, is_quantised, whole_weight
 from lightning_pmss.weight_edit import LinearWeightEdit
 from lightning_pmss.whole import is_dtensor
 
@@ -45,7 +50,7 @@ OWN_PRODUCT = (
 )
 
 
-class PMSSLinear(IndexTensors):
+class PMSSLinear(IndexTensors, MergedLayer):
     """Mixin that turns a linear layer into ``W' = W + s C U R``; instances are made by `PMSSLinear.adopt`.
 
     The concrete class is a dynamic subclass of the base layer's own class, so parameters keep their names and
@@ -62,14 +67,11 @@ class PMSSLinear(IndexTensors):
         on_trust: Converted without its weight, so that nobody has compared it with the fingerprint yet.
         edit: ``"input"``, ``"output"`` or ``"weight"``.
         base_class: What the layer was before it was converted.
-        transposed: Whether ``weight`` is stored ``[in, out]``.
-        quantised: Whether the base keeps W in codes (`lightning_pmss.quantised`).
         disabled: Whether the layer runs as the base does (see `lightning_pmss.adapters.disable_adapter`).
     """
 
     index_names = ("rows", "cols")
     base_class: ClassVar[type[nn.Module]]
-    weight: nn.Parameter
     bias: nn.Parameter | None
     rows: Tensor
     cols: Tensor
@@ -79,10 +81,7 @@ class PMSSLinear(IndexTensors):
     dropout: float
     edit: str
     memory: str
-    transposed: bool
-    quantised: bool = False
     fingerprint: Mapping[str, str] | None
-    pristine: Tensor | None
     on_trust: bool
     disabled: bool = False
 
@@ -117,12 +116,8 @@ class PMSSLinear(IndexTensors):
         layer.edit = choose_edit(layer, shape) if edit == "auto" else edit
         layer.fingerprint = layer.pristine = None
         layer.on_trust = weight.is_meta
+        layer.register_load_state_dict_post_hook(merge_again)
         return layer
-
-    @property
-    def merged(self) -> bool:
-        """Whether ``weight`` currently holds W' (the pristine W is kept aside until `unmerge`)."""
-        return self.pristine is not None
 
     @property
     def file_bytes(self) -> int:
@@ -143,16 +138,33 @@ class PMSSLinear(IndexTensors):
         """
         self.core.set_u(update, self.scale)
 
-    def base_weight(self) -> Tensor:
-        """The pristine W in canonical layout ``[out, in]``, also while merged."""
-        if self.quantised:
-            return dequantised(self, self.pristine)
-        weight = self.weight.detach() if self.pristine is None else self.pristine
-        return weight.T if self.transposed else weight
+    def merged_sum(self) -> tuple[Tensor, Tensor]:
+        """(W', W' - W) in canonical layout, in float32 (float64 for a float64 base), from the pristine W."""
+        update = self.core_update().detach()
+        rows, cols = self.indices_on(update.device)
+        return merge_sum(self.base_weight().to(update.device), rows, cols, update)
+
+    def merged_from(self, state: Mapping[str, Tensor], prefix: str) -> Tensor:
+        """W' as the base stores it, from the layer's tensors in a state dict; the layer's own stay out of it."""
+        own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        if lost := [key for key in ("weight", "rows", "cols", "core.weight") if key not in own]:
+            raise ValueError(f"the state dict has tensors of the adapter of `{prefix[:-1]}`, but lacks {some(lost)}.")
+        core = {key.removeprefix("core."): value for key, value in own.items() if key.startswith("core.")}
+        with torch.no_grad():
+            update = PMSSCore.of_tensors(core, len(own["cols"]), len(own["rows"]))(self.scale)
+            stored = own["weight"].to(update.device)
+            weight = self.base_weight().to(update.device) if self.quantised else stored.T if self.transposed else stored
+            exact, change = merge_sum(weight, own["rows"].long(), own["cols"].long(), update)
+            merged, _ = rounded_sum(exact, change, self._dense_dtype() if self.quantised else stored.dtype, prefix[:-1])
+        return merged.T.contiguous() if self.transposed else merged
+
+    def adapter_key(self, key: str) -> bool:
+        """Rows, columns, and what `PMSSCore` owns."""
+        return key in self.index_names or key.startswith("core.")
 
     def slices(self) -> tuple[Tensor, Tensor]:
         """R ``[r, in]`` and C ``[out, c]`` of the pristine W, in its dtype; a collective where W is kept in parts."""
-        with whole_weight(self, self.weight if self.pristine is None else self.pristine) as stored:
+        with whole_weight(self, self.stored_weight) as stored:
             weight = stored.T if self.transposed else stored
             rows, cols = self.rows.to(weight.device), self.cols.to(weight.device)
             return weight.index_select(0, rows), weight.index_select(1, cols)
@@ -167,7 +179,7 @@ class PMSSLinear(IndexTensors):
 
     def refresh_frame(self, name: str = "") -> None:
         """Recompute the coordinates after the weight or the indices were replaced; V is left as it is."""
-        with whole_weight(self, self.weight if self.pristine is None else self.pristine) as stored:
+        with whole_weight(self, self.stored_weight) as stored:
             weight = stored.T if self.transposed else stored
             rows, cols = self.rows.to(weight.device), self.cols.to(weight.device)
             frame = coordinate_frame(weight[:, cols], weight[rows], self.coordinates, name, weight=weight)
@@ -235,6 +247,7 @@ class PMSSLinear(IndexTensors):
         return mask, self.memory == "keep", self.transposed
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        self._refuse_merged(state_dict, prefix)
         before = (self.rows.clone(), self.cols.clone())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         new_weight = f"{prefix}weight" in state_dict
@@ -246,6 +259,21 @@ class PMSSLinear(IndexTensors):
             if not any(key.startswith(f"{prefix}core.frame.") for key in state_dict):
                 self.refresh_frame(prefix[:-1])
 
+    def _refuse_merged(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """A merged weight without its U, or with it, would be the W to which U is added once more."""
+        loaded, v = state_dict.get(f"{prefix}weight"), state_dict.get(f"{prefix}core.weight")
+        if self.quantised or not isinstance(loaded, Tensor) or (v is not None and not bool(v.any())):
+            return
+        if any(is_dtensor(t) or t.is_meta or not t.is_floating_point() for t in (self.stored_weight, loaded)):
+            return
+        rows, cols = (state_dict.get(f"{prefix}{name}", getattr(self, name)) for name in self.index_names)
+        if is_merged(self.base_weight(), loaded.T if self.transposed else loaded, rows, cols):
+            raise ValueError(
+                f"`{prefix}weight` of the state dict is this very weight with an update merged into it, and U would be added"
+                " to it once more. Load it into a model that is not converted; into this one load the adapter"
+                " (`load_adapter`), or a state dict that was taken of a converted model."
+            )
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The dynamic class has no importable name: pickle and deepcopy rebuild it from the base class.
         return _rebuild, (self.base_class,), self.__dict__
@@ -255,10 +283,27 @@ class PMSSLinear(IndexTensors):
         return f"{super().extra_repr()}, pmss({ranks}, edit={self.edit}, coordinates={self.coordinates})".lstrip(", ")
 
 
+def merge_sum(weight: Tensor, rows: Tensor, cols: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+    """``W + W[:, cols] @ update @ W[rows]`` and what is added to W, in float32 (float64 for a float64 W).
+
+    Args:
+        weight: The pristine W ``[out, in]``, any floating dtype.
+        rows: ``[r]`` int64.
+        cols: ``[c]`` int64.
+        update: ``s U [c, r]``.
+    """
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    pristine = weight.to(wide)
+    with without_autocast(weight):  # a caller's autocast would round the product
+        change = pristine[:, cols] @ (update.to(wide) @ pristine[rows])
+    return pristine + change, change
+
+
 _CLASSES: dict[type[nn.Module], type[PMSSLinear]] = {}
 
 
 def _pmss_class(base: type[nn.Module]) -> type[PMSSLinear]:
+    watch_writers()
     if base not in _CLASSES:
         _CLASSES[base] = type(f"PMSS{base.__name__}", (PMSSLinear, base), {"__module__": __name__, "base_class": base})
     return _CLASSES[base]

@@ -16,34 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pmss.conversion import pmss_layers
-from lightning_pmss.edits import without_autocast
 from lightning_pmss.gathering import whole_tensors, whole_update
-from lightning_pmss.layers import PMSSLinear, canonical_shape
-from lightning_pmss.quantised import (
-    can_requantise,
-    dequantised,
-    is_quantised,
-    quantisation_of,
-    requantised,
-    value_dtype,
-)
+from lightning_pmss.guard import refuse_disabled
+from lightning_pmss.layers import PMSSLinear, canonical_shape, merge_sum
+from lightning_pmss.merged_layer import LayerDrift, rounded_sum
+from lightning_pmss.plain_state import plain_state_dicts
+from lightning_pmss.quantised import can_requantise, quantisation_of, value_dtype
 from lightning_pmss.roots import below, canonical_modules
 from lightning_pmss.whole import clean_name, is_sharded
-
-
-@dataclass
-class LayerDrift:
-    """What the one rounding of a merge cost: the merged weight in W's dtype against the float32 (float64) sum.
-
-    Attributes:
-        max_error: Largest absolute error of an element.
-        relative_error: ``||rounded - exact||_F / ||exact||_F``.
-        lost_update: ``||rounded - exact||_F / ||update||_F``: the error measured by what was learned; 0 for a zero U.
-    """
-
-    max_error: float
-    relative_error: float
-    lost_update: float
 
 
 @dataclass
@@ -96,31 +76,8 @@ def merge_weight(
     Raises:
         ValueError: W' is not finite; nothing was changed.
     """
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    pristine = weight.to(wide)
-    with without_autocast(weight):  # a caller's autocast would round the product
-        delta = pristine[:, cols] @ (update.to(wide) @ pristine[rows])
-    exact = pristine + delta
-    rounded = exact.to(dtype or weight.dtype)
-    if not torch.isfinite(rounded).all():
-        raise ValueError(
-            f"`{name}`: the merged weight is not finite (largest |s U| {float(update.abs().max()):.3g}, dtype"
-            f" {rounded.dtype}); the run diverged or the dtype is too narrow. Nothing was merged."
-        )
-    # U may come in float32 while W is narrower: the error is taken against the wide sum, not against itself.
-    error = rounded.to(wide) - exact
-    norm, size, whole = (float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in (error, delta, exact))
-    return rounded, LayerDrift(float(error.abs().max()), norm / whole if whole else 0.0, norm / size if size else 0.0)
-
-
-def merged_weight(layer: PMSSLinear, name: str = "") -> tuple[Tensor, LayerDrift]:
-    """W' of one layer in the layout in which the layer stores its weight, from the pristine W; the layer is not changed."""
-    update = layer.core_update().detach()
-    weight = layer.base_weight().to(update.device)
-    dtype = value_dtype(layer) if layer.quantised else None
-    rows, cols = layer.indices_on(update.device)
-    merged, drift = merge_weight(weight, rows, cols, update, name, dtype)
-    return (merged.T.contiguous() if layer.transposed else merged), drift
+    exact, change = merge_sum(weight, rows, cols, update)
+    return rounded_sum(exact, change, dtype or weight.dtype, name)
 
 
 @torch.no_grad()
@@ -136,10 +93,11 @@ def merge(model: nn.Module, *, dequantise: bool = False, requantise: bool = Fals
         requantise: Quantised layers (4-bit ones of bitsandbytes) get the codes of W'; the report says what this costs.
 
     Raises:
-        ValueError: No converted layer, already merged, a merged weight is not finite, or a quantised layer and neither of
-            the two options.
+        ValueError: No converted layer, already merged, disabled, a merged weight is not finite, or a quantised layer and
+            neither of the two options.
     """
     layers = _unsharded_layers(model)
+    refuse_disabled(layers.values(), "merged")
     refuse_quantised(layers, dequantise, requantise)
     if done := [name for name, layer in layers.items() if layer.merged]:
         raise ValueError(
@@ -151,12 +109,7 @@ def merge(model: nn.Module, *, dequantise: bool = False, requantise: bool = Fals
     drift = {}
     try:
         for name, layer in layers.items():
-            if layer.quantised:
-                drift[name] = _merge_quantised(layer, name, requantise)
-                continue
-            new, drift[name] = merged_weight(layer, name)
-            layer.pristine = layer.weight.detach().to("cpu", copy=True)
-            layer.weight.copy_(new)
+            drift[name] = layer.put_merged(name, requantise=requantise and layer.quantised)
     except BaseException:  # also out of memory or an interrupt: never half merged
         _restore(layers)
         raise
@@ -216,53 +169,30 @@ def merged_state(
     # Also those that the model's own conversion has left alone.
     layers = {n: x for n, x in canonical_modules(model).items() if isinstance(x, PMSSLinear) and id(x) in asked}
     if not is_sharded(model):
-        state: dict[str, Tensor] = {
-            key: value for key, value in model.state_dict().items() if under is None or below(clean_name(key), under)
-        }
-        _dequantise_state(model, state)
-        results = {}
-        for name, layer in layers.items():
-            value, cost = merged_weight(layer, name)
-            # The device that holds the codes need not have room for all of the dense weights.
-            results[name] = (value.cpu() if layer.quantised else value), cost
-    else:
-        updates = {name: whole_update(model, layer) for name, layer in layers.items()}
-        first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-        state, results = dict(whole_tensors(model, under=under, keep=first)), {}
-        if not first:
-            return {}, {}
+        with plain_state_dicts(model, asked) as cost:
+            full = {clean_name(key): value for key, value in model.state_dict().items()}
+        state = {key: value for key, value in full.items() if under is None or below(key, under)}
+        return state, {name: cost[id(layer)] for name, layer in layers.items()}
+    refuse_disabled(layers.values(), "merged")
+    updates = {name: whole_update(model, layer) for name, layer in layers.items()}
+    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    state = dict(whole_tensors(model, under=under, keep=first))
+    if not first:
+        return {}, {}
     drift = {}
     names = {id(layer): name for name, layer in layers.items()}
-    for full, module in model.named_modules(remove_duplicate=False):
-        if id(module) in names and (under is None or below(clean_name(full), under)):
-            assert isinstance(module, PMSSLinear)
-            name = names[id(module)]
-            start = f"{clean_name(full)}." if clean_name(full) else ""
-            own = {f"{start}{what}" for what in module.index_names}
-            for key in [k for k in state if k in own or k.startswith(f"{start}core.")]:
+    for full_name, layer in model.named_modules(remove_duplicate=False):
+        if id(layer) in names and (under is None or below(clean_name(full_name), under)):
+            assert isinstance(layer, PMSSLinear)
+            name = names[id(layer)]
+            start = f"{clean_name(full_name)}." if clean_name(full_name) else ""
+            for key in [k for k in state if k.startswith(start) and layer.adapter_key(k.removeprefix(start))]:
                 del state[key]
-            if name not in results:
-                weight = state[f"{start}weight"]
-                canonical = weight.T if module.transposed else weight
-                value, cost = merge_weight(canonical, module.rows.cpu(), module.cols.cpu(), updates[name].cpu(), name)
-                results[name] = (value.T.contiguous() if module.transposed else value), cost
-            state[f"{start}weight"], drift[name] = results[name]
+            weight = state[f"{start}weight"]
+            canonical = weight.T if layer.transposed else weight
+            value, drift[name] = merge_weight(canonical, layer.rows.cpu(), layer.cols.cpu(), updates[name].cpu(), name)
+            state[f"{start}weight"] = value.T.contiguous() if layer.transposed else value
     return state, drift
-
-
-def _dequantise_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Put dense weights in the place of codes and scales; converted layers get theirs afterwards."""
-    for full, module in model.named_modules(remove_duplicate=False):
-        converted = isinstance(module, PMSSLinear) and module.quantised
-        if f"{full}.weight".lstrip(".") not in state:
-            continue
-        if not converted and not (isinstance(module, nn.Linear) and is_quantised(module)):
-            continue
-        start = f"{full}." if full else ""
-        for key in [k for k in state if k.startswith((f"{start}weight", f"{start}SCB"))]:
-            del state[key]
-        if not converted:
-            state[f"{start}weight"] = dequantised(module, dtype=value_dtype(module)).cpu()
 
 
 def _unsharded_layers(model: nn.Module) -> dict[str, PMSSLinear]:
@@ -282,11 +212,7 @@ def _layers(model: nn.Module) -> dict[str, PMSSLinear]:
 
 def _restore(layers: dict[str, PMSSLinear]) -> None:
     for layer in layers.values():
-        if layer.pristine is not None and layer.quantised:
-            layer.__dict__["pristine"], layer.weight = None, layer.pristine  # type: ignore[assignment]
-        elif layer.pristine is not None:
-            layer.weight.copy_(layer.pristine)
-            layer.pristine = None
+        layer.put_pristine()
 
 
 def refuse_quantised(layers: dict[str, PMSSLinear], dequantise: bool, requantise: bool) -> None:
@@ -306,19 +232,3 @@ def refuse_quantised(layers: dict[str, PMSSLinear], dequantise: bool, requantise
             f"`{others[0]}` ({quantisation_of(quantised[others[0]])}): requantise=True is for bitsandbytes 4-bit only;"
             " type dequantise=True."
         )
-
-
-def _merge_quantised(layer: PMSSLinear, name: str, requantise: bool) -> LayerDrift:
-    new, drift = merged_weight(layer, name)
-    if requantise:
-        base = layer.base_weight()
-        rows, cols = layer.indices_on(base.device)
-        exact, _ = merge_weight(base, rows, cols, layer.core_update().detach(), name)
-        codes = requantised(layer, exact.to(value_dtype(layer)))
-        error = dequantised(layer, codes) - exact
-        norms = [float(torch.linalg.matrix_norm(t)) for t in (error, exact, exact - base)]
-        drift = LayerDrift(float(error.abs().max()), norms[0] / norms[1], norms[0] / norms[2] if norms[2] else 0.0)
-    kept = layer.weight
-    layer.weight = codes if requantise else nn.Parameter(new, requires_grad=False)
-    layer.__dict__["pristine"] = kept  # not by setattr, which would register it as a parameter
-    return drift

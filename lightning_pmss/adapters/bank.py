@@ -138,11 +138,3 @@ def refuse_merged(model: nn.Module) -> None:
     """A merged weight holds one adapter."""
     if any(layer.merged for layer in pmss_layers(model).values()):
         raise ValueError("the model is merged: unmerge(model) first.")
-
-
-def refuse_disabled(model: nn.Module) -> None:
-    """In a block without adapters the live tensors are the base's, and not an adapter's to keep."""
-    if any(layer.disabled for layer in pmss_layers(model).values()):
-        raise ValueError(
-            "inside `with disable_adapter(model)` no adapter can be set or combined; leave the block first."
-        )

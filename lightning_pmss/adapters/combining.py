@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from lightning_pmss.adapters.bank import NamedAdapter, bank_of, refuse_disabled, refuse_unknown, refuse_used, take
+from lightning_pmss.adapters.bank import NamedAdapter, bank_of, refuse_unknown, refuse_used, take
 from lightning_pmss.adapters.states import Update, layer_state, same_skeleton, update_of, weighted
 from lightning_pmss.conversion import conversion_of, pmss_layers
+from lightning_pmss.guard import refuse_disabled
 from lightning_pmss.messages import some
 
 
@@ -65,7 +66,7 @@ def combine_adapters(model: nn.Module, name: str, weights: Mapping[str, float]) 
         refuse_unknown(bank, part)
     if full := [part for part in weights if bank.adapters[part].extra]:
         raise ValueError(f"{some(full)} have modules trained in full, of which a weighted sum means nothing.")
-    refuse_disabled(model)
+    refuse_disabled(pmss_layers(model).values(), "set or combined")
     take(model, bank)
     report, layers = conversion_of(model), pmss_layers(model)
     assert report is not None

@@ -20,7 +20,6 @@ from lightning_pmss.adapters.bank import (
     fill,
     find_bank,
     put,
-    refuse_disabled,
     refuse_merged,
     refuse_unknown,
     refuse_used,
@@ -32,6 +31,7 @@ from lightning_pmss.conversion import conversion_of, convert, pmss_layers
 from lightning_pmss.converted import converted
 from lightning_pmss.files.adapter import check_also_train, check_base, check_modules, names_in, tensors_of
 from lightning_pmss.files.adapter_file import AdapterFile, read_adapter
+from lightning_pmss.guard import refuse_disabled
 from lightning_pmss.layers import PMSSLinear, canonical_shape, is_transposed
 from lightning_pmss.messages import some
 from lightning_pmss.quantised import whole_weight
@@ -155,7 +155,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
     bank = bank_of(model)
     refuse_unknown(bank, name)
     refuse_merged(model)
-    refuse_disabled(model)
+    refuse_disabled(pmss_layers(model).values(), "set or combined")
     take(model, bank)
     put(model, bank, name)
 

@@ -21,6 +21,7 @@ from lightning_pmss.files.plain import quantisation_settings
 from lightning_pmss.files.shards import few
 from lightning_pmss.fingerprint import fingerprint, same_base
 from lightning_pmss.gathering import whole_tensors, whole_update
+from lightning_pmss.guard import refuse_disabled
 from lightning_pmss.layers import PMSSLinear, canonical_shape, is_transposed
 from lightning_pmss.messages import kind_of, one_line
 from lightning_pmss.quantised import quantisation_of, whole_weight
@@ -57,11 +58,12 @@ def save_adapter(
 
     Raises:
         FileExistsError: see `atomic_folder`.
-        ValueError: not a converted model, or NaN or infinite values in what was trained.
+        ValueError: not a converted model, a disabled adapter, or NaN or infinite values in what was trained.
     """
     target = Path(folder).expanduser()
     check_target(target, ADAPTER, overwrite=overwrite)
     report, layers = converted(model, "save")
+    refuse_disabled(layers.values(), "saved")
 
     modules = {}
     for name, layer in layers.items():
@@ -129,6 +131,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Conversion
     """
     adapter = read_adapter(folder)
     report = conversion_of(model)
+    refuse_disabled(pmss_layers(model).values(), "loaded")
     names = None if report is not None else names_in(adapter, model)
     modules = canonical_modules(model, None if names is None else names.root)
     if merged := [name for name, layer in pmss_layers(model).items() if layer.merged]:

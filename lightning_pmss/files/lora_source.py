@@ -16,6 +16,7 @@ from lightning_pmss.files.base import base_of
 from lightning_pmss.files.naming import Wording, match_names
 from lightning_pmss.files.shards import ShardReader, few
 from lightning_pmss.fingerprint import same_base
+from lightning_pmss.guard import refuse_disabled
 from lightning_pmss.layers import canonical_shape
 from lightning_pmss.reading import not_finite
 from lightning_pmss.roots import adapted_root, canonical_modules
@@ -87,6 +88,7 @@ def model_source(model: nn.Module) -> Source:
         ValueError: No converted layer, a sharded model, NaN or infinite values, or layers outside of the Hugging Face model.
     """
     report, layers = converted(model, "export")
+    refuse_disabled(layers.values(), "exported")
     if is_sharded(model):
         raise ValueError(
             "a sharded model is not exported in place: call save_adapter(model, ADAPTER_DIR) on every rank, then"

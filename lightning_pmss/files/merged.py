@@ -32,7 +32,6 @@ from lightning_pmss.files.model_folder import (
     write_report,
 )
 from lightning_pmss.files.naming import parse_dtype, resolve_names
-from lightning_pmss.files.plain import without_quantiser
 from lightning_pmss.files.shards import (
     SINGLE_FILE,
     ShardReader,
@@ -47,7 +46,9 @@ from lightning_pmss.files.shards import (
     write_index,
 )
 from lightning_pmss.fingerprint import same_base
-from lightning_pmss.merging import LayerDrift, merged_state
+from lightning_pmss.merged_layer import LayerDrift
+from lightning_pmss.merging import merged_state
+from lightning_pmss.plain_state import without_quantiser
 from lightning_pmss.roots import adapted_root
 
 OUTSIDE_FILE = "other_modules.safetensors"

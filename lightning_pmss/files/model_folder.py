@@ -24,7 +24,7 @@ from lightning_pmss.files.kinds import (
     matches,
 )
 from lightning_pmss.files.shards import INDEX_FILE, few
-from lightning_pmss.merging import LayerDrift
+from lightning_pmss.merged_layer import LayerDrift
 from lightning_pmss.reading import read_json
 
 REPORT_FILE = MERGED.manifest

@@ -15,7 +15,7 @@ from lightning_pmss.config import PMSSConfig
 from lightning_pmss.conversion import convert, pmss_layers
 from lightning_pmss.files import save_adapter
 from lightning_pmss.layers import PMSSLinear
-from lightning_pmss.merging import merge, merged, merged_state_dict, merged_weight, unmerge
+from lightning_pmss.merging import merge, merged, merged_state_dict, unmerge
 
 BF16 = torch.bfloat16
 
@@ -27,11 +27,13 @@ def _model(dtype: torch.dtype = torch.float64, kind: str = "linear", **options: 
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    return {k: t.detach().clone() for k, t in model.state_dict().items()}
+    """What the model computes with, and what its state dict holds."""
+    live = {f"live {name}": p for name, p in model.named_parameters()}
+    return {k: t.detach().clone() for k, t in (model.state_dict() | live).items()}
 
 
 def _same(model: nn.Module, state: dict[str, Tensor]) -> bool:
-    now = model.state_dict()
+    now = _state(model)
     return now.keys() == state.keys() and all(_bits(now[k], t) for k, t in state.items())
 
 
@@ -67,7 +69,7 @@ def test_merged_model_gives_the_same_output(kind: str, dtype: torch.dtype, toler
 def test_merged_weight_is_the_dense_one(kind: str) -> None:
     layer = pmss_layer(kind, 12, 10, scale=0.5)
     expected = dense_weight(layer, layer.core.weight.detach())
-    weight, _ = merged_weight(layer)
+    weight, _ = layer.merged_weight()
     assert weight.shape == layer.weight.shape
     assert weight.is_contiguous()
     assert relative(weight.T if kind == "conv1d" else weight, expected) < 1e-14
@@ -150,10 +152,8 @@ def test_overflow_of_a_narrow_dtype_is_refused_and_restored() -> None:
 
 def test_any_failure_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Out of memory, or an interrupt from the keyboard, in the second layer."""
-    import lightning_pmss.merging as merging
-
     model = _model()
-    state, real = _state(model), merging.merged_weight
+    state, real = _state(model), PMSSLinear.merged_weight
     for error in (RuntimeError, KeyboardInterrupt):
 
         def fail(layer: PMSSLinear, name: str = "", error: type[BaseException] = error) -> Any:
@@ -161,7 +161,7 @@ def test_any_failure_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None
                 raise error("stop")
             return real(layer, name)
 
-        monkeypatch.setattr(merging, "merged_weight", fail)
+        monkeypatch.setattr(PMSSLinear, "merged_weight", fail)
         with pytest.raises(error, match="stop"):
             merge(model)
         assert _same(model, state)
@@ -180,7 +180,7 @@ def test_everything_reads_the_pristine_weight_while_merged(tmp_path: Path) -> No
                 f"{name}.rows": layer.weight_rows().clone(),
                 f"{name}.columns": layer.weight_columns().clone(),
                 f"{name}.base": layer.base_weight().clone(),
-                f"{name}.merged": merged_weight(layer)[0],
+                f"{name}.merged": layer.merged_weight()[0],
             }
         return found | {f"state.{k}": t.clone() for k, t in merged_state_dict(model).items()}
 
