@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_pmss.callbacks.facts import figures
 from lightning_pmss.callbacks.frozen import FrozenWatch
-from lightning_pmss.callbacks.places import STOPPED_ADAPTER, checkpoint_folders, somewhere
+from lightning_pmss.callbacks.places import STOPPED_ADAPTER, STOPPED_CHECKPOINT, checkpoint_folders, somewhere
 from lightning_pmss.callbacks.results import beside, merge_beside, write_adapter, write_merged_model
 from lightning_pmss.callbacks.stopping import GracefulStop
 from lightning_pmss.checkpoint_io import local_path
@@ -26,9 +26,6 @@ from lightning_pmss.files.kinds import ADAPTER
 from lightning_pmss.modules.resuming import settle_progress
 from lightning_pmss.ranks import together
 from lightning_pmss.whole import is_sharded
-
-# Found by Trainer.fit(ckpt_path="last"), which takes the newest of the checkpoints whose names begin with "last".
-STOPPED_CHECKPOINT = "last-interrupted.ckpt"
 
 
 class Ending:

@@ -52,6 +52,7 @@ class LossCurve(L.Callback):
         self.validation = validation
         self.smoothing = smoothing
         self.path: Path | None = None
+        self._folder = Path()
         self._train: list[tuple[int, Tensor | float]] = []
         self._val: list[tuple[int, float]] = []
         self._pending: list[Tensor] = []  # losses of the batches accumulated since the last optimizer step
@@ -89,11 +90,15 @@ class LossCurve(L.Callback):
             self._val.append((trainer.global_step, float(trainer.callback_metrics[self.validation])))
 
     @override
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the picture, while the strategy is still up (the log folder is a broadcast)."""
-        folder = self.dirpath or trainer.log_dir or trainer.default_root_dir
-        if not getattr(trainer, "fast_dev_run", False):
-            self._write(Path(folder) / "loss.png")
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Look where the picture goes, while the strategy is up (the log folder is a broadcast)."""
+        self._folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
+
+    @override
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the picture, also of a finished run that was resumed, for which ``on_train_end`` is not called."""
+        if not getattr(trainer, "fast_dev_run", False) and (self._train or self._val):
+            self._write(self._folder / "loss.png")
 
     @rank_zero_only
     def _write(self, path: Path) -> None:

@@ -25,7 +25,9 @@ from lightning_pmss.ranks import together
 from lightning_pmss.whole import is_sharded, whole_size
 
 T = TypeVar("T")
-STOPPED_ADAPTER = "adapter-interrupted"  # of a run that was stopped, where an earlier one has left an adapter
+# Of a run that was stopped. Trainer.fit(ckpt_path="last") finds it: the newest of those whose names begin with "last".
+STOPPED_CHECKPOINT = "last-interrupted.ckpt"
+STOPPED_ADAPTER = "adapter-interrupted"  # where an earlier run has left an adapter
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REMEDY = "Give --pmss.output_dir (in Python: PMSSCallback(output_dir=...)) another folder"
 

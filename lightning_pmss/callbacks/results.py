@@ -11,6 +11,7 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_pmss.callbacks.facts import run_facts
+from lightning_pmss.callbacks.places import STOPPED_CHECKPOINT
 from lightning_pmss.callbacks.processing import processing_of
 from lightning_pmss.files import merge_files, save_adapter, write_merged
 from lightning_pmss.files.atomic import remove_folder
@@ -78,8 +79,13 @@ def streamed_base(module: L.LightningModule) -> Path | None:
 
 
 def merge_beside(trainer: L.Trainer, module: L.LightningModule, checkpoint: Path) -> None:
-    """Write the merged model beside a checkpoint (all ranks); the training goes on where that fails."""
+    """Write the merged model beside a checkpoint (all ranks); the training goes on where that fails.
+
+    Not beside the checkpoint of a run that is being stopped: a scheduler gives it seconds.
+    """
     folder = beside(checkpoint)
+    if checkpoint.name == STOPPED_CHECKPOINT:
+        return
 
     def write() -> None:
         if not is_sharded(module):

@@ -93,12 +93,13 @@ class GracefulStop:
 
     def before_validation(self, trainer: L.Trainer) -> None:
         """Obey before a validation, which a resumed run makes up for."""
-        if self.agreed and not trainer.sanity_checking:
+        if self.agreed and not trainer.sanity_checking and not _has_all_steps(trainer):
             raise SIGTERMException
 
     def in_validation(self, trainer: L.Trainer) -> None:
         """Obey in the middle of a validation; with several processes it has to end, as their batches may differ."""
-        if self.requested is not None and trainer.world_size == 1 and not trainer.sanity_checking:
+        alone = trainer.world_size == 1 and not trainer.sanity_checking
+        if self.requested is not None and alone and not _has_all_steps(trainer):
             self.agreed = True
             raise SIGTERMException
 
@@ -107,3 +108,8 @@ class GracefulStop:
         # A launched process that does not end with 0 has the others killed, which may still be writing.
         if isinstance(exception, SIGTERMException) and self.agreed and trainer.is_global_zero:
             exception.code = 1 if self.requested is signal.SIGINT else 128 + signal.SIGTERM
+
+
+def _has_all_steps(trainer: L.Trainer) -> bool:
+    """Whether ``max_steps`` are done: a run that goes on from there would not validate, so this validation is let end."""
+    return 0 <= trainer.max_steps <= trainer.global_step

@@ -186,6 +186,20 @@ def test_with_other_loops(tmp_path: Path, options: dict[str, Any], hook: str, ca
     assert files(tmp_path / "stopped" / "out") == files(tmp_path / "whole" / "out")
 
 
+@pytest.mark.parametrize(("hook", "call"), [("on_before_backward", 17), ("on_validation_batch_start", 3)])
+def test_the_last_validation_of_max_steps_is_let_end(tmp_path: Path, hook: str, call: int) -> None:
+    """A run that is resumed with all its steps done would not validate any more, and so have other figures."""
+    options: dict[str, Any] = {
+        "max_steps": 17,
+        "max_epochs": -1,
+        "val_check_interval": 17,
+        "check_val_every_n_epoch": None,
+    }
+    fit(tmp_path / "whole", **options)
+    fit(tmp_path / "asked", Stop(hook, call, signal.SIGINT), **options)
+    assert files(tmp_path / "asked" / "out") == files(tmp_path / "whole" / "out")
+
+
 def test_signals_wait_for_a_whole_optimizer_step(tmp_path: Path) -> None:
     options: dict[str, Any] = {"accumulate_grad_batches": 3}
     undisturbed = fit(tmp_path / "whole", **options)

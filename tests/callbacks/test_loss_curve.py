@@ -64,6 +64,14 @@ def test_resumed_run_draws_the_whole_curve(tmp_path: Path) -> None:
     assert [step for step, _ in curve.points()[1]] == [4, 8]
 
 
+def test_finished_run_that_is_resumed_draws_it_too(tmp_path: Path) -> None:
+    first = trainer(tmp_path / "first", LossCurve())
+    first.fit(Counting())
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    trainer(tmp_path / "again", LossCurve()).fit(Counting(), ckpt_path=tmp_path / "last.ckpt")
+    assert (tmp_path / "again" / "loss.png").read_bytes() == (tmp_path / "first" / "loss.png").read_bytes()
+
+
 def test_trial_run_writes_nothing(tmp_path: Path) -> None:
     trainer(tmp_path, LossCurve(), fast_dev_run=True).fit(Counting())
     assert not list(tmp_path.rglob("*.png"))
