@@ -28,7 +28,9 @@ _NOTATIONS = tuple(
 )
 _AMBIGUOUS = re.compile(r"[1-9]\d{0,2}")
 _SIGN = re.compile(rf"([-+])([\s{GLUE}]*)[{CURRENCY}({{\[\s]*$")
-_FOREIGN_BEFORE = re.compile(r",$|(?:\^\s*\{?|\\(?:sqrt|pm)\s*[{\[]?|\\[A-Za-z]+\s*\{|\+\s*/\s*-)[\s(]*$")
+_FOREIGN_BEFORE = re.compile(
+    r",$|(?:\^\s*\{?|\\(?:sqrt|pm)\s*[{\[]?|\\[A-Za-z]+\s*(?:\{[^{}]*\})?\s*[{\[]|\+\s*/\s*-)[\s(]*$"
+)
 _MIXED = re.compile(r"\s+(?:and\s+)?(\d+)\s*/\s*(\d+)(?![\d./])")
 _QUOTIENT = re.compile(r"\s*/\s*(-?(?:\d[\d.,]*\d|\d|\.\d+))(?!\s*/\s*\d)")
 _POWER = re.compile(r"\s*\^\s*(?:\{\s*([-+]?\d+)\s*\}|([-+]?\d+))(?!\s*\^)")
@@ -40,7 +42,9 @@ _OPERATION = re.compile(
 )
 # What may not follow a number directly, because the two are one number that is not understood.
 _FOREIGN_BEHIND = re.compile(
-    rf"(?!:00\b)[:.,'_/\\{GLUE}{CURRENCY}]+\d|,\s\d{{3}}(?!\d)|\.?\\[A-Za-z]|\s+\\[A-Za-z]|\s*\^|[kKMB](?![A-Za-z])|\{{"
+    rf"(?!:00(?!\d))[:.,'_/\\{GLUE}{CURRENCY}]+\d|,\s\d{{3}}(?!\d)"
+    r"|(?:\.?|\s+)\\(?!(?:implies|iff|to|[Rr]ightarrow|neq?|leq?|geq?|approx|sim|(?:black)?square|qed)(?![A-Za-z]))[A-Za-z]"
+    r"|\s*\^|[kKMB](?![A-Za-z])|\{"
 )
 
 
@@ -72,8 +76,9 @@ def _unsigned(text: str, start: int, run: str) -> tuple[Fraction | None, int]:
 
 def _scaled(text: str, value: Fraction, end: int, whole: bool) -> tuple[Fraction | None, int]:
     """Return the value with what multiplies or divides it: a fraction, a power, a power of ten, a word such as million."""
-    if whole and (match := _MIXED.match(text, end)) and 0 < int(match[1]) < int(match[2]):
-        return value + Fraction(int(match[1]), int(match[2])), match.end()
+    if whole and (match := _MIXED.match(text, end)):
+        proper = 0 < int(match[1]) < int(match[2])
+        return value + Fraction(int(match[1]), int(match[2])) if proper else None, match.end()
     if match := _QUOTIENT.match(text, end):
         bottom = _digits(match[1].removeprefix("-"))
         if not bottom:

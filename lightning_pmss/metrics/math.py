@@ -30,9 +30,9 @@ class MATHAccuracy(TextAccuracy):
     * Gold answers written ``\boxed 5`` or ``\fbox{5}`` are not read: whatever is answered is wrong.
     * A full stop is only recognised at a line's end: ``The answer is: 5. Thus`` is wrong.
 
-    ``strict=False`` corrects these: the last ``\boxed{}`` is an answer too (the mark goes first), whole numbers,
-    decimals and plain fractions are compared as exact numbers, thousands separators, dollar signs, ``\text`` around
-    words and units behind a number are passed over.
+    ``strict=False`` corrects these: the last ``\boxed{}`` is an answer too (the mark goes first), numbers are read in the
+    usual notations (:mod:`lightning_pmss.metrics.exact`) and compared exactly, currency signs, ``\text`` around words and
+    units behind a number are passed over.
 
     As input to ``update`` the metric takes:
 

@@ -42,6 +42,7 @@ _TEX = tuple(
         (rf"\\q?quad{_END}|\\\\", " "),
         (rf"\\(?:{CURRENCY}|(?:dollar|pounds|euro|textdollar|texteuro|textsterling){_END}|[()\[\]])", CURRENCY),
         (rf"\\(?:percent{_END}|%)", "%"),
+        (r"\\(?:text)?color\s*\{[^{}]*\}", ""),
         (r"\\([#&_{}])", r"\1"),
         (rf"\\(?:times|cdot|ast){_END}", "*"),
         (rf"\\div{_END}", "/"),
@@ -55,6 +56,7 @@ _TEX = tuple(
 _WRAPPED = re.compile(
     r"\\(?:boxed|fbox|text|text(?:bf|it|rm|sf|tt)|math(?:rm|bf|it|sf|tt)|mbox|emph|underline|num)\s*\{([^{}]*)\}"
 )
+_DEPTH = 8  # of commands in each other
 _PART = r"(?:\{\s*([-+]?[\d.,]+)\s*\}|\s*(\d))"
 _FRACTION = re.compile(rf"\\[dtc]?frac\s*{_PART}\s*{_PART}")
 
@@ -92,6 +94,10 @@ def plain(text: str) -> str:
     text = typography(text)
     for old, new in _TEX:
         text = old.sub(new, text)
-    while (unwrapped := _WRAPPED.sub(r"\1", text)) != text:
-        text = unwrapped
-    return _FRACTION.sub(lambda match: f" {match[1] or match[2]}/{match[3] or match[4]} ", text)
+    for _ in range(_DEPTH):
+        text = _FRACTION.sub(_quotient, _WRAPPED.sub(r"\1", text))
+    return text
+
+
+def _quotient(match: re.Match[str]) -> str:
+    return f" {match[1] or match[2]}/{match[3] or match[4]} "

@@ -9,10 +9,12 @@ import pytest
 import torch
 from chat_templates import CHATML, DEEPSEEK, GEMMA, MARKED, MARKS, QWEN3, R1, TEMPLATES, tokenizer
 
-from lightning_pmss.datamodules import Example, InstructionDataModule
+from lightning_pmss.datamodules import Example, InstructionCollator, InstructionDataModule
 from lightning_pmss.datamodules.collate import IGNORED
 from lightning_pmss.datamodules.instruction import Split
 from lightning_pmss.datamodules.prompts import PromptEncoder
+from lightning_pmss.metrics import CommonsenseAccuracy
+from lightning_pmss.modules.likelihood import candidates
 
 PLAIN_TEXT = "{% for m in messages %}{{ '### ' + m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
 
@@ -186,3 +188,15 @@ def test_a_tokenizer_with_several_templates() -> None:
     made.chat_template = {"default": CHATML, "tool_use": "{{ raise_exception('tools') }}"}
     row = PromptEncoder(made, "chat", "")({"question": ["Q"], "response": ["A"]})
     assert made.decode(row["response_ids"][0]) == "A<|im_end|>"
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_choice_by_likelihood_reads_labels_as_the_template_puts_them(name: str) -> None:
+    encoder = PromptEncoder(tokenizer(TEMPLATES[name].template), "chat", "")
+    question = "Which? Answer format: answer1/answer2"
+    stated = [f"the correct answer is {label}" for label in ("answer1", "answer2")]
+    rows = encoder({"question": [question] * 2, "response": stated})
+    one, two = rows["response_ids"]
+    examples = [{"id": 0, "target": ["ARC-Easy", "answer1"], **{key: value[0] for key, value in rows.items()}}]
+    batch = InstructionCollator(0, evaluation=True, end_id=encoder.end_id)(examples)
+    assert candidates(CommonsenseAccuracy(), encoder.tokenizer, batch) == [{"answer1": one[:-1], "answer2": two[:-1]}]
