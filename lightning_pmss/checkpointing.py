@@ -28,24 +28,29 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
+from lightning_pmss.checkpoint_checks import Record, check, check_state, refuse_strangers, same_print
 from lightning_pmss.checkpoint_io import local_path, use_atomic_files
-from lightning_pmss.conversion import conversion_of, pmss_layers
+from lightning_pmss.checkpoint_record import METADATA, read_record
+from lightning_pmss.conversion import pmss_layers
 from lightning_pmss.disk import clean_leftovers, relink, remove, replace, sync_tree, temporary_sibling
-from lightning_pmss.fingerprint import fingerprint, same_base
+from lightning_pmss.fingerprint import fingerprint
 from lightning_pmss.gathering import gathered, load_trained_state, trained_state
 from lightning_pmss.guard import refuse_disabled
 from lightning_pmss.indices import index_tensors
-from lightning_pmss.messages import some
 from lightning_pmss.module_states import holding, make_whole, module_states
 from lightning_pmss.ranks import together
+from lightning_pmss.reading import refuse_unreadable
+from lightning_pmss.reading.checkpoints import (
+    DAMAGED,
+    SIDECAR,
+    check_content,
+    read_checkpoint,
+    read_sidecar,
+    refuse_flipped_bits,
+    refusing_damage,
+)
 from lightning_pmss.sharding import Engine, engine_of
-from lightning_pmss.whole import is_sharded, whole_shape
-
-METADATA = "pmss"
-SIDECAR = "pmss.json"
-FORMAT_VERSION = 1
-# What V means; a checkpoint with other values than the run's must not be loaded. Shapes tell the rest.
-_MEANING = ("coordinates", "scale")
+from lightning_pmss.whole import clean_name, is_sharded, whole_shape
 
 
 def trained_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -66,84 +71,14 @@ def record_fingerprints(module: nn.Module) -> None:
             layer.fingerprint = fingerprint(*layer.slices())
 
 
-def check(
-    module: nn.Module,
-    trained: Mapping[str, tuple[int, ...]],
-    known: set[str],
-    stored: Mapping[str, tuple[int, ...]],
-    made: Mapping[str, Any],
-) -> None:
-    """Refuse a checkpoint that does not fit the converted module, before anything is loaded.
-
-    Args:
-        module: The converted module.
-        trained: Keys and shapes that it needs, from `trained_shapes`.
-        known: All keys of its state dict.
-        stored: Keys and shapes that the checkpoint holds.
-        made: The checkpoint's metadata.
-
-    Raises:
-        ValueError: It lacks trained tensors, holds foreign ones, has other shapes, or another meaning.
-    """
-    if not any(key in stored for key in trained if key.endswith("core.weight")):
-        raise ValueError(
-            "the checkpoint holds no PMSS adapter (no `*.core.weight` key); it was made without PMSSCallback. To start"
-            " from its weights, load them into the model before the Trainer runs, and drop ckpt_path."
-        )
-    problems = []
-    if missing := sorted(set(trained) - set(stored)):
-        problems.append(f"lacks {some(missing)}")
-    if foreign := sorted(set(stored) - known):
-        problems.append(f"holds {some(foreign)}, which this model does not have")
-    shapes = [k for k in sorted(set(stored) & set(trained)) if tuple(stored[k]) != trained[k]]
-    if shapes:
-        k = shapes[0]
-        problems.append(f"holds `{k}` of shape {tuple(stored[k])} where this run has {trained[k]} ({len(shapes)} such)")
-    config = conversion_of(module).config.to_dict()  # type: ignore[union-attr]
-    for field in _MEANING:
-        if field in made.get("config", {}) and made["config"][field] != config[field]:
-            problems.append(f"was made with {field}={made['config'][field]!r}, this run has {config[field]!r}")
-    if problems:
-        raise ValueError(
-            f"the checkpoint does not fit this run: it {'; it '.join(problems)}. Use the options of the run that made it."
-        )
-
-
-def check_base(module: nn.Module, made: Mapping[str, Any], indices: Callable[[str, Any], tuple[Any, Any]]) -> None:
-    """Refuse a checkpoint of another base.
-
-    Args:
-        module: The converted module, whose weights are whole here or can be gathered.
-        made: The checkpoint's metadata.
-        indices: ``(canonical name, layer) -> (rows, cols)`` of the checkpoint.
-
-    Raises:
-        ValueError: The rows and columns of some layers differ from those that the fingerprints were taken of.
-    """
-    strangers = []
-    for name, layer in pmss_layers(module).items():
-        if (record := made.get("fingerprints", {}).get(name)) is not None:
-            rows, cols = indices(name, layer)
-            w = layer.base_weight()
-            if not same_base(record, w[rows.to(w.device)], w[:, cols.to(w.device)]):
-                strangers.append(name)
-    _refuse_strangers(strangers)
-
-
-def _refuse_strangers(strangers: list[str]) -> None:
-    if strangers:
-        raise ValueError(
-            f"the checkpoint belongs to another base model: the rows and columns of {some(strangers)} differ from those it"
-            " was trained on. Load the weights that the run started from."
-        )
-
-
 class CheckpointSeam:
     """Puts our part on one strategy object, and takes it off again.
 
     Args:
         trainer: Its strategy is the one; it has not wrapped the module yet (or shards it without wrappers).
         module: The converted LightningModule.
+        describe: Makes the checkpoint's `METADATA` entry; called on every rank with the module and `trained_shapes`.
+        announce: Given each checkpoint before it is written, and the module; may add entries.
         after_save: Called on every rank with the checkpoint's path after each save.
         after_remove: The same after ModelCheckpoint removed one.
         before_load: Called before the weights of a checkpoint are loaded, when the module has its layers.
@@ -154,6 +89,8 @@ class CheckpointSeam:
         self,
         trainer: L.Trainer,
         module: L.LightningModule,
+        describe: Callable[[nn.Module, Mapping[str, tuple[int, ...]]], dict[str, Any]],
+        announce: Callable[[dict[str, Any], L.LightningModule], None],
         after_save: Callable[[Path], None] | None = None,
         after_remove: Callable[[Path], None] | None = None,
         before_load: Callable[[], None] | None = None,
@@ -163,8 +100,9 @@ class CheckpointSeam:
         self.trained, self.known = trained_shapes(module), set(module.state_dict())
         self.strategy = trainer.strategy
         self.engine: Engine = engine_of(self.strategy)
-        self.after_save, self.after_remove = after_save, after_remove
+        self.describe, self.announce, self.after_save, self.after_remove = describe, announce, after_save, after_remove
         self.before_load, self.at_end = before_load, at_end
+        self._source = "the checkpoint"  # that is being loaded, for messages
         self._newest: Path | None = None  # the file or folder that was saved last
         use_atomic_files(self.strategy)
         self._metadata: dict[str, Any] = {}  # hashing the slices takes time, and they only change when one is loaded
@@ -181,7 +119,7 @@ class CheckpointSeam:
     def _methods(self) -> list[str]:
         common = ["save_checkpoint", "remove_checkpoint", "on_train_end"]
         if self.engine == "plain":
-            return [*common, "load_model_state_dict"]
+            return [*common, "load_checkpoint", "load_model_state_dict"]
         return [*common, "load_checkpoint"] + (["lightning_module_state_dict"] if self.engine != "zero" else [])
 
     # -- saving ---------------------------------------------------------------------------------------------------
@@ -198,6 +136,7 @@ class CheckpointSeam:
         if self.engine == "plain":
             states = {name: self._short_indices(state) for name, state in states.items()}
         checkpoint = checkpoint | states | {METADATA: self._describe()}
+        self.announce(checkpoint, self.module)
         where = self.strategy.broadcast(filepath)
         path = local_path(where)
         if path is None:
@@ -256,17 +195,7 @@ class CheckpointSeam:
     def _describe(self) -> dict[str, Any]:
         """Plain values that make a checkpoint say what its V means and which base it belongs to."""
         if not self._metadata:
-            report = conversion_of(self.module)
-            assert report is not None
-            prints = {
-                n: dict(layer.fingerprint or fingerprint(*layer.slices()))
-                for n, layer in pmss_layers(self.module).items()
-            }
-            self._metadata = {
-                "format_version": FORMAT_VERSION,
-                "config": report.config.to_dict(),
-                "fingerprints": prints,
-            }
+            self._metadata = self.describe(self.module, self.trained)
         return dict(self._metadata)
 
     def _remove_checkpoint(self, filepath: Any) -> None:
@@ -297,20 +226,44 @@ class CheckpointSeam:
     def _load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
         if self.before_load is not None:
             self.before_load()
-        state, made = checkpoint["state_dict"], checkpoint.get(METADATA, {})
-        check(self.module, self.trained, self.known, {k: tuple(v.shape) for k, v in state.items()}, made)
+        state, made = checkpoint["state_dict"], read_record(checkpoint.get(METADATA), self._source)
+        stored = {k: tuple(v.shape) for k, v in state.items()}
+        check(self.module, self.trained, self.known, stored, made, self._source)
         # Under DDP rank 0's weights are sent to all ranks, but only after this: those of the others do not count yet.
         if self.strategy.is_global_zero:
-            prefixes = {id(m): f"{n}." if n else "" for n, m in self.module.named_modules()}
-            check_base(
-                self.module, made, lambda _, x: (state[f"{prefixes[id(x)]}rows"], state[f"{prefixes[id(x)]}cols"])
-            )
+            check_state(self.module, made, state, self._source)
         self._metadata = {}
         # `check` was strict about everything that counts.
         self._inner["load_model_state_dict"](checkpoint, strict=False)
         make_whole(checkpoint, self.module, self.trained, self.known)
 
     def _load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        return (
+            self._load_whole(checkpoint_path, weights_only)
+            if self.engine == "plain"
+            else self._load_parts(checkpoint_path, weights_only)
+        )
+
+    def _load_whole(self, checkpoint_path: Any, weights_only: bool | None) -> dict[str, Any]:
+        """One file, of which the model is given its part later."""
+        self._source, path = f"the checkpoint {checkpoint_path}", local_path(checkpoint_path)
+        if path is not None and path.is_dir():
+            raise ValueError(
+                f"{self._source} is a folder, as FSDP and DeepSpeed write them. Resume with the strategy that wrote it, or"
+                " write its adapter by `python -m lightning_pmss extract` and load that."
+            )
+        if path is not None:
+            refuse_unreadable(path)
+        with refusing_damage(checkpoint_path):
+            loaded: dict[str, Any] = self._inner["load_checkpoint"](checkpoint_path, weights_only)
+        check_content(loaded, self._source)
+        if path is not None:
+            refuse_flipped_bits(path)
+        read_record(loaded.get(METADATA), self._source)
+        return loaded
+
+    def _load_parts(self, checkpoint_path: Any, weights_only: bool | None) -> dict[str, Any]:
+        """A file or folder of an engine, which loads the model at once."""
         path = Path(self.strategy.broadcast(checkpoint_path))
         stage = self.trainer.state.fn or TrainerFn.FITTING
         if (
@@ -322,8 +275,9 @@ class CheckpointSeam:
                 f"DeepSpeed cannot load a ZeRO-3 checkpoint for `{stage.value}`. Evaluate right after `fit` in the same process"
                 " (without ckpt_path), or the adapter or merged folder of the run on one device or under DDP."
             )
-        stored, made = _read_description(path)
-        check(self.module, self.trained, self.known, stored, made)
+        where = f"the checkpoint {path}"
+        stored, made = read_description(path, where)
+        check(self.module, self.trained, self.known, stored, made, where)
         before = {n: (layer.rows.clone(), layer.cols.clone()) for n, layer in pmss_layers(self.module).items()}
         self._metadata = {}
         with self._only_trained():
@@ -331,11 +285,10 @@ class CheckpointSeam:
         if path.is_file():  # of which Lightning loads what it finds among parameters and buffers
             state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
             for key, indices in index_tensors(self.module).items():
-                indices.copy_(state[key])
+                indices.copy_(state[clean_name(key)])
         self._follow_indices(before)
-        here = self._describe()["fingerprints"]
-        there = made.get("fingerprints", {})
-        _refuse_strangers([n for n in here if n in there and not _same(here[n], there[n])])
+        here = {n: x.fingerprint or fingerprint(*x.slices()) for n, x in pmss_layers(self.module).items()}
+        refuse_strangers([n for n in here if not same_print(here[n], made.prints[n])], where)
         return loaded
 
     def _follow_indices(self, before: Mapping[str, tuple[Any, Any]]) -> None:
@@ -363,21 +316,12 @@ class CheckpointSeam:
             del root.state_dict, root.load_state_dict
 
 
-def _same(here: Mapping[str, str], there: Mapping[str, str]) -> bool:
-    """Whether two fingerprints agree in the coarser of their dtypes."""
-    names = {here["dtype"], there["dtype"]}
-    narrow = names - {"float32"} or names
-    return any(here[n] == there[n] for n in narrow)
-
-
-def _read_description(path: Path) -> tuple[dict[str, tuple[int, ...]], Mapping[str, Any]]:
-    """(keys and shapes, metadata) of a checkpoint file or folder, without reading its tensors."""
+def read_description(path: Path, where: str) -> tuple[dict[str, tuple[int, ...]], Record]:
+    """(keys and shapes, metadata) of a checkpoint file or folder, without reading the tensors of a folder."""
     if path.is_dir():
-        if not (path / SIDECAR).is_file():
-            raise ValueError(f"{path} was made without PMSSCallback (it has no {SIDECAR}) or is not complete.")
-        about: dict[str, Any] = json.loads((path / SIDECAR).read_text(encoding="utf-8"))
-        return {k: tuple(v) for k, v in about["tensors"].items()}, about
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no checkpoint {path}.")
-    content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    return {k: tuple(v.shape) for k, v in content["state_dict"].items()}, content.get(METADATA, {})
+        about = read_record(read_sidecar(path), where)
+        if about.tensors is None:
+            raise ValueError(f"{where} is damaged: {SIDECAR} has no `tensors`. {DAMAGED}")
+        return {k: tuple(v) for k, v in about.tensors.items()}, about
+    content = read_checkpoint(path)
+    return {k: tuple(v.shape) for k, v in content["state_dict"].items()}, read_record(content.get(METADATA), where)

@@ -14,6 +14,9 @@ import lightning_pmss.metrics
 import lightning_pmss.modules  # noqa: F401
 from lightning_pmss.callbacks.loss_curve import LossCurve  # noqa: F401
 from lightning_pmss.callbacks.pmss import PMSSCallback
+from lightning_pmss.checkpoint_io import local_path
+from lightning_pmss.checkpointing import read_description
+from lightning_pmss.skeleton import read_skeleton
 from lightning_pmss.tools import PROGRAM, TOOLS
 from lightning_pmss.version import __version__
 
@@ -53,10 +56,26 @@ class PMSSCLI(LightningCLI):
         parser.add_lightning_class_args(PMSSCallback, "pmss")
         parser.link_arguments("model.init_args.model_name_or_path", "data.init_args.tokenizer")
 
+    def _parse_ckpt_path(self) -> None:
+        """Lightning's, which reads the checkpoint: first refuse one that cannot be used, before any long work."""
+        given = self.config[self.config.subcommand].get("ckpt_path") if self.config.get("subcommand") else None
+        path = None if given in (None, "best", "last", "hpc") else local_path(given)
+        if path is not None and not str(given).startswith("registry"):
+            try:
+                if not path.exists():
+                    raise FileNotFoundError(f"the checkpoint {path} does not exist.")
+                read_description(path, f"the checkpoint {path}")
+            except (OSError, ValueError) as error:
+                self.parser.error(str(error), error)
+        super()._parse_ckpt_path()
+
     def instantiate_classes(self) -> None:
         """Make Trainer, model and data; what their constructors refuse is an error of the command line, not a crash."""
         try:
             super().instantiate_classes()
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, PMSSCallback) and callback.config.skeleton_file is not None:
+                    read_skeleton(callback.config.skeleton_file)  # a damaged one shows before the model is loaded
         except (OSError, ValueError) as error:
             self.parser.error(str(error), error)  # JSONARGPARSE_DEBUG=1 shows the traceback
 

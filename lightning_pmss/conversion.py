@@ -97,6 +97,7 @@ def convert(
         starts = {
             name: _numbers(plans[name], modules[name], update, config, name) for name, update in (updates or {}).items()
         }
+        from_file = skeleton is not None and skeleton.coordinates == config.coordinates
         for name, plan in plans.items():
             layer = PMSSLinear.adopt(
                 modules[name],
@@ -110,6 +111,7 @@ def convert(
                 memory=config.memory,
             )
             layer.fingerprint = plan.fingerprint
+            layer.frame_dtype = None if from_file else value_dtype(layer)
             if name in starts:
                 layer.core.weight.data.copy_(starts[name])
         layers = kept | {name: _report(name, modules[name], ranks[name], plan) for name, plan in plans.items()}

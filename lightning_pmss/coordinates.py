@@ -305,7 +305,7 @@ class PMSSCore(nn.Module):
         v = v / scale
         numbers = v.to(self.weight.dtype)
         lost = float(torch.linalg.vector_norm(numbers.double() - v))  # not finite where the numbers are not
-        if not lost <= 1e-3 * float(torch.linalg.vector_norm(v)) or not _is_finite(self, numbers, scale):
+        if not lost <= 1e-3 * float(torch.linalg.vector_norm(v)) or not is_finite(self, numbers, scale):
             kind = str(numbers.dtype).removeprefix("torch.")
             raise ValueError(
                 f"`{name}`: with scale {scale:.3g} its update needs trained numbers up to {float(v.abs().max()):.3g}, which"
@@ -325,7 +325,8 @@ class PMSSCore(nn.Module):
         return super()._apply(keep_precision, recurse)
 
 
-def _is_finite(core: PMSSCore, numbers: Tensor, scale: float) -> bool:
-    """Whether U, made of these numbers, is finite."""
+@torch.no_grad()
+def is_finite(core: PMSSCore, numbers: Tensor, scale: float) -> bool:
+    """Whether U would be finite, were it made of these numbers in place of the core's own."""
     made = torch.func.functional_call(core, {"weight": numbers}, (scale,))
     return bool(made.isfinite().all())

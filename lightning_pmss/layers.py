@@ -64,6 +64,7 @@ class PMSSLinear(IndexTensors, MergedLayer):
         core: `PMSSCore`, owner of the trained tensor.
         scale, coordinates, dropout, memory: As configured.
         fingerprint: Of the slices of W (`lightning_pmss.fingerprint`), where it was taken while W was whole; else None.
+        frame_dtype: Of W when the coordinates were computed of it; None: they were read from a file.
         on_trust: Converted without its weight, so that nobody has compared it with the fingerprint yet.
         edit: ``"input"``, ``"output"`` or ``"weight"``.
         base_class: What the layer was before it was converted.
@@ -82,6 +83,7 @@ class PMSSLinear(IndexTensors, MergedLayer):
     edit: str
     memory: str
     fingerprint: Mapping[str, str] | None
+    frame_dtype: torch.dtype | None
     on_trust: bool
     disabled: bool = False
 
@@ -115,6 +117,7 @@ class PMSSLinear(IndexTensors, MergedLayer):
         layer.transposed, layer.quantised = is_transposed(layer), is_quantised(layer)
         layer.edit = choose_edit(layer, shape) if edit == "auto" else edit
         layer.fingerprint = layer.pristine = None
+        layer.frame_dtype = None
         layer.on_trust = weight.is_meta
         layer.register_load_state_dict_post_hook(merge_again)
         return layer
@@ -184,6 +187,7 @@ class PMSSLinear(IndexTensors, MergedLayer):
             rows, cols = self.rows.to(weight.device), self.cols.to(weight.device)
             frame = coordinate_frame(weight[:, cols], weight[rows], self.coordinates, name, weight=weight)
         self.core.set_frame(frame)
+        self.frame_dtype = weight.dtype
 
     def reset_parameters(self) -> None:
         """Called by engines once a layer that was made on the meta device has memory: the base's own, where it has one."""

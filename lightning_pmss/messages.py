@@ -20,3 +20,9 @@ def one_line(name: object) -> str:
 def kind_of(name: str) -> str:
     """A module's name with a star for each number: the layers of a stack are of one kind."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def reason(error: Exception, most: int = 200) -> str:
+    """What an exception of another library says, in one line."""
+    text = one_line(" ".join(str(error).split())) or type(error).__name__
+    return text if len(text) <= most else f"{text[: most - 3]}..."

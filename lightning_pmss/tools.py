@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 PROGRAM = "python -m lightning_pmss"
+_BASE = "folder of the base model (safetensors), or a safetensors file with a state dict"
+_CKPT = "checkpoint of a run with PMSSCallback: a file, or a folder of FSDP or DeepSpeed"
 
 
 def _parser(name: str) -> argparse.ArgumentParser:
@@ -19,18 +21,31 @@ def _parser(name: str) -> argparse.ArgumentParser:
 
 
 def _merge(args: Sequence[str]) -> None:
+    from lightning_pmss.files.extract import merge_checkpoint
     from lightning_pmss.files.merged import merge_files
 
     parser = _parser("merge")
-    parser.add_argument("--base", required=True, metavar="MODEL_DIR", help="folder of the base model (safetensors)")
-    parser.add_argument("--adapter", required=True, metavar="ADAPTER_DIR", help="adapter folder")
+    parser.add_argument("--base", required=True, metavar="MODEL_DIR", help=_BASE)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--adapter", metavar="ADAPTER_DIR", help="adapter folder")
+    source.add_argument("--ckpt", metavar="FILE", help=f"in place of an adapter: {_CKPT}")
     parser.add_argument("--output", required=True, metavar="MERGED_DIR", help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
     parser.add_argument("--dtype", help="dtype of the written weights, such as bfloat16 (default: the base's)")
     parser.add_argument("--max-shard-size", help="largest size of one weights file, such as 5GB (default: 5GB)")
-    options = vars(parser.parse_args(args))
-    chosen = {key: value for key, value in options.items() if value is not None}
-    print(merge_files(**chosen))
+    chosen = {key: value for key, value in vars(parser.parse_args(args)).items() if value is not None}
+    print(merge_checkpoint(**chosen) if "ckpt" in chosen else merge_files(**chosen))
+
+
+def _extract(args: Sequence[str]) -> None:
+    from lightning_pmss.files.extract import extract_files
+
+    parser = _parser("extract")
+    parser.add_argument("--ckpt", required=True, metavar="FILE", help=_CKPT)
+    parser.add_argument("--base", required=True, metavar="MODEL_DIR", help=_BASE)
+    parser.add_argument("--output", required=True, metavar="ADAPTER_DIR", help="adapter folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
+    print(extract_files(**vars(parser.parse_args(args))))
 
 
 def _select(args: Sequence[str]) -> None:
@@ -155,7 +170,8 @@ def _report(args: Sequence[str]) -> None:
 
 TOOLS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "select": (_select, "select rows and columns of a model on disk, matrix by matrix, into a skeleton file"),
-    "merge": (_merge, "write base + adapter as a plain model folder, shard by shard"),
+    "merge": (_merge, "write base + adapter, or base + checkpoint, as a plain model folder, shard by shard"),
+    "extract": (_extract, "write a checkpoint's adapter folder, without the program that trained it"),
     "export": (_export, "write an adapter as a LoRA that peft loads onto the base, without approximation"),
     "inspect": (_inspect, "what an adapter changes, layer by layer: norms, effective ranks, singular values"),
     "report": (

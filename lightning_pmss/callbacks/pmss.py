@@ -41,9 +41,11 @@ from lightning_pmss.checkpointing import CheckpointSeam, record_fingerprints
 from lightning_pmss.config import PMSSConfig
 from lightning_pmss.conversion import conversion_of, convert, pmss_layers
 from lightning_pmss.converted import is_complete
+from lightning_pmss.files.checkpoint_about import describe
 from lightning_pmss.gathering import whole_update
 from lightning_pmss.modules.resuming import count_epoch, restore_loaders, warn_about_loaders
 from lightning_pmss.report import ConversionReport
+from lightning_pmss.restoring import announce
 from lightning_pmss.sharding import Engine, prepare_strategy, refuse_quantised
 from lightning_pmss.whole import is_sharded
 
@@ -211,6 +213,8 @@ class PMSSCallback(L.Callback):
         self._seam = CheckpointSeam(
             trainer,
             pl_module,
+            describe,
+            announce,
             after_save=functools.partial(merge_beside, trainer, pl_module) if beside else None,
             after_remove=functools.partial(remove_beside, trainer) if beside else None,
             before_load=functools.partial(average_the_trained, trainer, pl_module),

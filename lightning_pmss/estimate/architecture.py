@@ -23,6 +23,8 @@ from lightning_pmss.config import PMSSConfig
 from lightning_pmss.coordinates import trained_shape
 from lightning_pmss.indices import index_tensors
 from lightning_pmss.layers import Frame, PMSSLinear, canonical_shape, core_dtype
+from lightning_pmss.messages import reason
+from lightning_pmss.reading.model_config import read_model_config
 from lightning_pmss.roots import canonical_modules
 from lightning_pmss.targets import find_targets, match_modules, ranks_of, refuse_unconvertible
 
@@ -72,12 +74,13 @@ def read_config(model: str | os.PathLike[str]) -> Any:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; give a folder with config.json, or the file itself.")
+    read_model_config(file)
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(str(file), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # what a broken file raises depends on where it is broken
-        raise ValueError(f"{file} is not a model configuration that transformers reads: {first_line(error)}") from error
+        raise ValueError(f"{file} is not a model configuration that transformers reads: {reason(error)}") from error
 
 
 def weights_dtype(config: Any, asked: str) -> torch.dtype:
@@ -114,9 +117,7 @@ class Architecture:
                 model: nn.Module = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
         except Exception as error:
             kind = getattr(self.config, "model_type", type(self.config).__name__)
-            raise ValueError(
-                f"no causal language model can be built of this {kind} config: {first_line(error)}"
-            ) from error
+            raise ValueError(f"no causal language model can be built of this {kind} config: {reason(error)}") from error
         return model.train()
 
     def pmss(self, config: PMSSConfig) -> nn.Module:
@@ -265,8 +266,3 @@ def _quietly() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(level)
-
-
-def first_line(error: Exception) -> str:
-    """What went wrong, for a message of one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_pmss.estimate.architecture import Architecture, first_line
+from lightning_pmss.estimate.architecture import Architecture
 from lightning_pmss.indices import index_tensors
+from lightning_pmss.messages import reason
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def simulate_step(
     except RuntimeError as error:  # an operation that looks at values, or that PyTorch has no shapes for
         raise ValueError(
             f"the step of {type(model).__name__} cannot be played through without values"
-            f" ({first_line(error)}); try --precision bf16-true, which more operations support."
+            f" ({reason(error)}); try --precision bf16-true, which more operations support."
         ) from error
     finally:
         for hook in hooks:

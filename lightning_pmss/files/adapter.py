@@ -107,7 +107,7 @@ def save_adapter(
         quantisation=sorted(q for q in {quantisation_of(m, m.pristine) for m in layers.values()} if q),
         quantisation_settings=quantisation_settings(root),
         root=noted_root(model),
-        left_out=[name for name in report.left_out if name in named and is_linear(named[name])],
+        left_out=linear_left_out(model),
     )
     write_adapter(adapter, target, overwrite=overwrite, run=run, base=known.folder)
     return target
@@ -157,6 +157,11 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Conversion
         for key, place in places.items():
             place.copy_(adapter.also_train[key])
     return report
+
+
+def linear_left_out(model: nn.Module) -> list[str]:
+    """The linear layers of a converted model that are not, for whatever reason: so the file knows the architecture."""
+    return [n for n, m in canonical_modules(model).items() if is_linear(m) and not isinstance(m, PMSSLinear)]
 
 
 def names_in(adapter: AdapterFile, model: nn.Module) -> Names:

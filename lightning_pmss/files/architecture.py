@@ -13,6 +13,8 @@ from lightning_pmss.config import PMSSConfig
 from lightning_pmss.files.naming import Wording, match_names
 from lightning_pmss.files.shards import ShardReader, few
 from lightning_pmss.layers import canonical_shape, is_transposed
+from lightning_pmss.messages import reason
+from lightning_pmss.reading.model_config import read_model_config
 from lightning_pmss.roots import canonical_modules
 from lightning_pmss.skeleton import Skeleton, SkeletonLayer
 from lightning_pmss.targets import find_targets, match_modules, ranks_of, refuse_unconvertible
@@ -63,12 +65,12 @@ def model_on_meta(folder: Path, architecture: str | None = None) -> nn.Module:
             f"{folder} has no config.json, which says what the model's layers are. Give the folder that "
             "`save_pretrained` or `hf download MODEL --local-dir FOLDER` wrote."
         )
+    read_model_config(file)
     try:
         config: Any = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [repr(error)])[0]
+    except Exception as error:  # what a broken file raises depends on where it is broken
         raise ValueError(
-            f"{file}: transformers {transformers.__version__} cannot read it ({reason}). Upgrade transformers; if the "
+            f"{file}: transformers {transformers.__version__} cannot read it ({reason(error)}). Upgrade transformers; if the "
             f"model comes with its own code, {_IN_PYTHON}"
         ) from error
 
@@ -97,8 +99,8 @@ def model_on_meta(folder: Path, architecture: str | None = None) -> nn.Module:
     try:
         with torch.device("meta"):
             model: nn.Module = cls(config)
-    except (AttributeError, TypeError, ValueError, ImportError) as error:
-        raise ValueError(f"{cls.__name__} cannot be built from {file} ({error}).") from error
+    except Exception as error:
+        raise ValueError(f"{cls.__name__} cannot be built from {file} ({reason(error)}).") from error
     return model
 
 

@@ -24,6 +24,7 @@ from lightning_pmss.files.atomic import atomic_folder, check_target
 from lightning_pmss.files.base import base_of
 from lightning_pmss.files.kinds import MERGED, SHARDS, matches
 from lightning_pmss.files.model_folder import (
+    BesideWeights,
     FileMergeReport,
     beside_weights,
     copy_beside,
@@ -81,7 +82,7 @@ def _square(matrix: Tensor) -> float:
 
 def merge_files(
     base: str | os.PathLike[str],
-    adapter: str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | AdapterFile,
     output: str | os.PathLike[str],
     *,
     overwrite: bool = False,
@@ -95,8 +96,8 @@ def merge_files(
     ``W' = W + C (s U) R`` is computed from the base's W in float32 (float64 for a float64 base) and rounded once.
 
     Args:
-        base: folder with config.json and safetensors weights, single or sharded.
-        adapter: folder written by `save_adapter`.
+        base: folder with config.json and safetensors weights, single or sharded, or a safetensors file with a state dict.
+        adapter: folder written by `save_adapter`, or what was read from one.
         output: folder to write; appears only when it is complete.
         overwrite: replace an earlier output.
         max_shard_size: the base's shards are kept as they are unless one is larger than this (``"5GB"``, bytes, or
@@ -111,12 +112,15 @@ def merge_files(
         ValueError: another base than the adapter's, a module not found in the base, NaN or infinite results, an
             output equal to, inside, or around base or adapter, unreadable files.
     """
-    base, adapter, output = (Path(path).expanduser() for path in (base, adapter, output))
-    refuse_overlap(output, {"base": base, "adapter": adapter})
+    base, output = Path(base).expanduser(), Path(output).expanduser()
+    inputs = {"base": base}
+    if not isinstance(adapter, AdapterFile):
+        inputs["adapter"] = adapter = Path(adapter).expanduser()
+    refuse_overlap(output, inputs)
     check_target(output, MERGED, overwrite=overwrite)
     target_dtype = parse_dtype(dtype, "the base's")
     limit = None if max_shard_size is None else parse_size(max_shard_size)
-    trained = read_adapter(adapter)
+    trained = adapter if isinstance(adapter, AdapterFile) else read_adapter(adapter)
     with open_shards(base) as reader:
         rename = resolve_names(trained, reader, base)
         plan = _Plan(trained, reader, rename, target_dtype)
@@ -125,7 +129,8 @@ def merge_files(
         # Base file names are kept with its structure; a new division, and names of another form, get the usual ones.
         usual = all(matches(name, SHARDS) for name in kept) and len(set(kept)) == len(kept) == len(reader.files)
         names = kept if usual and len(shards) > 1 else shard_names(len(shards))
-        beside = beside_weights(base)
+        # Nothing belongs to the state dict of a lone file.
+        beside = beside_weights(base) if base.is_dir() else BesideWeights({}, {}, [])
         refuse_outside(base, beside)
         report = FileMergeReport(
             str(output), replaced=plan.replaced, added=plan.added, not_copied=beside.not_copied(), shards=names

@@ -25,7 +25,7 @@ from lightning_pmss.files.kinds import (
 )
 from lightning_pmss.files.shards import INDEX_FILE, few
 from lightning_pmss.merged_layer import LayerDrift
-from lightning_pmss.reading import read_json
+from lightning_pmss.reading.model_config import read_model_config
 
 REPORT_FILE = MERGED.manifest
 _AGAIN = "Copy or download the base again."
@@ -68,9 +68,9 @@ class FileMergeReport:
 
 
 def refuse_overlap(output: Path, inputs: Mapping[str, Path]) -> None:
-    target = output.resolve()
+    target = Path(os.path.realpath(output))  # `resolve` raises where links form a circle
     for role, folder in inputs.items():
-        source = folder.resolve()
+        source = Path(os.path.realpath(folder))
         if target == source:
             raise ValueError(f"the output {output} is the {role} itself, which stays as it is; name another folder.")
         if target.is_relative_to(source):
@@ -140,10 +140,7 @@ def copy_beside(found: BesideWeights, folder: Path, dtype: torch.dtype | None) -
         copied.append(name)
     config = folder / "config.json"
     if dtype is not None and config.name in copied:
-        source = found.files[config.name]
-        settings = read_json(source, _AGAIN)
-        if not isinstance(settings, dict):
-            raise ValueError(f"{source} is no JSON object. {_AGAIN}")
+        settings = read_model_config(found.files[config.name])
         old_name = "torch_dtype" in settings and "dtype" not in settings
         settings["torch_dtype" if old_name else "dtype"] = str(dtype).removeprefix("torch.")
         config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

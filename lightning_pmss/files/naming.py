@@ -73,7 +73,7 @@ def resolve_names(adapter: AdapterFile, reader: ShardReader, base: Path) -> Call
 
 
 def match_names(
-    stored: Mapping[str, tuple[int, ...]], reader: ShardReader, base: Path, wording: Wording
+    stored: Mapping[str, tuple[int, ...] | None], reader: ShardReader, base: Path, wording: Wording
 ) -> Callable[[str], str]:
     """How canonical module names become the keys of a checkpoint (without ``.weight``).
 
@@ -82,7 +82,7 @@ def match_names(
     name that has a weight, must find all of them.
 
     Args:
-        stored: Shape of each module's weight as the checkpoint stores it.
+        stored: Shape of each module's weight as the checkpoint stores it; None where it is not known.
         reader: The checkpoint.
         base: Its folder, for messages.
         wording: See `Wording`.
@@ -137,7 +137,7 @@ def _prefixes(names: Iterable[str]) -> list[str]:
 
 
 def _check(
-    stored: Mapping[str, tuple[int, ...]],
+    stored: Mapping[str, tuple[int, ...] | None],
     reader: ShardReader,
     rename: Callable[[str], str],
     base: Path,
@@ -147,8 +147,9 @@ def _check(
         info = reader.tensors[f"{rename(name)}.weight"]
         if info.dtype not in FLOATS:  # first, since packed weights have other shapes, too
             raise ValueError(f"{base}: {info.key} is stored as {info.dtype}, {wording.quantised}")
-        if info.shape != shape:
+        if len(info.shape) != 2 or shape not in (None, info.shape):
+            wanted = "a matrix" if shape is None else list(shape)
             raise ValueError(
-                f"{base}: {info.key} is stored as {list(info.shape)}, {wording.owner} {wording.expects} {list(shape)}. "
+                f"{base}: {info.key} is stored as {list(info.shape)}, {wording.owner} {wording.expects} {wanted}. "
                 f"{wording.mismatch}"
             )

@@ -32,6 +32,7 @@ from lightning_pmss.modules.journal import Existing, Journal
 from lightning_pmss.modules.likelihood import IGNORED
 from lightning_pmss.modules.packed import check_packing
 from lightning_pmss.modules.quantisation import Quantisation, check_quantisation
+from lightning_pmss.modules.reloading import Reloading
 from lightning_pmss.modules.schedule import SCHEDULES, schedule_factor
 from lightning_pmss.modules.sharded import build_on_rank_zero
 from lightning_pmss.modules.token_mean import TokenMean
@@ -39,7 +40,7 @@ from lightning_pmss.modules.token_weighted import TokenWeighted
 from lightning_pmss.whole import is_sharded
 
 
-class CausalLMModule(TokenWeighted):
+class CausalLMModule(Reloading, TokenWeighted):
     """Fine-tunes a causal language model on the responses of prompt and response pairs.
 
     The model and its tokenizer are loaded in `configure_model`, so that a strategy can shard what is loaded and a
@@ -109,9 +110,11 @@ class CausalLMModule(TokenWeighted):
         loss_chunk: int | None = None,
         quantisation: Quantisation | None = None,
     ) -> None:
+        given = locals()
         super().__init__()
         # No save_hyperparameters: LightningCLI would let those of a checkpoint silently override what is typed beside
         # --ckpt_path. The configuration of a run is in the config.yaml of its log folder.
+        self.keep_arguments(given)
         if not 0 <= warmup_ratio < 1:
             raise ValueError(f"warmup_ratio={warmup_ratio!r} is a share of the steps; type a number in [0, 1).")
         if lr_schedule not in SCHEDULES:

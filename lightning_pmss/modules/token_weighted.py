@@ -113,8 +113,8 @@ class TokenWeighted(L.LightningModule):
             }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take them back before the next batch."""
-        self._stored = checkpoint.get(CHECKPOINT_KEY)
+        """Take them back before the next batch of the run that is resumed; by `load_from_checkpoint` none is."""
+        self._stored = None if self._trainer is None else checkpoint.get(CHECKPOINT_KEY)
 
     # -- one step -----------------------------------------------------------------------------------------------------
 

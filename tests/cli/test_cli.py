@@ -184,3 +184,24 @@ def test_program_merge_refuses_with_code_two(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert "error:" in result.stderr
+
+
+def test_a_checkpoint_that_cannot_be_used_is_one_line(
+    tiny_llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the model is loaded; LightningCLI reads the file itself, and left a traceback."""
+    (tmp_path / "cut.ckpt").write_bytes(b"PK\x03\x04 and no more")
+    (tmp_path / "folder.ckpt").mkdir()
+    torch.save({"state_dict": {"a": torch.ones(1)}, "epoch": 0}, tmp_path / "other.ckpt")
+    for name, message in (
+        ("none.ckpt", "none.ckpt does not exist"),
+        ("cut.ckpt", "cut.ckpt cannot be read: truncated, damaged, or no checkpoint"),
+        ("folder.ckpt", "folder.ckpt was made without PMSSCallback (it has no pmss.json)"),
+        ("other.ckpt", "other.ckpt holds no PMSS adapter"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            main(["fit", *small(tiny_llama, tmp_path), f"--ckpt_path={tmp_path / name}"])
+        assert left.value.code == 2
+        printed = capsys.readouterr().err
+        assert message in printed.strip().splitlines()[-1]
+        assert "Traceback" not in printed

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from lightning_pmss import load_adapter, merge
 from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.files import extract_files
 from tests.distributed.launch import launch, ranks, require
 from tests.distributed.script import EXAMPLES, LENGTH, VOCABULARY, base_model
 from tests.distributed.strategies import NAMES
@@ -187,6 +188,20 @@ def test_a_model_of_init_and_a_head_that_trains_in_full(runs: Any, name: str) ->
     assert not torch.equal(state["net.head.weight"], base_model().head.weight)
     reference = load_file(runs("ddp") / "init" / "out" / "adapter" / "adapter_model.safetensors")
     torch.testing.assert_close(state["net.head.weight"], reference["net.head.weight"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_gives_the_adapter_that_fit_wrote(runs: Any, name: str, tmp_path: Path) -> None:
+    """Bit for bit, from one process that knows nothing of the strategy."""
+    save_file(base_model().state_dict(), tmp_path / "base.safetensors")
+    for run in ("init", "weights") if name in WEIGHTS_ONLY else ("init",):
+        folder = runs(name) / run
+        extract_files(folder / "saved" / "step=2.ckpt", tmp_path / "base.safetensors", tmp_path / run, progress=False)
+        one, other = (load_file(f / "adapter_model.safetensors") for f in (tmp_path / run, folder / "out" / "adapter"))
+        assert set(one) == set(other)
+        assert all(torch.equal(value, other[key]) for key, value in one.items())
+        configs = [(f / "adapter_config.json").read_text() for f in (tmp_path / run, folder / "out" / "adapter")]
+        assert configs[0] == configs[1]
 
 
 @pytest.mark.parametrize("name", ["fsdp1", "fsdp2"])

@@ -378,3 +378,19 @@ def test_zero_update_is_an_adapter_too(tiny_llama: str, tmp_path: Path, logits: 
     again = _base(tiny_llama)
     load_adapter(again, tmp_path / "a")
     assert torch.equal(logits(again), expected)
+
+
+def test_one_of_several_alike_layers(tmp_path: Path, train: Train) -> None:
+    """The others are in no file by name, trained in full or frozen, and belong to the architecture all the same."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+
+    model = train(build(), rank=3, target_modules=["0"], also_train=["2"])
+    again = build()
+    load_adapter(again, save_adapter(model, tmp_path / "a"))
+    assert set(pmss_layers(again)) == {"0"}
+    deeper = nn.Sequential(*build(), nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="its options select other layers in this model than the ones stored: 5"):
+        load_adapter(deeper, tmp_path / "a")

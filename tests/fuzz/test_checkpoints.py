@@ -1,0 +1,94 @@
+"""Checkpoints, through everything that reads one."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections import Counter
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.files import extract_files, merge_checkpoint
+from tests.fuzz.conftest import Files, Module, inputs, loader, make_callback, make_trainer
+from tests.fuzz.models import summary
+from tests.fuzz.mutations import copied, mutate
+from tests.fuzz.trying import attempt, cases
+from tests.fuzz.values import mutate_tensors, mutate_tree
+
+
+def _damage(file: Path, random: Random) -> tuple[str, bool]:
+    """(how, whether the tensors may be other numbers): what is saved anew has right checksums."""
+    kind = random.choice(("file", "file", "entry", "entry", "entry", "tensors", "tensors", "top"))
+    if kind == "file":
+        return mutate(file, random), False
+    content: Any = copy.deepcopy(torch.load(file, weights_only=True))
+    if kind == "entry":
+        content["pmss"], how = mutate_tree(random, content["pmss"])
+    elif kind == "tensors":
+        content["state_dict"], how = mutate_tensors(random, content["state_dict"])
+    else:
+        part = random.choice(("pmss", "state_dict", "made_with", "hyper_parameters", "epoch", "callbacks", "all"))
+        value = random.choice((None, 1, "x", [], {}, [content["state_dict"]], {"a": 1}, {1: 2}, torch.ones(2)))
+        how = f"{part} = {str(value)[:20]}"
+        content = value if part == "all" else content | {part: value}
+        if random.random() < 0.3 and isinstance(content, dict):
+            content.pop(part, None)
+    torch.save(content, file)
+    return f"{kind}: {how}", kind == "tensors"
+
+
+def test_checkpoints(files: Files, tmp_path: Path) -> None:
+    output, found = tmp_path / "output", Counter[str]()
+    expected = load_file(files.adapter / "adapter_model.safetensors")
+    for seed, random in cases("checkpoint"):
+        file = copied(files.checkpoint, tmp_path / "bad.ckpt")
+        how, other = _damage(file, random)
+        told = f"seed {seed}: {how}"
+
+        extracted = attempt(lambda f=file: extract_files(f, files.base, output, progress=False), told)
+        if isinstance(extracted, Exception) is output.exists():
+            pytest.fail(f"{told}: refused, and left its output; or wrote nothing")
+        if output.exists() and not other:
+            written = load_file(output / "adapter_model.safetensors")
+            assert all(torch.equal(value, expected[key]) for key, value in written.items()), told
+        shutil.rmtree(output, ignore_errors=True)
+
+        merged = attempt(lambda f=file: merge_checkpoint(f, files.base, output, progress=False), told)
+        if isinstance(merged, Exception) is output.exists():
+            pytest.fail(f"{told}: refused, and left its output; or wrote nothing")
+        for weights in output.glob("*.safetensors"):
+            assert all(bool(value.isfinite().all()) for value in load_file(weights).values()), f"{told}: wrote NaN"
+        shutil.rmtree(output, ignore_errors=True)
+
+        loaded = attempt(lambda f=file: Module.load_from_checkpoint(f), told)
+        if not isinstance(loaded, Exception):
+            assert all(x.core_update().isfinite().all() for x in pmss_layers(loaded).values()), told
+            with torch.no_grad():
+                outputs = loaded.net(inputs())
+            assert other or torch.allclose(outputs, files.outputs, rtol=1e-4, atol=1e-5), told
+
+        module = Module()
+        trainer = make_trainer(tmp_path / "run", make_callback(tmp_path / "run"), max_steps=3)
+        resumed = attempt(lambda t=trainer, m=module, f=file: t.fit(m, loader(), ckpt_path=f), told)
+        layers = pmss_layers(module).values()
+        if isinstance(resumed, Exception):
+            values = module.state_dict()
+            same = all(torch.equal(values[key], value) for key, value in Module().state_dict().items())
+            if not same or not all((x.core.weight == 0).all() for x in layers):
+                pytest.fail(f"{told}: refused, and changed the model")
+        else:
+            assert all(x.core_update().isfinite().all() for x in layers), told
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        if left := {path.name for path in tmp_path.iterdir()} - {"bad.ckpt"}:
+            pytest.fail(f"{told}: left {left}")
+        refused = sum(isinstance(answer, Exception) for answer in (extracted, merged, loaded, resumed))
+        found[
+            "refused by all" if refused == 4 else "taken by all" if refused == 0 else f"refused by {refused} of 4"
+        ] += 1
+    summary(found)
