@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_pmss import PMSSCallback, merge
-from lightning_pmss.callbacks.results import write_results
+from lightning_pmss.callbacks.results import write_merged_model
 from lightning_pmss.conversion import pmss_layers
 from lightning_pmss.datamodules import GSM8KDataModule
 from lightning_pmss.evaluation import compare_files, read_records
@@ -36,7 +36,7 @@ def test_merged_and_unmerged_give_the_same_answers(shared: Path, fixtures: Path,
             layer.core.weight.copy_(0.02 * torch.randn(layer.core.weight.shape, generator=generator))
     module.predictions_dir = str(tmp_path / "unmerged")
     trainer.test(module, data, verbose=False)
-    write_results(trainer, module, None, tmp_path / "folder")
+    write_merged_model(trainer, module, None, tmp_path / "folder")
     merge(module)
     module.predictions_dir = str(tmp_path / "merged")
     trainer.test(module, data, verbose=False)
