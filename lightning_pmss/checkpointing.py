@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_pmss.checkpoint_checks import Record, check, check_state, refuse_strangers, same_print
 from lightning_pmss.checkpoint_io import local_path, use_atomic_files
@@ -38,6 +38,7 @@ from lightning_pmss.gathering import gathered, load_trained_state, trained_state
 from lightning_pmss.guard import refuse_disabled
 from lightning_pmss.indices import index_tensors
 from lightning_pmss.module_states import holding, make_whole, module_states
+from lightning_pmss.optimizer_names import finding_states
 from lightning_pmss.ranks import together
 from lightning_pmss.reading import refuse_unreadable
 from lightning_pmss.reading.checkpoints import (
@@ -50,18 +51,20 @@ from lightning_pmss.reading.checkpoints import (
     refusing_damage,
 )
 from lightning_pmss.sharding import Engine, engine_of
-from lightning_pmss.whole import clean_name, is_sharded, whole_shape
+from lightning_pmss.whole import clean_name, clean_state, fill, is_sharded, whole_shape
 
 
 def trained_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Keys of ``module.state_dict()`` that a checkpoint keeps (all but frozen parameters), with their whole shapes.
+    """Clean names in ``module.state_dict()`` that a checkpoint keeps, with their whole shapes: of all but frozen parameters.
+
+    Of a tensor with several names (tied, or of a module that is also a child in compiled form) the first.
 
     Call it before a strategy wraps the module: names and shapes are then the plain ones.
     """
-    frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    live = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
-    live |= index_tensors(module)
-    return {k: whole_shape(live[k]) for k in module.state_dict() if k in live and k not in frozen}
+    live: dict[str, Tensor] = {clean_name(n): p for n, p in module.named_parameters() if p.requires_grad}
+    live |= {clean_name(n): b for n, b in module.named_buffers()} | index_tensors(module)
+    first = {id(tensor): name for name, tensor in reversed(live.items())}
+    return {k: whole_shape(live[k]) for k in clean_state(module) if k in live and first[id(live[k])] == k}
 
 
 def record_fingerprints(module: nn.Module) -> None:
@@ -97,7 +100,7 @@ class CheckpointSeam:
         at_end: Callable[[], None] | None = None,
     ) -> None:
         self.trainer, self.module = trainer, module
-        self.trained, self.known = trained_shapes(module), set(module.state_dict())
+        self.trained, self.known = trained_shapes(module), set(clean_state(module))
         self.strategy = trainer.strategy
         self.engine: Engine = engine_of(self.strategy)
         self.describe, self.announce, self.after_save, self.after_remove = describe, announce, after_save, after_remove
@@ -127,11 +130,11 @@ class CheckpointSeam:
     def _lightning_module_state_dict(self) -> dict[str, Any]:
         with self._only_trained():
             state: dict[str, Any] = self._inner["lightning_module_state_dict"]()
-        return {k: v for k, v in state.items() if k in self.trained}
+        return {clean_name(k): v for k, v in state.items() if clean_name(k) in self.trained}
 
     def _save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         refuse_disabled(pmss_layers(self.module).values(), "saved")
-        states = module_states(checkpoint, self.trained, self.known) | {"state_dict": checkpoint["state_dict"]}
+        states = module_states(checkpoint, self.trained, self.known)
         states = {name: {k: v for k, v in state.items() if k in self.trained} for name, state in states.items()}
         if self.engine == "plain":
             states = {name: self._short_indices(state) for name, state in states.items()}
@@ -178,7 +181,8 @@ class CheckpointSeam:
         writing, lock = together(self.strategy, begin)
         try:
             writing = Path(self.strategy.broadcast(writing))
-            together(self.strategy, lambda: self._inner["save_checkpoint"](checkpoint, writing, storage_options))
+            with self._only_trained() if self.engine == "zero" else nullcontext():
+                together(self.strategy, lambda: self._inner["save_checkpoint"](checkpoint, writing, storage_options))
             together(self.strategy, lambda: put_in_place() if first else None)
         except BaseException:
             if first:
@@ -226,7 +230,8 @@ class CheckpointSeam:
     def _load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
         if self.before_load is not None:
             self.before_load()
-        state, made = checkpoint["state_dict"], read_record(checkpoint.get(METADATA), self._source)
+        state = {clean_name(key): value for key, value in checkpoint["state_dict"].items()}
+        made = read_record(checkpoint.get(METADATA), self._source)
         stored = {k: tuple(v.shape) for k, v in state.items()}
         check(self.module, self.trained, self.known, stored, made, self._source)
         # Under DDP rank 0's weights are sent to all ranks, but only after this: those of the others do not count yet.
@@ -234,8 +239,8 @@ class CheckpointSeam:
             check_state(self.module, made, state, self._source)
         self._metadata = {}
         # `check` was strict about everything that counts.
-        self._inner["load_model_state_dict"](checkpoint, strict=False)
         make_whole(checkpoint, self.module, self.trained, self.known)
+        self._inner["load_model_state_dict"](checkpoint, strict=False)
 
     def _load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         return (
@@ -280,16 +285,26 @@ class CheckpointSeam:
         check(self.module, self.trained, self.known, stored, made, where)
         before = {n: (layer.rows.clone(), layer.cols.clone()) for n, layer in pmss_layers(self.module).items()}
         self._metadata = {}
-        with self._only_trained():
+        fitting = stage is TrainerFn.FITTING
+        with finding_states(self.engine, self.module, path, fitting=fitting), self._only_trained():
             loaded: dict[str, Any] = self._inner["load_checkpoint"](path, weights_only)
-        if path.is_file():  # of which Lightning loads what it finds among parameters and buffers
-            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
-            for key, indices in index_tensors(self.module).items():
-                indices.copy_(state[clean_name(key)])
+        if path.is_file():
+            self._load_by_clean_names(path)
         self._follow_indices(before)
         here = {n: x.fingerprint or fingerprint(*x.slices()) for n, x in pmss_layers(self.module).items()}
         refuse_strangers([n for n in here if not same_print(here[n], made.prints[n])], where)
         return loaded
+
+    def _load_by_clean_names(self, path: Path) -> None:
+        """Of one file Lightning loads what it finds under full names among parameters and buffers: no indices, for example."""
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
+        state = {clean_name(key): value for key, value in state.items()}
+        places: dict[str, Tensor] = dict(index_tensors(self.module))
+        if self.engine == "fsdp2":
+            places |= {clean_name(name): p for name, p in self.module.named_parameters()}
+        for name in self.trained:
+            if name in places:
+                fill(places[name], state[name])
 
     def _follow_indices(self, before: Mapping[str, tuple[Any, Any]]) -> None:
         """Where other hardware had selected otherwise than the run that is resumed, its indices count."""
@@ -304,8 +319,8 @@ class CheckpointSeam:
     @contextmanager
     def _only_trained(self) -> Iterator[None]:
         """While a strategy saves or loads, its module shows only what is trained."""
-        root: Any = self.strategy.model
-        if self.engine not in ("fsdp1", "fsdp2") or not is_sharded(root):
+        root: Any = self.module if self.engine == "zero" else self.strategy.model
+        if self.engine == "plain" or (self.engine != "zero" and not is_sharded(root)):
             yield
             return
         root.state_dict = lambda *args, **kwargs: trained_state(root, self.trained)
@@ -322,6 +337,8 @@ def read_description(path: Path, where: str) -> tuple[dict[str, tuple[int, ...]]
         about = read_record(read_sidecar(path), where)
         if about.tensors is None:
             raise ValueError(f"{where} is damaged: {SIDECAR} has no `tensors`. {DAMAGED}")
-        return {k: tuple(v) for k, v in about.tensors.items()}, about
+        return {clean_name(k): tuple(v) for k, v in about.tensors.items()}, about
     content = read_checkpoint(path)
-    return {k: tuple(v.shape) for k, v in content["state_dict"].items()}, read_record(content.get(METADATA), where)
+    return {clean_name(k): tuple(v.shape) for k, v in content["state_dict"].items()}, read_record(
+        content.get(METADATA), where
+    )

@@ -264,7 +264,7 @@ def _leave_fast_paths(model: nn.Module) -> list[str]:
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # torch's own switch: without a known activation the plain path runs
             notes.append(
-                f"`{name}`: the fused inference path of nn.TransformerEncoderLayer reads weights directly; off"
+                f"`{clean_name(name)}`: the fused inference path of nn.TransformerEncoderLayer reads weights directly; off"
             )
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False

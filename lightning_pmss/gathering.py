@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from lightning_pmss.indices import index_tensors
 from lightning_pmss.layers import PMSSCore, PMSSLinear
-from lightning_pmss.whole import clean_name, is_fsdp1, is_sharded, whole
+from lightning_pmss.whole import clean_name, is_fsdp1, is_sharded, own_keys, whole
 
 
 @contextmanager
@@ -103,30 +103,28 @@ def trained_state(model: nn.Module, keys: Mapping[str, Any]) -> dict[str, Any]:
     for prefix, unit in _trained_units(model):
         for key, value in unit.state_dict().items():
             found[f"{prefix}{clean_name(key)}"] = value
-    for name, tensor in _replicated(model):
-        found[clean_name(name)] = tensor
+    found |= _replicated(model)
     return {k: v for k, v in found.items() if k in keys}
 
 
 def load_trained_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     """The inverse of `trained_state`; keys that are not given stay as they are."""
     if not is_fsdp1(model):
-        nn.Module.load_state_dict(model, state, strict=False)
+        nn.Module.load_state_dict(model, own_keys(model, state), strict=False)
         return
     for prefix, unit in _trained_units(model):
         part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         if part:
             unit.load_state_dict(part, strict=False)
     with torch.no_grad():
-        for name, tensor in _replicated(model):
-            if clean_name(name) in state:
-                tensor.copy_(state[clean_name(name)])
+        for name, tensor in _replicated(model).items():
+            if name in state:
+                tensor.copy_(state[name])
 
 
-def _replicated(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What every rank holds whole."""
-    yield from model.named_buffers()
-    yield from index_tensors(model).items()
+def _replicated(model: nn.Module) -> dict[str, Tensor]:
+    """What every rank holds whole, under clean names."""
+    return {clean_name(name): buffer for name, buffer in model.named_buffers()} | index_tensors(model)
 
 
 def _units(model: nn.Module) -> Iterator[FSDP]:

@@ -12,6 +12,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from lightning_pmss.whole import clean_name
+
 
 class IndexTensors(nn.Module):
     """Mixin for layers that own index tensors: int64 ``[k]``, distinct, never trained, averaged or cast.
@@ -116,9 +118,9 @@ def why_no_index(value: Any, count: int, size: int) -> str | None:
 
 
 def index_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The index tensors of all layers, under their keys in ``model.state_dict()``."""
+    """The index tensors of all layers, under the clean names of their keys in ``model.state_dict()``."""
     return {
-        f"{name}.{part}" if name else part: getattr(layer, part)
+        clean_name(f"{name}.{part}" if name else part): getattr(layer, part)
         for name, layer in model.named_modules(remove_duplicate=False)
         if isinstance(layer, IndexTensors)
         for part in layer.index_names

@@ -23,7 +23,7 @@ from lightning_pmss.merged_layer import LayerDrift, rounded_sum
 from lightning_pmss.plain_state import plain_state_dicts
 from lightning_pmss.quantised import can_requantise, quantisation_of, value_dtype
 from lightning_pmss.roots import below, canonical_modules
-from lightning_pmss.whole import clean_name, is_sharded
+from lightning_pmss.whole import clean_name, clean_state, is_sharded
 
 
 @dataclass
@@ -142,8 +142,8 @@ def merged(model: nn.Module, **options: bool) -> Iterator[MergeReport]:
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The model's state dict as if it had never been converted, with W' in the converted layers; the model is unchanged.
 
-    Keys are those of ``model.state_dict()`` without the adapters'. Quantised layers give dense weights. Tensors that
-    were not converted are the live ones.
+    Keys are the clean names of ``model.state_dict()`` without the adapters', also where parts are compiled. Quantised layers
+    give dense weights. Tensors that were not converted are the live ones.
     """
     return merged_state(model)[0]
 
@@ -170,7 +170,7 @@ def merged_state(
     layers = {n: x for n, x in canonical_modules(model).items() if isinstance(x, PMSSLinear) and id(x) in asked}
     if not is_sharded(model):
         with plain_state_dicts(model, asked) as cost:
-            full = {clean_name(key): value for key, value in model.state_dict().items()}
+            full = clean_state(model)
         state = {key: value for key, value in full.items() if under is None or below(key, under)}
         return state, {name: cost[id(layer)] for name, layer in layers.items()}
     refuse_disabled(layers.values(), "merged")

@@ -63,11 +63,11 @@ def plain_state_dicts(model: nn.Module, asked: Container[int] | None = None) -> 
 def is_trained_state(model: nn.Module, state: Mapping[str, Any]) -> bool:
     """Whether a state dict of this model has the tensors of an adapter beside the base's weights."""
     layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, MergedLayer)}
-    prefixes = {f"{name}." if name else "": layer for name, layer in layers.items()}
+    prefixes = {f"{clean_name(name)}.".lstrip("."): layer for name, layer in layers.items()}
     return any(
         key.startswith(prefix) and layer.adapter_key(key.removeprefix(prefix))
         for prefix, layer in prefixes.items()
-        for key in state
+        for key in map(clean_name, state)
     )
 
 
@@ -75,12 +75,14 @@ def is_trained_state(model: nn.Module, state: Mapping[str, Any]) -> bool:
 def plain_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict of this model (live, averaged, gathered, ...) with W' in place of W and the adapter's tensors.
 
+    Keys are the clean names.
+
     Raises:
         ValueError: It lacks tensors of a layer, or a merged weight is not finite.
     """
-    plain = dict(state)
+    plain = {clean_name(key): value for key, value in state.items()}
     for name, module in model.named_modules(remove_duplicate=False):
-        prefix = f"{name}." if name else ""
+        prefix = f"{clean_name(name)}.".lstrip(".")
         if not isinstance(module, MergedLayer):
             continue
         own = [key for key in plain if key.startswith(prefix) and module.adapter_key(key.removeprefix(prefix))]

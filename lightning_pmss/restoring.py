@@ -26,7 +26,7 @@ from lightning_pmss.reading.checkpoints import DAMAGED, check_content
 from lightning_pmss.roots import canonical_modules, choose_root
 from lightning_pmss.skeleton import Skeleton, SkeletonLayer
 from lightning_pmss.targets import Names
-from lightning_pmss.whole import clean_name
+from lightning_pmss.whole import clean_name, clean_state, own_keys
 
 _ENTRY = "_instantiator"
 _SOURCE = "the checkpoint"
@@ -83,10 +83,10 @@ def restore(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         skeleton, names = _found(module, record, options, state)
         convert(module, options, skeleton=skeleton, names=names)
     trained = trained_shapes(module)
-    own: dict[str, Any] = module.state_dict()
+    own = clean_state(module)
     check(module, trained, set(own), {key: tuple(value.shape) for key, value in state.items()}, record, _SOURCE)
     check_state(module, record, state, _SOURCE)
-    checkpoint["state_dict"] = state | {key: value for key, value in own.items() if key not in state}
+    checkpoint["state_dict"] = own_keys(module, own | state)
 
 
 def _found(

@@ -21,7 +21,7 @@ from torch.distributed.fsdp.wrap import CustomPolicy, _Policy
 
 from lightning_pmss.layers import CoreFrame, PMSSCore
 from lightning_pmss.quantised import quantisation_of
-from lightning_pmss.whole import is_fsdp1
+from lightning_pmss.whole import clean_name, is_fsdp1
 
 Engine = Literal["plain", "fsdp1", "fsdp2", "zero"]
 
@@ -127,7 +127,11 @@ def refuse_quantised(engine: Engine, module: nn.Module) -> None:
     Raises:
         MisconfigurationException: A layer is quantised and the strategy shards.
     """
-    found = [(n, kind) for n, m in module.named_modules() if isinstance(m, nn.Linear) and (kind := quantisation_of(m))]
+    found = [
+        (clean_name(n), kind)
+        for n, m in module.named_modules()
+        if isinstance(m, nn.Linear) and (kind := quantisation_of(m))
+    ]
     if engine != "plain" and found:
         raise MisconfigurationException(
             f"`{found[0][0]}` and {len(found) - 1} more layers are quantised ({found[0][1]}), which {engine} cannot shard."

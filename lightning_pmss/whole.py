@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -93,8 +93,23 @@ def outside_zero_init() -> Iterator[None]:
         module.restore_init_context()
 
 
+_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+
+
 def clean_name(name: str) -> str:
-    """A module or parameter name without what FSDP1, activation checkpointing and ``torch.compile`` put into it."""
-    for wrapper in ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"):
-        name = name.replace(f"{wrapper}.", "").removesuffix(wrapper)
-    return name.removesuffix(".")
+    """A module, parameter or state-dict name without what FSDP1, activation checkpointing and ``torch.compile`` put into it.
+
+    Every name is compared, stored and shown in this form: a checkpoint of a compiled model is one of the plain model.
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def clean_state(module: nn.Module) -> dict[str, Any]:
+    """``module.state_dict()`` under clean names."""
+    return {clean_name(key): value for key, value in module.state_dict().items()}
+
+
+def own_keys(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict under the keys that ``module.load_state_dict`` knows; what the module does not have stays as it is."""
+    known = {clean_name(key): key for key in nn.Module.state_dict(module)}
+    return {known.get(clean_name(key), key): value for key, value in state.items()}

@@ -22,7 +22,7 @@ from lightning_pmss.indices import index_tensors
 from lightning_pmss.layers import PMSSLinear
 from lightning_pmss.messages import some
 from lightning_pmss.sharding import Engine
-from lightning_pmss.whole import clean_name
+from lightning_pmss.whole import clean_name, clean_state
 
 
 class TrainedCopy(nn.Module):
@@ -40,9 +40,9 @@ class TrainedCopy(nn.Module):
         self.__dict__["of"] = module  # by assignment it would become a child
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                self._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
-        stored = module.state_dict()
-        for name, buffer in module.named_buffers():
+                self._parameters[clean_name(name)] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+        stored = clean_state(module)
+        for name, buffer in ((clean_name(n), b) for n, b in module.named_buffers()):
             self._buffers[name] = buffer.detach().clone()
             if name not in stored:
                 self._non_persistent_buffers_set.add(name)
@@ -53,7 +53,7 @@ class TrainedCopy(nn.Module):
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """The averages and, unless ``alone``, the module's own frozen parameters."""
         for name, parameter in self.of.named_parameters():
-            if (own := self._parameters.get(name)) is not None:
+            if (own := self._parameters.get(clean_name(name))) is not None:
                 yield own
             elif not self.alone:
                 yield parameter
@@ -61,7 +61,7 @@ class TrainedCopy(nn.Module):
     def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
         """Copies of the module's buffers, or their averages."""
         for name, buffer in self.of.named_buffers():
-            own = self._buffers.get(name)
+            own = self._buffers.get(clean_name(name))
             yield buffer if own is None else own
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -79,7 +79,8 @@ class TrainedCopy(nn.Module):
         unexpected: Any,
         errors: Any,
     ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        cleaned = {clean_name(key): value for key, value in state_dict.items()}
+        super()._load_from_state_dict(cleaned, prefix, local_metadata, strict, missing, unexpected, errors)
         # Names with dots look like those of children that are not there; and the indices are the module's.
         unexpected[:] = [key for key in unexpected if not key.startswith(prefix)]
 
@@ -91,7 +92,7 @@ class _Trained:
         self.copy = copy
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        return (p for name, p in self.copy.of.named_parameters() if name in self.copy._parameters)
+        return (p for name, p in self.copy.of.named_parameters() if clean_name(name) in self.copy._parameters)
 
     def buffers(self) -> Iterator[Tensor]:
         return self.copy.of.buffers()

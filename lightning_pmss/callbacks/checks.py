@@ -25,7 +25,7 @@ def agree_on_weights(trainer: L.Trainer, module: L.LightningModule, engine: Engi
         return
     if getattr(trainer.strategy, "kwargs", {}).get("sync_module_states"):
         return
-    sums = {n: float(p.detach().double().sum()) for n, p in module.named_parameters() if not p.is_meta}
+    sums = {clean_name(n): float(p.detach().double().sum()) for n, p in module.named_parameters() if not p.is_meta}
     others: list[Any] = [None] * trainer.world_size
     torch.distributed.all_gather_object(others, sums)
     if differ := [n for n in sums if any(o.get(n, sums[n]) != sums[n] for o in others)]:
@@ -79,7 +79,7 @@ def check_optimizers(trainer: L.Trainer, pl_module: L.LightningModule, also_trai
         MisconfigurationException: The optimizer lacks U, or is none for its coordinates, or something else trains.
     """
     layers = pmss_layers(pl_module)
-    trained = {n: p for n, p in pl_module.named_parameters() if p.requires_grad}
+    trained = {clean_name(n): p for n, p in pl_module.named_parameters() if p.requires_grad}
     cores = {id(layer.core.weight): name for name, layer in layers.items()}  # type: ignore[union-attr, attr-defined]
     allowed = set(cores)
     for name, module in pl_module.named_modules():
@@ -139,7 +139,7 @@ def warn_about_batch_norm(pl_module: L.LightningModule, also_train: Sequence[str
     kept = [m for n, m in pl_module.named_modules() if any(clean_name(n).endswith(a) for a in also_train)]
     inside = {id(m) for k in kept for m in k.modules()}
     moving = [
-        name
+        clean_name(name)
         for name, m in pl_module.named_modules()
         if isinstance(m, nn.modules.batchnorm._NormBase)
         and m.track_running_stats

@@ -22,6 +22,7 @@ from lightning_pmss.layers import Frame
 from lightning_pmss.report import ConversionReport
 from lightning_pmss.roots import canonical_modules, choose_root
 from lightning_pmss.skeleton import Skeleton, SkeletonLayer
+from lightning_pmss.whole import clean_name
 
 _RECOVER = "_recover_results_in_main_process"
 _BEFORE = "before_results"  # of a callback: what is called here before Lightning loads the state dict
@@ -66,11 +67,12 @@ def convert_like(trainer: L.Trainer, state: Mapping[str, Tensor], config: PMSSCo
         report = conversion_of(module)  # `model_built` may have converted them
     if report is None:
         module.load_state_dict(state, strict=False)
-        named = {id(m): f"{name}." if name else "" for name, m in module.named_modules()}
+        named = {id(m): f"{clean_name(name)}.".lstrip(".") for name, m in module.named_modules()}
+        clean = {clean_name(key): value for key, value in state.items()}
         layers = {
-            name: _stored(state, named[id(m)])
+            name: _stored(clean, named[id(m)])
             for name, m in canonical_modules(module, choose_root(module, config.root)).items()
-            if f"{named[id(m)]}rows" in state
+            if f"{named[id(m)]}rows" in clean
         }
         report = convert(module, config, skeleton=Skeleton(layers, config.coordinates, "the result of `fit`"))
     module.strict_loading = False

@@ -29,7 +29,7 @@ from lightning_pmss.report import ConversionReport
 from lightning_pmss.roots import adapted_root, below, canonical_modules, choose_root, noted_root
 from lightning_pmss.skeleton import Skeleton, SkeletonLayer
 from lightning_pmss.targets import Names
-from lightning_pmss.whole import clean_name, is_sharded
+from lightning_pmss.whole import clean_name, clean_state, is_sharded
 
 __all__ = ["AdapterFile", "AdapterModule", "load_adapter", "read_adapter", "save_adapter"]
 
@@ -236,7 +236,8 @@ def _refuse_deeper(adapter: AdapterFile, modules: Mapping[str, nn.Module]) -> No
         if adapter.options.target_modules != "all-linear" or adapter.options.exclude_modules:
             return
         left_out = []
-    known, kinds = {*adapter.modules, *left_out}, {kind_of(name) for name in adapter.modules}
+    in_full = {key.rpartition(".")[0] for key in adapter.also_train}
+    known, kinds = {*adapter.modules, *left_out, *in_full}, {kind_of(name) for name in adapter.modules}
     if more := [n for n, m in modules.items() if is_linear(m) and n not in known and kind_of(n) in kinds]:
         raise ValueError(
             f"{adapter.folder}: its options select other layers in this model than the ones stored: {few(more)}. Load it into"
@@ -313,7 +314,7 @@ def tensors_of(names: list[str], modules: Mapping[str, nn.Module]) -> dict[str, 
     return {
         f"{name}.{key}": value
         for name in names
-        for key, value in modules[name].state_dict().items()
+        for key, value in clean_state(modules[name]).items()
         if isinstance(value, Tensor)
     }
 
@@ -324,7 +325,7 @@ def other_names(extra: Mapping[str, Tensor], model: nn.Module) -> dict[str, list
     if is_sharded(model):
         return {key: _aliases(key, model, prefix) for key in extra}
     by_address: dict[tuple[int, int], list[str]] = {}
-    for key, value in model.state_dict().items():
+    for key, value in clean_state(model).items():
         if isinstance(value, Tensor) and value.numel():
             by_address.setdefault((value.data_ptr(), value.numel()), []).append(key.removeprefix(prefix))
     return {

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 
 from lightning_pmss.indices import index_tensors
 from lightning_pmss.messages import some
+from lightning_pmss.whole import clean_name
 
 
 def build_on_rank_zero(build: Callable[[], nn.Module], mesh: Any, device: torch.device) -> nn.Module:
@@ -60,7 +61,9 @@ def build_on_rank_zero(build: Callable[[], nn.Module], mesh: Any, device: torch.
     whole: dict[str, Any] = source.state_dict() if source is not None else {}
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     missing, unexpected = set_model_state_dict(model, whole, options=options)
-    if lost := sorted({*missing, *unexpected} - set(index_tensors(model))):  # the indices came with the twin
+    if lost := sorted(
+        {clean_name(key) for key in (*missing, *unexpected)} - set(index_tensors(model))
+    ):  # the indices came with the twin
         raise RuntimeError(f"these tensors did not reach every rank: {some(lost)}.")
     return model
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lightning_pmss.modules.likelihood import IGNORED
 from lightning_pmss.modules.resuming import restore_loaders
-from lightning_pmss.whole import is_sharded
+from lightning_pmss.whole import clean_name, is_sharded
 
 CHECKPOINT_KEY = "accumulation"
 
@@ -165,9 +165,9 @@ class TokenWeighted(L.LightningModule):
             )
             return
         window.before = int(stored["tokens"])
-        parameters = dict(self.named_parameters())
+        parameters = {clean_name(name): parameter for name, parameter in self.named_parameters()}
         for name, gradient in stored["gradients"].items():
-            where = parameters[name]
+            where = parameters[clean_name(name)]
             # A loader that cannot resume gives other batches than those that the first ones were weighted with.
             where.grad = gradient.to(where.device) * (stored["divisor"] / max(1, window.total))
 
@@ -177,7 +177,7 @@ class TokenWeighted(L.LightningModule):
 
     def _gradients(self) -> dict[str, Tensor]:
         """The accumulated gradients; under DDP their mean over the ranks, which the step will take anyway."""
-        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        trained = {clean_name(name): p for name, p in self.named_parameters() if p.requires_grad}
         if self.trainer.world_size == 1:
             return {name: p.grad.detach().cpu() for name, p in trained.items() if p.grad is not None}
         values = {

@@ -21,6 +21,7 @@ from torch import Tensor
 from lightning_pmss.messages import one_line, reason, some
 from lightning_pmss.reading.json_text import read_json
 from lightning_pmss.reading.unreadable import refuse_unreadable
+from lightning_pmss.whole import clean_name
 
 SIDECAR = "pmss.json"
 DAMAGED = "Use an earlier checkpoint."
@@ -185,5 +186,5 @@ def _read_deepspeed(folder: Path) -> dict[str, Any]:
         trained = get_fp32_state_dict_from_zero_checkpoint(str(folder), exclude_frozen_parameters=True)
     kept = ("epoch", "global_step", "pytorch-lightning_version", "callbacks", "loops", "made_with", "hyper_parameters")
     return {key: content[key] for key in kept if key in content} | {
-        "state_dict": {key: value.detach() for key, value in (buffers | dict(trained)).items()}
+        "state_dict": {clean_name(key): value.detach() for key, value in (buffers | dict(trained)).items()}
     }

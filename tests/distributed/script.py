@@ -43,6 +43,7 @@ DEFAULTS: dict[str, Any] = {
     "late": True,  # the model is built in configure_model
     "meta": False,  # ... on the meta device, and its weights come after sharding (FSDP2)
     "careless": False,  # ... and sharded without model_built (FSDP2)
+    "compiled": False,  # torch.compile around the network
     "differ": False,  # weights from a rank-dependent seed
     "head": False,  # a fresh head trains in full
     "weights_only": False,
@@ -114,6 +115,8 @@ class Module(L.LightningModule):
             self.net = base_model()
         if self.task["strategy"].startswith("fsdp2"):
             self.shard()
+        if self.task["compiled"]:
+            self.net = torch.compile(self.net, backend="eager")
 
     def shard(self) -> None:
         if not self.task["careless"]:

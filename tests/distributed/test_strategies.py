@@ -26,6 +26,7 @@ REFUSES_TO_EVALUATE = dict.fromkeys(
     " (validation), or build a fresh module",
 )
 REFUSES_TO_TEST = {"zero3": "DeepSpeed cannot load a ZeRO-3 checkpoint for `test`. Evaluate right after `fit`"}
+COMPILED = ("ddp", "fsdp2", "zero2")
 WEIGHTS_ONLY = ("ddp", "fsdp1", "fsdp1-full", "fsdp2", "fsdp2-full", "zero3")
 
 
@@ -61,6 +62,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
             },
             {"folder": "init", "late": name.startswith("fsdp2"), "steps": 2, "head": True},
         ]
+        if name in COMPILED:
+            tasks += [
+                {"folder": "compiled", "compiled": True, "steps": 6},
+                {"folder": "plain again", "steps": 6, "checkpoint": str(folder / "compiled" / "saved" / "step=4.ckpt")},
+                {
+                    "folder": "compiled again",
+                    "compiled": True,
+                    "steps": 6,
+                    "checkpoint": str(folder / "whole" / "saved" / "step=4.ckpt"),
+                },
+            ]
         if name in WEIGHTS_ONLY:
             tasks.append({"folder": "weights", "weights_only": True, "steps": 2})
         if name in ("fsdp1", "fsdp2"):
@@ -233,6 +245,14 @@ def test_layers_can_be_read_whole(runs: Any, name: str) -> None:
 def test_a_checkpoint_is_evaluated_by_path(runs: Any, name: str) -> None:
     for expected, found in zip(ranks(runs("ddp") / "whole"), ranks(runs(name) / "by path"), strict=True):
         assert found["scores"] == pytest.approx(expected["scores"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_checkpoints_of_compiled_and_plain_modules_are_the_same(runs: Any, name: str) -> None:
+    for folder in ("compiled", "plain again", "compiled again"):
+        for expected, found in zip(ranks(runs(name) / "whole"), ranks(runs(name) / folder), strict=True):
+            assert found["losses"] == expected["losses"][-len(found["losses"]) :]
+            assert found["updates"] == expected["updates"]
 
 
 @pytest.mark.parametrize("name", NAMES)
