@@ -107,6 +107,8 @@ class _Counter:
 
     def __init__(self, folder: Path, moment: Moment | None) -> None:
         self.folder, self.moment, self.changes = f"{folder}{os.sep}", moment, 0
+        if moment is not None and moment.delay:  # here, since only the main thread may
+            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), moment.by))
 
     def __call__(self, event: str, args: tuple[Any, ...]) -> None:
         if event != "open" and event not in _CHANGES:
@@ -118,7 +120,6 @@ class _Counter:
         self.changes += 1
         if self.moment is not None and self.changes == self.moment.change:
             if self.moment.delay:
-                signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), self.moment.by))  # type: ignore[union-attr]
                 signal.setitimer(signal.ITIMER_REAL, self.moment.delay)
             else:
                 os.kill(os.getpid(), self.moment.by)

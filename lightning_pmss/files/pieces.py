@@ -153,9 +153,9 @@ class Pieces:
 
     def _clear(self) -> None:
         with os.scandir(self.folder) as found:
-            own = [entry.path for entry in found if self._is_ours(entry)]
-        for path in own:
-            os.unlink(path)
+            own = [entry.name for entry in found if self._is_ours(entry)]
+        for name in sorted(own, key=lambda name: name == IDENTITY):  # last: what a kill leaves is still a selection's
+            (self.folder / name).unlink()
 
     def file(self, name: str) -> Path:
         """The piece of a module."""
