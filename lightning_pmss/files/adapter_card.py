@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import yaml
 
 CARD_FILE = "README.md"
+_FRONT = 2**16  # letters in which the front matter of a card ends
 
 
 def adapter_card(
@@ -74,8 +76,8 @@ def _options(config: Mapping[str, Any]) -> str:
 
 
 def _load(config: Mapping[str, Any]) -> list[str]:
-    module, _, name = (config.get("model_class") or "").rpartition(".")
-    base = config["base_model_name_or_path"] or "BASE"
+    module, name = class_of(config.get("model_class"))
+    quoted = json.dumps(config["base_model_name_or_path"] or "BASE")
     if module.startswith("transformers.") and "quantization_config" in config:
         revision = f", revision={config['revision']!r}" if config["revision"] else ""
         made = ["import json", f"from transformers import {name}"]
@@ -87,12 +89,12 @@ def _load(config: Mapping[str, Any]) -> list[str]:
         made.append('settings = json.load(open("THIS_FOLDER/adapter_config.json"))')
         made.append('codes = AutoQuantizationConfig.from_dict(settings["quantization_config"])')
         made.append(
-            f'model = {name}.from_pretrained("{base}"{revision}, quantization_config=codes, dtype=settings["base_dtype"])'
+            f'model = {name}.from_pretrained({quoted}{revision}, quantization_config=codes, dtype=settings["base_dtype"])'
         )
     elif module.startswith("transformers."):
         revision = f", revision={config['revision']!r}" if config["revision"] else ""
         made = [f"from transformers import {name}", "from lightning_pmss import load_adapter", ""]
-        made.append(f'model = {name}.from_pretrained("{base}"{revision})')
+        made.append(f"model = {name}.from_pretrained({quoted}{revision})")
     else:
         made = [
             "from lightning_pmss import load_adapter",
@@ -102,17 +104,24 @@ def _load(config: Mapping[str, Any]) -> list[str]:
     return [*made, 'load_adapter(model, "THIS_FOLDER")']
 
 
+def class_of(path: str | None) -> tuple[str, str]:
+    """Module and name of a class, for a line of code; empty where the dotted path, which a file may give, is none."""
+    module, _, name = (path or "").rpartition(".")
+    return (module, name) if all(part.isidentifier() for part in (path or "").split(".")) else ("", "")
+
+
 def _licence(base: str | Path | None) -> str | None:
     """What the front matter of the base's own card says, where the base is a folder here."""
     card = Path(base).expanduser() / CARD_FILE if base else None
     if card is None or not card.is_file():
         return None
-    parts = card.read_text(encoding="utf-8", errors="replace").split("---", 2)
-    if len(parts) < 3 or parts[0].strip():
-        return None
     try:
+        with card.open(encoding="utf-8", errors="replace") as file:
+            parts = file.read(_FRONT).split("---", 2)
+        if len(parts) < 3 or parts[0].strip():
+            return None
         front = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # the base's card is no reason to lose an adapter
         return None
     found = front.get("license") if isinstance(front, dict) else None
     return found if isinstance(found, str) else None

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_pmss.files.adapter_card import CARD_FILE, is_hub_id
+from lightning_pmss.files.adapter_card import CARD_FILE, class_of, is_hub_id
 from lightning_pmss.files.adapter_file import library_versions
 from lightning_pmss.files.kinds import LORA, WRITTEN_BY, files_below
 from lightning_pmss.files.lora_config import VLLM_RANKS, vllm_rank
@@ -135,9 +135,9 @@ def write_card(folder: Path, report: LoraReport) -> None:
 def _card(report: LoraReport) -> list[str]:
     base = report.base_model or "BASE"
     revision = f", revision={report.revision!r}" if report.revision else ""
-    module, _, name = (report.model_class or "").rpartition(".")
+    module, name = class_of(report.model_class)
     if module.startswith("transformers."):
-        load = [f"from transformers import {name}", "", f'base = {name}.from_pretrained("{base}"{revision})']
+        load = [f"from transformers import {name}", "", f"base = {name}.from_pretrained({json.dumps(base)}{revision})"]
     else:
         load = ["", f"base = ...  # the {name or 'model'} that the adapter was trained on"]
     counts = Counter(layer.rank for layer in report.layers)

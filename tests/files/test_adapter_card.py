@@ -91,3 +91,41 @@ def test_without_a_run_there_is_no_figure() -> None:
     assert "not recorded" in card
     assert "trained in full: head.weight" in card
     assert "## Training" not in card
+
+
+@pytest.mark.parametrize(
+    "front",
+    [
+        "license: " + "[" * 3000,
+        "license: 2024-99-99",
+        "a: &a [*a]\nlicense: [",
+        "license: {x: 1}",
+        "\x00",
+        "- " * 40000,
+    ],
+)
+def test_a_base_s_card_that_is_none_costs_no_adapter(tmp_path: Path, front: str) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "README.md").write_text(f"---\n{front}\n---\n# Base\n")
+    model = nn.Sequential(nn.Linear(8, 8))
+    convert(model, PMSSConfig(rank=4))
+    folder = save_adapter(model, tmp_path / "adapter", base=str(tmp_path / "base"))
+    assert "Licence of the base: not found" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_names_from_a_file_are_no_code() -> None:
+    """An adapter of others is exported: its base and class stand in lines that people paste."""
+    about: dict[str, Any] = {
+        "base_model_name_or_path": '"); import os; ("',
+        "revision": None,
+        "model_class": "transformers.x import y; import os",
+        "config": {"selection": "lupp", "coordinates": "raw", "scale": 1.0},
+        "modules": {},
+        "also_train": {},
+        "versions": {},
+    }
+    for model_class in (about["model_class"], "transformers.models.llama.LlamaForCausalLM"):
+        code = re.search(r"```python\n(.*?)```", adapter_card(about | {"model_class": model_class}), re.DOTALL)
+        assert code
+        assert not re.search(r"^[^\"#]*import os", code[1], re.MULTILINE)
+        compile(code[1], "card", "exec")
