@@ -8,6 +8,7 @@ from typing import Any
 
 from typing_extensions import override
 
+from experiments.second_blank import second_blank
 from lightning_pmss.datamodules.instruction import Example, InstructionDataModule, Split, check_int
 
 
@@ -46,4 +47,5 @@ class PairsDataModule(InstructionDataModule):
         pairs: dict[str, str] = {}
         while len(pairs) < self.size:
             pairs.setdefault(word(), word())
-        return [Example(key, value) for key, value in pairs.items()]
+        blank = second_blank(self.encoder.tokenizer)
+        return [Example(key, blank + value, value) for key, value in pairs.items()]

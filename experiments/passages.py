@@ -8,6 +8,7 @@ from typing import Any
 
 from typing_extensions import override
 
+from experiments.second_blank import second_blank
 from lightning_pmss.datamodules.instruction import Example, InstructionDataModule, Split
 
 
@@ -34,4 +35,5 @@ class PassagesDataModule(InstructionDataModule):
             return None
         lines = self.path.read_text(encoding="utf-8").splitlines()
         texts = [json.loads(line)["context"].removeprefix("Passage: ").split("\nQuestion:")[0] for line in lines]
-        return [Example("Passage", text[: self.characters]) for text in dict.fromkeys(texts)]
+        blank = second_blank(self.encoder.tokenizer)
+        return [Example("Passage", blank + text[: self.characters]) for text in dict.fromkeys(texts)]

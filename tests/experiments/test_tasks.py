@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from experiments.cloze import ClozeDataModule, cloze_accuracy, parse
 from experiments.pairs import PairsDataModule
 from experiments.passages import PassagesDataModule
+from lightning_pmss.continuations import tokens_of
 
 ROW = (
     "Please choose the correct answer to the question: Why is\n\nthe sky blue?\n\n"
@@ -89,3 +90,18 @@ def test_passages_come_once_and_whole(tmp_path: Path, tiny_llama: str) -> None:
     assert examples is not None
     assert [e.response for e in examples] == ["Some text."]
     assert data.load_examples("train") is None
+
+
+def test_tokens_of_the_records_are_kept(shared: Path, tiny_llama: str) -> None:
+    """Responses were tokenised by themselves when the records were made; stories260K's tokenizer then adds a blank."""
+    for folder, blank in ((str(shared / "models" / "stories260K"), " "), (tiny_llama, "")):
+        for data in (
+            PairsDataModule(folder, size=8),
+            PassagesDataModule(folder, str(shared / "data" / "drop" / "drop_v0_dev_250.jsonl"), characters=80),
+        ):
+            examples = data.load_examples("test") or []
+            encode = data.encoder
+            rows = encode({"question": [e.question for e in examples], "response": [e.response for e in examples]})
+            alone = tokens_of(encode.tokenizer, [f" {e.response.removeprefix(blank)}" for e in examples])
+            assert [ids[:-1] for ids in rows["response_ids"]] == alone
+            assert all(e.response.startswith(blank) for e in examples)
