@@ -6,11 +6,12 @@ import copy
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_pmss.adapters.bank import (
     Bank,
@@ -187,8 +188,9 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Run a block with the base alone, bit for bit: ``with disable_adapter(model): ...``.
 
-    The layers take the base's own path, and modules trained in full hold the base's values. Works on any converted model;
-    one with modules trained in full must come from `load_adapters`, which keeps the base's values.
+    The layers take the base's own path, and modules trained in full hold the base's values; state dicts go on with the trained
+    ones. Works on any converted model; one with modules trained in full must come from `load_adapters`, which keeps the
+    base's values.
 
     Raises:
         ValueError: No converted layer, a merged model, or modules trained in full whose base values nobody kept.
@@ -203,18 +205,55 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
             f"{some(report.also_train)} were trained in full, and the base's values are not kept. Load the adapter by"
             " load_adapters(model, {'name': folder}), which keeps them."
         )
-    places = tensors_of(report.also_train, canonical_modules(model))
-    before = {name: layer.disabled for name, layer in layers.items()}
-    trained = {key: place.detach().clone() for key, place in places.items()}
+    if any(layer.disabled for layer in layers.values()):  # in a block inside another one nothing is left to do
+        yield
+        return
+    modules = canonical_modules(model)
+    with ExitStack() as stack:
+        for name in report.also_train:
+            stack.enter_context(_holding_base(modules[name], name, {} if bank is None else bank.base))
+        try:
+            for layer in layers.values():
+                layer.disabled = True
+            yield
+        finally:
+            for layer in layers.values():
+                layer.disabled = False
+
+
+@contextmanager
+def _holding_base(module: nn.Module, name: str, base: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, a module trained in full holds the base's values; state dicts are of the trained ones, saved and loaded."""
+    keys = {key: f"{name}.{key}" for key, value in module.state_dict().items() if isinstance(value, Tensor)}
+
+    def live() -> dict[str, Tensor]:
+        own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+        return {full: own[key].detach() for key, full in keys.items()}
+
+    trained = {key: value.clone() for key, value in live().items()}
+
+    def save(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        state.update({f"{prefix}{key}": trained[full] for key, full in keys.items()})
+
+    def before_load(*args: Any) -> None:
+        fill(live(), trained)
+
+    def after_load(*args: Any) -> None:
+        trained.update({key: value.clone() for key, value in live().items()})
+        fill(live(), base)
+
+    handles = [
+        module.register_state_dict_post_hook(save),
+        module.register_load_state_dict_pre_hook(before_load),
+        module.register_load_state_dict_post_hook(after_load),
+    ]
+    fill(live(), base)
     try:
-        for layer in layers.values():
-            layer.disabled = True
-        fill(places, {} if bank is None else bank.base)
         yield
     finally:
-        for name, layer in layers.items():
-            layer.disabled = before[name]
-        fill(places, trained)
+        for handle in handles:
+            handle.remove()
+        fill(live(), trained)
 
 
 def _config(first: PMSSConfig, sizes: Mapping[str, int], also_train: list[str]) -> PMSSConfig:

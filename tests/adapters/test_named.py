@@ -103,6 +103,29 @@ def test_modules_trained_in_full_follow(fresh: Fresh, save: Save, expected: Expe
         pass
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_state_dicts_inside_disable_adapter_are_of_the_trained_modules(
+    fresh: Fresh, save: Save, expected: Expected, assign: bool
+) -> None:
+    names = {"a": save("a", also_train=["ln_f"], full=1.5), "b": save("b", seed=2, also_train=["ln_f"], full=0.5)}
+    model, plain, other = fresh(), logits(fresh()), fresh()
+    load_adapters(model, names)
+    load_adapters(other, names)
+    set_adapter(other, "b")
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    with disable_adapter(model):
+        found = model.state_dict()
+        assert found.keys() == state.keys()
+        assert all(torch.equal(v, state[k]) for k, v in found.items())
+        assert torch.equal(logits(model), plain)
+        with disable_adapter(model):
+            assert torch.equal(logits(model), plain)
+        assert torch.equal(logits(model), plain)
+        model.load_state_dict({k: v.clone() for k, v in other.state_dict().items()}, assign=assign)
+        assert torch.equal(logits(model), plain)
+    _close(logits(model), expected("b"))
+
+
 def test_training_one_leaves_the_others(fresh: Fresh, save: Save, expected: Expected) -> None:
     model = fresh()
     load_adapters(model, {"a": save("a"), "b": save("b", seed=2, rank=4, also_train=["ln_f"])})
