@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
+import lightning as L
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 # Imported so that their classes can be named without their module: `--data GSM8KDataModule`.
@@ -16,9 +19,32 @@ from lightning_pmss.callbacks.loss_curve import LossCurve  # noqa: F401
 from lightning_pmss.callbacks.pmss import PMSSCallback
 from lightning_pmss.checkpoint_io import local_path
 from lightning_pmss.checkpointing import read_description
+from lightning_pmss.command_errors import debugging, refuse, refusing
+from lightning_pmss.config_files import check_classes, check_file, deny_imports, given_files
 from lightning_pmss.skeleton import read_skeleton
 from lightning_pmss.tools import PROGRAM, TOOLS
 from lightning_pmss.version import __version__
+
+
+class PMSSParser(LightningArgumentParser):
+    """Says what is wrong in a few lines, without the seventy lines of all options."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with a message and code 2; jsonargparse calls it for all that it cannot parse."""
+        if not self.exit_on_error or debugging():
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        program = parser.prog.replace(" [options]", "")
+        unknown = re.search(r"(?:unrecognized arguments:|does not accept option) '?-*([\w.]+)", message)
+        known = [word.lstrip("-") for word in parser._option_string_actions]
+        close = difflib.get_close_matches(unknown[1], known, n=1) if unknown else []
+        lines = [line for line in message.splitlines() if not line.strip().startswith(_NOISE)]
+        said = "\n".join(line[:400] for line in lines) + (f". Did you mean --{close[0]}?" if close else "")
+        refuse(program, said, help_of=program)
+
+
+# What jsonargparse adds to an error that says nothing more to the reader.
+_NOISE = ("Subtypes: ", "Given value", "- Expected a <class 'NoneType'>")
 
 
 class PMSSCLI(LightningCLI):
@@ -34,50 +60,77 @@ class PMSSCLI(LightningCLI):
 
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
         tools = "; ".join(f"{name}: {summary}" for name, (_, summary) in TOOLS.items())
-        super().__init__(
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            # Lightning would make the optimizer before the callback converts the model: U would never be trained.
-            auto_configure_optimizers=False,
-            seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs={
-                "prog": PROGRAM,
-                "description": "PMSS fine-tuning with PyTorch Lightning.",
-                "epilog": f"Tools beside these, each with its own --help: {tools}.",
-                "version": __version__,
-            },
-            args=args,
-            run=run,
-        )
+        debugging()  # before jsonargparse reads the variable
+        deny_imports()
+        words = (sys.argv[1:] if args is None else args) if run else []
+        self._words = words if isinstance(words, list) else []
+        command = next((word for word in self._words if word in self.subcommands()), "")
+        with refusing(f"{PROGRAM} {command}".strip()):
+            super().__init__(
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                # Lightning would make the optimizer before the callback converts the model: U would never be trained.
+                auto_configure_optimizers=False,
+                parser_class=PMSSParser,
+                seed_everything_default=0,
+                save_config_kwargs={"overwrite": True},
+                parser_kwargs={
+                    "prog": PROGRAM,
+                    "description": "PMSS fine-tuning with PyTorch Lightning.",
+                    "epilog": f"Tools beside these, each with its own --help: {tools}.",
+                    "version": __version__,
+                },
+                args=args,
+                run=run,
+            )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``--pmss.*`` and let the tokenizer follow the model."""
         parser.add_lightning_class_args(PMSSCallback, "pmss")
         parser.link_arguments("model.init_args.model_name_or_path", "data.init_args.tokenizer")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse; configuration files that are none are refused by name, before their content is."""
+        chosen = next((word for word in self._words if word in self.subcommands()), None)
+        if chosen is not None:
+            actions = self._subcommand_parsers[chosen]._actions
+            known = dict.fromkeys(action.dest.partition(".")[0] for action in actions)
+            for file in given_files(self._words[self._words.index(chosen) :]):
+                check_file(file, [name for name in known if name not in ("help", "config", "print_config")])
+        super().parse_arguments(parser, args)
+
     def _parse_ckpt_path(self) -> None:
         """Lightning's, which reads the checkpoint: first refuse one that cannot be used, before any long work."""
         given = self.config[self.config.subcommand].get("ckpt_path") if self.config.get("subcommand") else None
         path = None if given in (None, "best", "last", "hpc") else local_path(given)
         if path is not None and not str(given).startswith("registry"):
-            try:
-                if not path.exists():
-                    raise FileNotFoundError(f"the checkpoint {path} does not exist.")
-                read_description(path, f"the checkpoint {path}")
-            except (OSError, ValueError) as error:
-                self.parser.error(str(error), error)
+            if not path.exists():
+                raise FileNotFoundError(f"the checkpoint {path} does not exist.")
+            read_description(path, f"the checkpoint {path}")
         super()._parse_ckpt_path()
 
+    def before_instantiate_classes(self) -> None:
+        """Nothing of the wrong kind is called."""
+        check_classes(self.config)
+
     def instantiate_classes(self) -> None:
-        """Make Trainer, model and data; what their constructors refuse is an error of the command line, not a crash."""
+        """Make Trainer, model and data."""
+        super().instantiate_classes()
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, PMSSCallback) and callback.config.skeleton_file is not None:
+                read_skeleton(callback.config.skeleton_file)  # a damaged one shows before the model is loaded
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Make the Trainer; whatever Lightning raises there is about the options."""
         try:
-            super().instantiate_classes()
-            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, PMSSCallback) and callback.config.skeleton_file is not None:
-                    read_skeleton(callback.config.skeleton_file)  # a damaged one shows before the model is loaded
-        except (OSError, ValueError) as error:
-            self.parser.error(str(error), error)  # JSONARGPARSE_DEBUG=1 shows the traceback
+            trainer = super().instantiate_trainer(**kwargs)
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(str(error)) from error
+        if trainer.accumulate_grad_batches < 1:
+            raise ValueError(
+                f"accumulate_grad_batches={trainer.accumulate_grad_batches} must be at least 1, a batch per step."
+            )
+        return trainer
 
 
 def main(args: Sequence[str] | None = None) -> Any:
@@ -87,15 +140,23 @@ def main(args: Sequence[str] | None = None) -> Any:
         args: Command line without the program's name; by default that of the process.
 
     Raises:
-        SystemExit: With code 2, after one line on stderr, if a tool refuses what it was given.
+        SystemExit: With code 2, after a message on stderr, if what was typed cannot be done.
     """
     given = list(sys.argv[1:] if args is None else args)
-    if not given or given[0] not in TOOLS:
+    commands = [*PMSSCLI.subcommands(), *TOOLS]
+    if not given or not given[0].startswith("-") and given[0] not in commands:
+        close = difflib.get_close_matches(given[0], commands, n=1) if given else []
+        what = f"there is no command {given[0]!r}" if given else "no command was given"
+        hint = f"; did you mean {close[0]}?" if close else "."
+        refuse(PROGRAM, f"{what}{hint}\nThe commands are {', '.join(commands)}.", help_of=PROGRAM)
+    if given[0] not in TOOLS:
         # None, not a copy: Lightning warns about a list given beside the process's own arguments.
         return PMSSCLI(args=None if args is None else given)
     name, *rest = given
     try:
         return TOOLS[name][0](rest)
     except (OSError, ValueError, ModuleNotFoundError) as error:
+        if debugging():
+            raise
         print(f"{PROGRAM} {name}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -48,7 +48,7 @@ class PMSSWrapPolicy(CustomPolicy):
 
     """
 
-    def __init__(self, layers: Sequence[str] | None = None, policy: Any = None) -> None:
+    def __init__(self, layers: Sequence[str] | None = None, policy: _Policy | None = None) -> None:
         super().__init__(lambda module: False)
         self.layers = None if layers is None else list(layers)
         self.policy = policy
