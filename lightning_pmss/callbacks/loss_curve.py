@@ -72,14 +72,14 @@ class LossCurve(L.Callback):
     ) -> None:
         """Remember the loss, on its device: reading it here would make the host wait for every step."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        weighted = isinstance(pl_module, TokenWeighted) and hasattr(pl_module, "step_part")
         if isinstance(loss, Tensor):
-            self._pending.append(loss.detach())
+            # Lightning has divided the loss by the number of batches that it accumulates, also where fewer come.
+            whole = loss.detach() * trainer.accumulate_grad_batches
+            self._pending.append(pl_module.step_part if weighted else whole)  # type: ignore[arg-type]
         last = self._train[-1][0] if self._train else 0
         if self._pending and trainer.global_step > last:
-            # Lightning has divided by the number of batches that it accumulates, also where fewer came.
-            step = torch.stack(self._pending).sum()
-            if not isinstance(pl_module, TokenWeighted):  # whose parts add up to the step's mean
-                step = step * (trainer.accumulate_grad_batches / len(self._pending))
+            step = torch.stack(self._pending).sum() / (1 if weighted else len(self._pending))
             self._train.append((trainer.global_step, trainer.strategy.reduce(step, reduce_op="mean")))
             self._pending.clear()
 

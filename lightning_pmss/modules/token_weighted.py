@@ -39,6 +39,10 @@ class TokenWeighted(L.LightningModule):
     ``on_load_checkpoint``.
     """
 
+    step_part: Tensor
+    """The last batch's part of its step's loss: summed over the step's batches and averaged over the ranks, it is the mean per
+    response token of the step."""
+
     _window: _Window | None = None
     _begun = 0  # the batch of this epoch whose training step began last, from 1
     _stored: Mapping[str, Any] | None = None  # of the checkpoint that training goes on from
@@ -48,20 +52,22 @@ class TokenWeighted(L.LightningModule):
         return int((batch["labels"][:, 1:] != IGNORED).sum())  # nothing comes before the first one
 
     def step_loss(self, total: Tensor, tokens: Tensor) -> Tensor:
-        """What ``training_step`` returns. On one device without accumulation it is the batch's mean.
+        """What ``training_step`` returns.
 
         Args:
             total: Sum of the losses of the batch's tokens, a scalar.
             tokens: Their number, an int64 scalar.
 
         Returns:
-            A scalar whose mean over the step's batches and over the ranks is the step's mean loss per response token.
+            A scalar: its value is the batch's own mean, its gradient the batch's part of the step's.
 
         Raises:
             RuntimeError: The number of the step's tokens is not known, or the batch is not what it was counted as.
         """
+        mean = total / tokens.clamp(min=1)
+        self.step_part = mean.detach()
         if not self._accumulates():
-            return total / tokens.clamp(min=1)
+            return mean
         accumulate, ranks = self.trainer.accumulate_grad_batches, self.trainer.world_size
         ready, window = self._progress().ready, self._window
         if window is None or not window.done < ready <= window.done + len(window.batches):
@@ -82,7 +88,10 @@ class TokenWeighted(L.LightningModule):
             )
             raise RuntimeError(f"The loss cannot be weighted by tokens: {what}.")
         self._begun = ready
-        return total * (accumulate * ranks / max(1, window.total))
+        part = total * (ranks / max(1, window.total))
+        self.step_part = part.detach()
+        # Lightning divides by `accumulate`. What is shown and logged stays a mean that can be compared between batches.
+        return mean.detach() + (part - self.step_part) * accumulate
 
     def on_train_start(self) -> None:
         """Look ahead from the first batch on, where the checkpoint says that it is."""

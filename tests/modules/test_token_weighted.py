@@ -23,7 +23,7 @@ WINDOWS = [[0, 1, 2], [3, 4, 5], [6]]
 
 
 class Gradients(L.Callback):
-    """The gradient that each optimizer step takes, and the losses that its batches returned."""
+    """The gradient that each optimizer step takes, and what its batches are of its loss."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, Tensor]] = []
@@ -33,7 +33,7 @@ class Gradients(L.Callback):
         self.steps.append({n: p.grad.clone() for n, p in pl_module.model.named_parameters() if p.grad is not None})
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.losses[-1].append(float(outputs["loss"]))
+        self.losses[-1].append(float(pl_module.step_part))
         if len(self.losses) == trainer.global_step:
             self.losses.append([])
 
@@ -69,7 +69,6 @@ def test_windows_and_the_last_short_one(tiny_gpt2: str, trainer: Trainers) -> No
     check(seen, tiny_gpt2, WINDOWS)
     one = train(trainer, tiny_gpt2, batches(batch_size=3))
     check(one, tiny_gpt2, WINDOWS)
-    # Lightning has divided what was returned by 3: the sum over a window is the mean over its tokens.
     assert [sum(parts) for parts in seen.losses] == pytest.approx([sum(whole) for whole in one.losses], rel=1e-12)
 
 
@@ -170,6 +169,16 @@ def test_mixed_precision(tiny_gpt2: str, trainer: Trainers, scaled: bool) -> Non
     for found, window in zip(seen.steps, WINDOWS, strict=True):
         for name, value in gradient_alone(tiny_gpt2, [ROWS[i] for i in window]).items():
             assert float((found[name] - value).norm()) <= 0.02 * float(value.norm()), name
+
+
+def test_what_is_shown_is_the_mean_of_the_batch(tiny_gpt2: str, trainer: Trainers) -> None:
+    class Shown(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, _: int) -> None:
+            own = float(pl_module.response_loss(batch)[0])
+            assert float(trainer.callback_metrics["train/loss"]) == own
+            assert float(outputs["loss"]) * 4 == own  # Lightning has divided it
+
+    train(trainer, tiny_gpt2, batches(), Shown(), accumulate_grad_batches=4, precision="32-true")
 
 
 def test_without_accumulation_nothing_changes(tiny_gpt2: str, trainer: Trainers) -> None:
