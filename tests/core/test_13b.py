@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from lightning_pmss import PMSSConfig, convert
 from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.fingerprint import fingerprint
 
 ARCHITECTURE = Path(__file__).parents[1] / "fixtures" / "architectures" / "llama-2-13b.json"
 TOTAL = 13_015_864_320
@@ -33,7 +34,7 @@ def skeleton_file(model: torch.nn.Module, names: list[str], rank: int, file: Pat
         tensors[f"{name}.rows"] = torch.randperm(out, generator=generator)[:rank].int()
         tensors[f"{name}.cols"] = torch.randperm(width, generator=generator)[:rank].int()
         tensors[f"{name}.gain"] = torch.rand((), generator=generator)
-        about[name] = {"shape": [out, width]}
+        about[name] = {"shape": [out, width], "fingerprint": fingerprint(torch.zeros(1, 1), torch.zeros(1, 1))}
     metadata = {"format_version": 1, "coordinates": "spectral", "modules": about}
     save_file(tensors, file, {"pmss_skeleton": json.dumps(metadata)})
     return file
