@@ -154,30 +154,30 @@ def test_a_lone_name_is_taken(tiny_llama: str, tmp_path: Path) -> None:
     assert updates == ["model.layers.0.self_attn.q_proj.U"]
 
 
-def boring(name: str, *more: str) -> list[str]:
-    quiet = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_checkpointing=false"]
+def boring(name: str, folder: Path, *more: str) -> list[str]:
+    quiet = ["--trainer.accelerator=cpu", "--trainer.logger=false", f"--trainer.default_root_dir={folder}"]
     return ["fit", f"--model={WRONG}.{name}", *quiet, "--trainer.max_steps=1", "--pmss.rank=2", *more]
 
 
-def test_what_a_module_of_yours_refuses_is_no_crash(said: Said) -> None:
-    assert f"this module wants another folder (ValueError of {WRONG})" in said(*boring("Refusing"))
+def test_what_a_module_of_yours_refuses_is_no_crash(said: Said, tmp_path: Path) -> None:
+    assert f"this module wants another folder (ValueError of {WRONG})" in said(*boring("Refusing", tmp_path))
 
 
 @pytest.mark.parametrize(("name", "kind"), [("Unpacking", ValueError), ("Stepping", ValueError), ("Missing", KeyError)])
-def test_bugs_keep_their_traceback(name: str, kind: type[Exception]) -> None:
+def test_bugs_keep_their_traceback(name: str, kind: type[Exception], tmp_path: Path) -> None:
     with pytest.raises(kind):
-        main(boring(name, "--pmss.target_modules=layer"))
+        main(boring(name, tmp_path, "--pmss.target_modules=layer"))
 
 
 @pytest.mark.parametrize("value", ["1", "true"])
-def test_the_switch_shows_all_tracebacks(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_the_switch_shows_all_tracebacks(monkeypatch: pytest.MonkeyPatch, value: str, tmp_path: Path) -> None:
     monkeypatch.setenv("JSONARGPARSE_DEBUG", value)
     with pytest.raises(ValueError, match="this module wants another folder"):
-        main(boring("Refusing"))
+        main(boring("Refusing", tmp_path))
     with pytest.raises(Exception, match="rnak"):
-        main(boring("Refusing", "--pmss.rnak=3"))
+        main(boring("Refusing", tmp_path, "--pmss.rnak=3"))
     with pytest.raises(MisconfigurationException):
-        main(boring("Refusing", "--trainer.max_epochs=-5"))
+        main(boring("Refusing", tmp_path, "--trainer.max_epochs=-5"))
     with pytest.raises(OSError, match="nowhere"):
         main(["inspect", "nowhere"])
 
