@@ -49,6 +49,7 @@ DEFAULTS: dict[str, Any] = {
     "weights_only": False,
     "one_file": False,  # every checkpoint overwrites the last one
     "kill_at": None,  # rank 1 is killed when the checkpoint of this step is being made
+    "stop_at": None,  # rank 1 gets Ctrl-C in this step
     "stamp": False,  # before the last checkpoint every rank fills its part of U with its own number
     "only": None,  # "test" instead of fit
     "raises": None,  # part of the message of an error that every rank must end with
@@ -194,6 +195,10 @@ class Incidents(L.Callback):
     def __init__(self, task: dict[str, Any]) -> None:
         self.task = task
 
+    def on_before_zero_grad(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+        if self.task["stop_at"] == trainer.global_step + 1 and trainer.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         if self.task["stamp"] and trainer.global_step == self.task["steps"]:
             for parameter in pl_module.trained().values():
@@ -246,7 +251,7 @@ def run(task: dict[str, Any]) -> None:
         elif task["then"] == "fit":
             trainer.fit_loop.epoch_loop.max_steps = 2 * task["steps"]
             trainer.fit(module, Sentences())
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if task["kill_at"]:  # what rank 0 sees of it
             raise
         traceback.print_exc()
