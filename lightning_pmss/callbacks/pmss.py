@@ -36,7 +36,8 @@ from lightning_pmss.callbacks.places import check_before_conversion, check_befor
 from lightning_pmss.callbacks.randomness import StepRandomness, set_random_states
 from lightning_pmss.callbacks.results import merge_beside, remove_beside
 from lightning_pmss.callbacks.stopping import GracefulStop
-from lightning_pmss.callbacks.throughput import SHORT, StepClock, peak_memory_gb
+from lightning_pmss.callbacks.throughput import StepClock
+from lightning_pmss.callbacks.window import AccumulatedGradients
 from lightning_pmss.checkpointing import CheckpointSeam, record_fingerprints
 from lightning_pmss.config import PMSSConfig
 from lightning_pmss.conversion import conversion_of, convert, pmss_layers
@@ -155,6 +156,7 @@ class PMSSCallback(L.Callback):
         self._clock = StepClock()
         self._stop = GracefulStop()
         self._ending: Ending | None = None
+        self._accumulated = AccumulatedGradients()
         self._figures: dict[str, float] = {}  # of the checkpoint that was loaded
         follow_launchers()
 
@@ -259,6 +261,7 @@ class PMSSCallback(L.Callback):
         restore_loaders(trainer)
         if self._resume is not None:
             warn_about_loaders(trainer)
+        self._accumulated.give_back(pl_module)
         self._stop.watch(trainer)
         if self._ending is not None:
             self._ending.watch = FrozenWatch(pmss_layers(pl_module)) if self._engine == "plain" else None
@@ -288,6 +291,11 @@ class PMSSCallback(L.Callback):
         self._clock.start()
 
     @override
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Any) -> None:
+        """From here to the end of the batch, gradients may be of a part of it."""
+        self._accumulated.in_batch = True
+
+    @override
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """After the first backward pass: every U has a finite gradient."""
         if self._gradients is not None and self._gradients.check():
@@ -301,14 +309,10 @@ class PMSSCallback(L.Callback):
         self._randomness.leave()
         if self._ending is not None and not trainer.fit_loop.epoch_loop._should_accumulate():
             self._ending.trained, self._ending.torn = True, False
+        self._accumulated.after_batch(trainer, pl_module)
         self._stop.after_batch(trainer, pl_module)
         if self.log_throughput:
-            values = self._clock.figures(batch, trainer.world_size)
-            if (peak := peak_memory_gb(pl_module.device)) is not None:
-                values["pmss/peak_memory_gb"] = peak
-            pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
-            shown = {SHORT[name]: value for name, value in values.items() if name in SHORT}
-            pl_module.log_dict(shown, prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1)
+            self._clock.log(trainer, pl_module, batch)
         if self.log_u_norm and trainer.fit_loop.epoch_loop._batches_that_stepped % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             norms = {f"pmss/u_norm/{n}": whole_update(pl_module, x).norm() for n, x in pmss_layers(pl_module).items()}
             pl_module.log_dict(norms, on_step=True, on_epoch=False, batch_size=1)
@@ -381,10 +385,14 @@ class PMSSCallback(L.Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         """The random states of every rank, so that dropout goes on as if nothing had happened, and figures for the card."""
-        figures = {} if self._ending is None else self._ending.figures()
-        return {"random_states": self._randomness.states_of_ranks(), "figures": figures}
+        state: dict[str, Any] = {"random_states": self._randomness.states_of_ranks()}
+        if (ending := self._ending) is not None:
+            state["figures"] = ending.figures()
+            state["accumulated"] = self._accumulated.state(ending.trainer, ending.module)
+        return state
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._figures.update(state_dict.get("figures", {}))
+        self._accumulated.load(state_dict.get("accumulated", {}))
         self._resume = self._randomness.load_of_ranks(state_dict["random_states"])

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor
 
@@ -24,6 +25,15 @@ class StepClock:
     def start(self) -> None:
         """A batch begins."""
         self._started = time.perf_counter()
+
+    def log(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
+        """Log the figures of the step that ends, and show some of them in the progress bar."""
+        values = self.figures(batch, trainer.world_size)
+        if (peak := peak_memory_gb(module.device)) is not None:
+            values["pmss/peak_memory_gb"] = peak
+        module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+        shown = {SHORT[name]: value for name, value in values.items() if name in SHORT}
+        module.log_dict(shown, prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1)
 
     def figures(self, batch: Any, world_size: int) -> dict[str, float]:
         """Seconds since `start` and, of a language model's batch, tokens per second over all processes."""

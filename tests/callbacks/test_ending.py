@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,19 @@ def test_signals_wait_for_a_whole_optimizer_step(tmp_path: Path) -> None:
     assert torch.load(checkpoint)["global_step"] == 1
     again = fit(tmp_path / "stopped", checkpoint=checkpoint, **options)
     assert again.losses == undisturbed.losses[3:]
+
+
+@pytest.mark.parametrize(("hook", "exact"), [("on_train_batch_start", True), ("on_before_backward", False)])
+def test_an_error_between_the_batches_of_a_step(tmp_path: Path, hook: str, exact: bool) -> None:
+    """Between two batches the gradients so far are kept; in the middle of one they may be of a part of it."""
+    options: dict[str, Any] = {"accumulate_grad_batches": 3}
+    undisturbed = fit(tmp_path / "whole", **options)
+    checkpoint, _ = stopped(tmp_path / "stopped", Stop(hook, 9, ValueError("of the user")), **options)
+    with warnings.catch_warnings(record=True) as caught:
+        again = fit(tmp_path / "stopped", checkpoint=checkpoint, **options)
+    assert (again.losses == undisturbed.losses[8:]) is exact
+    said = any("whose first gradients are not in the checkpoint" in str(warning.message) for warning in caught)
+    assert said is not exact
 
 
 def test_in_the_middle_of_an_optimizer_step_nothing_is_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

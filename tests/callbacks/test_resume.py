@@ -63,6 +63,29 @@ def test_resumed_twice(tmp_path: Path) -> None:
     )
 
 
+def test_resume_inside_an_optimizer_step(tmp_path: Path) -> None:
+    """Lightning forgets the gradients so far, and makes the step of the batches that are left."""
+
+    class Each(L.Callback):
+        def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            if not trainer.sanity_checking:
+                trainer.save_checkpoint(Path(trainer.default_root_dir) / f"{trainer.fit_loop.total_batch_idx}.ckpt")
+
+    def run(folder: Path, checkpoint: Path | None) -> list[float]:
+        torch.manual_seed(1 if checkpoint is None else 9)
+        module = toys.Toy()
+        callback = PMSSCallback(rank=6, dropout=0.3, output_dir=folder / "out", merge_on_save=None)
+        options: dict[str, Any] = {"accumulate_grad_batches": 4, "val_check_interval": 1, "max_epochs": 2}
+        toys.trainer(folder, callback, Each(), **options).fit(module, toys.Numbers(), ckpt_path=checkpoint)
+        return module.losses
+
+    whole = run(tmp_path / "whole", None)
+    found = sorted((tmp_path / "whole").glob("*.ckpt"))
+    assert len(found) == len(whole) == 12
+    for path in found:
+        assert run(tmp_path / path.stem, path) == whole[int(path.stem) + 1 :], path.name
+
+
 def test_resume_in_a_new_process(tmp_path: Path) -> None:
     whole = toys.fit(tmp_path / "whole", None, False, {})
     assert len(whole) == STEPS
