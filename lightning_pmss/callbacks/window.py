@@ -6,13 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
-import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_pmss.modules.token_weighted import TokenWeighted
-from lightning_pmss.whole import is_sharded
+from lightning_pmss.modules.token_weighted import TokenWeighted, gradients_so_far
 
 
 class AccumulatedGradients:
@@ -40,14 +37,7 @@ class AccumulatedGradients:
         """What a checkpoint needs; a collective under DDP."""
         if not self._open:
             return {}
-        if self.in_batch or is_sharded(module) or isinstance(trainer.strategy, DeepSpeedStrategy):
-            return {"gradients": {}}  # in parts, or in buffers of the engine
-        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        if trainer.world_size == 1:
-            return {"gradients": {name: p.grad.detach().cpu() for name, p in trained.items() if p.grad is not None}}
-        # Their mean over the ranks, which the step is going to take.
-        values = {n: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for n, p in trained.items()}
-        return {"gradients": {n: trainer.strategy.reduce(v, reduce_op="mean").cpu() for n, v in values.items()}}
+        return {"gradients": {} if self.in_batch else gradients_so_far(trainer, module)}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take them back; they are given to the parameters before the first batch."""

@@ -118,7 +118,7 @@ class TokenWeighted(L.LightningModule):
                 "ranks": self.trainer.world_size,
                 "tokens": window.before + sum(window.over_ranks[:done]),
                 "divisor": window.total,
-                "gradients": self._gradients() if whole and self._holds_gradients() else {},
+                "gradients": gradients_so_far(self.trainer, self) if whole else {},
             }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -180,19 +180,20 @@ class TokenWeighted(L.LightningModule):
             # A loader that cannot resume gives other batches than those that the first ones were weighted with.
             where.grad = gradient.to(where.device) * (stored["divisor"] / max(1, window.total))
 
-    def _holds_gradients(self) -> bool:
-        """Whether a parameter has its whole gradient: engines keep gradients in parts, or in buffers of their own."""
-        return not is_sharded(self) and not isinstance(self.trainer.strategy, DeepSpeedStrategy)
 
-    def _gradients(self) -> dict[str, Tensor]:
-        """The accumulated gradients; under DDP their mean over the ranks, which the step will take anyway."""
-        trained = {clean_name(name): p for name, p in self.named_parameters() if p.requires_grad}
-        if self.trainer.world_size == 1:
-            return {name: p.grad.detach().cpu() for name, p in trained.items() if p.grad is not None}
-        values = {
-            name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for name, p in trained.items()
-        }
-        return {name: self.trainer.strategy.reduce(value, reduce_op="mean").cpu() for name, value in values.items()}
+def gradients_so_far(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Tensor]:
+    """What the trained parameters have accumulated, on the CPU; a collective under DDP.
+
+    Under DDP it is the mean over the ranks, which the step will take anyway. Engines that keep gradients in parts, or in
+    buffers of their own (FSDP, DeepSpeed), give none.
+    """
+    if is_sharded(module) or isinstance(trainer.strategy, DeepSpeedStrategy):
+        return {}
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if trainer.world_size == 1:
+        return {name: p.grad.detach().cpu() for name, p in trained.items() if p.grad is not None}
+    values = {n: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for n, p in trained.items()}
+    return {name: trainer.strategy.reduce(value, reduce_op="mean").cpu() for name, value in values.items()}
 
 
 @dataclass

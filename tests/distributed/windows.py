@@ -14,6 +14,7 @@ import lightning as L
 import torch
 
 from lightning_pmss import PMSSCallback
+from lightning_pmss.callbacks.loss_curve import LossCurve
 from lightning_pmss.datamodules.collate import InstructionCollator
 from lightning_pmss.datamodules.sampler import ResumableDataLoader, TrainerProgress
 from lightning_pmss.modules import CausalLMModule
@@ -53,11 +54,11 @@ class Batches(L.LightningDataModule):
         return ResumableDataLoader(batches, progress=progress, collate_fn=lambda given: given[0])  # type: ignore[arg-type]
 
 
-class Curve(L.Callback):
-    """The loss of each step, as `LossCurve` notes it, and a checkpoint inside the second window."""
+class Saving(L.Callback):
+    """A checkpoint inside the second window."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.warned = folder, False
+        self.folder = folder
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.fit_loop.total_batch_idx == 2 and trainer.accumulate_grad_batches > 1:
@@ -74,8 +75,6 @@ def run(task: dict[str, Any], strategy: Any = "auto", devices: int = 1) -> L.Tra
         warmup_ratio=0.0,
         generate_in=[],
     )
-    from lightning_pmss.callbacks.loss_curve import LossCurve
-
     curve = LossCurve(str(folder))
     trainer = L.Trainer(
         accelerator="cpu",
@@ -91,7 +90,7 @@ def run(task: dict[str, Any], strategy: Any = "auto", devices: int = 1) -> L.Tra
         enable_model_summary=False,
         enable_checkpointing=False,
         default_root_dir=folder,
-        callbacks=[PMSSCallback(rank=8, output_dir=folder / "out", merge_on_save=None), curve, Curve(folder)],
+        callbacks=[PMSSCallback(rank=8, output_dir=folder / "out", merge_on_save=None), curve, Saving(folder)],
     )
     trainer.fit(module, Batches(devices == 1), ckpt_path=task.get("checkpoint"))
     record = {"steps": trainer.global_step, "curve": curve.points()[0]}
