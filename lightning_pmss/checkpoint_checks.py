@@ -14,7 +14,7 @@ from lightning_pmss.coordinates import PMSSCore, coordinate_frame, is_finite
 from lightning_pmss.fingerprint import same_base
 from lightning_pmss.layers import PMSSLinear, canonical_shape
 from lightning_pmss.messages import some
-from lightning_pmss.reading import not_finite
+from lightning_pmss.reading import not_finite, refuse_odd_type
 from lightning_pmss.reading.checkpoints import DAMAGED
 from lightning_pmss.whole import clean_name
 
@@ -95,7 +95,10 @@ def check_state(module: nn.Module, made: Record, state: Mapping[str, Any], where
             broken.append(name)
     refuse_strangers(strangers, where)
     trained = {clean_name(n) for n, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
-    broken += not_finite({key: value for key, value in state.items() if clean_name(key) in trained})
+    values = {key: value for key, value in state.items() if clean_name(key) in trained}
+    for key, value in values.items():
+        refuse_odd_type(value, key, where, DAMAGED)
+    broken += not_finite(values)
     if broken:
         raise ValueError(f"{where}: {some(broken)} would be NaN or infinite. {DAMAGED}")
 

@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from lightning_pmss.config import PMSSConfig
+from lightning_pmss.convertible import FLOATS
 from lightning_pmss.coordinates import trained_shape
 from lightning_pmss.fingerprint import FingerprintRecord
 from lightning_pmss.messages import some
 from lightning_pmss.reading import Record, check_index, checked, not_finite
 from lightning_pmss.reading.checkpoints import DAMAGED
-from lightning_pmss.reading.records import Shape, Size
+from lightning_pmss.reading.records import FileRecord, Shape, Size
 
 METADATA = "pmss"
 FORMAT_VERSION = 2
@@ -96,6 +96,7 @@ class CheckpointRecord(Record):
         also_train: The tensors of the modules trained in full.
         full_modules: These modules.
         tensors: Beside a folder: keys and shapes of the trained tensors.
+        files: Beside a folder: size and checksum of each part.
     """
 
     format_version: Literal[2]
@@ -107,6 +108,7 @@ class CheckpointRecord(Record):
     also_train: dict[str, FullRecord]
     full_modules: list[str]
     tensors: dict[str, Shape] | None = None
+    files: dict[str, FileRecord] | None = None
 
     @property
     def prints(self) -> dict[str, dict[str, str]]:
@@ -167,11 +169,11 @@ def check_layer(
     for index, size, part in ((rows, shape[0], "rows"), (cols, shape[1], "cols")):
         check_index(index, size, names[part], where, DAMAGED)
     expected = trained_shape(coordinates, len(rows)) if len(rows) == len(cols) else (len(cols), len(rows))
-    if not v.is_floating_point() or tuple(v.shape) != expected:
+    if v.dtype not in FLOATS or tuple(v.shape) != expected:
         raise ValueError(
             f"{where}: `{names['core.weight']}` is {v.dtype} {list(v.shape)}; by its indices it must be float32"
             f" {list(expected)}. {DAMAGED}"
         )
-    if not_finite({"v": v.float() if v.dtype not in (torch.float32, torch.float64) else v}):
+    if not_finite({"v": v}):
         raise ValueError(f"{where}: NaN or infinite values in `{names['core.weight']}`. {DAMAGED}")
     return v, rows.long(), cols.long()

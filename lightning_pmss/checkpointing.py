@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from lightning_pmss.checkpoint_checks import Record, check, check_state, refuse_strangers, same_print
 from lightning_pmss.checkpoint_io import local_path, use_atomic_files
-from lightning_pmss.checkpoint_record import METADATA, read_record
+from lightning_pmss.checkpoint_record import METADATA, CheckpointRecord, read_record
 from lightning_pmss.conversion import pmss_layers
 from lightning_pmss.disk import clean_leftovers, relink, remove, replace, sync_tree, temporary_sibling
 from lightning_pmss.fingerprint import fingerprint
@@ -45,8 +45,10 @@ from lightning_pmss.reading.checkpoints import (
     DAMAGED,
     SIDECAR,
     check_content,
+    describe_files,
     read_checkpoint,
     read_sidecar,
+    refuse_changed_parts,
     refuse_flipped_bits,
     refusing_damage,
 )
@@ -84,6 +86,8 @@ class CheckpointSeam:
         announce: Given each checkpoint before it is written, and the module; may add entries.
         after_save: Called on every rank with the checkpoint's path after each save.
         after_remove: The same after ModelCheckpoint removed one.
+        check_loaded: Given each checkpoint that was read, and its name for messages, before anything of it is used (folders:
+            after the engine has loaded it); raises ValueError.
         before_load: Called before the weights of a checkpoint are loaded, when the module has its layers.
         at_end: Called on every rank when a training has ended and all callbacks' and the module's ``on_train_end`` are done.
     """
@@ -96,6 +100,7 @@ class CheckpointSeam:
         announce: Callable[[dict[str, Any], L.LightningModule], None],
         after_save: Callable[[Path], None] | None = None,
         after_remove: Callable[[Path], None] | None = None,
+        check_loaded: Callable[[Mapping[str, Any], str], None] | None = None,
         before_load: Callable[[], None] | None = None,
         at_end: Callable[[], None] | None = None,
     ) -> None:
@@ -104,7 +109,7 @@ class CheckpointSeam:
         self.strategy = trainer.strategy
         self.engine: Engine = engine_of(self.strategy)
         self.describe, self.announce, self.after_save, self.after_remove = describe, announce, after_save, after_remove
-        self.before_load, self.at_end = before_load, at_end
+        self.check_loaded, self.before_load, self.at_end = check_loaded, before_load, at_end
         self._source = "the checkpoint"  # that is being loaded, for messages
         self._newest: Path | None = None  # the file or folder that was saved last
         use_atomic_files(self.strategy)
@@ -174,6 +179,7 @@ class CheckpointSeam:
         def put_in_place() -> None:
             if folder:
                 about = checkpoint[METADATA] | {"tensors": {k: list(v) for k, v in self.trained.items()}}
+                about["files"] = describe_files(writing)
                 (writing / SIDECAR).write_text(json.dumps(about), encoding="utf-8")
                 sync_tree(writing)
             replace(writing, path)
@@ -265,6 +271,8 @@ class CheckpointSeam:
         if path is not None:
             refuse_flipped_bits(path)
         read_record(loaded.get(METADATA), self._source)
+        if self.check_loaded is not None:
+            self.check_loaded(loaded, self._source)
         return loaded
 
     def _load_parts(self, checkpoint_path: Any, weights_only: bool | None) -> dict[str, Any]:
@@ -282,6 +290,9 @@ class CheckpointSeam:
             )
         where = f"the checkpoint {path}"
         stored, made = read_description(path, where)
+        if isinstance(made, CheckpointRecord) and made.files is not None:
+            parts = made.files
+            together(self.strategy, lambda: refuse_changed_parts(path, parts) if self.strategy.is_global_zero else None)
         check(self.module, self.trained, self.known, stored, made, where)
         before = {n: (layer.rows.clone(), layer.cols.clone()) for n, layer in pmss_layers(self.module).items()}
         self._metadata = {}
@@ -293,6 +304,8 @@ class CheckpointSeam:
         self._follow_indices(before)
         here = {n: x.fingerprint or fingerprint(*x.slices()) for n, x in pmss_layers(self.module).items()}
         refuse_strangers([n for n in here if not same_print(here[n], made.prints[n])], where)
+        if self.check_loaded is not None:
+            self.check_loaded(loaded, where)
         return loaded
 
     def _load_by_clean_names(self, path: Path) -> None:

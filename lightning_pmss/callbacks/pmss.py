@@ -36,13 +36,14 @@ from lightning_pmss.callbacks.places import check_before_conversion, check_befor
 from lightning_pmss.callbacks.randomness import StepRandomness, set_random_states
 from lightning_pmss.callbacks.results import merge_beside, remove_beside
 from lightning_pmss.callbacks.stopping import GracefulStop
+from lightning_pmss.callbacks.stored import check_stored
 from lightning_pmss.callbacks.throughput import StepClock
 from lightning_pmss.callbacks.window import AccumulatedGradients
 from lightning_pmss.checkpointing import CheckpointSeam, record_fingerprints
 from lightning_pmss.config import PMSSConfig
 from lightning_pmss.conversion import conversion_of, convert, pmss_layers
 from lightning_pmss.converted import is_complete
-from lightning_pmss.files.checkpoint_about import describe
+from lightning_pmss.files.checkpoint_about import describe, full_names
 from lightning_pmss.gathering import whole_update
 from lightning_pmss.modules.resuming import count_epoch, restore_loaders, warn_about_loaders
 from lightning_pmss.report import ConversionReport
@@ -215,10 +216,11 @@ class PMSSCallback(L.Callback):
         self._seam = CheckpointSeam(
             trainer,
             pl_module,
-            describe,
+            functools.partial(describe, full=full_names(pl_module)),
             announce,
             after_save=functools.partial(merge_beside, trainer, pl_module) if beside else None,
             after_remove=functools.partial(remove_beside, trainer) if beside else None,
+            check_loaded=functools.partial(check_stored, self.state_key),
             before_load=functools.partial(average_the_trained, trainer, pl_module),
             at_end=self._write_results,
         )

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_pmss.messages import reason
+
 
 class StepRandomness:
     """Swaps the global random states at both ends of a training step.
@@ -89,10 +91,36 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    python, numpy = _as_kept(states)
+    random.setstate(python)
+    np.random.set_state(numpy)
     torch.set_rng_state(states["torch"].cpu())
     if states["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([s.cpu() for s in states["cuda"]])
+
+
+def refuse_damaged_states(state: Mapping[str, Any], where: str) -> None:
+    """Try the states of `StepRandomness.state` on generators of their own.
+
+    Raises:
+        ValueError: They are no states.
+    """
+    try:
+        for states in (state["outside"], *([] if state["inside"] is None else [state["inside"]])):
+            python, numpy = _as_kept(states)
+            random.Random().setstate(python)
+            np.random.RandomState().set_state(numpy)
+            torch.Generator().set_state(states["torch"].cpu())
+            if not all(isinstance(s, torch.Tensor) and s.dtype == torch.uint8 for s in states["cuda"]):
+                raise TypeError("cuda")
+    except Exception as error:  # what a damaged state raises depends on where it is damaged
+        raise ValueError(
+            f"{where}: no states of random generators ({reason(error)}). Use an earlier checkpoint."
+        ) from error
+
+
+def _as_kept(states: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The states of ``random`` and numpy in the form that these take."""
+    version, internal, gauss = states["python"]
+    name, keys, position, has_gauss, cached = states["numpy"]
+    return (version, tuple(internal), gauss), (name, keys.numpy().astype(np.uint32), position, has_gauss, cached)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +31,8 @@ from lightning_pmss.roots import adapted_root, below, canonical_modules, choose_
 from lightning_pmss.skeleton import Skeleton, SkeletonLayer
 from lightning_pmss.targets import Names
 from lightning_pmss.whole import clean_name, clean_state, is_sharded
+
+_LARGEST = torch.finfo(torch.float32).max
 
 __all__ = ["AdapterFile", "AdapterModule", "load_adapter", "read_adapter", "save_adapter"]
 
@@ -258,8 +261,8 @@ def _same_indices(layer: PMSSLinear, stored: AdapterModule) -> bool:
 
 
 def check_base(adapter: AdapterFile, modules: Mapping[str, nn.Module], model: str) -> None:
-    """Refuse a base whose rows and columns are not those the adapter was trained on."""
-    wrong = []
+    """Refuse a base whose rows and columns are not those the adapter was trained on, and an update that would overflow."""
+    wrong, large = [], []
     for name, stored in adapter.modules.items():
         layer = modules[name]
         if isinstance(layer, PMSSLinear) and _same_indices(layer, stored):
@@ -277,8 +280,15 @@ def check_base(adapter: AdapterFile, modules: Mapping[str, nn.Module], model: st
             columns = canonical[:, stored.cols.to(weight.device)]
         if not same_base(stored.fingerprint, rows, columns):
             wrong.append(name)
+        # No entry of C U R is larger than this product.
+        elif not math.prod(float(part.double().norm()) for part in (columns, stored.U, rows)) <= _LARGEST:
+            large.append(name)
     if wrong:
         raise ValueError(adapter.wrong_base(wrong, f"the given {model}"))
+    if large:
+        raise ValueError(
+            f"{adapter.folder}: the update of {few(large)} is too large to compute with. Use an earlier adapter or checkpoint."
+        )
 
 
 def check_also_train(adapter: AdapterFile, places: Mapping[str, Tensor]) -> None:

@@ -3,29 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_pmss.checkpoint_record import FORMAT_VERSION
 from lightning_pmss.conversion import conversion_of, pmss_layers
-from lightning_pmss.files.adapter import class_path, linear_left_out, other_names, tensors_of
+from lightning_pmss.files.adapter import class_path, linear_left_out, other_names
 from lightning_pmss.files.base import base_of
 from lightning_pmss.files.plain import quantisation_settings
 from lightning_pmss.fingerprint import fingerprint
 from lightning_pmss.layers import canonical_shape
 from lightning_pmss.quantised import quantisation_of
 from lightning_pmss.roots import adapted_root, canonical_modules, noted_root
-from lightning_pmss.whole import clean_name, is_sharded
+from lightning_pmss.whole import clean_name
 
 
-def describe(module: nn.Module, trained: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+class FullName(NamedTuple):
+    """Where a checkpoint keeps a tensor that is trained in full.
+
+    Attributes:
+        key: In the state dict: of a tied tensor the first of its names.
+        tied: Its other canonical names.
+    """
+
+    key: str
+    tied: list[str]
+
+
+def full_names(module: nn.Module) -> dict[str, FullName]:
+    """The tensors trained in full by canonical name; to be asked before a strategy wraps the module."""
+    report, named = conversion_of(module), canonical_modules(module)
+    assert report is not None
+    live: dict[str, Tensor] = {clean_name(n): t for n, t in module.named_parameters(remove_duplicate=False)}
+    live |= {clean_name(n): t for n, t in module.named_buffers(remove_duplicate=False)}
+    first: dict[int, str] = {}
+    for key, tensor in live.items():
+        first.setdefault(id(tensor), key)
+    names = {id(m): clean_name(n) for n, m in module.named_modules()}
+    found: dict[str, Tensor] = {}
+    for name in report.also_train:
+        start = f"{names[id(named[name])]}."
+        own = {key.removeprefix(start): tensor for key, tensor in live.items() if key.startswith(start)}
+        kept = {clean_name(key) for key in named[name].state_dict()}
+        found |= {f"{name}.{key}": tensor for key, tensor in own.items() if key in kept}
+    tied = other_names(found, module)
+    return {name: FullName(first[id(tensor)], tied.get(name, [])) for name, tensor in found.items()}
+
+
+def describe(
+    module: nn.Module, trained: Mapping[str, tuple[int, ...]], *, full: Mapping[str, FullName]
+) -> dict[str, Any]:
     """The ``pmss`` entry of a checkpoint, as `CheckpointRecord` has it; on a sharded model a collective.
 
     Args:
         module: The converted LightningModule.
         trained: Keys and shapes of the tensors that the checkpoint keeps.
+        full: Of `full_names`.
     """
     report, layers = conversion_of(module), pmss_layers(module)
     assert report is not None
@@ -40,15 +74,6 @@ def describe(module: nn.Module, trained: Mapping[str, tuple[int, ...]]) -> dict[
         }
         for name, layer in layers.items()
     }
-    named = canonical_modules(module)
-    keys = {
-        f"{name}.{key.removeprefix(f'{names[id(named[name])]}.')}": key
-        for name in report.also_train
-        for key in trained
-        if key.startswith(f"{names[id(named[name])]}.")
-    }
-    live = dict.fromkeys(keys, torch.empty(0)) if is_sharded(module) else tensors_of(report.also_train, named)
-    tied = other_names(live, module)
     root, base = adapted_root(module)[0], base_of(module)
     return {
         "format_version": FORMAT_VERSION,
@@ -65,6 +90,7 @@ def describe(module: nn.Module, trained: Mapping[str, tuple[int, ...]]) -> dict[
         "modules": modules,
         "full_modules": list(report.also_train),
         "also_train": {
-            name: {"key": key, "shape": list(trained[key]), "tied": tied.get(name, [])} for name, key in keys.items()
+            name: {"key": where.key, "shape": list(trained[where.key]), "tied": where.tied}
+            for name, where in full.items()
         },
     }

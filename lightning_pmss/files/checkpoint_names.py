@@ -94,11 +94,12 @@ def described(record: CheckpointRecord, options: PMSSConfig, state: Mapping[str,
                 f"{where}: `{full.key}` is {list(state[full.key].shape)}, and was written as {full.shape}. {DAMAGED}"
             )
     keys = [layer.key for layer in record.modules.values()]
-    pairs = [(n, e.key) for n, e in record.modules.items()] + [(n, e.key) for n, e in record.also_train.items()]
-    if strange := [n for n, key in pairs if not f".{key}".endswith(f".{n}")]:
+    names = {n: (layer.key, [n]) for n, layer in record.modules.items()}
+    names |= {n: (full.key, [n, *full.tied]) for n, full in record.also_train.items()}  # a tied one is kept once
+    if strange := [n for n, (key, own) in names.items() if not any(f".{key}".endswith(f".{name}") for name in own)]:
         raise ValueError(f"{where} is damaged: {some(strange)} are no names of what it holds. {DAMAGED}")
-    if len({key for _, key in pairs}) != len(pairs):
-        raise ValueError(f"{where} is damaged: two of its entries have one key. {DAMAGED}")
+    if len(set(keys)) != len(keys):
+        raise ValueError(f"{where} is damaged: two of its layers have one key. {DAMAGED}")
     if undescribed := sorted(_layers(state) - set(keys)):
         raise ValueError(f"{where} says nothing of its layers {some(undescribed)}. {DAMAGED}")
     return Found(

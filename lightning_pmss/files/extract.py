@@ -30,7 +30,7 @@ from lightning_pmss.files.model_folder import FileMergeReport, refuse_overlap
 from lightning_pmss.files.naming import Wording, match_names
 from lightning_pmss.files.shards import ShardReader, few, open_shards
 from lightning_pmss.fingerprint import same_base
-from lightning_pmss.reading import not_finite
+from lightning_pmss.reading import not_finite, refuse_odd_type
 from lightning_pmss.reading.checkpoints import DAMAGED, read_checkpoint
 from lightning_pmss.whole import clean_name
 
@@ -128,6 +128,8 @@ def adapter_of_checkpoint(ckpt: Path, base: Path, *, progress: bool = True) -> t
     """The adapter of a checkpoint, and the optimizer steps that the run had made; raises as `extract_files`."""
     where = f"the checkpoint {ckpt}"
     content = read_checkpoint(ckpt)
+    for key, value in content["state_dict"].items():
+        refuse_odd_type(value, key, where, DAMAGED)
     state: dict[str, Tensor] = {clean_name(key): value for key, value in content["state_dict"].items()}
     record = read_record(content.get(METADATA), where)
     options = PMSSConfig.from_file(record.config, where, DAMAGED)

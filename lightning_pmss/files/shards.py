@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_pmss.messages import one_line
+from lightning_pmss.messages import one_line, short
 from lightning_pmss.reading import Record, checked, get_tensor, open_tensors, read_json
 
 SINGLE_FILE = "model.safetensors"
@@ -322,6 +322,6 @@ def _no_weights(folder: Path, single: Sequence[Path]) -> str:
 
 def few(names: Sequence[str], limit: int = 5) -> str:
     """The first few names, for messages."""
-    return ", ".join(one_line(name) for name in names[:limit]) + (
+    return ", ".join(short(one_line(name)) for name in names[:limit]) + (
         f" and {len(names) - limit} more" if len(names) > limit else ""
     )

@@ -14,6 +14,7 @@ from lightning_pmss.reading.tensors import (
     not_finite,
     open_tensors,
     read_tensors,
+    refuse_odd_type,
 )
 from lightning_pmss.reading.unreadable import refuse_unreadable
 
@@ -31,5 +32,6 @@ __all__ = [
     "parse_json",
     "read_json",
     "read_tensors",
+    "refuse_odd_type",
     "refuse_unreadable",
 ]

@@ -6,6 +6,8 @@ files, as the engines write them: load checkpoints only from where you would run
 
 from __future__ import annotations
 
+import hashlib
+import os
 import pickle
 import warnings
 import zipfile
@@ -16,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict
 from torch import Tensor
 
 from lightning_pmss.messages import one_line, reason, some
 from lightning_pmss.reading.json_text import read_json
+from lightning_pmss.reading.records import FileRecord, Record, Shape, checked
 from lightning_pmss.reading.unreadable import refuse_unreadable
 from lightning_pmss.whole import clean_name
 
@@ -103,7 +107,7 @@ def check_content(content: Any, where: str) -> None:
     """
     kinds: dict[str, type | tuple[type, ...]] = {
         "state_dict": Mapping, "epoch": int, "global_step": int, "pytorch-lightning_version": str, "loops": Mapping,
-        "callbacks": Mapping, "optimizer_states": list, "lr_schedulers": list,
+        "callbacks": Mapping, "optimizer_states": list, "lr_schedulers": list, "hyper_parameters": dict,
     }  # fmt: skip
     if not isinstance(content, Mapping) or "state_dict" not in content:
         raise ValueError(
@@ -117,11 +121,51 @@ def check_content(content: Any, where: str) -> None:
         raise ValueError(f"{where} is damaged: {some(wrong)} has another form than Lightning writes. {DAMAGED}")
 
 
+def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and checksum of each part of a checkpoint folder: what `refuse_changed_parts` compares with."""
+    parts = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SIDECAR)
+    return {part.relative_to(folder).as_posix(): _file_record(part) for part in parts}
+
+
+def refuse_changed_parts(folder: Path, files: Mapping[str, FileRecord]) -> None:
+    """Compare the parts of a folder with what was written.
+
+    Args:
+        folder: The checkpoint.
+        files: What `describe_files` gave then.
+
+    Raises:
+        ValueError: A part is gone, or changed.
+    """
+    for name, record in files.items():
+        part = folder / name
+        if not part.is_file() or not Path(os.path.realpath(part)).is_relative_to(os.path.realpath(folder)):
+            raise ValueError(f"the checkpoint {folder} is not complete: it has no {one_line(name)}. {DAMAGED}")
+        if part.stat().st_size != record.bytes or _file_record(part) != record.model_dump():
+            raise ValueError(
+                f"the checkpoint {folder} changed after it was written: {one_line(name)} is not what it was. {DAMAGED}"
+            )
+
+
+def _file_record(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+class _Parts(Record):
+    """What the sidecar says of a folder's parts; the rest says what they mean."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    tensors: dict[str, Shape]
+    files: dict[str, FileRecord] = {}  # format 1 had none
+
+
 def _read_folder(folder: Path) -> dict[str, Any]:
     about = read_sidecar(folder)
-    wanted = about.get("tensors")
-    if not isinstance(wanted, dict):
-        raise ValueError(f"{folder / SIDECAR} is damaged: `tensors` is missing. {DAMAGED}")
+    parts = checked(_Parts, about, str(folder / SIDECAR), DAMAGED)
+    wanted = parts.tensors
+    refuse_changed_parts(folder, parts.files)
     with refusing_damage(folder):
         content = _read_deepspeed(folder) if (folder / "latest").is_file() else _read_fsdp(folder, set(wanted))
     state = {k: v for k, v in content["state_dict"].items() if k in wanted}

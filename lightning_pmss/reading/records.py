@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lightning_pmss.messages import one_line
+from lightning_pmss.messages import one_line, short
 
 Size = Annotated[int, Field(ge=1, le=2**48)]
 Length = Annotated[int, Field(ge=0, le=2**48)]
@@ -36,6 +36,18 @@ class TensorRecord(Record):
     sha256: Sha256
 
 
+class FileRecord(Record):
+    """One file of a folder, as it was when it was written.
+
+    Attributes:
+        bytes: Its size.
+        sha256: Of its content.
+    """
+
+    bytes: Length
+    sha256: Sha256
+
+
 AnyRecord = TypeVar("AnyRecord", bound=BaseModel)
 
 
@@ -59,7 +71,7 @@ def checked(kind: type[AnyRecord], value: Any, where: str, remedy: str, *, under
         first = _place(faults[0], value)
         reasons = dict.fromkeys(_reason(fault) for fault in faults if _place(fault, value) == first)
         shown = ".".join([*([under] if under else []), *map(str, first)])
-        place = f"`{one_line(_short(shown))}` " if shown else "it "
+        place = f"`{short(one_line(shown), 80)}` " if shown else "it "
         said = "" if faults[0]["type"] in _WITHOUT_INPUT else f", not {_shown(faults[0]['input'])}"
         raise ValueError(
             f"{where} is damaged or was edited by hand: {place}{' or '.join(reasons)}{said}. {remedy}"
@@ -90,10 +102,6 @@ def _reason(fault: Any) -> str:
 
 def _shown(value: Any) -> str:
     try:
-        return one_line(_short(repr(value)))
+        return one_line(short(repr(value), 80))
     except (ValueError, RecursionError):  # more digits than Python prints
         return type(value).__name__
-
-
-def _short(text: str, most: int = 80) -> str:
-    return text if len(text) <= most else f"{text[: most - 3]}..."

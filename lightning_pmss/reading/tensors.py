@@ -16,13 +16,10 @@ from lightning_pmss.reading.records import TensorRecord
 from lightning_pmss.reading.unreadable import refuse_unreadable
 
 # What training and `also_train` can hold. Codes of quantised weights (float8, 4-bit numbers) are no tensors of ours.
-_KNOWN = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool,
-        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
-    )
-}  # fmt: skip
+_KNOWN = (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
+)  # fmt: skip
 
 
 def open_tensors(file: Path, remedy: str) -> Any:
@@ -70,12 +67,21 @@ def read_tensors(file: Path, remedy: str) -> dict[str, Tensor]:
         found = {}
         for key in opened.keys():  # noqa: SIM118 - not a mapping
             found[key] = get_tensor(opened, key, file, remedy)
-            if dtype_name(found[key]) not in _KNOWN:
-                raise ValueError(
-                    f"{file}: {one_line(key)} has the type {dtype_name(found[key])}, which no trained tensor has. {remedy}"
-                )
+            refuse_odd_type(found[key], key, str(file), remedy)
             found[key] = found[key].clone()
         return found
+
+
+def refuse_odd_type(tensor: Tensor, key: str, where: str, remedy: str) -> None:
+    """Refuse what nothing trains: codes of quantised weights, with which torch cannot compute.
+
+    Raises:
+        ValueError: It has such a type.
+    """
+    if tensor.dtype not in _KNOWN:
+        raise ValueError(
+            f"{where}: {one_line(key)} has the type {dtype_name(tensor)}, which no trained tensor has. {remedy}"
+        )
 
 
 def describe_tensors(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,24 @@ def test_a_checkpoint_gives_the_adapter_that_fit_wrote(runs: Any, name: str, tmp
         assert all(torch.equal(value, other[key]) for key, value in one.items())
         configs = [(f / "adapter_config.json").read_text() for f in (tmp_path / run, folder / "out" / "adapter")]
         assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("name", ["fsdp1", "fsdp2", "zero2", "zero3"])
+def test_a_part_of_a_folder_that_changed_is_named(runs: Any, name: str, tmp_path: Path) -> None:
+    save_file(base_model().state_dict(), tmp_path / "base.safetensors")
+    folder = Path(shutil.copytree(runs(name) / "init" / "saved" / "step=2.ckpt", tmp_path / "a.ckpt"))
+    parts = [path for path in folder.rglob("*") if path.is_file() and path.name != "pmss.json" and path.stat().st_size]
+    assert len(parts) >= 4
+    for part in parts:
+        content = part.read_bytes()
+        part.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(ValueError, match=f"{part.relative_to(folder).as_posix()} is not what it was"):
+            extract_files(folder, tmp_path / "base.safetensors", tmp_path / "out", progress=False)
+        part.write_bytes(content)
+    parts[0].unlink()
+    with pytest.raises(ValueError, match="is not complete: it has no"):
+        extract_files(folder, tmp_path / "base.safetensors", tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["fsdp1", "fsdp2"])

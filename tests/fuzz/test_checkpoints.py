@@ -24,7 +24,7 @@ from tests.fuzz.values import mutate_tensors, mutate_tree
 
 def _damage(file: Path, random: Random) -> tuple[str, bool]:
     """(how, whether the tensors may be other numbers): what is saved anew has right checksums."""
-    kind = random.choice(("file", "file", "entry", "entry", "entry", "tensors", "tensors", "top"))
+    kind = random.choice(("file", "file", "entry", "entry", "entry", "tensors", "tensors", "top", "state"))
     if kind == "file":
         return mutate(file, random), False
     content: Any = copy.deepcopy(torch.load(file, weights_only=True))
@@ -32,6 +32,8 @@ def _damage(file: Path, random: Random) -> tuple[str, bool]:
         content["pmss"], how = mutate_tree(random, content["pmss"])
     elif kind == "tensors":
         content["state_dict"], how = mutate_tensors(random, content["state_dict"])
+    elif kind == "state":
+        content["callbacks"]["PMSSCallback"], how = mutate_tree(random, content["callbacks"]["PMSSCallback"])
     else:
         part = random.choice(("pmss", "state_dict", "made_with", "hyper_parameters", "epoch", "callbacks", "all"))
         value = random.choice((None, 1, "x", [], {}, [content["state_dict"]], {"a": 1}, {1: 2}, torch.ones(2)))
