@@ -16,7 +16,7 @@ from lightning_pmss.layers import PMSSLinear, canonical_shape
 from lightning_pmss.messages import some
 from lightning_pmss.reading import not_finite, refuse_odd_type
 from lightning_pmss.reading.checkpoints import DAMAGED
-from lightning_pmss.whole import clean_name
+from lightning_pmss.whole import clean_name, is_sharded, own_part
 
 Record = CheckpointRecord1 | CheckpointRecord
 # What V means; a checkpoint with other values than the run's must not be loaded. Shapes tell the rest.
@@ -101,6 +101,31 @@ def check_state(module: nn.Module, made: Record, state: Mapping[str, Any], where
     broken += not_finite(values)
     if broken:
         raise ValueError(f"{where}: {some(broken)} would be NaN or infinite. {DAMAGED}")
+
+
+def refuse_nonfinite(module: nn.Module, states: Mapping[str, Mapping[str, Any]], path: Any) -> None:
+    """Refuse to save trained tensors that are NaN or infinite; a collective where they are kept in parts.
+
+    Args:
+        module: The converted module, as the strategy trains it.
+        states: State dicts that are about to be written, of whole tensors under clean names.
+        path: Of the checkpoint.
+
+    Raises:
+        RuntimeError: Some are; on all ranks.
+    """
+    live = {clean_name(n): own_part(p) for n, p in module.named_parameters() if p.requires_grad}
+    found = {k: v for state in states.values() for k, v in state.items() if v.is_floating_point()}
+    broken = not_finite(live) or not_finite(found)
+    if is_sharded(module):
+        told: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(told, broken)
+        broken = sorted({name for names in told for name in names})
+    if broken:
+        raise RuntimeError(
+            f"the trained {some(broken)} have NaN or infinite values, so the checkpoint {path} is not written, and earlier ones"
+            " stay. The training has diverged: go back to the last checkpoint, with a lower learning rate."
+        )
 
 
 def _core(layer: PMSSLinear, weight: Tensor, rows: Tensor, cols: Tensor, name: str) -> PMSSCore:

@@ -28,7 +28,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_pmss.checkpoint_checks import Record, check, check_state, refuse_strangers, same_print
+from lightning_pmss.checkpoint_checks import (
+    Record,
+    check,
+    check_state,
+    refuse_nonfinite,
+    refuse_strangers,
+    same_print,
+)
 from lightning_pmss.checkpoint_io import local_path, use_atomic_files
 from lightning_pmss.checkpoint_record import METADATA, CheckpointRecord, read_record
 from lightning_pmss.conversion import pmss_layers
@@ -141,6 +148,7 @@ class CheckpointSeam:
         refuse_disabled(pmss_layers(self.module).values(), "saved")
         states = module_states(checkpoint, self.trained, self.known)
         states = {name: {k: v for k, v in state.items() if k in self.trained} for name, state in states.items()}
+        refuse_nonfinite(self.module, states if self.engine == "plain" else {}, filepath)
         if self.engine == "plain":
             states = {name: self._short_indices(state) for name, state in states.items()}
         checkpoint = checkpoint | states | {METADATA: self._describe()}

@@ -48,6 +48,12 @@ def fill(tensor: Tensor, value: Tensor) -> None:
     tensor.copy_(value)
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, detached: the partition of ZeRO-3, the shard of FSDP2, else the tensor."""
+    part: Tensor = getattr(tensor, "ds_tensor", tensor)
+    return getattr(part, "_local_tensor", part).detach()
+
+
 def whole_shape(tensor: Tensor) -> tuple[int, ...]:
     """The shape of the whole tensor (of what FSDP1 flattened: of the part)."""
     return tuple(getattr(tensor, "ds_shape", tensor.shape))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_pmss.conversion import conversion_of, pmss_layers
 from lightning_pmss.fingerprint import same_base
+from lightning_pmss.layers import PMSSLinear
 from lightning_pmss.messages import some
+from lightning_pmss.report import ConversionReport
 from lightning_pmss.roots import canonical_modules, hugging_face_models
 from lightning_pmss.sharding import Engine
 from lightning_pmss.whole import clean_name
@@ -54,6 +56,23 @@ def agree_on_indices(trainer: L.Trainer, module: L.LightningModule) -> None:
             layer.rows.copy_(rows)
             layer.cols.copy_(cols)
             layer.refresh_frame(name)
+
+
+def say_what_was_converted(report: ConversionReport, precision: str) -> None:
+    """Print the report, and warn about what rounding takes in this precision; on a base of low precision `convert` has."""
+    rank_zero_info(f"PMSS:\n{report}")
+    if "mixed" in precision and (warning := report.rounding_warning(precision)):
+        rank_zero_warn(warning)
+
+
+def refuse_merged(layers: Mapping[str, PMSSLinear]) -> None:
+    """A merged layer does not use U.
+
+    Raises:
+        MisconfigurationException: A layer is merged.
+    """
+    if any(layer.merged for layer in layers.values()):
+        raise MisconfigurationException("The model is merged, so U has no effect; call `unmerge(model)` before `fit`.")
 
 
 def check_bases(trainer: L.Trainer, module: L.LightningModule) -> None:

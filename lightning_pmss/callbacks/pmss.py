@@ -14,9 +14,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_pmss.callbacks.averaging import average_the_trained, refuse_averages, refuse_copies
@@ -25,26 +23,29 @@ from lightning_pmss.callbacks.checks import (
     agree_on_weights,
     check_bases,
     check_optimizers,
+    refuse_merged,
+    say_what_was_converted,
     wake,
     warn_about_batch_norm,
 )
 from lightning_pmss.callbacks.ending import Ending
 from lightning_pmss.callbacks.frozen import FrozenWatch
 from lightning_pmss.callbacks.gradients import GradientCheck
+from lightning_pmss.callbacks.hyperparameters import log_hyperparameters
 from lightning_pmss.callbacks.launched import convert_like, follow_launchers
+from lightning_pmss.callbacks.nonfinite import ON_NONFINITE, NonFiniteCheck, NonFiniteError
 from lightning_pmss.callbacks.places import check_before_conversion, check_before_training, local_folder
-from lightning_pmss.callbacks.randomness import StepRandomness, set_random_states
+from lightning_pmss.callbacks.randomness import StepRandomness, begin_epoch
 from lightning_pmss.callbacks.results import merge_beside, remove_beside
 from lightning_pmss.callbacks.stopping import GracefulStop
 from lightning_pmss.callbacks.stored import check_stored
-from lightning_pmss.callbacks.throughput import StepClock
+from lightning_pmss.callbacks.throughput import StepClock, log_u_norms
 from lightning_pmss.callbacks.window import AccumulatedGradients
 from lightning_pmss.checkpointing import CheckpointSeam, record_fingerprints
 from lightning_pmss.config import PMSSConfig
 from lightning_pmss.conversion import conversion_of, convert, pmss_layers
 from lightning_pmss.converted import is_complete
 from lightning_pmss.files.checkpoint_about import describe, full_names
-from lightning_pmss.gathering import whole_update
 from lightning_pmss.modules.resuming import count_epoch, restore_loaders, warn_about_loaders
 from lightning_pmss.report import ConversionReport
 from lightning_pmss.restoring import announce
@@ -87,6 +88,8 @@ class PMSSCallback(L.Callback):
             there are replaced.
         merge_on_save: ``end``: write the merged model when ``fit`` ends; ``checkpoint``: also beside each checkpoint, as
             ``<checkpoint's name>-merged``; None: never.
+        on_nonfinite: What happens at a loss or gradient that is NaN or infinite: ``stop`` the training before it is taken in,
+            or ``skip`` the optimizer step and go on.
         log_throughput: Log seconds per step and, also in the progress bar, tokens per second and peak memory.
         log_u_norm: Log the Frobenius norm of each layer's ``s U``.
 
@@ -121,6 +124,7 @@ class PMSSCallback(L.Callback):
         root: str | None = None,
         output_dir: str | Path | None = None,
         merge_on_save: str | None = "end",
+        on_nonfinite: Literal["stop", "skip"] = "stop",
         log_throughput: bool = True,
         log_u_norm: bool = False,
     ) -> None:
@@ -142,16 +146,20 @@ class PMSSCallback(L.Callback):
             memory=memory,
             root=root,
         )
-        if merge_on_save not in MERGE_ON_SAVE:
-            raise ValueError(f"merge_on_save={merge_on_save!r} is not known; choose one of {list(MERGE_ON_SAVE)}.")
+        self._own_options = {"merge_on_save": merge_on_save, "on_nonfinite": on_nonfinite}
+        for name, allowed in {"merge_on_save": MERGE_ON_SAVE, "on_nonfinite": ON_NONFINITE}.items():
+            if (value := self._own_options[name]) not in allowed:
+                raise ValueError(f"{name}={value!r} is not known; choose one of {list(allowed)}.")
         self.output_dir = None if output_dir is None else local_folder(output_dir, "adapter and merged model")
         self.merge_on_save = merge_on_save
+        self.on_nonfinite = on_nonfinite
         self.log_throughput = log_throughput
         self.log_u_norm = log_u_norm
         self.report: ConversionReport | None = None
         self._engine: Engine = "plain"
         self._seam: CheckpointSeam | None = None
         self._gradients: GradientCheck | None = None
+        self._finite: NonFiniteCheck | None = None
         self._randomness = StepRandomness()
         self._resume: Mapping[str, Any] | None = None
         self._clock = StepClock()
@@ -197,10 +205,7 @@ class PMSSCallback(L.Callback):
                 agree_on_indices(trainer, pl_module)
             if self._engine != "plain":
                 record_fingerprints(pl_module)
-            rank_zero_info(f"PMSS:\n{self.report}")
-            precision = str(trainer.precision)
-            if "mixed" in precision and (warning := self.report.rounding_warning(precision)):
-                rank_zero_warn(warning)  # on a base of low precision `convert` has warned
+            say_what_was_converted(self.report, str(trainer.precision))
 
     def _is_converted(self, pl_module: L.LightningModule) -> bool:
         report = conversion_of(pl_module)
@@ -232,10 +237,7 @@ class PMSSCallback(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check that U, and nothing but U and ``also_train``, is going to be trained."""
         layers = pmss_layers(pl_module)
-        if any(layer.merged for layer in layers.values()):
-            raise MisconfigurationException(
-                "The model is merged, so U has no effect; call `unmerge(model)` before `fit`."
-            )
+        refuse_merged(layers)
         wake(pl_module)
         also_train = self.report.also_train if self.report else []
         check_bases(trainer, pl_module)
@@ -243,12 +245,10 @@ class PMSSCallback(L.Callback):
         record_fingerprints(pl_module)
         check_optimizers(trainer, pl_module, also_train)
         warn_about_batch_norm(pl_module, also_train)
-        self._gradients = GradientCheck(
-            layers, infinities_are_normal=trainer.precision == "16-mixed", sharded=self._engine != "plain"
-        )
-        if self.report is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            for logger in trainer.loggers:
-                logger.log_metrics({"pmss/trainable_parameters": self.report.trainable}, step=trainer.global_step)
+        self._finite = NonFiniteCheck(self.on_nonfinite, trainer, pl_module, layers, self._engine)
+        normal = not self._finite.names_layers
+        self._gradients = GradientCheck(layers, infinities_are_normal=normal, sharded=self._engine != "plain")
+        log_hyperparameters(trainer, pl_module, self.report, self._own_options)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             folder, merge = self.output_folder(trainer), self.merge_on_save
             check_before_training(trainer, pl_module, folder, merge)
@@ -260,6 +260,7 @@ class PMSSCallback(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look at the frozen weights, let loaders go on where they were, watch for signals."""
         refuse_copies(pl_module)
+        log_hyperparameters(trainer, pl_module, self.report, self._own_options, again=True)
         restore_loaders(trainer)
         if self._resume is not None:
             warn_about_loaders(trainer)
@@ -272,14 +273,7 @@ class PMSSCallback(L.Callback):
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let a loader that shuffles by the global random state draw what it would have drawn without the stop."""
-        loop = trainer.fit_loop
-        if (
-            self._resume is not None
-            and trainer.current_epoch > 0
-            and not loop.is_resuming
-            and not loop.epoch_loop.restarting
-        ):
-            set_random_states(self._resume["outside"])  # Lightning creates the epoch's iterator after this hook
+        begin_epoch(trainer, self._resume)
         self._resume = None
 
     @override
@@ -294,8 +288,10 @@ class PMSSCallback(L.Callback):
 
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Any) -> None:
-        """From here to the end of the batch, gradients may be of a part of it."""
+        """Note whether the loss is finite; from here to the end of the batch, gradients may be of a part of it."""
         self._accumulated.in_batch = True
+        if self._finite is not None:
+            self._finite.backward(loss)
 
     @override
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -315,15 +311,16 @@ class PMSSCallback(L.Callback):
         self._stop.after_batch(trainer, pl_module)
         if self.log_throughput:
             self._clock.log(trainer, pl_module, batch)
-        if self.log_u_norm and trainer.fit_loop.epoch_loop._batches_that_stepped % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            norms = {f"pmss/u_norm/{n}": whole_update(pl_module, x).norm() for n, x in pmss_layers(pl_module).items()}
-            pl_module.log_dict(norms, on_step=True, on_epoch=False, batch_size=1)
+        if self.log_u_norm:
+            log_u_norms(trainer, pl_module)
 
     # -- results ------------------------------------------------------------------------------------------------------
 
     @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        """From here to the end of the step, tensors of two steps may be mixed."""
+        """Stop at, or leave out, a step that is not finite; from here to its end, tensors of two steps may be mixed."""
+        if self._finite is not None:
+            self._finite.before_step(optimizer)
         if self._ending is not None:
             self._ending.torn = True
 
@@ -351,17 +348,14 @@ class PMSSCallback(L.Callback):
         self._stop.release()
 
     def _write_results(self) -> None:
-        """When the training has ended.
-
-        Not in ``on_train_end``, where callbacks that come later may still change the weights (averages do), nor in
-        ``on_fit_end``, when the strategy is gone.
-        """
+        """Behind every ``on_train_end``, in which callbacks may change the weights (averages do); later the strategy is gone."""
         if self._ending is not None:
             self._ending.finish()
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave a checkpoint and the adapter of what was trained."""
+        self._stop.agreed = self._stop.agreed or isinstance(exception, NonFiniteError)  # all ranks came to it
         if self._ending is not None:
             self._ending.stopped(exception)
             self._ending = None
@@ -370,6 +364,9 @@ class PMSSCallback(L.Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Nothing is written any more."""
         self._stop.release()
+        if self._finite is not None:
+            self._finite.close()
+            self._finite = None
         if self._ending is not None:
             self._ending.disarm()
             self._ending = None

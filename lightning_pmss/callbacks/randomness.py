@@ -11,6 +11,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -70,6 +71,19 @@ class StepRandomness:
             return None
         self.load(states[rank])
         return states[rank]
+
+
+def begin_epoch(trainer: L.Trainer, resumed: Mapping[str, Any] | None) -> None:
+    """In the first epoch that a resumed run begins, go on from the random state outside of steps.
+
+    Args:
+        trainer: Of the fit, in ``on_train_epoch_start``; Lightning creates the epoch's iterator afterwards.
+        resumed: This rank's states from the checkpoint, until a step was made.
+    """
+    loop = trainer.fit_loop
+    begins = trainer.current_epoch > 0 and not loop.is_resuming and not loop.epoch_loop.restarting
+    if resumed is not None and begins:
+        set_random_states(resumed["outside"])
 
 
 def random_states() -> dict[str, Any]:

@@ -10,6 +10,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.gathering import whole_update
 from lightning_pmss.process_memory import peak_memory
 
 # What a progress bar has room for.
@@ -42,6 +44,13 @@ class StepClock:
         if (tokens := _tokens(batch)) is not None:
             values["pmss/tokens_per_second"] = tokens * world_size / seconds
         return values
+
+
+def log_u_norms(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Log the Frobenius norm of each layer's ``s U``, in the steps that Lightning logs."""
+    if trainer.fit_loop.epoch_loop._batches_that_stepped % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        norms = {f"pmss/u_norm/{name}": whole_update(module, x).norm() for name, x in pmss_layers(module).items()}
+        module.log_dict(norms, on_step=True, on_epoch=False, batch_size=1)
 
 
 def peak_memory_gb(device: torch.device) -> float | None:

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_pmss.modules.token_weighted import TokenWeighted, gradients_so_far
+from lightning_pmss.whole import clean_name
 
 
 class AccumulatedGradients:
@@ -54,9 +55,9 @@ class AccumulatedGradients:
                 "Resuming inside an optimizer step whose first gradients are not in the checkpoint: this step is made of the"
                 " batches that are left. Make checkpoints between steps (val_check_interval, every_n_train_steps)."
             )
-        parameters = dict(module.named_parameters())
+        parameters = {clean_name(name): parameter for name, parameter in module.named_parameters()}
         for name, gradient in stored.items():
-            where = parameters[name]
+            where = parameters[clean_name(name)]
             value: Tensor = gradient.to(where.device, where.dtype)
             where.grad = value
         self._open = True

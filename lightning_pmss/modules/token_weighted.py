@@ -189,7 +189,7 @@ def gradients_so_far(trainer: L.Trainer, module: L.LightningModule) -> dict[str,
     """
     if is_sharded(module) or isinstance(trainer.strategy, DeepSpeedStrategy):
         return {}
-    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    trained = {clean_name(name): p for name, p in module.named_parameters() if p.requires_grad}
     if trainer.world_size == 1:
         return {name: p.grad.detach().cpu() for name, p in trained.items() if p.grad is not None}
     values = {n: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for n, p in trained.items()}

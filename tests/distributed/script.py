@@ -48,6 +48,7 @@ DEFAULTS: dict[str, Any] = {
     "head": False,  # a fresh head trains in full
     "weights_only": False,
     "one_file": False,  # every checkpoint overwrites the last one
+    "poison": None,  # rank 1's loss is NaN in this batch
     "kill_at": None,  # rank 1 is killed when the checkpoint of this step is being made
     "stop_at": None,  # rank 1 gets Ctrl-C in this step
     "stamp": False,  # before the last checkpoint every rank fills its part of U with its own number
@@ -142,6 +143,8 @@ class Module(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = self.loss(batch)
+        if self.task["poison"] == len(self.losses) and self.global_rank == 1:
+            loss = loss * float("nan")
         self.losses.append(loss.item())
         return loss
 
