@@ -348,7 +348,7 @@ class PMSSCallback(L.Callback):
         self._stop.release()
 
     def _write_results(self) -> None:
-        """Behind every ``on_train_end``, in which callbacks may change the weights (averages do); later the strategy is gone."""
+        """After every ``on_train_end``, where callbacks may change the weights (averages do); later, the strategy is gone."""
         if self._ending is not None:
             self._ending.finish()
 

@@ -11,10 +11,11 @@ from lightning_pmss.reading.checkpoints import DAMAGED
 
 
 class _Stored(Record):
-    """The callback's state; its figures came later."""
+    """The callback's state; figures and accumulated gradients came later."""
 
     random_states: list[dict[str, Any]]
     figures: dict[str, float] = {}
+    accumulated: dict[str, dict[str, Any]] = {}
 
 
 def check_stored(key: str, checkpoint: Mapping[str, Any], where: str) -> None:
