@@ -225,7 +225,7 @@ class PMSSCallback(L.Callback):
             announce,
             after_save=functools.partial(merge_beside, trainer, pl_module) if beside else None,
             after_remove=functools.partial(remove_beside, trainer) if beside else None,
-            check_loaded=functools.partial(check_stored, self.state_key),
+            check_loaded=functools.partial(check_stored, self.state_key, pl_module),
             before_load=functools.partial(average_the_trained, trainer, pl_module),
             at_end=self._write_results,
         )

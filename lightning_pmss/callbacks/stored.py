@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import ConfigDict
+from torch import Tensor, nn
+
 from lightning_pmss.callbacks.randomness import refuse_damaged_states
 from lightning_pmss.reading import Record, checked
 from lightning_pmss.reading.checkpoints import DAMAGED
@@ -13,24 +16,34 @@ from lightning_pmss.reading.checkpoints import DAMAGED
 class _Stored(Record):
     """The callback's state; figures and accumulated gradients came later."""
 
+    model_config = ConfigDict(extra="ignore")
+
     random_states: list[dict[str, Any]]
     figures: dict[str, float] = {}
     accumulated: dict[str, dict[str, Any]] = {}
 
 
-def check_stored(key: str, checkpoint: Mapping[str, Any], where: str) -> None:
+def check_stored(key: str, module: nn.Module, checkpoint: Mapping[str, Any], where: str) -> None:
     """Refuse a damaged state; a checkpoint need not have one.
 
     Args:
         key: Of the callback in the checkpoint.
+        module: That is going to be trained.
         checkpoint: As Lightning has read it.
         where: The checkpoint, for messages.
 
     Raises:
-        ValueError: Something is missing, or is no state of a random generator.
+        ValueError: Something is missing, or is no state of a random generator, or no gradient of the module's.
     """
     if (state := checkpoint.get("callbacks", {}).get(key)) is None:
         return
     stored = checked(_Stored, state, where, DAMAGED, under=f"callbacks.{key}")
     for number, states in enumerate(stored.random_states):
         refuse_damaged_states(states, f"{where}, callbacks.{key}.random_states.{number}")
+    gradients = stored.accumulated.get("gradients", {})
+    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+    if any(
+        name not in shapes or not isinstance(value, Tensor) or value.shape != shapes[name]
+        for name, value in gradients.items()
+    ):
+        raise ValueError(f"{where}, callbacks.{key}.accumulated: no gradients of this module's. {DAMAGED}")
