@@ -23,6 +23,7 @@ import torch
 KILLS = int(os.environ.get("PMSS_KILLS", "5"))
 _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate", "os.link", "os.symlink"}
 
+LIMIT = pytest.mark.timeout(300 + 60 * KILLS)
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a fork of the process: POSIX only")
 
 

@@ -18,7 +18,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_pmss import PMSSCallback
 from tests.callbacks import toys
-from tests.killing import KILLS, Ending, Moment, files, forks, run
+from tests.killing import KILLS, LIMIT, Ending, Moment, files, forks, run
+
+pytestmark = LIMIT
 
 SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
 

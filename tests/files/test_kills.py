@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM
 from lightning_pmss.config import PMSSConfig
 from lightning_pmss.files import merge_files, save_adapter
 from lightning_pmss.files.select import select_files
-from tests.killing import Moment, files, forks, moments, run
+from tests.killing import LIMIT, Moment, files, forks, moments, run
+
+pytestmark = LIMIT
 
 
 def _killed(work: Callable[[], Any], runs: Path, earlier: Path, output: Path, seed: int) -> None:

@@ -23,8 +23,10 @@ from tests.files.edits import CONFIG, WEIGHTS, edit_config, seal
 from tests.fuzz.conftest import Files, Module, inputs
 from tests.fuzz.models import assert_unchanged, state_of, summary
 from tests.fuzz.mutations import copied, mutate
-from tests.fuzz.trying import attempt, cases
+from tests.fuzz.trying import LIMIT, attempt, cases
 from tests.fuzz.values import mutate_tensors, mutate_tree
+
+pytestmark = LIMIT
 
 
 def _damage(folder: Path, random: Random) -> tuple[str, bool]:

@@ -18,8 +18,10 @@ from lightning_pmss.files import extract_files, merge_checkpoint
 from tests.fuzz.conftest import Files, Module, inputs, loader, make_callback, make_trainer
 from tests.fuzz.models import summary
 from tests.fuzz.mutations import copied, mutate
-from tests.fuzz.trying import attempt, cases
+from tests.fuzz.trying import LIMIT, attempt, cases
 from tests.fuzz.values import mutate_tensors, mutate_tree
+
+pytestmark = LIMIT
 
 
 def _damage(file: Path, random: Random) -> tuple[str, bool]:

@@ -12,7 +12,9 @@ from lightning_pmss.cli import main
 from lightning_pmss.evaluation.records import append_records, write_records
 from lightning_pmss.modules.journal import Journal
 from tests.fuzz.mutations import copied, mutate
-from tests.fuzz.trying import attempt, cases, state
+from tests.fuzz.trying import LIMIT, attempt, cases, state
+
+pytestmark = LIMIT
 
 IDENTITY = {"model": "0123456789abcdef", "max_new_tokens": 6}
 

@@ -16,7 +16,9 @@ from lightning_pmss.config import PMSSConfig
 from lightning_pmss.conversion import convert, pmss_layers
 from lightning_pmss.files import save_adapter
 from tests.fuzz.mutations import copied, mutate
-from tests.fuzz.trying import COUNT, attempt, cases, state
+from tests.fuzz.trying import COUNT, LIMIT, attempt, cases, state
+
+pytestmark = LIMIT
 
 pytest.importorskip("matplotlib")
 

@@ -19,8 +19,10 @@ from lightning_pmss.skeleton import METADATA, read_skeleton
 from tests.fuzz.conftest import Files, Module
 from tests.fuzz.models import assert_unchanged, state_of, summary
 from tests.fuzz.mutations import copied, mutate
-from tests.fuzz.trying import COUNT, attempt, cases
+from tests.fuzz.trying import COUNT, LIMIT, attempt, cases
 from tests.fuzz.values import mutate_tensors, mutate_tree
+
+pytestmark = LIMIT
 
 
 def _damage(file: Path, random: Random) -> tuple[str, bool]:

@@ -15,6 +15,7 @@ import pytest
 
 COUNT = int(os.environ.get("PMSS_FUZZ", "40"))
 FIRST = int(os.environ.get("PMSS_FUZZ_FIRST", "0"))
+LIMIT = pytest.mark.timeout(300 + 60 * COUNT)  # of a whole test; a hang shows long before
 _SECONDS = 60  # a hang, on any machine
 _LONGEST = 2000  # letters of a message
 

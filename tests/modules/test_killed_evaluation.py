@@ -13,7 +13,9 @@ from handmade import EqualTexts, HandMade
 
 from lightning_pmss.evaluation.records import read_records
 from lightning_pmss.modules import CausalLMModule
-from tests.killing import KILLS, Moment, forks, moments, run
+from tests.killing import KILLS, LIMIT, Moment, forks, moments, run
+
+pytestmark = LIMIT
 
 FINISHED = ["predictions-test.jsonl", "predictions-test.runs.json", "summary-test.json"]
 
