@@ -44,8 +44,11 @@ class GradientCheck:
         grad = self.layers[name].core.weight.grad
         return None if grad is None else bool(torch.isfinite(grad).all())
 
-    def check(self) -> bool:
+    def check(self, where: str) -> bool:
         """Look at the gradients after a backward pass; True when there is nothing more to look at.
+
+        Args:
+            where: The batch, for messages.
 
         Raises:
             MisconfigurationException: No U got a gradient; or one did not although its layer ran; or one is not finite.
@@ -66,7 +69,8 @@ class GradientCheck:
             broken = [name for name, finite in found.items() if finite is False]
             if broken:
                 raise MisconfigurationException(
-                    f"U of {len(broken)} converted layers got NaN or infinite gradients in the first step: {some(broken)}."
+                    f"U of {len(broken)} converted layers got NaN or infinite gradients in the first step: {some(broken)}"
+                    f" ({where})."
                     " The loss is not finite or the learning rate's warm-up is missing; check the batch and the base model."
                 )
         if not silent:

@@ -296,7 +296,8 @@ class PMSSCallback(L.Callback):
     @override
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """After the first backward pass: every U has a finite gradient."""
-        if self._gradients is not None and self._gradients.check():
+        where = f"batch {trainer.fit_loop.epoch_loop.batch_idx} in epoch {trainer.current_epoch}"
+        if self._gradients is not None and self._gradients.check(where):
             self._gradients = None
 
     @override

@@ -94,6 +94,16 @@ def test_the_training_stops_before_the_step(tmp_path: Path, made: Any, options: 
     assert all(value.isfinite().all() for entry in state for value in entry.values())
 
 
+def test_the_first_batch_is_named_with_its_layers(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=r"first step: `net\.0`, `net\.2` \(batch 0 in epoch 0\)"):
+        fit(tmp_path, Poisoned((0,)))
+    module = Poisoned((0,))
+    with pytest.warns(UserWarning, match="batch 0 in epoch 0 .*The step is left out"):
+        fit(tmp_path, module, action="skip", max_epochs=1)
+    assert not module.v[0].any()
+    assert module.v[-1].any()
+
+
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_skipped_steps_change_nothing_and_are_counted(tmp_path: Path, gradient: bool, accumulate: int) -> None:
