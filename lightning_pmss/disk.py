@@ -165,7 +165,7 @@ def clean_folder(folder: Path, only: str | None = None) -> None:
             leftover.unlink(missing_ok=True)
             continue
         try:
-            handle = os.open(leftover, os.O_RDONLY)
+            handle = os.open(leftover, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait for a writer
         except OSError:
             continue
         try:

@@ -193,6 +193,24 @@ def test_a_link_in_the_place_of_a_file_is_replaced(tmp_path: Path, exists: bool)
     assert files(tmp_path) == {"out": b"page"} | ({"thesis": b"mine"} if exists else {})
 
 
+@pytest.mark.parametrize("kind", ["pipe", "link to a folder", "broken link", "circle"])
+@pytest.mark.parametrize("name", [".out.pmss-tmp-0123456789ab", ".out.pmss-old-0123456789ab"])
+def test_strange_things_under_the_names_of_leavings(tmp_path: Path, kind: str, name: str) -> None:
+    """A downloaded folder may hold them: they do not hang, and nothing is reached through them."""
+    thesis, place = tmp_path / "thesis", tmp_path / "runs" / name
+    thesis.mkdir()
+    (thesis / "text").write_text("mine")
+    place.parent.mkdir()
+    if kind == "pipe":
+        os.mkfifo(place)
+    else:
+        place.symlink_to({"link to a folder": thesis, "broken link": "none", "circle": name}[kind])
+    _write_file(tmp_path / "runs" / "out", "page")
+    assert files(thesis) == {"text": b"mine"}
+    assert (tmp_path / "runs" / "out").read_text() == "page"
+    assert not os.path.lexists(place)
+
+
 def test_special_files_are_not_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("/dev/null")
