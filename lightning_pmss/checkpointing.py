@@ -42,7 +42,6 @@ from lightning_pmss.conversion import pmss_layers
 from lightning_pmss.disk import clean_leftovers, relink, remove, replace, sync_tree, temporary_sibling
 from lightning_pmss.fingerprint import fingerprint
 from lightning_pmss.gathering import gathered, load_trained_state, trained_state
-from lightning_pmss.guard import refuse_disabled
 from lightning_pmss.indices import index_tensors
 from lightning_pmss.module_states import holding, make_whole, module_states
 from lightning_pmss.optimizer_names import finding_states
@@ -145,7 +144,6 @@ class CheckpointSeam:
         return {clean_name(k): v for k, v in state.items() if clean_name(k) in self.trained}
 
     def _save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        refuse_disabled(pmss_layers(self.module).values(), "saved")
         states = module_states(checkpoint, self.trained, self.known)
         states = {name: {k: v for k, v in state.items() if k in self.trained} for name, state in states.items()}
         refuse_nonfinite(self.module, states if self.engine == "plain" else {}, filepath)
