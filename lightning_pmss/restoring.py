@@ -86,7 +86,8 @@ def restore(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
     own = clean_state(module)
     check(module, trained, set(own), {key: tuple(value.shape) for key, value in state.items()}, record, _SOURCE)
     check_state(module, record, state, _SOURCE)
-    checkpoint["state_dict"] = own_keys(module, own | state)
+    # What is stored comes first: Lightning moves the module to the device of the first tensor.
+    checkpoint["state_dict"] = own_keys(module, state | {key: value for key, value in own.items() if key not in state})
 
 
 def _found(

@@ -6,6 +6,7 @@ import inspect
 import io
 import os
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import lightning as L
@@ -31,6 +32,7 @@ class Reloading(L.LightningModule):
     """
 
     checkpoint_entry: ClassVar[str] = "made_with"
+    _arguments: Mapping[str, Any] = MappingProxyType({})  # of a class that does not call `keep_arguments`
 
     def keep_arguments(self, given: Mapping[str, Any]) -> None:
         """Called first in ``__init__`` with ``locals()``; objects, such as an optimizer, are not kept."""

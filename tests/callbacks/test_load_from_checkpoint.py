@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
 
 from lightning_pmss import PMSSCallback
 from lightning_pmss.conversion import conversion_of, pmss_layers
@@ -27,6 +28,14 @@ class Sized(Toy):
         super().__init__()
         self.save_hyperparameters()
         self.factor, self.name = factor, name
+
+
+class Compiled(Toy):
+    """Whose keys have ``_orig_mod`` in them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.compile(self.net, backend="eager")
 
 
 class Boxed(Toy):
@@ -48,7 +57,7 @@ def _again(callback: PMSSCallback, folder: Path) -> PMSSCallback:
     return PMSSCallback(**callback.config.to_dict(), output_dir=folder, merge_on_save=None)
 
 
-@pytest.mark.parametrize("kind", [Toy, LateToy])
+@pytest.mark.parametrize("kind", [Toy, LateToy, Compiled])
 @pytest.mark.parametrize("strict", [None, False])
 def test_a_module_of_anyone(tmp_path: Path, kind: type[Toy], strict: bool | None) -> None:
     module = kind()
@@ -74,6 +83,17 @@ def test_hyper_parameters_stay_those_of_the_module(tmp_path: Path) -> None:
     assert dict(again.hparams) == {"factor": 0.5, "name": "typed"}
     _, ckpt = _fit(tmp_path / "boxed", Boxed({"a": 1}))
     assert torch.load(ckpt)["hyper_parameters"] == {"a": 1}
+
+
+def test_hyper_parameters_that_lightning_cli_has_saved(tmp_path: Path) -> None:
+    """With the class path and the instantiator of LightningCLI: its arguments are parsed again."""
+    cli = LightningCLI(
+        Sized, seed_everything_default=0, save_config_callback=None, run=False, args=["--model.factor=0.5"]
+    )
+    _, ckpt = _fit(tmp_path, cli.model)
+    assert torch.load(ckpt)["hyper_parameters"]["_instantiator"] == "lightning_pmss.restoring.instantiate_by_cli"
+    again = Sized.load_from_checkpoint(ckpt)
+    assert (again.factor, again.name, len(pmss_layers(again))) == (0.5, "none", 2)
 
 
 def test_another_base_is_refused(tmp_path: Path) -> None:

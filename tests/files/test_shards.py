@@ -76,6 +76,20 @@ def test_reads_shards_one_tensor_at_a_time(tmp_path: Path) -> None:
         assert torch.equal(first, torch.ones(3))  # still valid after another shard was opened
 
 
+def test_a_state_dict_in_a_file(tmp_path: Path) -> None:
+    """Of a model that is no Hugging Face folder: the file, or a folder with nothing else in it."""
+    save_file({"a": torch.ones(3)}, tmp_path / "state.safetensors")
+    for place in (tmp_path / "state.safetensors", tmp_path):
+        with open_shards(place) as reader:
+            assert torch.equal(reader.read("a"), torch.ones(3))
+            assert reader.files == ["state.safetensors"]
+    save_file({"b": torch.ones(3)}, tmp_path / "other.safetensors")
+    with pytest.raises(
+        FileNotFoundError, match="holds other.safetensors, state.safetensors and no model.safetensors.index"
+    ):
+        open_shards(tmp_path)
+
+
 def test_missing_shard_is_named(tmp_path: Path) -> None:
     _sharded(tmp_path)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
