@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_pmss.checkpoint_record import CheckpointRecord, CheckpointRecord1, check_layer
 from lightning_pmss.conversion import conversion_of, pmss_layers
+from lightning_pmss.converted import frozen_but_fresh
 from lightning_pmss.coordinates import PMSSCore, coordinate_frame, is_finite
 from lightning_pmss.fingerprint import same_base
 from lightning_pmss.layers import PMSSLinear, canonical_shape
@@ -50,7 +52,14 @@ def check(
             " before the Trainer runs, and drop ckpt_path."
         )
     problems = []
-    if missing := sorted(set(trained) - set(stored)):
+    lacking = set(trained) - set(stored)
+    if random := sorted(lacking & frozen_but_fresh(module)):
+        warnings.warn(
+            f"{where} does not hold {some(random)}, which are in no file of the base either: an earlier version made it. They"
+            " have other values now than in the run that made it.",
+            stacklevel=2,
+        )
+    if missing := sorted(lacking - set(random)):
         problems.append(f"lacks {some(missing)}")
     if foreign := sorted(set(stored) - known):
         problems.append(f"holds {some(foreign)}, which this model does not have")

@@ -57,6 +57,16 @@ class FullRecord(Record):
     tied: list[str]
 
 
+class FreshRecord(FullRecord):
+    """One frozen tensor that no file of the base holds, or not all of.
+
+    Attributes:
+        start: How many of its rows the files have.
+    """
+
+    start: Annotated[int, Field(ge=0)]
+
+
 class BaseRecord(Record):
     """The base, as an adapter's config has it."""
 
@@ -95,6 +105,8 @@ class CheckpointRecord(Record):
         modules: The converted layers.
         also_train: The tensors of the modules trained in full.
         full_modules: These modules.
+        fresh: The frozen tensors that no file of the base holds.
+        settings: What these change in the base's config.json.
         tensors: Beside a folder: keys and shapes of the trained tensors.
         files: Beside a folder: size and checksum of each part.
     """
@@ -107,6 +119,8 @@ class CheckpointRecord(Record):
     modules: Annotated[dict[str, LayerRecord], Field(min_length=1)]
     also_train: dict[str, FullRecord]
     full_modules: list[str]
+    fresh: dict[str, FreshRecord] = {}
+    settings: dict[str, Any] = {}
     tensors: dict[str, Shape] | None = None
     files: dict[str, FileRecord] | None = None
 

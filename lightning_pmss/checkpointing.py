@@ -39,6 +39,7 @@ from lightning_pmss.checkpoint_checks import (
 from lightning_pmss.checkpoint_io import local_path, use_atomic_files
 from lightning_pmss.checkpoint_record import METADATA, CheckpointRecord, read_record
 from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.converted import frozen_but_fresh
 from lightning_pmss.disk import clean_leftovers, relink, remove, replace, sync_tree, temporary_sibling
 from lightning_pmss.fingerprint import fingerprint
 from lightning_pmss.gathering import gathered, load_trained_state, trained_state
@@ -67,9 +68,13 @@ def trained_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
     Of a tensor with several names (tied, or of a module that is also a child in compiled form) the first.
 
-    Call it before a strategy wraps the module: names and shapes are then the plain ones.
+    Frozen tensors that no file of the base holds are kept, too. Call it before a strategy wraps the module: names and shapes
+    are then the plain ones.
     """
-    live: dict[str, Tensor] = {clean_name(n): p for n, p in module.named_parameters() if p.requires_grad}
+    kept = frozen_but_fresh(module)
+    live: dict[str, Tensor] = {
+        clean_name(n): p for n, p in module.named_parameters() if p.requires_grad or clean_name(n) in kept
+    }
     live |= {clean_name(n): b for n, b in module.named_buffers()} | index_tensors(module)
     first = {id(tensor): name for name, tensor in reversed(live.items())}
     return {k: whole_shape(live[k]) for k in clean_state(module) if k in live and first[id(live[k])] == k}
@@ -112,6 +117,8 @@ class CheckpointSeam:
     ) -> None:
         self.trainer, self.module = trainer, module
         self.trained, self.known = trained_shapes(module), set(clean_state(module))
+        if engine_of(trainer.strategy) in ("fsdp1", "zero"):  # which keep nothing frozen
+            self.trained = {k: shape for k, shape in self.trained.items() if k not in frozen_but_fresh(module)}
         self.strategy = trainer.strategy
         self.engine: Engine = engine_of(self.strategy)
         self.describe, self.announce, self.after_save, self.after_remove = describe, announce, after_save, after_remove

@@ -18,11 +18,19 @@ from lightning_pmss.converted import pmss_layers as pmss_layers
 from lightning_pmss.coordinates import PMSSCore, core_dtype
 from lightning_pmss.fingerprint import same_base
 from lightning_pmss.layers import Frame, PMSSLinear, canonical_shape, coordinate_frame, is_transposed
+from lightning_pmss.left_out import LeftOut
 from lightning_pmss.messages import some
 from lightning_pmss.number_range import why_out_of_range
 from lightning_pmss.quantised import hidden_values, prepare, quantisation_of, value_dtype, whole_weight
 from lightning_pmss.report import ConversionReport, LayerReport
-from lightning_pmss.roots import adapted_root, canonical_modules, canonical_owners, choose_root, settle_root
+from lightning_pmss.roots import (
+    adapted_root,
+    canonical_modules,
+    canonical_owners,
+    choose_root,
+    hugging_face_models,
+    settle_root,
+)
 from lightning_pmss.rounding import LIMIT, LOW_PRECISION, fitting_rank, rounding_error
 from lightning_pmss.selection import projection_residual, select_skeleton
 from lightning_pmss.skeleton import Skeleton, SkeletonLayer, read_skeleton
@@ -115,7 +123,7 @@ def convert(
             if name in starts:
                 layer.core.weight.data.copy_(starts[name])
         layers = kept | {name: _report(name, modules[name], ranks[name], plan) for name, plan in plans.items()}
-    notes = _leave_fast_paths(model)
+    notes = [*_leave_fast_paths(model), *_several(model, root, left_out, modules)]
     model.requires_grad_(False)
     for name in targets:
         modules[name].core.weight.requires_grad_(True)  # type: ignore[union-attr, operator]
@@ -253,6 +261,19 @@ def _shares(model: nn.Module, names: Sequence[str], root: str, total: int) -> di
             if parameter is not None and full in shares:
                 shares[full] = whole_size(parameter) / total
     return shares
+
+
+def _several(model: nn.Module, root: str, left_out: LeftOut, modules: Mapping[str, nn.Module]) -> list[str]:
+    """A hint where several Hugging Face models were converted together, so that the names are of none of them alone."""
+    asleep = {id(m) for name in left_out.asleep for m in modules[name].modules()}
+    awake = [m for m in hugging_face_models(model) if id(m) not in asleep]
+    if root or len(awake) < 2:
+        return []
+    names = {id(m): clean_name(name) for name, m in model.named_modules()}
+    return [
+        f"{some([names[id(m)] for m in awake])} are models of their own: root={names[id(awake[0])]!r} makes names, adapter and"
+        " merged model of one alone"
+    ]
 
 
 def _leave_fast_paths(model: nn.Module) -> list[str]:

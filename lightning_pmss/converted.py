@@ -14,7 +14,7 @@ from lightning_pmss.layers import PMSSLinear, canonical_shape
 from lightning_pmss.left_out import ASLEEP, EXCLUDED, IN_METRIC, LeftOut
 from lightning_pmss.messages import some
 from lightning_pmss.report import ConversionReport, LayerReport
-from lightning_pmss.roots import adapted_root, below, canonical_modules
+from lightning_pmss.roots import adapted_root, below, canonical_modules, canonical_owners
 from lightning_pmss.targets import outside_of
 from lightning_pmss.whole import clean_name
 
@@ -92,6 +92,19 @@ def beside_root(model: nn.Module, names: Sequence[str]) -> list[str]:
     return [name for name in names if name not in inside]
 
 
+def frozen_but_fresh(module: nn.Module) -> set[str]:
+    """Names of the frozen parameters that no file of the base holds, as `ConversionReport.fresh` knows them."""
+    report = conversion_of(module)
+    fresh = set() if report is None else set(report.fresh or ())
+    owners = {id(owner): name for name, owner in canonical_owners(module, None)}
+    return {
+        f"{clean_name(full)}.{key}".lstrip(".")
+        for full, owner in module.named_modules()
+        for key, parameter in owner._parameters.items()
+        if parameter is not None and f"{owners.get(id(owner))}.{key}".lstrip(".") in fresh
+    }
+
+
 def parts_of(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that went through a conversion of their own, by clean full name; "" is the model itself."""
     return {clean_name(n): m for n, m in model.named_modules() if _REPORT in m.__dict__}
@@ -131,6 +144,12 @@ def is_complete(model: nn.Module, report: ConversionReport, root: str | None = N
     known = {layer.name for layer in report.layers} | set(report.left_out)
     found = [n for n, m in canonical_modules(model, root).items() if is_linear(m) and not below(n, report.also_train)]
     return set(found) <= known
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Whether the model as a whole went through a conversion, and nothing has come to it since."""
+    report = conversion_of(model)
+    return report is not None and is_complete(model, report)
 
 
 def layers_to_keep(

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from lightning_pmss.indices import index_tensors
 from lightning_pmss.layers import PMSSCore, PMSSLinear
+from lightning_pmss.roots import below
 from lightning_pmss.whole import clean_name, is_fsdp1, is_sharded, own_keys, whole
 
 
@@ -60,7 +61,7 @@ def whole_tensors(
 
     Args:
         model: Sharded or not; under FSDP1 what its root owns is left out unless this is the root.
-        under: Clean names of modules, to get only what lies in these.
+        under: Clean names of modules and tensors, to get only these and what lies in them.
         keep: Whether this rank wants the values, copied to the CPU; if not, it takes part and gets nothing.
     """
     flat = is_fsdp1(model)
@@ -73,7 +74,7 @@ def whole_tensors(
         volatile = module._non_persistent_buffers_set
         owned += [(n, b) for n, b in module._buffers.items() if b is not None and n not in volatile]  # type: ignore[misc]
         names = [clean_name(f"{prefix}.{n}".lstrip(".")) for n, _ in owned]
-        wanted = [n for n in names if n not in seen and (under is None or any(n.startswith(f"{u}.") for u in under))]
+        wanted = [n for n in names if n not in seen and (under is None or below(n, under))]
         seen |= set(wanted)
         with ExitStack() as stack:
             if isinstance(module, FSDP) and wanted:

@@ -58,6 +58,8 @@ class ConversionReport:
         unowned: Names in `left_out` of parameters that no option could have had converted.
         asleep: The topmost modules left out because they were frozen and in eval mode beside others that were not.
         children: Number of converted layers by top-level child of the model.
+        fresh: Tensors that no file of the base holds, by name, with the number of their rows that the files do hold
+            (`lightning_pmss.files.fresh`); None where nobody has looked.
         also_train: Names of the modules trained in full.
         trainable: Parameters that train: all U and ``also_train``.
         total: All parameters of the model (without the frozen coordinate factors).
@@ -77,6 +79,7 @@ class ConversionReport:
     unowned: list[str] = field(default_factory=list)
     asleep: list[str] = field(default_factory=list)
     children: dict[str, int] = field(default_factory=dict)
+    fresh: dict[str, int] | None = field(default=None, compare=False)
 
     @property
     def share(self) -> float:

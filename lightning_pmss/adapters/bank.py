@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from lightning_pmss.adapters.states import LayerState
 from lightning_pmss.conversion import conversion_of, pmss_layers
 from lightning_pmss.coordinates import Frame
 from lightning_pmss.files.adapter import tensors_of
+from lightning_pmss.files.adapter_file import FreshTensor
+from lightning_pmss.files.fresh import live_tensors, new_rows
 from lightning_pmss.messages import some
 from lightning_pmss.roots import adapted_root, canonical_modules
 from lightning_pmss.whole import is_sharded
@@ -21,10 +23,17 @@ _ATTRIBUTE = "pmss_adapters"
 
 @dataclass
 class NamedAdapter:
-    """One adapter: its part of each layer it has, and the tensors of the modules it trains in full."""
+    """One adapter.
+
+    Attributes:
+        layers: Its part of each layer it has.
+        extra: The tensors of the modules it trains in full.
+        fresh: Those that it was trained beside and that no file of the base holds.
+    """
 
     layers: dict[str, LayerState]
     extra: dict[str, Tensor]
+    fresh: dict[str, FreshTensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -102,6 +111,7 @@ def put(model: nn.Module, bank: Bank, name: str) -> None:
             layer.core.weight.copy_(state.v)
         layer.fingerprint = None  # of other rows and columns; taken anew where it is needed
     fill(places(model), bank.base | adapter.extra)
+    fill_fresh(model, adapter.fresh)
     bank.active = name
 
 
@@ -118,6 +128,22 @@ def fill(places: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     for key, place in places.items():
         if key in values:
             place.copy_(values[key])
+
+
+@torch.no_grad()
+def fill_fresh(model: nn.Module, fresh: Mapping[str, FreshTensor], at: str | None = None) -> None:
+    """Copy what an adapter was trained beside into the model; the base has nothing of it, so it stays until another comes.
+
+    at: See `fresh_tensors`.
+    """
+    for key, place in new_rows(live_tensors(model, fresh, at), fresh).items():
+        place.copy_(fresh[key].value)
+
+
+def different(one: Mapping[str, FreshTensor], other: Mapping[str, FreshTensor]) -> list[str]:
+    """Names of what two adapters were trained beside with different values."""
+    both = one.keys() | other.keys()
+    return [n for n in sorted(both) if n not in one or n not in other or not torch.equal(one[n].value, other[n].value)]
 
 
 def refuse_unknown(bank: Bank, name: str) -> None:

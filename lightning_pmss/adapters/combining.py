@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from lightning_pmss.adapters.bank import NamedAdapter, bank_of, refuse_unknown, refuse_used, take
+from lightning_pmss.adapters.bank import NamedAdapter, bank_of, different, refuse_unknown, refuse_used, take
 from lightning_pmss.adapters.states import Update, layer_state, same_skeleton, update_of, weighted
 from lightning_pmss.conversion import conversion_of, pmss_layers
 from lightning_pmss.guard import refuse_disabled
@@ -66,6 +66,12 @@ def combine_adapters(model: nn.Module, name: str, weights: Mapping[str, float]) 
         refuse_unknown(bank, part)
     if full := [part for part in weights if bank.adapters[part].extra]:
         raise ValueError(f"{some(full)} have modules trained in full, of which a weighted sum means nothing.")
+    first, *others = weights
+    for part in others:
+        if differ := different(bank.adapters[first].fresh, bank.adapters[part].fresh):
+            raise ValueError(
+                f"{first!r} and {part!r} were trained beside other values of {some(differ)}: no sum serves both."
+            )
     refuse_disabled(pmss_layers(model).values(), "set or combined")
     take(model, bank)
     report, layers = conversion_of(model), pmss_layers(model)
@@ -94,5 +100,5 @@ def combine_adapters(model: nn.Module, name: str, weights: Mapping[str, float]) 
         n: layer_state(layers[n].base_weight(), update, len(layers[n].rows), report.config.coordinates, layers[n].scale)
         for n, update in sums.items()
     }
-    bank.adapters[name] = NamedAdapter(states, {})
+    bank.adapters[name] = NamedAdapter(states, {}, dict(bank.adapters[first].fresh))
     return done

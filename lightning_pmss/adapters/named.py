@@ -19,6 +19,7 @@ from lightning_pmss.adapters.bank import (
     attach,
     bank_of,
     fill,
+    fill_fresh,
     find_bank,
     put,
     refuse_merged,
@@ -32,6 +33,7 @@ from lightning_pmss.conversion import conversion_of, convert, pmss_layers
 from lightning_pmss.converted import converted
 from lightning_pmss.files.adapter import check_also_train, check_base, check_modules, names_in, tensors_of
 from lightning_pmss.files.adapter_file import AdapterFile, read_adapter
+from lightning_pmss.files.fresh import check_fresh, live_tensors
 from lightning_pmss.guard import refuse_disabled
 from lightning_pmss.layers import PMSSLinear, canonical_shape, is_transposed
 from lightning_pmss.messages import some
@@ -80,8 +82,10 @@ def load_adapters(
     modules = canonical_modules(model, root)
     for name, adapter in read.items():
         check_modules(adapter, modules, None, type(model).__name__)
+        check_fresh(adapter, live_tensors(model, adapter.fresh, root), model)
         check_base(adapter, modules, type(model).__name__)
-        check_also_train(adapter, tensors_of(list(given[name].also_train), modules))
+        check_also_train(adapter, tensors_of(list(given[name].also_train), modules), model)
+    _refuse_other_weights(read)
     sizes: dict[str, int] = {}
     for adapter in read.values():
         for name, stored in adapter.modules.items():
@@ -89,8 +93,10 @@ def load_adapters(
     sizes = {name: min(sizes[name], *canonical_shape(modules[name])) for name in modules if name in sizes}
     also_train = sorted({module for names in given.values() for module in names.also_train})
     config = _config(next(iter(read.values())).options, sizes, also_train)
+    for adapter in read.values():  # before any weight is read: that of a converted layer may be among them
+        fill_fresh(model, adapter.fresh, root)
     states = {
-        name: NamedAdapter(_states(adapter, modules, sizes, config), dict(adapter.also_train))
+        name: NamedAdapter(_states(adapter, modules, sizes, config), dict(adapter.also_train), dict(adapter.fresh))
         for name, adapter in read.items()
     }
     first: dict[str, LayerState] = {}
@@ -135,13 +141,16 @@ def add_adapter(model: nn.Module, name: str, folder: str | os.PathLike[str]) -> 
         )
     if strange := sorted(set(adapter.also_train) - set(bank.base)):
         raise ValueError(f"{adapter.folder} has {some(strange)} trained in full, which no adapter here has. {_AT_ONCE}")
+    check_fresh(adapter, live_tensors(model, adapter.fresh), model)
     check_base(adapter, modules, type(model).__name__)
     report = conversion_of(model)
     assert report is not None
     for key, value in adapter.also_train.items():
         if value.shape != bank.base[key].shape:
             raise ValueError(f"{adapter.folder}: {key} is {list(value.shape)}, here {list(bank.base[key].shape)}.")
-    bank.adapters[name] = NamedAdapter(_states(adapter, modules, sizes, report.config), dict(adapter.also_train))
+    bank.adapters[name] = NamedAdapter(
+        _states(adapter, modules, sizes, report.config), dict(adapter.also_train), dict(adapter.fresh)
+    )
 
 
 def set_adapter(model: nn.Module, name: str) -> None:
@@ -254,6 +263,18 @@ def _holding_base(module: nn.Module, name: str, base: Mapping[str, Tensor]) -> I
         for handle in handles:
             handle.remove()
         fill(live(), trained)
+
+
+def _refuse_other_weights(read: Mapping[str, AdapterFile]) -> None:
+    """The weight of a converted layer is one for all adapters, also where it comes with them."""
+    found: dict[str, torch.Tensor] = {}
+    for name, adapter in read.items():
+        for layer in adapter.modules:
+            own = adapter.fresh.get(f"{layer}.weight")
+            if own is not None and not torch.equal(found.setdefault(layer, own.value), own.value):
+                raise ValueError(
+                    f"{name!r} was trained on another freshly initialised weight of `{layer}` than the others."
+                )
 
 
 def _config(first: PMSSConfig, sizes: Mapping[str, int], also_train: list[str]) -> PMSSConfig:

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_pmss.conversion import conversion_of, pmss_layers
+from lightning_pmss.files.fresh import fresh_tensors, fresh_warnings, frozen_beside, untrained
 from lightning_pmss.fingerprint import same_base
 from lightning_pmss.layers import PMSSLinear
 from lightning_pmss.messages import some
@@ -135,6 +136,36 @@ def _held(trainer: L.Trainer) -> set[int]:
         for group in getattr(engine_optimizer, name, None) or ():
             held |= {id(p) for p in group}
     return held
+
+
+def look_for_fresh(pl_module: L.LightningModule, report: ConversionReport, engine: Engine) -> list[str]:
+    """Note in the report which tensors no file of the base holds, where nobody has looked yet; before a strategy shards.
+
+    Returns:
+        What a user should know before training of tensors that stay frozen and may be freshly initialised.
+    """
+    if report.fresh is None:
+        report.fresh = fresh_tensors(pl_module)
+    advice = fresh_warnings(pl_module, report)
+    if engine in ("fsdp1", "zero") and (lost := list(untrained(report.fresh or {}, report))):
+        advice.append(
+            f"{some(lost)} are freshly initialised and frozen, and checkpoints under {engine} hold what is trained only: a run"
+            " that is resumed in another process would go on with other values there. Train them (also_train), or use one"
+            " device, 'ddp' or FSDP2."
+        )
+    if beside := frozen_beside(pl_module, report):
+        listed = ", ".join(repr(name) for name in beside[:8])
+        advice.append(
+            f"{some(beside)} stay frozen as they are, and no adapter file holds them. If they are freshly initialised, type"
+            f" also_train=[{listed}]; if they were loaded, all is well."
+        )
+    return advice
+
+
+def warn(advice: Sequence[str]) -> None:
+    """Say each on the first rank."""
+    for text in advice:
+        rank_zero_warn(text)
 
 
 def wake(pl_module: L.LightningModule) -> None:

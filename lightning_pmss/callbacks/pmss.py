@@ -23,9 +23,11 @@ from lightning_pmss.callbacks.checks import (
     agree_on_weights,
     check_bases,
     check_optimizers,
+    look_for_fresh,
     refuse_merged,
     say_what_was_converted,
     wake,
+    warn,
     warn_about_batch_norm,
 )
 from lightning_pmss.callbacks.ending import Ending
@@ -43,8 +45,8 @@ from lightning_pmss.callbacks.throughput import StepClock, log_u_norms
 from lightning_pmss.callbacks.window import AccumulatedGradients
 from lightning_pmss.checkpointing import CheckpointSeam, record_fingerprints
 from lightning_pmss.config import PMSSConfig
-from lightning_pmss.conversion import conversion_of, convert, pmss_layers
-from lightning_pmss.converted import is_complete
+from lightning_pmss.conversion import convert, pmss_layers
+from lightning_pmss.converted import is_converted
 from lightning_pmss.files.checkpoint_about import describe, full_names
 from lightning_pmss.modules.resuming import count_epoch, restore_loaders, warn_about_loaders
 from lightning_pmss.report import ConversionReport
@@ -157,6 +159,7 @@ class PMSSCallback(L.Callback):
         self.log_u_norm = log_u_norm
         self.report: ConversionReport | None = None
         self._engine: Engine = "plain"
+        self._advice: list[str] = []
         self._seam: CheckpointSeam | None = None
         self._gradients: GradientCheck | None = None
         self._finite: NonFiniteCheck | None = None
@@ -179,7 +182,7 @@ class PMSSCallback(L.Callback):
         if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._figures.clear()
             check_before_conversion(trainer, self.output_folder(trainer), self.merge_on_save)
-        if not self._is_converted(pl_module) and is_overridden("configure_model", pl_module):
+        if not is_converted(pl_module) and is_overridden("configure_model", pl_module):
             original = pl_module.configure_model
 
             @functools.wraps(original)
@@ -195,7 +198,7 @@ class PMSSCallback(L.Callback):
 
     def on_model_built(self, trainer: L.Trainer, pl_module: L.LightningModule, everywhere: bool = True) -> None:
         """Convert in the middle of ``configure_model``, before it shards: what `lightning_pmss.model_built` calls."""
-        if not self._is_converted(pl_module):
+        if not is_converted(pl_module):
             refuse_quantised(self._engine, pl_module)
             if everywhere and not is_sharded(pl_module):
                 agree_on_weights(trainer, pl_module, self._engine)
@@ -207,13 +210,10 @@ class PMSSCallback(L.Callback):
                 record_fingerprints(pl_module)
             say_what_was_converted(self.report, str(trainer.precision))
 
-    def _is_converted(self, pl_module: L.LightningModule) -> bool:
-        report = conversion_of(pl_module)
-        return report is not None and is_complete(pl_module, report)
-
     def _attach(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.on_model_built(trainer, pl_module)
         self.report = convert(pl_module, self.config)  # converted before: the same config, or an error
+        self._advice = look_for_fresh(pl_module, self.report, self._engine)
         pl_module.strict_loading = False
         if self._seam is not None:
             self._seam.remove()
@@ -238,6 +238,7 @@ class PMSSCallback(L.Callback):
         """Check that U, and nothing but U and ``also_train``, is going to be trained."""
         layers = pmss_layers(pl_module)
         refuse_merged(layers)
+        warn(self._advice)
         wake(pl_module)
         also_train = self.report.also_train if self.report else []
         check_bases(trainer, pl_module)

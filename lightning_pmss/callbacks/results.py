@@ -39,7 +39,10 @@ def write_adapter(
         stopped: See `run_facts`.
     """
     if is_sharded(module) or trainer.is_global_zero:
-        save_adapter(module, folder, overwrite=True, run=run_facts(trainer, module, earlier or {}, stopped))
+        # FSDP1's root owns what is in no unit of its own.
+        model: Any = trainer.strategy.model if is_fsdp1(module) else module
+        facts = run_facts(trainer, module, earlier or {}, stopped)
+        save_adapter(model, folder, overwrite=True, run=facts, tokenizer=processing_of(trainer, module))
 
 
 def write_merged_model(trainer: L.Trainer, module: L.LightningModule, adapter: Path | None, folder: Path) -> Any:

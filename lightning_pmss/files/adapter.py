@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,17 @@ from lightning_pmss.convertible import is_linear, is_supported
 from lightning_pmss.files.adapter_file import AdapterFile, AdapterModule, read_adapter, write_adapter
 from lightning_pmss.files.atomic import check_target
 from lightning_pmss.files.base import Base, base_of
+from lightning_pmss.files.fresh import (
+    check_fresh,
+    fresh_tensors,
+    live_tensors,
+    new_rows,
+    other_size,
+    settings_of,
+    state_keys,
+    to_be_kept,
+    untrained,
+)
 from lightning_pmss.files.kinds import ADAPTER
 from lightning_pmss.files.plain import quantisation_settings
 from lightning_pmss.files.shards import few
@@ -45,8 +57,11 @@ def save_adapter(
     revision: str | None = None,
     overwrite: bool = False,
     run: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
 ) -> Path:
     """Write the adapter of a converted model, and a model card; a sharded one on every rank, of which rank 0 writes.
+
+    Frozen tensors that no file of the base holds are kept in it, too: a fresh head, the rows of added tokens.
 
     Args:
         model: converted by `convert` or the callback; merged or not.
@@ -55,6 +70,8 @@ def save_adapter(
         revision: commit of the base; default: likewise, or what the model hub's cache knows.
         overwrite: replace an earlier adapter of this library.
         run: what is known of the training, for the card: section -> text, or name -> number or text.
+        tokenizer: with ``save_pretrained`` (also several, in a list); kept with the adapter where tokens were added to the
+            base's.
 
     Returns:
         The folder.
@@ -80,18 +97,22 @@ def save_adapter(
             cols=layer.cols.cpu(),
         )
     named = canonical_modules(model)
-    if sharded := is_sharded(model):
+    sharded = is_sharded(model)
+    found = fresh_tensors(model) if report.fresh is None else report.fresh
+    fresh, grown = untrained(found, report), any(found.values())
+    if sharded:
         full = {id(module): clean_name(name) for name, module in model.named_modules()}
         places = {full[id(named[name])]: name for name in report.also_train}
-        extra = {
-            places[place] + key.removeprefix(place): value
-            for key, value in whole_tensors(model, under=list(places))
-            for place in places
-            if key.startswith(f"{place}.")
-        }
+        extra: dict[str, Tensor] = {}
+        values: dict[str, Tensor] = {}
+        frozen = state_keys(model, fresh)
+        for key, value in whole_tensors(model, under=[*places, *frozen]):
+            if key in frozen:
+                values[frozen[key]] = value
+            extra |= {n + key.removeprefix(place): value for place, n in places.items() if key.startswith(f"{place}.")}
     else:
-        extra = tensors_of(report.also_train, named)
-    tied = other_names(extra, model)
+        extra, values = tensors_of(report.also_train, named), live_tensors(model, fresh)
+    tied = other_names(extra | values, model)
     if sharded and torch.distributed.get_rank() != 0:
         return target
     root = adapted_root(model)[0]
@@ -111,8 +132,12 @@ def save_adapter(
         quantisation_settings=quantisation_settings(root),
         root=noted_root(model),
         left_out=linear_left_out(model),
+        fresh=to_be_kept(model, values, fresh),
+        settings=settings_of(model, found),
     )
-    write_adapter(adapter, target, overwrite=overwrite, run=run, base=known.folder)
+    write_adapter(
+        adapter, target, overwrite=overwrite, run=run, base=known.folder, tokenizer=tokenizer if grown else None
+    )
     return target
 
 
@@ -141,10 +166,17 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Conversion
         raise ValueError(f"{few(merged, 3)}: the model is merged. Call unmerge(model), then load {adapter.folder}.")
     also_train = report.also_train if names is None else list(names.also_train)  # type: ignore[union-attr]
     check_modules(adapter, modules, None if report is None else set(pmss_layers(model)), type(model).__name__)
+    live = live_tensors(model, adapter.fresh, None if names is None else names.root)
+    check_fresh(adapter, live, model)
     check_base(adapter, modules, type(model).__name__)
     places = tensors_of(also_train, modules)
-    check_also_train(adapter, places)
+    check_also_train(adapter, places, model)
+    fresh = fresh_tensors(model, None if names is None else names.root)
+    warn_about_random(adapter, fresh)
 
+    with torch.no_grad():  # before the conversion: the weight of a converted layer may be among them
+        for name, place in new_rows(live, adapter.fresh).items():
+            place.copy_(adapter.fresh[name].value)
     if report is None:
         layers = {name: SkeletonLayer(stored.rows, stored.cols) for name, stored in adapter.modules.items()}
         skeleton = Skeleton(layers, source=str(adapter.folder))
@@ -159,6 +191,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Conversion
     with torch.no_grad():
         for key, place in places.items():
             place.copy_(adapter.also_train[key])
+    report.fresh = fresh
     return report
 
 
@@ -264,9 +297,12 @@ def check_base(adapter: AdapterFile, modules: Mapping[str, nn.Module], model: st
     """Refuse a base whose rows and columns are not those the adapter was trained on, and an update that would overflow."""
     wrong, large = [], []
     for name, stored in adapter.modules.items():
-        layer = modules[name]
+        layer, own = modules[name], adapter.fresh.get(f"{name}.weight")
         if isinstance(layer, PMSSLinear) and _same_indices(layer, stored):
             rows, columns = layer.slices()
+        elif own is not None and not isinstance(layer, PMSSLinear):  # this weight comes with the adapter
+            canonical = own.value.T if stored.layout == "conv1d" else own.value
+            rows, columns = canonical[stored.rows], canonical[:, stored.cols]
         else:
             weight: Tensor = layer.weight  # type: ignore[assignment]
             if weight.is_meta:
@@ -291,12 +327,12 @@ def check_base(adapter: AdapterFile, modules: Mapping[str, nn.Module], model: st
         )
 
 
-def check_also_train(adapter: AdapterFile, places: Mapping[str, Tensor]) -> None:
+def check_also_train(adapter: AdapterFile, places: Mapping[str, Tensor], model: nn.Module) -> None:
     """The tensors of modules trained in full must be the same ones, shape by shape."""
     lost, foreign = sorted(set(places) - set(adapter.also_train)), sorted(set(adapter.also_train) - set(places))
     if lost or foreign:
         says = [f"lacks {few(lost)}"] if lost else []
-        says += [f"has {few(foreign)}, which the model does not train in full"] if foreign else []
+        says += [f"has {few(foreign)}, which the model does not have or does not train in full"] if foreign else []
         raise ValueError(f"{adapter.folder} {' and '.join(says)}. Load it into the architecture it was trained on.")
     for key, place in places.items():
         stored = adapter.also_train[key]
@@ -306,10 +342,18 @@ def check_also_train(adapter: AdapterFile, places: Mapping[str, Tensor]) -> None
                 " architecture it was trained on."
             )
         if place.shape != stored.shape:
-            raise ValueError(
-                f"{adapter.folder}: {key} has the shape {list(stored.shape)}, the model's "
-                f"{list(place.shape)}. Build the model with the same settings (a head: the same number of labels)."
-            )
+            raise ValueError(other_size(adapter, key, stored.shape, place.shape, model))
+
+
+def warn_about_random(adapter: AdapterFile, fresh: Mapping[str, int]) -> None:
+    """Say so where a tensor of the model is neither in the base's files nor in the adapter: nobody has trained with it."""
+    held = adapter.also_train.keys() | adapter.fresh.keys()
+    if missing := [name for name in fresh if name not in held and f"{name.rpartition('.')[0]}" not in adapter.modules]:
+        warnings.warn(
+            f"{few(missing)}: neither in the files of the base nor in {adapter.folder}, so the values are random ones of this"
+            " model and not those that the adapter was trained beside. Train it again with their module in also_train.",
+            stacklevel=3,
+        )
 
 
 def numbers_in(tensor: Tensor) -> str:

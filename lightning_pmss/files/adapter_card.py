@@ -78,6 +78,7 @@ def _options(config: Mapping[str, Any]) -> str:
 def _load(config: Mapping[str, Any]) -> list[str]:
     module, name = class_of(config.get("model_class"))
     quoted = json.dumps(config["base_model_name_or_path"] or "BASE")
+    settings = config.get("settings") or {}
     if module.startswith("transformers.") and "quantization_config" in config:
         revision = f", revision={config['revision']!r}" if config["revision"] else ""
         made = ["import json", f"from transformers import {name}"]
@@ -94,13 +95,16 @@ def _load(config: Mapping[str, Any]) -> list[str]:
     elif module.startswith("transformers."):
         revision = f", revision={config['revision']!r}" if config["revision"] else ""
         made = [f"from transformers import {name}", "from lightning_pmss import load_adapter", ""]
-        made.append(f"model = {name}.from_pretrained({quoted}{revision})")
+        labels = f", num_labels={len(settings['id2label'])}" if isinstance(settings.get("id2label"), dict) else ""
+        made.append(f"model = {name}.from_pretrained({quoted}{revision}{labels})")
     else:
         made = [
             "from lightning_pmss import load_adapter",
             "",
             f"model = ...  # the {name or 'model'} it was trained on",
         ]
+    if isinstance(settings.get("vocab_size"), int):
+        made.append(f"model.resize_token_embeddings({settings['vocab_size']})")
     return [*made, 'load_adapter(model, "THIS_FOLDER")']
 
 

@@ -6,7 +6,8 @@ LightningModule loads into the plain model), else of the model that was saved:
     <module>.U      s U [c, r], float32 (float64 on a float64 base): scale and coordinates folded in
     <module>.rows   int32 [r], rows of W in the canonical layout [out, in]
     <module>.cols   int32 [c], columns
-    <name>          parameters and buffers of the modules trained in full (`also_train`)
+    <name>          parameters and buffers of the modules trained in full (`also_train`), and of those frozen ones that no
+                    file of the base holds (`fresh`): all of it, or the rows that were added
 
 so the file means ``W' = W + W[:, cols] U W[rows]`` and nothing else. The config has a checksum of each tensor (format 2;
 format 1 had none). Loading is strict both ways and checks everything before it touches the model.
@@ -28,9 +29,17 @@ from torch import Tensor
 
 from lightning_pmss.config import PMSSConfig
 from lightning_pmss.files.adapter_card import CARD_FILE, adapter_card
-from lightning_pmss.files.adapter_record import FORMAT_VERSION, PEFT_TYPE, RECORDS, AdapterRecord1, LayerRecord
+from lightning_pmss.files.adapter_record import (
+    FORMAT_VERSION,
+    PEFT_TYPE,
+    RECORDS,
+    AdapterRecord1,
+    FreshRecord,
+    LayerRecord,
+)
 from lightning_pmss.files.atomic import atomic_folder
-from lightning_pmss.files.kinds import ADAPTER, WRITTEN_BY
+from lightning_pmss.files.kinds import ADAPTER, WRITTEN_BY, files_below
+from lightning_pmss.files.processing import save_processing
 from lightning_pmss.files.shards import few, save_tensors
 from lightning_pmss.messages import one_line
 from lightning_pmss.reading import (
@@ -72,6 +81,24 @@ class AdapterModule:
 
 
 @dataclass(frozen=True)
+class FreshTensor:
+    """What the file holds of a tensor that is not, or not all, in the base's files.
+
+    Attributes:
+        value: Its rows from ``start`` on, ``[rows - start, ...]``; all of it, where that is 0.
+        start: How many rows come before, from the base's files.
+    """
+
+    value: Tensor
+    start: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor in the model."""
+        return () if self.value.dim() == 0 else (self.start + self.value.shape[0], *self.value.shape[1:])
+
+
+@dataclass(frozen=True)
 class AdapterFile:
     """An adapter as its folder holds it: read and checked, or about to be written.
 
@@ -89,6 +116,8 @@ class AdapterFile:
         root: Full name, in the model that was saved, of the module that names are relative to; None where that needs no
             name (see `adapted_root`).
         left_out: Linear layers of that model that were not converted; None in files of early versions.
+        fresh: Frozen tensors that the base's files do not hold, or not all of.
+        settings: What these change in the base's config.json; see `files.fresh`.
     """
 
     folder: Path
@@ -103,6 +132,8 @@ class AdapterFile:
     quantisation_settings: dict[str, Any] = field(default_factory=dict)
     root: str | None = None
     left_out: list[str] | None = None
+    fresh: dict[str, FreshTensor] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -136,6 +167,7 @@ def write_adapter(
     overwrite: bool = False,
     run: Mapping[str, Any] | None = None,
     base: Path | None = None,
+    tokenizer: Any = None,
 ) -> None:
     """Write an adapter folder, whole or not at all.
 
@@ -145,6 +177,7 @@ def write_adapter(
         overwrite: Replace an earlier adapter of this library.
         run: For the card, see `save_adapter`.
         base: Folder of the base, for the card.
+        tokenizer: See `save_adapter`.
 
     Raises:
         FileExistsError: See `atomic_folder`.
@@ -154,9 +187,10 @@ def write_adapter(
     for name, module in adapter.modules.items():
         tensors[f"{name}.U"] = module.U
         tensors |= {f"{name}.rows": module.rows.to(torch.int32), f"{name}.cols": module.cols.to(torch.int32)}
-    if clash := sorted(set(tensors) & set(adapter.also_train)):
+    extra = adapter.also_train | {name: kept.value for name, kept in adapter.fresh.items()}
+    if clash := sorted(set(tensors) & set(extra)):
         raise ValueError(f"also_train has tensors under the names of PMSS's own: {few(clash)}. Rename these modules.")
-    tensors.update(adapter.also_train)
+    tensors.update(extra)
     if broken := not_finite(tensors):
         raise ValueError(
             f"NaN or infinite values in {few(broken)}: the training has diverged, and such an adapter is not saved. "
@@ -164,7 +198,7 @@ def write_adapter(
         )
     config = {
         "written_by": WRITTEN_BY,
-        "files": [CARD_FILE, CONFIG_FILE, WEIGHTS_FILE],
+        "files": [],
         "format_version": FORMAT_VERSION,
         "peft_type": PEFT_TYPE,
         "base_model_name_or_path": adapter.base_model,
@@ -172,6 +206,11 @@ def write_adapter(
         "model_class": adapter.model_class,
         "quantisation": adapter.quantisation,
         **adapter.quantisation_settings,
+        "fresh": {
+            key: {"shape": list(kept.shape), "start": kept.start, "tied": adapter.tied.get(key, [])}
+            for key, kept in adapter.fresh.items()
+        },
+        "settings": adapter.settings,
         "root": adapter.root,
         "left_out": adapter.left_out,
         "config": adapter.config,
@@ -184,6 +223,8 @@ def write_adapter(
         "versions": library_versions(),
     }
     with atomic_folder(folder, ADAPTER, overwrite=overwrite) as temporary:
+        save_processing(tokenizer, temporary)
+        config["files"] = sorted({CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, *files_below(temporary)})
         save_tensors(tensors, temporary / WEIGHTS_FILE)
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (temporary / CARD_FILE).write_text(adapter_card(config, run, base), encoding="utf-8")
@@ -225,10 +266,13 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
         name: _checked_module(file, name, entry, *(tensors[f"{name}.{part}"] for part in _PARTS))
         for name, entry in config.modules.items()
     }
-    for name, full in config.also_train.items():
-        if list(tensors[name].shape) != full.shape:
+    entries: dict[str, FreshRecord] = getattr(config, "fresh", {})
+    fresh = {name: FreshTensor(tensors[name], entry.start) for name, entry in entries.items()}
+    there = {name: tensors[name].shape for name in config.also_train} | {n: kept.shape for n, kept in fresh.items()}
+    for name, full in (config.also_train | entries).items():
+        if list(there[name]) != full.shape:
             raise ValueError(
-                f"{file}: {one_line(name)} has the shape {list(tensors[name].shape)}, {CONFIG_FILE} says {full.shape}. "
+                f"{file}: {one_line(name)} has the shape {list(there[name])}, {CONFIG_FILE} says {full.shape}. "
                 "The two files do not belong together; copy the folder again."
             )
     records: dict[str, TensorRecord] | None = getattr(config, "tensors", None)
@@ -242,11 +286,13 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
         modules=modules,
         model_class=config.model_class,
         also_train={name: tensors[name] for name in config.also_train},
-        tied={name: full.tied for name, full in config.also_train.items() if full.tied},
+        tied={name: full.tied for name, full in (config.also_train | entries).items() if full.tied},
         quantisation=config.quantisation,
         quantisation_settings=config.model_dump(include={"quantization_config", "base_dtype"}, exclude_none=True),
         root=getattr(config, "root", None),
         left_out=getattr(config, "left_out", None),
+        fresh=fresh,
+        settings=getattr(config, "settings", {}),
     )
 
 
@@ -281,9 +327,10 @@ def _read_config(file: Path) -> AdapterRecord1:
 
 def _check_names(file: Path, config: AdapterRecord1, of_layers: set[str], present: set[str]) -> None:
     """Every tensor must be known, and every known one there."""
-    if len(of_layers) != len(_PARTS) * len(config.modules) or not of_layers.isdisjoint(config.also_train):
+    also_train, fresh = set(config.also_train), set(getattr(config, "fresh", {}))
+    if len(of_layers) != len(_PARTS) * len(config.modules) or of_layers & (also_train | fresh) or also_train & fresh:
         raise ValueError(f"{file.with_name(CONFIG_FILE)} gives two of its tensors one name. {_AGAIN}")
-    expected = of_layers | set(config.also_train)
+    expected = of_layers | also_train | fresh
     lost, foreign = sorted(expected - present), sorted(present - expected)
     if lost or foreign:
         says = [f"lacks {few(lost)}"] if lost else []

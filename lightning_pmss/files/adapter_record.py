@@ -30,6 +30,12 @@ class FullRecord(Record):
     tied: list[str] = []
 
 
+class FreshRecord(FullRecord):
+    """One tensor that the base's files do not hold, or not all of: its shape in the model, and the first row that is here."""
+
+    start: Annotated[int, Field(ge=0)] = 0
+
+
 class AdapterRecord1(Record):
     """Format 1: nothing proves the tensors."""
 
@@ -59,6 +65,8 @@ class AdapterRecord(AdapterRecord1):
     format_version: Literal[2]  # type: ignore[assignment]
     root: str | None = None
     left_out: list[str] | None = None
+    fresh: dict[str, FreshRecord] = {}
+    settings: dict[str, Any] = {}
     tensors: dict[str, TensorRecord]
 
 

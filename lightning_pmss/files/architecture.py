@@ -134,7 +134,7 @@ def find_matrices(model: nn.Module, config: PMSSConfig, reader: ShardReader) -> 
     ranks = ranks_of(config, names, modules)
     shapes = {name: canonical_shape(modules[name]) for name in names}
     stored = {name: shape[::-1] if is_transposed(modules[name]) else shape for name, shape in shapes.items()}
-    as_loaded, changed = _names_in_the_model(model, reader)
+    as_loaded, changed = names_in_the_model(model, reader)
     rename = match_names(stored, as_loaded, reader.folder, _wording(model))
     keys = {name: as_loaded.tensors[f"{rename(name)}.weight"].key for name in names}
     if strange := [name for name, key in keys.items() if key in changed]:
@@ -166,7 +166,7 @@ def _wording(model: nn.Module) -> Wording:
     )
 
 
-def _names_in_the_model(model: nn.Module, reader: ShardReader) -> tuple[ShardReader, set[str]]:
+def names_in_the_model(model: nn.Module, reader: ShardReader) -> tuple[ShardReader, set[str]]:
     """The checkpoint under the names that transformers gives its tensors on loading, each still knowing its own key.
 
     Returns:

@@ -11,6 +11,7 @@ from lightning_pmss.checkpoint_record import FORMAT_VERSION
 from lightning_pmss.conversion import conversion_of, pmss_layers
 from lightning_pmss.files.adapter import class_path, linear_left_out, other_names
 from lightning_pmss.files.base import base_of
+from lightning_pmss.files.fresh import live_tensors, settings_of, untrained
 from lightning_pmss.files.plain import quantisation_settings
 from lightning_pmss.fingerprint import fingerprint
 from lightning_pmss.layers import canonical_shape
@@ -32,7 +33,10 @@ class FullName(NamedTuple):
 
 
 def full_names(module: nn.Module) -> dict[str, FullName]:
-    """The tensors trained in full by canonical name; to be asked before a strategy wraps the module."""
+    """The tensors trained in full and those that no file of the base holds, by canonical name.
+
+    To be asked before a strategy wraps the module.
+    """
     report, named = conversion_of(module), canonical_modules(module)
     assert report is not None
     live: dict[str, Tensor] = {clean_name(n): t for n, t in module.named_parameters(remove_duplicate=False)}
@@ -47,8 +51,11 @@ def full_names(module: nn.Module) -> dict[str, FullName]:
         own = {key.removeprefix(start): tensor for key, tensor in live.items() if key.startswith(start)}
         kept = {clean_name(key) for key in named[name].state_dict()}
         found |= {f"{name}.{key}": tensor for key, tensor in own.items() if key in kept}
+    found |= live_tensors(module, untrained(report.fresh or {}, report))
     tied = other_names(found, module)
-    return {name: FullName(first[id(tensor)], tied.get(name, [])) for name, tensor in found.items()}
+    return {
+        name: FullName(first[id(tensor)], tied.get(name, [])) for name, tensor in found.items() if id(tensor) in first
+    }
 
 
 def describe(
@@ -74,6 +81,7 @@ def describe(
         }
         for name, layer in layers.items()
     }
+    starts = untrained(report.fresh or {}, report)
     root, base = adapted_root(module)[0], base_of(module)
     return {
         "format_version": FORMAT_VERSION,
@@ -92,5 +100,12 @@ def describe(
         "also_train": {
             name: {"key": where.key, "shape": list(trained[where.key]), "tied": where.tied}
             for name, where in full.items()
+            if name not in starts
         },
+        "fresh": {
+            name: {"key": where.key, "shape": list(trained[where.key]), "tied": where.tied, "start": starts[name]}
+            for name, where in full.items()
+            if name in starts and where.key in trained
+        },
+        "settings": settings_of(module, report.fresh or {}),
     }

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_pmss.checkpoint_record import CheckpointRecord
+from lightning_pmss.checkpoint_record import CheckpointRecord, FreshRecord
 from lightning_pmss.config import PMSSConfig
 from lightning_pmss.files.shards import few
 from lightning_pmss.messages import some
@@ -58,6 +58,8 @@ class Found:
         layers: The converted layers.
         also_train: The tensors of the modules trained in full.
         full_modules: These modules.
+        fresh: See `CheckpointRecord`.
+        settings: See `CheckpointRecord`.
         base_model: Id or path of the base.
         root: See `CheckpointRecord`.
         left_out: See `CheckpointRecord`; None where it is not known.
@@ -77,6 +79,8 @@ class Found:
     model_class: str | None = None
     quantisation: list[str] = field(default_factory=list)
     quantisation_settings: dict[str, Any] = field(default_factory=dict)
+    fresh: dict[str, FreshRecord] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def described(record: CheckpointRecord, options: PMSSConfig, state: Mapping[str, Tensor], where: str) -> Found:
@@ -85,17 +89,18 @@ def described(record: CheckpointRecord, options: PMSSConfig, state: Mapping[str,
     Raises:
         ValueError: A tensor is missing, has another shape than it says, or belongs to nothing it says.
     """
-    wrong = [full.key for full in record.also_train.values() if full.key not in state]
+    in_full = record.also_train | record.fresh
+    wrong = [full.key for full in in_full.values() if full.key not in state]
     if wrong:
         raise ValueError(f"{where} lacks {some(wrong)}. {DAMAGED}")
-    for full in record.also_train.values():
+    for full in in_full.values():
         if list(state[full.key].shape) != full.shape:
             raise ValueError(
                 f"{where}: `{full.key}` is {list(state[full.key].shape)}, and was written as {full.shape}. {DAMAGED}"
             )
     keys = [layer.key for layer in record.modules.values()]
     names = {n: (layer.key, [n]) for n, layer in record.modules.items()}
-    names |= {n: (full.key, [n, *full.tied]) for n, full in record.also_train.items()}  # a tied one is kept once
+    names |= {n: (full.key, [n, *full.tied]) for n, full in in_full.items()}  # a tied one is kept once
     if strange := [n for n, (key, own) in names.items() if not any(f".{key}".endswith(f".{name}") for name in own)]:
         raise ValueError(f"{where} is damaged: {some(strange)} are no names of what it holds. {DAMAGED}")
     if len(set(keys)) != len(keys):
@@ -122,6 +127,8 @@ def described(record: CheckpointRecord, options: PMSSConfig, state: Mapping[str,
         model_class=record.base.model_class,
         quantisation=record.base.quantisation,
         quantisation_settings=record.base.quantisation_settings,
+        fresh=record.fresh,
+        settings=record.settings,
     )
 
 

@@ -24,6 +24,7 @@ from lightning_pmss.coordinates import PMSSCore, coordinate_frame, core_dtype
 from lightning_pmss.files.adapter_file import AdapterFile, AdapterModule, write_adapter
 from lightning_pmss.files.atomic import check_target
 from lightning_pmss.files.checkpoint_names import Found, FoundLayer, described, from_keys
+from lightning_pmss.files.fresh import rows_to_keep
 from lightning_pmss.files.kinds import ADAPTER, MERGED
 from lightning_pmss.files.merged import merge_files
 from lightning_pmss.files.model_folder import FileMergeReport, refuse_overlap
@@ -141,12 +142,18 @@ def adapter_of_checkpoint(ckpt: Path, base: Path, *, progress: bool = True) -> t
         rename = _names(found, reader, base, ckpt)
         modules, wrong = {}, []
         for name, layer in tqdm(found.layers.items(), desc="extracting", unit="layer", disable=not progress):
-            weight = reader.read(f"{rename(name)}.weight")
+            own = found.fresh.get(f"{name}.weight")
+            weight = reader.read(f"{rename(name)}.weight") if own is None else state[own.key]
             module = _module(layer, weight, state, options, name, where)
             if module is None:
                 wrong.append(name)
             else:
                 modules[name] = module
+        fresh = {}
+        for name, entry in found.fresh.items():
+            keys = [rename(other) for other in (name, *entry.tied)]
+            stored = next((reader.read(key) for key in keys if key in reader.tensors), None)
+            fresh[name] = rows_to_keep(state[entry.key], entry.start, stored)
     adapter = AdapterFile(
         folder=ckpt,
         options=options,
@@ -155,11 +162,13 @@ def adapter_of_checkpoint(ckpt: Path, base: Path, *, progress: bool = True) -> t
         modules=modules,
         model_class=found.model_class,
         also_train={name: state[full.key].clone() for name, full in found.also_train.items()},
-        tied={name: full.tied for name, full in found.also_train.items()},
+        tied={name: full.tied for name, full in (found.also_train | found.fresh).items()},
         quantisation=found.quantisation,
         quantisation_settings=found.quantisation_settings,
         root=found.root,
         left_out=found.left_out,
+        fresh=fresh,
+        settings=found.settings,
     )
     if not wrong and (broken := not_finite({n: m.U for n, m in modules.items()} | adapter.also_train)):
         raise ValueError(f"{where}: {few(broken)} would be NaN or infinite. {DAMAGED}")
@@ -203,6 +212,7 @@ def _names(found: Found, reader: ShardReader, base: Path, ckpt: Path) -> Callabl
     stored: dict[str, tuple[int, ...] | None] = {
         name: layer.shape[::-1] if layer.layout == "conv1d" and layer.shape else layer.shape
         for name, layer in found.layers.items()
+        if f"{name}.weight" not in found.fresh
     }
     wording = Wording(
         whose="the checkpoint's",

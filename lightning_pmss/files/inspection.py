@@ -66,6 +66,7 @@ class Inspection:
         config: Options of the conversion (`PMSSConfig`).
         layers: One entry per converted layer.
         also_train: Name -> shape of the tensors trained in full.
+        fresh: Name -> shape of the frozen tensors that no file of the base holds.
     """
 
     adapter: str
@@ -76,6 +77,7 @@ class Inspection:
     config: dict[str, Any]
     layers: list[InspectedLayer]
     also_train: dict[str, list[int]] = field(default_factory=dict)
+    fresh: dict[str, list[int]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON."""
@@ -99,6 +101,8 @@ class Inspection:
         lines += [table[0], "-" * len(table[0]), *table[1:]]
         if self.also_train:
             lines.append("trained in full: " + ", ".join(f"{n} {shape}" for n, shape in self.also_train.items()))
+        if self.fresh:
+            lines.append("in no file of the base: " + ", ".join(f"{n} {shape}" for n, shape in self.fresh.items()))
         if self.base is None:
             lines.append("Norms of the update and its singular values need the base: give --base MODEL_DIR.")
         return "\n".join(lines)
@@ -131,6 +135,7 @@ def inspect_adapter(
         config=trained.config,
         layers=layers,
         also_train={name: list(value.shape) for name, value in trained.also_train.items()},
+        fresh={name: list(kept.shape) for name, kept in trained.fresh.items()},
     )
 
 

@@ -20,13 +20,18 @@ WRITTEN_BY = "lightning-pmss"
 _LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}  # written by file managers, nobody misses them
 
 SHARDS = ("model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors")
-# What a model folder has beside its weights, and no training run, version control or download cache writes.
-BESIDE_WEIGHTS = (
-    "config.json", "*_config.json", "config_*.json", "modelcard.json", "modules.json",
+# What tokenizers and processors write.
+TOKENIZER = (
+    "tokenizer_config.json", "*processor_config.json", "preprocessor_config.json",
     "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "*vocab*.json", "vocab*.txt", "dict.txt", "merges.txt",
     "vocab.bpe", "bpe.codes", "normalizer.json", "emoji.json", "byte_maps.json", "word_shape.json", "word_pronunciation.json",
     "*.model", "*.spm", "*.tiktoken", "*.tokenizer", "tekken.json",
     "chat_template.json", "*.jinja", "chat*/*.jinja", "additional_chat_templates/*.jinja",
+)  # fmt: skip
+# What a model folder has beside its weights, and no training run, version control or download cache writes.
+BESIDE_WEIGHTS = (
+    "config.json", "*_config.json", "config_*.json", "modelcard.json", "modules.json",
+    *TOKENIZER,
     "*.py", "custom_generate/*.py", "custom_generate/requirements.txt", "[0-9]_*/config.json",
     "README*", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*",
 )  # fmt: skip
@@ -84,7 +89,7 @@ class FolderKind:
 
 
 ADAPTER = FolderKind(
-    "an adapter", "adapter_config.json", ("README.md", "adapter_config.json", "adapter_model.safetensors")
+    "an adapter", "adapter_config.json", ("README.md", "adapter_config.json", "adapter_model.safetensors", *TOKENIZER)
 )
 LORA = FolderKind("an exported LoRA", "export_report.json", (*ADAPTER.files, "export_report.json"))
 MERGED = FolderKind(

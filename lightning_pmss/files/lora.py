@@ -20,7 +20,7 @@ from lightning_pmss.files.atomic import atomic_folder, check_target
 from lightning_pmss.files.kinds import LORA
 from lightning_pmss.files.lora_config import CONFIG_FILE, peft_config, write_peft_config
 from lightning_pmss.files.lora_report import ExportedLayer, LoraReport, write_card, write_report
-from lightning_pmss.files.lora_source import Source, file_source, model_source
+from lightning_pmss.files.lora_source import Source, file_source, model_source, refuse_fresh_layers
 from lightning_pmss.files.model_folder import refuse_overlap
 from lightning_pmss.files.naming import parse_dtype
 from lightning_pmss.files.shards import ShardWriter, TensorInfo, few, open_shards
@@ -105,6 +105,7 @@ def export_files(
     trained = read_adapter(adapter)
     wanted = parse_dtype(dtype, "float32")
     with open_shards(base) as reader:
+        refuse_fresh_layers(trained.fresh, trained.modules)
         return _write(file_source(trained, reader), target, rank, wanted, overwrite, progress, announce)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from lightning_pmss.converted import converted
 from lightning_pmss.files.adapter import class_path, other_names, tensors_of
-from lightning_pmss.files.adapter_file import AdapterFile
+from lightning_pmss.files.adapter_file import AdapterFile, FreshTensor
 from lightning_pmss.files.base import base_of
-from lightning_pmss.files.naming import Wording, match_names
+from lightning_pmss.files.fresh import fresh_tensors, live_tensors, untrained
+from lightning_pmss.files.naming import Wording, match_names, stored_shapes
 from lightning_pmss.files.shards import ShardReader, few
 from lightning_pmss.fingerprint import same_base
 from lightning_pmss.guard import refuse_disabled
@@ -60,7 +61,7 @@ class Source:
         layers: By canonical name.
         parts: The numbers of a layer; ValueError where they are another base's.
         weight: The pristine W of a layer, canonical, [out, in].
-        also_train: Tensors of the modules trained in full.
+        also_train: Tensors of the modules trained in full, and of those that no file of the base holds.
         tied: Other names of an ``also_train`` tensor.
         modules: Names of the model's modules, as far as they are known.
         double: Whether U is float64.
@@ -101,7 +102,9 @@ def model_source(model: nn.Module) -> Source:
         raise ValueError(
             f"{few(outside)}: outside of the {type(root).__name__}, the model that peft loads a LoRA onto. Use save_adapter."
         )
-    extra = tensors_of(report.also_train, modules)
+    fresh = untrained(fresh_tensors(model) if report.fresh is None else report.fresh, report)
+    refuse_fresh_layers(fresh, layers)
+    extra = tensors_of(report.also_train, modules) | live_tensors(model, fresh)
     if broken := not_finite({f"{n}.U": layer.core_update() for n, layer in layers.items()} | extra):
         raise ValueError(
             f"NaN or infinite values in {few(broken)}: the training has diverged, and such an adapter is not exported. "
@@ -135,6 +138,7 @@ def file_source(adapter: AdapterFile, reader: ShardReader) -> Source:
     owners = {key.rpartition(".")[0] for key in reader.tensors}
     modules = {name[:end] for name in owners for end in (*_dots(name), len(name))}
     # Elsewhere the checkpoint's names may differ from the model's by a prefix, which the ends of names do not show.
+    beside = {n: fresh for n, fresh in adapter.fresh.items() if n.rpartition(".")[0] not in adapter.modules}
     modules -= {rename(name) for name in adapter.modules}
     modules |= set(adapter.modules)
     return Source(
@@ -143,7 +147,7 @@ def file_source(adapter: AdapterFile, reader: ShardReader) -> Source:
         },
         parts=lambda name: _parts(adapter, reader, rename, name),
         weight=lambda name: _weight(adapter, reader, rename, name),
-        also_train=adapter.also_train,
+        also_train=adapter.also_train | {n: _whole(n, fresh, adapter, reader, rename) for n, fresh in beside.items()},
         tied=adapter.tied,
         modules=sorted(modules),
         double=any(module.U.dtype == torch.float64 for module in adapter.modules.values()),
@@ -151,6 +155,35 @@ def file_source(adapter: AdapterFile, reader: ShardReader) -> Source:
         revision=adapter.revision,
         model_class=adapter.model_class,
     )
+
+
+def refuse_fresh_layers(fresh: Iterable[str], layers: Iterable[str]) -> None:
+    """A LoRA is added to a weight of the base.
+
+    Raises:
+        ValueError: A converted layer's weight is in no file of the base.
+    """
+    if own := [name for name in layers if f"{name}.weight" in fresh]:
+        raise ValueError(
+            f"{few(own)}: the weight is in no file of the base, so a LoRA would have nothing to be added to. Train such layers"
+            " in full instead (also_train), or merge: write_merged(model, folder)."
+        )
+
+
+def _whole(
+    name: str, fresh: FreshTensor, adapter: AdapterFile, reader: ShardReader, rename: Callable[[str], str]
+) -> Tensor:
+    """A tensor that the adapter file holds, with the rows before that are the base's."""
+    if fresh.start == 0:
+        return fresh.value
+    names = [rename(n) for n in (name, *adapter.tied.get(name, ()))]
+    key = next((n for n in names if n in reader.tensors), None)
+    if key is None or reader.tensors[key].shape[0] < fresh.start:
+        raise ValueError(
+            f"{reader.folder} does not have the first {fresh.start} rows of {name}, which the adapter takes from it."
+        )
+    before = reader.read(key)[: fresh.start]
+    return torch.cat([before, fresh.value.to(before.dtype)])
 
 
 def _parts(adapter: AdapterFile, reader: ShardReader, rename: Callable[[str], str], name: str) -> Parts:
@@ -169,7 +202,8 @@ def _slices(adapter: AdapterFile, reader: ShardReader, rename: Callable[[str], s
 
 
 def _weight(adapter: AdapterFile, reader: ShardReader, rename: Callable[[str], str], name: str) -> Tensor:
-    stored = reader.read(f"{rename(name)}.weight")
+    own = adapter.fresh.get(f"{name}.weight")
+    stored = reader.read(f"{rename(name)}.weight") if own is None else own.value
     return stored.T if adapter.modules[name].layout == "conv1d" else stored
 
 
@@ -187,8 +221,7 @@ def _names(adapter: AdapterFile, reader: ShardReader) -> Callable[[str], str]:
         mismatch="Give the base that the adapter was trained on.",
         quantised="a quantised form, of which no rows and columns can be read. Give the unquantised base.",
     )
-    stored = {n: m.shape[::-1] if m.layout == "conv1d" else m.shape for n, m in adapter.modules.items()}
-    return match_names(stored, reader, reader.folder, wording)
+    return match_names(stored_shapes(adapter), reader, reader.folder, wording)
 
 
 def _dots(name: str) -> list[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from lightning_pmss.converted import beside_root, chosen_scope, conversion_of
 from lightning_pmss.convertible import FLOATS
-from lightning_pmss.files.adapter_file import AdapterFile, AdapterModule, read_adapter
+from lightning_pmss.files.adapter_file import AdapterFile, AdapterModule, FreshTensor, read_adapter
 from lightning_pmss.files.atomic import atomic_folder, check_target
 from lightning_pmss.files.base import base_of
 from lightning_pmss.files.kinds import MERGED, SHARDS, matches
@@ -27,12 +27,14 @@ from lightning_pmss.files.model_folder import (
     BesideWeights,
     FileMergeReport,
     beside_weights,
+    change_settings,
     copy_beside,
     refuse_outside,
     refuse_overlap,
     write_report,
 )
 from lightning_pmss.files.naming import parse_dtype, resolve_names
+from lightning_pmss.files.processing import copy_processing, save_processing
 from lightning_pmss.files.shards import (
     SINGLE_FILE,
     ShardReader,
@@ -136,8 +138,11 @@ def merge_files(
             str(output), replaced=plan.replaced, added=plan.added, not_copied=beside.not_copied(), shards=names
         )
         with atomic_folder(output, MERGED, overwrite=overwrite) as folder:
-            _save_processing(tokenizer, folder)
+            save_processing(tokenizer, folder)
+            if isinstance(adapter, Path):
+                copy_processing(adapter, folder)
             report.copied_files = copy_beside(beside, folder, target_dtype)
+            change_settings(folder, trained.settings, plan.sizes)
             _write_shards(plan, dict(zip(names, shards, strict=True)), folder, report, progress)
             write_index(folder, dict(zip(names, shards, strict=True)), reader.metadata)
             write_report(folder, report, base_model=trained.base_model, revision=trained.revision)
@@ -228,19 +233,13 @@ def write_merged(
             save_tensors(inside, temporary / SINGLE_FILE)
         if outside:
             save_tensors(outside, temporary / OUTSIDE_FILE)
-        _save_processing(tokenizer, temporary)
+        save_processing(tokenizer, temporary)
         if source is not None and save_pretrained is not None:
             beside = beside_weights(source)
             report.copied_files, report.not_copied = copy_beside(beside, temporary, None), beside.not_copied()
         report.shards = sorted(path.name for path in temporary.glob("*.safetensors"))
         write_report(temporary, report, base_model=str(base or known.name or "") or None)
     return report
-
-
-def _save_processing(tokenizer: Any, folder: Path) -> None:
-    if tokenizer is not None:
-        for part in tokenizer if isinstance(tokenizer, Sequence) else [tokenizer]:
-            part.save_pretrained(folder)
 
 
 def _source(base: str | os.PathLike[str] | None) -> Path | None:
@@ -258,6 +257,8 @@ class _Plan:
         self.adapter, self.reader = adapter, reader
         self.modules = {f"{rename(name)}.weight": name for name in adapter.modules}
         self.trained: dict[str, Tensor] = {}
+        self.kept: dict[str, FreshTensor] = {}
+        self.resized: dict[str, TensorInfo] = {}
         self.replaced: list[str] = []
         self.added: list[str] = []
         extra: list[TensorInfo] = []
@@ -269,19 +270,42 @@ class _Plan:
                 if key in self.modules:
                     raise ValueError(f"{adapter.folder}: {key} is both a PMSS layer and trained in full.")
                 self.trained[key] = value
-                if present and reader.tensors[key].shape != tuple(value.shape):
+                if present and reader.tensors[key].shape[1:] != tuple(value.shape)[1:]:
                     raise ValueError(
                         f"{adapter.folder}: {name} has the shape {list(value.shape)}, the base's {key} "
                         f"{list(reader.tensors[key].shape)}. This is not the base the adapter was trained on."
                     )
-                (self.replaced if present else self.added).append(key)
-                if not present:
-                    extra.append(TensorInfo(key, value.dtype, tuple(value.shape), reader.files[-1]))
-        infos = [*reader.tensors.values(), *extra]
+                self._note(key, value.dtype, tuple(value.shape), extra)
+        for name, fresh in adapter.fresh.items():
+            aliases = [rename(name), *(rename(alias) for alias in adapter.tied.get(name, ()))]
+            present = [key for key in aliases if key in reader.tensors]
+            if fresh.start and any(reader.tensors[key].shape[0] < fresh.start for key in present):
+                raise ValueError(
+                    f"{adapter.folder}: {name} takes its first {fresh.start} rows from the base, whose {present[0]} has"
+                    f" {reader.tensors[present[0]].shape[0]}. This is not the base the adapter was trained on."
+                )
+            for key in present or aliases[:1]:
+                self.kept[key] = fresh
+                self._note(key, fresh.value.dtype, fresh.shape, extra)
+        infos = [self.resized.get(info.key, info) for info in reader.tensors.values()] + extra
         self.tensors = [
             TensorInfo(info.key, dtype if dtype and info.dtype in FLOATS else info.dtype, info.shape, info.file)
             for info in infos
         ]
+
+    def _note(self, key: str, dtype: torch.dtype, shape: tuple[int, ...], extra: list[TensorInfo]) -> None:
+        """Plan a tensor that is another one than the base's, or that the base has not."""
+        stored = self.reader.tensors.get(key)
+        (self.added if stored is None else self.replaced).append(key)
+        if stored is None:
+            extra.append(TensorInfo(key, dtype, shape, self.reader.files[-1]))
+        elif stored.shape != shape:
+            self.resized[key] = TensorInfo(key, stored.dtype, shape, stored.file)
+
+    @property
+    def sizes(self) -> dict[int, int]:
+        """Rows before -> rows now, of the tensors that grew or shrank."""
+        return {self.reader.tensors[key].shape[0]: info.shape[0] for key, info in self.resized.items()}
 
 
 def _write_shards(
@@ -299,7 +323,14 @@ def _write_shards(
 def _output_tensor(plan: _Plan, info: TensorInfo, report: FileMergeReport) -> Tensor:
     if info.key in plan.trained:
         return plan.trained[info.key].to(info.dtype)
-    stored = plan.reader.read(info.key)
+    fresh = plan.kept.get(info.key)
+    if fresh is None:
+        stored = plan.reader.read(info.key)
+    elif fresh.start == 0:
+        stored = fresh.value
+    else:
+        before = plan.reader.read(info.key)[: fresh.start]
+        stored = torch.cat([before, fresh.value.to(before.dtype)])
     if info.key not in plan.modules:
         return stored.to(info.dtype)
     name = plan.modules[info.key]

@@ -27,6 +27,7 @@ from lightning_pmss.files.shards import INDEX_FILE, few
 from lightning_pmss.merged_layer import LayerDrift
 from lightning_pmss.reading.model_config import read_model_config
 
+OF_A_HEAD = ("architectures", "id2label", "label2id", "problem_type", "num_labels")
 REPORT_FILE = MERGED.manifest
 _AGAIN = "Copy or download the base again."
 
@@ -145,6 +146,33 @@ def copy_beside(found: BesideWeights, folder: Path, dtype: torch.dtype | None) -
         settings["torch_dtype" if old_name else "dtype"] = str(dtype).removeprefix("torch.")
         config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return copied
+
+
+def change_settings(folder: Path, settings: Mapping[str, Any], sizes: Mapping[int, int]) -> None:
+    """Write into config.json what grown, shrunk and added tensors change in it.
+
+    Args:
+        folder: The merged model.
+        settings: Setting -> value, a dot before a setting of a nested config; of an adapter that knows them. Nothing but
+            sizes and the labels of a head is taken from it.
+        sizes: Rows before -> rows now of resized tensors: for adapters of early versions, the size of the vocabulary.
+    """
+    config = folder / "config.json"
+    if not config.is_file() or not (settings or sizes):
+        return
+    content = read_model_config(config)
+    if not settings:
+        for part in (content, content.get("text_config")):
+            if isinstance(part, dict) and part.get("vocab_size") in sizes:
+                part["vocab_size"] = sizes[part["vocab_size"]]
+    for name, value in settings.items():
+        *path, key = name.split(".")
+        part = content
+        for step in path:
+            part = part.get(step) if isinstance(part, dict) else None
+        if isinstance(part, dict) and (key in OF_A_HEAD or type(value) is int and type(part.get(key, 0)) is int):
+            part[key] = value
+    config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def write_report(folder: Path, report: FileMergeReport, **origin: Any) -> None:

@@ -68,8 +68,16 @@ def resolve_names(adapter: AdapterFile, reader: ShardReader, base: Path) -> Call
             f" merge in Python instead: {in_python}"
         ),
     )
-    stored = {n: m.shape[::-1] if m.layout == "conv1d" else m.shape for n, m in adapter.modules.items()}
-    return match_names(stored, reader, base, wording)
+    return match_names(stored_shapes(adapter), reader, base, wording)
+
+
+def stored_shapes(adapter: AdapterFile) -> dict[str, tuple[int, ...]]:
+    """The shape that the base stores of each layer's weight; of those that the adapter file holds itself, none."""
+    return {
+        name: module.shape[::-1] if module.layout == "conv1d" else module.shape
+        for name, module in adapter.modules.items()
+        if f"{name}.weight" not in adapter.fresh
+    }
 
 
 def match_names(

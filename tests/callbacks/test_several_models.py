@@ -128,6 +128,16 @@ def test_a_reference_that_runs_without_gradients_is_no_expert(tiny_llama: str, t
     assert not any("expert" in str(w.message) for w in found)
 
 
+def test_several_awake_models_are_pointed_out(tiny_llama: str) -> None:
+    report = convert(Preference(tiny_llama, rest=False), PMSSConfig(rank=4))
+    assert report.children == {"policy": 14, "reference": 14}
+    assert "`policy`, `reference` are models of their own: root='policy' makes" in str(report)
+    for options in ({"rest": True}, {}):
+        alone = Preference(tiny_llama, **options)
+        config = PMSSConfig(rank=4, root=None if options else "policy")
+        assert "models of their own" not in str(convert(alone, config))
+
+
 def test_root_of_a_module_whose_models_are_all_awake(tiny_llama: str, tmp_path: Path) -> None:
     module = Preference(tiny_llama, rest=False)
     callback = PMSSCallback(rank=4, root="policy", output_dir=tmp_path / "out")

@@ -1,0 +1,279 @@
+"""Tensors of a model that no file of its base holds: a fresh head, the rows of added tokens, a module that was put in.
+
+Their values are random: a second process makes others. So what an adapter was trained beside is kept in its file, from the
+first row on that no file of the base has. Only a Hugging Face model knows its base; of others nothing is known here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_pmss.files.adapter_file import AdapterFile, FreshTensor
+from lightning_pmss.files.architecture import names_in_the_model
+from lightning_pmss.files.base import base_of
+from lightning_pmss.files.model_folder import OF_A_HEAD
+from lightning_pmss.files.shards import ShardReader, TensorInfo, few, open_shards
+from lightning_pmss.layers import CoreFrame, PMSSCore, PMSSLinear
+from lightning_pmss.left_out import HEAD
+from lightning_pmss.messages import one_line
+from lightning_pmss.quantised import quantisation_of
+from lightning_pmss.report import ConversionReport
+from lightning_pmss.roots import adapted_root, canonical_owners, is_hugging_face
+from lightning_pmss.whole import clean_name, is_fsdp1, whole_shape
+
+
+def fresh_tensors(model: nn.Module, at: str | None = None) -> dict[str, int]:
+    """Canonical name of each -> how many of its rows the base's files hold; 0: nothing of it.
+
+    A tensor that has fewer rows than in the files counts as well, with all of its rows: loading it takes a model of that size.
+    Empty where the model knows of no files, or these are no safetensors. Call it before a strategy shards the model.
+
+    at: Full name of the root, where the model is not converted and its file names it; see `adapted_root`.
+    """
+    root, _ = adapted_root(model, at)
+    if not is_hugging_face(root) or (folder := base_of(model).folder) is None:
+        return {}
+    try:
+        reader = open_shards(folder)
+    except (OSError, ValueError):  # other files than safetensors: what they hold cannot be told from here
+        return {}
+    stored, changed = names_in_the_model(root, reader)
+    flat = is_fsdp1(model)  # which keeps other shapes
+    ignored = [re.compile(p) for p in getattr(root, "_keys_to_ignore_on_load_missing", None) or ()]
+    found: dict[str, int] = {}
+    groups: dict[int, list[tuple[str, str, nn.Module, Tensor]]] = {}
+    for own, name, module, tensor in _tensors(model, root, at):
+        groups.setdefault(id(tensor), []).append((own, name, module, tensor))
+    for group in groups.values():  # tied tensors are stored under one of their names
+        infos = [info for own, *_ in group if (info := _stored(own, stored, root)) is not None]
+        _, name, module, tensor = group[0]
+        if not infos:
+            if not any(pattern.search(own) for pattern in ignored for own, *_ in group):
+                found[name] = 0
+        elif infos[0].key not in changed and quantisation_of(module) is None and not flat:
+            shape, there = whole_shape(tensor), infos[0].shape
+            if shape != there:
+                same_rows = len(shape) == len(there) > 0 and shape[1:] == there[1:]
+                found[name] = min(shape[0], there[0]) if same_rows else 0
+    return found
+
+
+def untrained(fresh: Mapping[str, int], report: ConversionReport) -> dict[str, int]:
+    """Those that no module of ``also_train`` owns, so that they stay as they are."""
+    return {n: start for n, start in fresh.items() if not any(n.startswith(f"{m}.") for m in report.also_train)}
+
+
+def live_tensors(model: nn.Module, names: Iterable[str], at: str | None = None) -> dict[str, Tensor]:
+    """Parameters and buffers by canonical name; the pristine weight of a layer that is merged.
+
+    at: See `fresh_tensors`.
+    """
+    owners = dict(canonical_owners(model, at))
+    found = {}
+    for name in names:
+        owner, _, key = name.rpartition(".")
+        module = owners.get(owner)
+        value = None if module is None else module._parameters.get(key, module._buffers.get(key))
+        if isinstance(module, PMSSLinear) and key == "weight" and module.pristine is not None:
+            value = module.pristine
+        if value is not None:
+            found[name] = value
+    return found
+
+
+def state_keys(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """The canonical name by clean full name."""
+    full = {id(module): clean_name(name) for name, module in model.named_modules()}
+    owners = dict(canonical_owners(model, None))
+    found = {}
+    for name in names:
+        owner, _, key = name.rpartition(".")
+        found[f"{full[id(owners[owner])]}.{key}".lstrip(".")] = name
+    return found
+
+
+def new_rows(live: Mapping[str, Tensor], kept: Mapping[str, FreshTensor]) -> dict[str, Tensor]:
+    """The places in live tensors that an adapter file has values for, as views to copy into."""
+    return {n: live[n].detach()[fresh.start :] if live[n].dim() else live[n].detach() for n, fresh in kept.items()}
+
+
+def check_fresh(adapter: AdapterFile, live: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Refuse a model without the tensors that the adapter was trained beside, or with others of another size."""
+    for name, kept in adapter.fresh.items():
+        place = live.get(name)
+        if place is None:
+            raise ValueError(
+                f"{adapter.folder} holds {one_line(name)}, which this {type(model).__name__} does not have."
+                f" Build the model as it was built for the training ({one_line(adapter.model_class or 'class not recorded')})."
+            )
+        if tuple(place.shape) != kept.shape:
+            raise ValueError(other_size(adapter, name, kept.shape, place.shape, model))
+
+
+def other_size(adapter: AdapterFile, name: str, there: Sequence[int], here: Sequence[int], model: nn.Module) -> str:
+    """The message for a tensor that had another shape when the adapter was trained."""
+    text = f"{adapter.folder}: {one_line(name)} has the shape {list(there)}, the model's {list(here)}."
+    if len(there) == len(here) > 0 and list(there)[1:] == list(here)[1:] and _is_of_tokens(name, model):
+        return (
+            f"{text} The adapter was trained with {there[0] - here[0]:+} tokens: call"
+            f" model.resize_token_embeddings({there[0]}) before it is loaded."
+        )
+    return f"{text} Build the model with the same settings (a head: the same number of labels)."
+
+
+def _is_of_tokens(name: str, model: nn.Module) -> bool:
+    """Whether this tensor has a row for each token."""
+    root = adapted_root(model)[0]
+    parts = [getattr(root, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
+    owner = dict(canonical_owners(model, None)).get(name.rpartition(".")[0])
+    return owner is not None and any(owner is part for part in parts)
+
+
+@torch.no_grad()
+def rows_to_keep(value: Tensor, start: int, stored: Tensor | None) -> FreshTensor:
+    """What is written of a tensor: the rows that are new, or all where others differ from the stored ones, too.
+
+    Args:
+        value: The whole tensor.
+        start: How many of its rows are in the base's files.
+        stored: The base's tensor, where it has one.
+    """
+    value = value.detach().cpu()
+    if start == 0 or stored is None or not torch.equal(stored[:start].to(value.dtype), value[:start]):
+        return FreshTensor(value.clone(), 0)
+    return FreshTensor(value[start:].clone(), start)
+
+
+def to_be_kept(model: nn.Module, values: Mapping[str, Tensor], fresh: Mapping[str, int]) -> dict[str, FreshTensor]:
+    """What is written of them; see `rows_to_keep`.
+
+    Args:
+        model: To find the base's files.
+        values: The whole tensors by canonical name.
+        fresh: Of `fresh_tensors`, for the same names.
+    """
+    folder = base_of(model).folder if any(fresh.values()) else None
+    if folder is None:
+        return {name: rows_to_keep(values[name], 0, None) for name in fresh}
+    root, _ = adapted_root(model)
+    with open_shards(folder) as reader:
+        stored, _ = names_in_the_model(root, reader)
+        infos = {name: _stored(name, stored, root) for name in fresh}
+        return {
+            name: rows_to_keep(values[name], start, None if (info := infos[name]) is None else reader.read(info.key))
+            for name, start in fresh.items()
+        }
+
+
+def fresh_warnings(model: nn.Module, report: ConversionReport) -> list[str]:
+    """What a user should know before training: what stays random although nobody may mean it to, and what to type."""
+    owners, converted = dict(canonical_owners(model, None)), {layer.name for layer in report.layers}
+    new, grown, adapted = [], [], []
+    for name, start in untrained(report.fresh or {}, report).items():
+        owner, _, key = name.rpartition(".")
+        parameter = owners[owner]._parameters.get(key)
+        if parameter is None:
+            continue
+        if owner in converted:
+            adapted.append(owner)
+        elif start == 0:
+            new.append(owner)
+        elif (rows := whole_shape(parameter)[0]) > start:
+            grown.append((f"{name} ({rows - start} rows)", owner))
+    warnings = []
+    if new:
+        warnings.append(
+            f"{few(_unique(new))}: in no file of the base, so freshly initialised, and frozen. The adapter file keeps these"
+            f" values; to train them, type {_remedy(new)}."
+        )
+    if grown:
+        warnings.append(
+            f"{few([text for text, _ in grown])}: added to what the base's files hold, so freshly initialised, and frozen. The"
+            f" adapter file keeps these rows; to train them, type {_remedy([owner for _, owner in grown])}."
+        )
+    if adapted:
+        warnings.append(
+            f"{few(_unique(adapted))}: converted, but their weights are in no file of the base, so freshly initialised: an"
+            f" update of random rows and columns learns little. The adapter file keeps them; better type {_remedy(adapted)}."
+        )
+    return warnings
+
+
+def frozen_beside(model: nn.Module, report: ConversionReport) -> list[str]:
+    """Heads that stay frozen and of which no file is known: around a Hugging Face model, or of any other model."""
+    heads = [name for name, why in report.left_out.items() if why == HEAD]
+    root, _ = adapted_root(model)
+    if not is_hugging_face(root):
+        return heads
+    inside, owners = {id(module) for module in root.modules()}, dict(canonical_owners(model, None))
+    return [name for name in heads if id(owners[name]) not in inside]
+
+
+def settings_of(model: nn.Module, fresh: Mapping[str, int]) -> dict[str, Any]:
+    """What the fresh tensors change in the base's config.json: sizes such as ``vocab_size``, and the labels of a head.
+
+    Returns:
+        Setting -> value, with a dot before a setting of a nested config.
+    """
+    config = getattr(adapted_root(model)[0], "config", None)
+    folder = base_of(model).folder if fresh else None
+    if config is None or folder is None:
+        return {}
+    from transformers import AutoConfig
+
+    try:
+        before = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError):
+        return {}
+    live = live_tensors(model, list(fresh))
+    sizes = {int(whole_shape(value)[0]) for value in live.values() if value.dim()}
+    now = config.to_dict()
+    if any(start == 0 for start in fresh.values()):  # another head than the base's: of another class
+        now["architectures"] = [type(adapted_root(model)[0]).__name__]
+    return dict(_changed(before.to_dict(), now, sizes))
+
+
+def _changed(
+    before: Mapping[str, Any], now: Mapping[str, Any], sizes: set[int], start: str = ""
+) -> Iterator[tuple[str, Any]]:
+    for key, value in now.items():
+        old = before.get(key)
+        if isinstance(value, dict) and isinstance(old, dict) and key not in OF_A_HEAD:
+            yield from _changed(old, value, sizes, f"{start}{key}.")
+        elif value != old and (key in OF_A_HEAD or type(value) is int and type(old) is int and value in sizes):
+            yield f"{start}{key}", value
+
+
+def _tensors(model: nn.Module, root: nn.Module, at: str | None) -> Iterator[tuple[str, str, nn.Module, Tensor]]:
+    """(name in the root, canonical name, owner, tensor) of what is the base's to hold: not what a conversion added."""
+    canonical = {id(module): name for name, module in canonical_owners(model, at)}
+    for full, module in canonical_owners(root, ""):
+        if isinstance(module, (PMSSCore, CoreFrame)):
+            continue
+        held: list[tuple[str, Tensor]] = [(k, p) for k, p in module._parameters.items() if p is not None]
+        held += [
+            (k, b) for k, b in module._buffers.items() if b is not None and k not in module._non_persistent_buffers_set
+        ]  # type: ignore[misc]
+        for key, tensor in held:
+            yield f"{full}.{key}".lstrip("."), f"{canonical[id(module)]}.{key}".lstrip("."), module, tensor
+
+
+def _stored(name: str, reader: ShardReader, root: nn.Module) -> TensorInfo | None:
+    """A tensor among the files', which may have the body's prefix or not."""
+    prefix = f"{getattr(root, 'base_model_prefix', '') or '_'}."
+    return (
+        reader.tensors.get(name) or reader.tensors.get(prefix + name) or reader.tensors.get(name.removeprefix(prefix))
+    )
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(names))
+
+
+def _remedy(owners: Sequence[str]) -> str:
+    return f"also_train=[{', '.join(repr(owner) for owner in _unique(owners)[:8])}]"

@@ -1,0 +1,32 @@
+"""Tokenizers and processors beside a model or an adapter."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_pmss.files.kinds import ADAPTER, TOKENIZER, entries, matches
+
+
+def save_processing(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer, or several parts of the processing, by their own ``save_pretrained``; None: nothing."""
+    if tokenizer is not None:
+        for part in tokenizer if isinstance(tokenizer, Sequence) else [tokenizer]:
+            part.save_pretrained(folder)
+
+
+def copy_processing(adapter: Path, folder: Path) -> list[str]:
+    """Copy the tokenizer that an adapter came with, where it has one: it knows the tokens that were added."""
+    listed = ADAPTER.listed(adapter)
+    names = [
+        name
+        for name, entry in entries(adapter)
+        if entry.is_file(follow_symlinks=False) and name in listed and matches(name, TOKENIZER)
+    ]
+    for name in names:
+        if not (folder / name).exists():  # written by the caller already
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(adapter / name, folder / name)
+    return names
