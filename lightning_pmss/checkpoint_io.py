@@ -20,6 +20,9 @@ from typing_extensions import override
 
 from lightning_pmss.disk import atomic_file
 
+# What Lightning, torch and DeepSpeed write into every checkpoint that is a folder.
+_OF_FOLDERS = ("meta.pt", ".metadata", "latest", "checkpoint")
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's own, but that a local file is complete before it takes the place of the last one.
@@ -33,6 +36,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if local is None or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
+        refuse_other_folders(local)
         try:
             # FSDP and DeepSpeed leave a folder of the same name.
             with atomic_file(local, over_folder=True) as stream:
@@ -56,6 +60,23 @@ def use_atomic_files(strategy: Strategy) -> None:
             plugin._checkpoint_io = AtomicCheckpointIO()  # the property would refuse a second one
     elif plugin is None or type(plugin) is TorchCheckpointIO:
         strategy.checkpoint_io = AtomicCheckpointIO()
+
+
+def refuse_other_folders(path: Path) -> None:
+    """Refuse to put a checkpoint in the place of a folder that is none.
+
+    Raises:
+        IsADirectoryError: There is a folder without the files that FSDP or DeepSpeed write into theirs.
+    """
+    if path.is_dir() and not is_checkpoint(path) and any(path.iterdir()):
+        raise IsADirectoryError(
+            f"{path} is a folder and holds no checkpoint, and one is to be written there. Move it away."
+        )
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is a file, or a folder that looks like a checkpoint of FSDP or DeepSpeed."""
+    return path.is_file() or any((path / name).exists() for name in _OF_FOLDERS)
 
 
 def local_path(path: str | os.PathLike[str]) -> Path | None:

@@ -36,7 +36,7 @@ from lightning_pmss.checkpoint_checks import (
     refuse_strangers,
     same_print,
 )
-from lightning_pmss.checkpoint_io import local_path, use_atomic_files
+from lightning_pmss.checkpoint_io import local_path, refuse_other_folders, use_atomic_files
 from lightning_pmss.checkpoint_record import METADATA, CheckpointRecord, read_record
 from lightning_pmss.conversion import pmss_layers
 from lightning_pmss.converted import frozen_but_fresh
@@ -185,6 +185,7 @@ class CheckpointSeam:
         def begin() -> tuple[Path, int | None]:
             if not first:
                 return path, None
+            refuse_other_folders(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             clean_leftovers(path)
             return temporary_sibling(path, folder=folder)

@@ -18,7 +18,7 @@ from lightning_pmss.callbacks.frozen import FrozenWatch
 from lightning_pmss.callbacks.places import STOPPED_ADAPTER, STOPPED_CHECKPOINT, checkpoint_folders, somewhere
 from lightning_pmss.callbacks.results import beside, merge_beside, write_adapter, write_merged_model
 from lightning_pmss.callbacks.stopping import GracefulStop
-from lightning_pmss.checkpoint_io import local_path
+from lightning_pmss.checkpoint_io import is_checkpoint, local_path
 from lightning_pmss.disk import remove
 from lightning_pmss.files.atomic import remove_folder
 from lightning_pmss.files.base import base_of
@@ -114,7 +114,8 @@ class Ending:
 
     def _remove_of_stopped(self) -> None:
         """What an interruption of this run left is of no use any more."""
-        remove(self._stopped_checkpoint())
+        if is_checkpoint(checkpoint := self._stopped_checkpoint()):
+            remove(checkpoint)
         adapter = self.folder / STOPPED_ADAPTER
         if adapter.is_dir():
             try:
@@ -131,7 +132,7 @@ class Ending:
             self._done = True
             rank_zero_warn(f"Nothing was trained, so that no adapter is written: {why_nothing_was_trained(trainer)}.")
             return
-        rank_zero_info(f"PMSS: the training of {trainer.ckpt_path} had ended; its results are written.")
+        rank_zero_info(f"PMSS: nothing was left to train after {trainer.ckpt_path}; its results are written.")
         self.make_up_for_merged()
         self.finish()
 
@@ -151,7 +152,7 @@ class Ending:
         self._done = True
         self._teardown.remove()
         by = self._by(exception)
-        together = self.trainer.world_size == 1 or self.stop.agreed
+        in_step = self.trainer.world_size == 1 or self.stop.agreed
         rank_zero_info(f"PMSS: stopped by {by} after optimizer step {self.trainer.global_step}.")
         if self.torn:
             rank_zero_info(
@@ -160,25 +161,25 @@ class Ending:
             self._say_last_checkpoint()
             return
         try:
-            if together:
+            if in_step:
                 settle_progress(self.trainer)
                 checkpoint, _ = somewhere(self.trainer, self._stopped_checkpoint(), self.trainer.save_checkpoint)
                 rank_zero_info(f"PMSS: checkpoint {checkpoint}. To go on: --ckpt_path {checkpoint}")
             else:
                 rank_zero_info("No checkpoint is made: the other processes cannot be asked for their part.")
                 self._say_last_checkpoint()
-            if together or not is_sharded(self.module):
+            if in_step or not is_sharded(self.module):
                 place = self.folder / (STOPPED_ADAPTER if self._found else "adapter")
-                adapter = self._write_stopped_adapter(place, by, together=together)
+                adapter = self._write_stopped_adapter(place, by, in_step=in_step)
                 rank_zero_info(f"PMSS: adapter {adapter}. {self._how_to_merge(adapter)}")
         except Exception as error:  # it must not hide what stopped the training
             rank_zero_warn(f"Not everything could be saved: {type(error).__name__}: {error}")
 
-    def _write_stopped_adapter(self, place: Path, by: str, *, together: bool) -> Path:
+    def _write_stopped_adapter(self, place: Path, by: str, *, in_step: bool) -> Path:
         def write(folder: Path) -> None:
             write_adapter(self.trainer, self.module, folder, earlier=self.earlier, stopped=by)
 
-        if not together:
+        if not in_step:
             write(place)
             return place
         return somewhere(self.trainer, place, write)[0]

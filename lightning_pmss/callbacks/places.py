@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -106,7 +107,8 @@ def _check_writable(folder: Path) -> None:
     if not existing.is_dir():
         number = errno.ENOTDIR
     elif not os.access(existing, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
-        number = errno.EROFS if os.statvfs(existing).f_flag & os.ST_RDONLY else errno.EACCES
+        read_only = sys.platform != "win32" and os.statvfs(existing).f_flag & os.ST_RDONLY
+        number = errno.EROFS if read_only else errno.EACCES
     else:
         return
     text = f"{os.strerror(number)}: nothing can be written in {folder}, where this run's results go. {_REMEDY}"
@@ -171,7 +173,7 @@ def somewhere(trainer: L.Trainer, target: Path, write: Callable[[Path], T]) -> t
     Raises:
         OSError: The first place's error, if none took it.
     """
-    places = _places(target, Path(trainer.default_root_dir))
+    places = _places(target, local_path(trainer.default_root_dir))
     first: OSError | None = None
     place: Path | None = target
     while place is not None:
@@ -188,14 +190,13 @@ def somewhere(trainer: L.Trainer, target: Path, write: Callable[[Path], T]) -> t
     raise first
 
 
-def _places(target: Path, root: Path) -> Iterator[Path]:
+def _places(target: Path, root: Path | None) -> Iterator[Path]:
     """Where else something may go; what exists is never touched."""
-    numbered = (target.with_name(f"{target.name}-{number}") for number in range(2, 1000))
-    yield next(place for place in numbered if not os.path.lexists(place))
-    stem = f"{target.parent.name}-{target.name}"
-    for folder in (root, Path(tempfile.gettempdir())):
-        with_number = (folder / f"{stem}-{number}" for number in range(2, 1000))
-        yield next(place for place in with_number if not os.path.lexists(place))
+    elsewhere = [folder for folder in (root, Path(tempfile.gettempdir())) if folder is not None]
+    named = [target, *(folder / f"{target.parent.name}-{target.name}" for folder in elsewhere)]
+    for place in named:
+        numbered = (place.with_name(f"{place.stem}-{number}{place.suffix}") for number in range(2, 1000))
+        yield next(candidate for candidate in numbered if not os.path.lexists(candidate))
 
 
 def _next(places: Iterator[Path], target: Path, error: OSError) -> Path | None:

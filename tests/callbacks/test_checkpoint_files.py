@@ -77,9 +77,21 @@ def test_last_checkpoint_is_renamed_into_place_and_never_written(tmp_path: Path)
 
 def test_a_folder_of_that_name_is_replaced_when_the_file_is_complete(tmp_path: Path) -> None:
     (tmp_path / "saved" / "last.ckpt").mkdir(parents=True)  # as FSDP leaves it
-    (tmp_path / "saved" / "last.ckpt" / "shard").write_text("x")
+    (tmp_path / "saved" / "last.ckpt" / "meta.pt").write_text("x")
     fit(tmp_path, ModelCheckpoint(tmp_path / "saved", save_last=True, enable_version_counter=False), max_epochs=1)
     assert torch.load(tmp_path / "saved" / "last.ckpt")["epoch"] == 0
+
+
+def test_a_folder_that_holds_no_checkpoint_is_not_replaced(tmp_path: Path) -> None:
+    for name in ("last.ckpt", "last-interrupted.ckpt"):
+        (tmp_path / "saved" / name).mkdir(parents=True)
+        (tmp_path / "saved" / name / "thesis.txt").write_text("mine")
+    saver = ModelCheckpoint(tmp_path / "saved", save_last=True, enable_version_counter=False)
+    with pytest.raises(IsADirectoryError, match="last.ckpt is a folder and holds no checkpoint.*Move it away"):
+        fit(tmp_path, saver, max_epochs=1)
+    fit(tmp_path, ModelCheckpoint(tmp_path / "saved", "{epoch}"), max_epochs=1)
+    for name in ("last.ckpt", "last-interrupted.ckpt"):
+        assert (tmp_path / "saved" / name / "thesis.txt").read_text() == "mine"
 
 
 def test_a_folder_of_shards_stays_until_the_one_file_is_complete(tmp_path: Path) -> None:

@@ -223,6 +223,27 @@ def test_an_adapter_that_fails_everywhere_leaves_a_checkpoint(tmp_path: Path, mo
     assert same_adapter(tmp_path / "again" / "adapter", module)
 
 
+def test_a_checkpoint_that_finds_no_room_goes_elsewhere(tmp_path: Path) -> None:
+    """The one of a run that is stopped: it is one of the two things that are left of it."""
+
+    def stop() -> None:
+        (tmp_path / "saved" / "last-interrupted.ckpt").mkdir(parents=True)
+        (tmp_path / "saved" / "last-interrupted.ckpt" / "thesis.txt").write_text("mine")
+        raise ValueError("of the user")
+
+    class Full(L.pytorch.plugins.io.TorchCheckpointIO):
+        def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+            if Path(path).name == "last-interrupted.ckpt":
+                raise OSError(errno.EIO, "I/O error")
+            super().save_checkpoint(checkpoint, path)
+
+    saver = ModelCheckpoint(tmp_path / "saved", "{epoch}", every_n_epochs=5)
+    with pytest.warns(UserWarning, match=r"What belongs there is in .*last-interrupted-2\.ckpt\."):  # noqa: SIM117
+        with pytest.raises(ValueError, match="of the user"):
+            fit(tmp_path, Meanwhile(stop), saver, plugins=[Full()])
+    assert torch.load(tmp_path / "saved" / "last-interrupted-2.ckpt")["global_step"] == 6
+
+
 def test_pruning_goes_on_past_what_it_must_not_remove(tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path / "saved", "{epoch}")
 
