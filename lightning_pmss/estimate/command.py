@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_pmss.cli.words import patterns, rank_entry
 from lightning_pmss.config import PMSSConfig
 from lightning_pmss.disk import atomic_file
 from lightning_pmss.estimate.quantised import QUANTISATIONS
@@ -69,13 +70,12 @@ def run(parser: argparse.ArgumentParser, args: Sequence[str]) -> None:
     from lightning_pmss.estimate.advice import remedies
     from lightning_pmss.estimate.memory import Run, estimate
     from lightning_pmss.estimate.table import table
-    from lightning_pmss.tools import _patterns, _rank_entry
 
     config = PMSSConfig(
-        target_modules=_patterns(given.target_modules),
-        exclude_modules=_patterns(given.exclude_modules) if given.exclude_modules else (),
+        target_modules=patterns(given.target_modules),
+        exclude_modules=patterns(given.exclude_modules) if given.exclude_modules else (),
         rank=given.rank,
-        rank_pattern=dict(_rank_entry(entry) for entry in given.rank_pattern),
+        rank_pattern=dict(rank_entry(entry) for entry in given.rank_pattern),
         coordinates=given.coordinates,
         memory=given.memory,
     )

@@ -11,8 +11,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_pmss import cli as command_line
-from lightning_pmss.cli import PMSSCLI, TOOLS, main
+from lightning_pmss.cli import PMSSCLI, TOOLS, main, tools
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 QUICKSTART = str(REPOSITORY / "configs" / "quickstart.yaml")
@@ -143,7 +142,7 @@ def test_tool_refusals_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
             with pytest.raises(SystemExit) as stop:
                 main(["refusing"])
         assert stop.value.code == 2
-        assert capsys.readouterr().err == f"{command_line.PROGRAM} refusing: error: {error}\n"
+        assert capsys.readouterr().err == f"{tools.PROGRAM} refusing: error: {error}\n"
 
 
 def test_merge_names_the_missing_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,3 +204,12 @@ def test_a_checkpoint_that_cannot_be_used_is_one_line(
         printed = capsys.readouterr().err
         assert message in printed.strip().splitlines()[-1]
         assert "Traceback" not in printed
+
+
+def test_a_tools_help_imports_neither_torch_nor_lightning() -> None:
+    """Both take seconds."""
+    code = "import sys; from lightning_pmss.cli import main\ntry: main(['merge', '--help'])\nexcept SystemExit: pass\n"
+    code += "print(sorted({'torch', 'lightning', 'transformers'} & set(sys.modules)))"
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert said.splitlines()[-1] == "[]"
+    assert "--adapter" in said

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dis
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +12,7 @@ from typing import NoReturn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-DEBUG = "JSONARGPARSE_DEBUG"
-"""The environment variable that shows the traceback of every error; jsonargparse's own."""
+from lightning_pmss.cli.debugging import DEBUG, debugging
 
 _OURS = ("lightning", "lightning_pmss")
 # Frames of Lightning's loops inside which a batch is fetched, trained on or evaluated.
@@ -24,14 +22,6 @@ _IN_A_BATCH = {
     "lightning.pytorch.loops.prediction_loop": ("_predict_step",),
     "lightning.pytorch.loops.fetchers": ("__next__",),
 }
-
-
-def debugging() -> bool:
-    """Whether tracebacks are wanted."""
-    wanted = os.environ.get(DEBUG, "").lower() not in ("", "0", "false", "no")
-    if DEBUG in os.environ:
-        os.environ[DEBUG] = str(wanted).lower()  # jsonargparse knows "true" and "false" alone
-    return wanted
 
 
 def says_it_all(error: BaseException) -> bool:

@@ -1,15 +1,19 @@
 """The tools beside Lightning's commands, ``python -m lightning_pmss merge ...``, each with a parser of its own.
 
 A tool takes its part of the command line. It says what is wrong by ValueError, OSError or ModuleNotFoundError, which
-`cli.main` turns into one line and exit code 2. Each imports what it needs when it is called, so that ``--help`` is quick.
+`run_tool` turns into one line and exit code 2. Each imports what it needs once its options are parsed, so that ``--help`` is
+quick.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
+import json
 import sys
 from collections.abc import Callable, Sequence
+
+from lightning_pmss.cli.debugging import debugging
+from lightning_pmss.cli.words import patterns, rank_entry
 
 PROGRAM = "python -m lightning_pmss"
 _BASE = "folder of the base model (safetensors), or a safetensors file with a state dict"
@@ -21,9 +25,6 @@ def _parser(name: str) -> argparse.ArgumentParser:
 
 
 def _merge(args: Sequence[str]) -> None:
-    from lightning_pmss.files.extract import merge_checkpoint
-    from lightning_pmss.files.merged import merge_files
-
     parser = _parser("merge")
     parser.add_argument("--base", required=True, metavar="MODEL_DIR", help=_BASE)
     source = parser.add_mutually_exclusive_group(required=True)
@@ -34,18 +35,24 @@ def _merge(args: Sequence[str]) -> None:
     parser.add_argument("--dtype", help="dtype of the written weights, such as bfloat16 (default: the base's)")
     parser.add_argument("--max-shard-size", help="largest size of one weights file, such as 5GB (default: 5GB)")
     chosen = {key: value for key, value in vars(parser.parse_args(args)).items() if value is not None}
+
+    from lightning_pmss.files.extract import merge_checkpoint
+    from lightning_pmss.files.merged import merge_files
+
     print(merge_checkpoint(**chosen) if "ckpt" in chosen else merge_files(**chosen))
 
 
 def _extract(args: Sequence[str]) -> None:
-    from lightning_pmss.files.extract import extract_files
-
     parser = _parser("extract")
     parser.add_argument("--ckpt", required=True, metavar="FILE", help=_CKPT)
     parser.add_argument("--base", required=True, metavar="MODEL_DIR", help=_BASE)
     parser.add_argument("--output", required=True, metavar="ADAPTER_DIR", help="adapter folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
-    print(extract_files(**vars(parser.parse_args(args))))
+    given = vars(parser.parse_args(args))
+
+    from lightning_pmss.files.extract import extract_files
+
+    print(extract_files(**given))
 
 
 def _select(args: Sequence[str]) -> None:
@@ -75,24 +82,10 @@ def _select(args: Sequence[str]) -> None:
     files = {key: given.pop(key) for key in ("model", "output", "overwrite", "workers", "architecture") if key in given}
     for key in ("target_modules", "exclude_modules"):
         if key in given:
-            given[key] = _patterns(given[key])
+            given[key] = patterns(given[key])
     if "rank_pattern" in given:
-        given["rank_pattern"] = dict(_rank_entry(entry) for entry in given["rank_pattern"])
+        given["rank_pattern"] = dict(rank_entry(entry) for entry in given["rank_pattern"])
     print(select_files(config=PMSSConfig(**given), **files))
-
-
-def _patterns(words: list[str]) -> str | list[str]:
-    """Words of the command line as the config has them: a lone word that is no plain name is a regular expression."""
-    if len(words) > 1 or words != ["all-linear"] and re.fullmatch(r"[\w.]+", words[0]):
-        return words
-    return words[0]
-
-
-def _rank_entry(entry: str) -> tuple[str, int]:
-    name, _, rank = entry.rpartition("=")
-    if not name or not rank.isdecimal():
-        raise ValueError(f"--rank-pattern {entry!r} is not NAME=RANK; type it as v_proj=128.")
-    return name, int(rank)
 
 
 def _estimate(args: Sequence[str]) -> None:
@@ -102,10 +95,7 @@ def _estimate(args: Sequence[str]) -> None:
 
 
 def _compare(args: Sequence[str]) -> None:
-    import json
-
     from lightning_pmss.evaluation.bootstrap import CONFIDENCE, RESAMPLES
-    from lightning_pmss.evaluation.compare import compare_files
 
     parser = _parser("compare")
     parser.add_argument("a", metavar="A.jsonl", help="predictions of one model (predictions-test.jsonl)")
@@ -117,15 +107,16 @@ def _compare(args: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = vars(parser.parse_args(args))
     as_json = options.pop("json")
+
+    from lightning_pmss.evaluation.compare import compare_files
+
     found = compare_files(**options)
     print(json.dumps(found.to_dict(), indent=2) if as_json else found)
 
 
 def _export(args: Sequence[str]) -> None:
-    from lightning_pmss.files.lora import FORMATS, export_files
-
     parser = _parser("export")
-    parser.add_argument("--format", required=True, choices=FORMATS, help="peft: a LoRA, as peft and vLLM read it")
+    parser.add_argument("--format", required=True, help="peft: a LoRA, as peft and vLLM read it")
     parser.add_argument("--base", required=True, metavar="MODEL_DIR", help="folder of the base model (safetensors)")
     parser.add_argument("--adapter", required=True, metavar="ADAPTER_DIR", help="adapter folder")
     parser.add_argument("--output", required=True, metavar="LORA_DIR", help="folder to write")
@@ -133,14 +124,13 @@ def _export(args: Sequence[str]) -> None:
     parser.add_argument("--rank", type=int, metavar="N", help="cut to this rank by singular values (default: exact)")
     parser.add_argument("--dtype", help="dtype of the factors, such as bfloat16 (default: float32)")
     given = vars(parser.parse_args(args))
+
+    from lightning_pmss.files.lora import export_files
+
     print(export_files(**given, announce=lambda line: print(line, flush=True)))
 
 
 def _inspect(args: Sequence[str]) -> None:
-    import json
-
-    from lightning_pmss.files.inspection import inspect_adapter
-
     parser = _parser("inspect")
     parser.add_argument("adapter", metavar="ADAPTER_DIR", help="adapter folder")
     parser.add_argument(
@@ -148,13 +138,14 @@ def _inspect(args: Sequence[str]) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON, with all singular values")
     given = parser.parse_args(args)
+
+    from lightning_pmss.files.inspection import inspect_adapter
+
     found = inspect_adapter(given.adapter, given.base, progress=True)
     print(json.dumps(found.to_dict(), indent=2) if given.json else found)
 
 
 def _report(args: Sequence[str]) -> None:
-    from lightning_pmss.run_report import write_report
-
     parser = _parser("report")
     parser.add_argument("run_dir", metavar="RUN_DIR", help="log folder of a run, such as runs/quickstart/version_0")
     parser.add_argument("--output", metavar="FILE", help="page to write (default: report.html in the run's folder)")
@@ -162,9 +153,11 @@ def _report(args: Sequence[str]) -> None:
         "--base", metavar="MODEL_DIR", help="folder of the base model (default: the adapter's, if here)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the page if it exists")
-    page = write_report(
-        **vars(parser.parse_args(args)), announce=lambda line: print(f"not on the page: {line}", file=sys.stderr)
-    )
+    given = vars(parser.parse_args(args))
+
+    from lightning_pmss.run_report import write_report
+
+    page = write_report(**given, announce=lambda line: print(f"not on the page: {line}", file=sys.stderr))
     print(f"written: {page}")
 
 
@@ -181,3 +174,18 @@ TOOLS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "estimate": (_estimate, "memory per device, host memory and file sizes of a run, from config.json alone"),
     "compare": (_compare, "two predictions files: bootstrap interval of the difference, McNemar's exact test"),
 }
+
+
+def run_tool(name: str, *args: str) -> None:
+    """Run one of `TOOLS` with its part of the command line.
+
+    Raises:
+        SystemExit: With code 2, after a message on stderr, if what was typed cannot be done.
+    """
+    try:
+        TOOLS[name][0](args)
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        if debugging():
+            raise
+        print(f"{PROGRAM} {name}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,11 +1,10 @@
-"""The command line: Lightning's ``fit``, ``validate``, ``test`` and ``predict`` with PMSS, and tools beside them."""
+"""Lightning's ``fit``, ``validate``, ``test`` and ``predict`` with PMSS."""
 
 from __future__ import annotations
 
 import difflib
 import re
 import sys
-from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import lightning as L
@@ -19,10 +18,11 @@ from lightning_pmss.callbacks.loss_curve import LossCurve  # noqa: F401
 from lightning_pmss.callbacks.pmss import PMSSCallback
 from lightning_pmss.checkpoint_io import local_path
 from lightning_pmss.checkpointing import read_description
-from lightning_pmss.command_errors import debugging, refuse, refusing
-from lightning_pmss.config_files import check_classes, check_file, deny_imports, given_files
+from lightning_pmss.cli.config_files import check_classes, check_file, deny_imports, given_files
+from lightning_pmss.cli.debugging import debugging
+from lightning_pmss.cli.errors import refuse, refusing
+from lightning_pmss.cli.tools import PROGRAM, TOOLS
 from lightning_pmss.skeleton import read_skeleton
-from lightning_pmss.tools import PROGRAM, TOOLS
 from lightning_pmss.version import __version__
 
 
@@ -133,30 +133,21 @@ class PMSSCLI(LightningCLI):
         return trainer
 
 
-def main(args: Sequence[str] | None = None) -> Any:
-    """Run one command.
+def run(given: list[str], from_process: bool) -> PMSSCLI:
+    """Run one of Lightning's commands.
 
     Args:
-        args: Command line without the program's name; by default that of the process.
+        given: The command line without the program's name.
+        from_process: Whether it is the process's own.
 
     Raises:
         SystemExit: With code 2, after a message on stderr, if what was typed cannot be done.
     """
-    given = list(sys.argv[1:] if args is None else args)
     commands = [*PMSSCLI.subcommands(), *TOOLS]
     if not given or not given[0].startswith("-") and given[0] not in commands:
         close = difflib.get_close_matches(given[0], commands, n=1) if given else []
         what = f"there is no command {given[0]!r}" if given else "no command was given"
         hint = f"; did you mean {close[0]}?" if close else "."
         refuse(PROGRAM, f"{what}{hint}\nThe commands are {', '.join(commands)}.", help_of=PROGRAM)
-    if given[0] not in TOOLS:
-        # None, not a copy: Lightning warns about a list given beside the process's own arguments.
-        return PMSSCLI(args=None if args is None else given)
-    name, *rest = given
-    try:
-        return TOOLS[name][0](rest)
-    except (OSError, ValueError, ModuleNotFoundError) as error:
-        if debugging():
-            raise
-        print(f"{PROGRAM} {name}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    # None, not a copy: Lightning warns about a list given beside the process's own arguments.
+    return PMSSCLI(args=None if from_process else given)
