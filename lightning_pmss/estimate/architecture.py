@@ -74,7 +74,7 @@ def read_config(model: str | os.PathLike[str]) -> Any:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; give a folder with config.json, or the file itself.")
-    read_model_config(file)
+    read_model_config(file, f"{file} is not a model configuration: it")
     from transformers import AutoConfig
 
     try:

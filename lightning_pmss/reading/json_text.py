@@ -13,12 +13,13 @@ from lightning_pmss.reading.unreadable import refuse_unreadable
 _LARGEST = 2**28  # bytes; the config of an adapter with thousands of layers is a few MB
 
 
-def read_json(file: Path, remedy: str) -> Any:
+def read_json(file: Path, remedy: str, where: str | None = None) -> Any:
     """The content of a JSON file.
 
     Args:
         file: Its path.
         remedy: What to do about a damaged one, a whole sentence.
+        where: How messages begin; default: the path.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -28,7 +29,7 @@ def read_json(file: Path, remedy: str) -> Any:
     refuse_unreadable(file)
     if (size := file.stat().st_size) > _LARGEST:
         raise ValueError(f"{file} has {size} bytes, far more than any file of this kind. {remedy}")
-    return parse_json(file.read_bytes(), str(file), remedy)
+    return parse_json(file.read_bytes(), where or str(file), remedy)
 
 
 def parse_json(content: bytes, where: str, remedy: str) -> Any:

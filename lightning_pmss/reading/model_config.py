@@ -40,14 +40,18 @@ class ModelConfigRecord(Record):
     text_config: ModelConfigRecord | None = None
 
 
-def read_model_config(file: Path) -> dict[str, Any]:
+def read_model_config(file: Path, where: str | None = None) -> dict[str, Any]:
     """The settings in a ``config.json``, before transformers gets them.
+
+    Args:
+        file: Its path.
+        where: How messages begin; default: the path.
 
     Raises:
         FileNotFoundError: There is no such file.
         PermissionError: It must not be read.
         ValueError: It is no object of JSON, or a size in it is none.
     """
-    settings = read_json(file, _AGAIN)
-    checked(ModelConfigRecord, settings, str(file), _AGAIN)
+    settings = read_json(file, _AGAIN, where)
+    checked(ModelConfigRecord, settings, where or str(file), _AGAIN)
     return dict(settings)

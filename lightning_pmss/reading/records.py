@@ -64,6 +64,8 @@ def checked(kind: type[AnyRecord], value: Any, where: str, remedy: str, *, under
     Raises:
         ValueError: Something is missing, unknown, of another type or out of range; the first such place is named.
     """
+    if not isinstance(value, dict) and not under:
+        raise ValueError(f"{where} is no JSON object but {_shown(value)}. {remedy}")
     try:
         return kind.model_validate(value)
     except ValidationError as error:
@@ -96,7 +98,7 @@ def _place(fault: Any, value: Any) -> tuple[int | str, ...]:
 
 
 def _reason(fault: Any) -> str:
-    text = re.sub(r"^(Input|String|Value|List|Dictionary) ", "", fault["msg"])
+    text = re.sub(r"^(Input|String|Value|List|Dictionary) | or instance of \w+", "", fault["msg"])
     return _WITHOUT_INPUT.get(fault["type"], f"{text[:1].lower()}{text[1:]}")
 
 

@@ -257,7 +257,6 @@ def test_an_index_of_shards(tmp_path: Path, index: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ([], "should be a valid dictionary"),
         ({"hidden_size": "64"}, "`hidden_size` should be a valid integer"),
         ({"hidden_size": -1}, "`hidden_size` should be greater than or equal to 1"),
         ({"hidden_size": 10**39}, "`hidden_size` should be less than or equal to"),
