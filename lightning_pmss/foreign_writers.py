@@ -17,7 +17,7 @@ from torch import nn
 
 from lightning_pmss.merged_layer import MergedLayer
 from lightning_pmss.plain_state import is_trained_state, plain_state, plain_state_dicts, without_quantiser
-from lightning_pmss.whole import is_sharded
+from lightning_pmss.whole import clean_state, is_sharded
 
 # Where the classes live; a library that is not imported has made no model.
 _WRITERS = (
@@ -57,7 +57,7 @@ def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
             )
         with plain_state_dicts(self), without_quantiser(self):
             if "state_dict" in signature.parameters:  # else the writer asks for it itself
-                bound.arguments["state_dict"] = dict(self.state_dict())
+                bound.arguments["state_dict"] = clean_state(self)
             return original(*bound.args, **bound.kwargs)
 
     save_pretrained.writes_merged_weights = True  # type: ignore[attr-defined]

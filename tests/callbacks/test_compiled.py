@@ -17,6 +17,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from lightning_pmss import PMSSCallback, PMSSConfig, convert, load_adapter, save_adapter
 from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.files import write_merged
 from lightning_pmss.merging import merged_state_dict
 from lightning_pmss.whole import clean_name, clean_state, own_keys
 from tests.callbacks.toys import Numbers, Toy, inputs, make_net, trainer
@@ -135,6 +136,29 @@ def test_without_a_trainer(tmp_path: Path, way: Any) -> None:
     for fresh in (make_net(), compiled(make_net())):
         load_adapter(fresh, tmp_path / "adapter")
         torch.testing.assert_close(fresh(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["model", "model.layers.0"])
+def test_folders_of_a_hugging_face_model_with_a_compiled_part(tmp_path: Path, tiny_llama: str, part: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    parent, _, name = part.rpartition(".")
+    setattr(model.get_submodule(parent), name, compiled(model.get_submodule(part)))
+    convert(model, PMSSConfig(rank=4))
+    for layer in pmss_layers(model).values():
+        nn.init.normal_(layer.core.weight, std=0.3)
+    ids = torch.arange(12)[None]
+    expected = model(ids).logits
+    assert not torch.allclose(AutoModelForCausalLM.from_pretrained(tiny_llama)(ids).logits, expected, atol=1e-2)
+    write_merged(model, tmp_path / "merged")
+    model.save_pretrained(tmp_path / "saved")
+    save_adapter(model, tmp_path / "adapter")
+    fresh = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    load_adapter(fresh, tmp_path / "adapter")
+    read = [AutoModelForCausalLM.from_pretrained(tmp_path / folder) for folder in ("merged", "saved")]
+    for other in (fresh, *read):
+        torch.testing.assert_close(other(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_names() -> None:
