@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from benchmarks.measure import spread, table, write_result
 from lightning_pmss.config import PMSSConfig
 from lightning_pmss.files import merge_files
-from lightning_pmss.files.adapter_file import CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE
+from lightning_pmss.files.adapter_file import WEIGHTS_FILE, AdapterFile, AdapterModule, write_adapter
 from lightning_pmss.files.shards import INDEX_FILE, shard_names
 from lightning_pmss.fingerprint import fingerprint
 
@@ -53,10 +53,8 @@ def make_inputs(folder: Path, *, shards: int, matrices: int, width: int, rank: i
     """Write a base and an adapter of all its layers; returns their folders."""
     base, adapter = folder / "base", folder / "adapter"
     base.mkdir()
-    adapter.mkdir()
     generator = torch.Generator().manual_seed(0)
-    tensors: dict[str, torch.Tensor] = {}
-    modules: dict[str, object] = {}
+    modules: dict[str, AdapterModule] = {}
     weight_map: dict[str, str] = {}
     for shard, file in enumerate(shard_names(shards)):
         weights = {}
@@ -64,22 +62,19 @@ def make_inputs(folder: Path, *, shards: int, matrices: int, width: int, rank: i
             name = f"model.layers.{shard}.linear{matrix}"
             weight = torch.randn(width, width, generator=generator).mul_(width**-0.5).to(torch.bfloat16)
             rows, cols = (torch.randperm(width, generator=generator)[:rank] for _ in range(2))
-            tensors[f"{name}.U"] = torch.randn(rank, rank, generator=generator) / rank
-            tensors[f"{name}.rows"], tensors[f"{name}.cols"] = rows.int(), cols.int()
-            modules[name] = {
-                "shape": [width, width], "rank": rank, "layout": "linear",
-                "fingerprint": fingerprint(weight[rows], weight[:, cols]),
-            }  # fmt: skip
+            modules[name] = AdapterModule(
+                shape=(width, width),
+                layout="linear",
+                fingerprint=fingerprint(weight[rows], weight[:, cols]),
+                U=torch.randn(rank, rank, generator=generator) / rank,
+                rows=rows,
+                cols=cols,
+            )
             weights[f"{name}.weight"] = weight
             weight_map[f"{name}.weight"] = file
         save_file(weights, base / file, {"format": "pt"})
     (base / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    save_file(tensors, adapter / WEIGHTS_FILE)
-    config = {
-        "format_version": FORMAT_VERSION, "peft_type": "PMSS", "config": PMSSConfig(rank=rank).to_dict(),
-        "modules": modules, "also_train": {},
-    }  # fmt: skip
-    (adapter / CONFIG_FILE).write_text(json.dumps(config))
+    write_adapter(AdapterFile(adapter, PMSSConfig(rank=rank), None, None, modules), adapter)
     return base, adapter
 
 

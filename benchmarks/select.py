@@ -37,7 +37,7 @@ from pathlib import Path
 from lightning_pmss.config import PMSSConfig
 from lightning_pmss.files.architecture import model_on_meta
 from lightning_pmss.files.select import select_files
-from lightning_pmss.files.select_report import peak_memory
+from lightning_pmss.process_memory import peak_memory
 model, output, rank, workers = sys.argv[1:]
 model_on_meta(Path(model))
 torch.linalg.eigh(torch.randn(64, 64) @ torch.randn(64, 64))

@@ -180,6 +180,14 @@ class Reselection(Callback):
         self.last: list[Any] = []
 
     @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # PMSSCallback refuses a W that was changed, since its adapter then fits no base. The studies drop that adapter.
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, PMSSCallback):
+                assert callback._ending is not None
+                callback._ending.watch = None
+
+    @override
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.last = [*self.last, batch][-self.batches :]
         step = trainer.global_step
