@@ -12,8 +12,11 @@ PYTHON ?= python3
 VENV ?= .venv
 SMOLLM2 ?= models/SmolLM2-135M-Instruct
 ARGS ?=
+# Processes that share the tests out, each with one thread; WORKERS=0 runs them in one process, as a debugger needs it.
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 COMPILER := command -v c++ >/dev/null 2>&1 || command -v g++ >/dev/null 2>&1
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 export HF_HUB_OFFLINE ?= 1
@@ -30,11 +33,11 @@ quickstart: $(VENV)/.stamp-quickstart
 
 test: $(VENV)/.stamp-test
 	@$(COMPILER) || echo "note: no C++ compiler found; tests of torch.compile need one. Debian: apt-get install g++"
-	$(BIN)/python -m pytest -m "not distributed" $(ARGS)
+	$(PYTEST) -m "not distributed" $(ARGS)
 
 test-distributed: $(VENV)/.stamp-test
 	@$(COMPILER) || echo "note: no C++ compiler found; tests of DeepSpeed need one. Debian: apt-get install g++"
-	$(BIN)/python -m pytest -m distributed $(ARGS)
+	$(PYTEST) -m distributed $(ARGS)
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = _CACHE.name
 os.environ["HF_DATASETS_CACHE"] = str(Path(_CACHE.name) / "datasets")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it at import; several tests run at a time
 
 # A shell starts background jobs with Ctrl-C ignored, which the processes of the tests would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
