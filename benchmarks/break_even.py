@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.machine import machine, spread, write_json
 from lightning_pmss import PMSSConfig, convert
-from lightning_pmss.weight_edit import break_even_tokens
+from lightning_pmss.methods.pmss.weight_edit import break_even_tokens
 
 SHAPES = ((1024, 1024), (2816, 1024), (1024, 2816), (2048, 2048))  # out, in
 RANKS = (128, 256)

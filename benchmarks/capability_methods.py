@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pmss import PMSSConfig, convert, load_adapter, merge, save_adapter, unmerge
-from lightning_pmss.adapters import disable_adapter, load_adapters, set_adapter
+from lightning_pmss.named import disable_adapter, load_adapters, set_adapter
 
 
 class Block(nn.Module):

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from benchmarks.break_even import break_even
 from benchmarks.machine import machine, spread, write_json
 from benchmarks.rivals import RIVALS, Case, blocks, build, run, trained
-from lightning_pmss.indices import index_tensors
-from lightning_pmss.selection import select_skeleton
+from lightning_pmss.layers.indices import index_tensors
+from lightning_pmss.methods.pmss.selection import select_skeleton
 
 GPU_CASES = (
     Case(4096, 256, layers=2, batch=2, length=2048, dtype="bfloat16"),

@@ -28,11 +28,11 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.measure import spread, table, write_result
-from lightning_pmss.config import PMSSConfig
 from lightning_pmss.files import merge_files
 from lightning_pmss.files.adapter_file import WEIGHTS_FILE, AdapterFile, AdapterModule, write_adapter
-from lightning_pmss.files.shards import INDEX_FILE, shard_names
-from lightning_pmss.fingerprint import fingerprint
+from lightning_pmss.layers.fingerprint import fingerprint
+from lightning_pmss.methods.pmss.config import PMSSConfig
+from lightning_pmss.store.shards import INDEX_FILE, shard_names
 
 # The libraries' own peak comes first; a small product makes them allocate their buffers before it is read. The peak is
 # the kernel's VmHWM and not getrusage's, which on Linux a process inherits from the one that started it.

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.measure import interleaved, spread, table, write_result
 from lightning_pmss import PMSSConfig, convert
-from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.conversion.convert import pmss_layers
 from lightning_pmss.datamodules import ArithmeticDataModule
 from lightning_pmss.files.select import one_thread
 from lightning_pmss.merging import merge, unmerge

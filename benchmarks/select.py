@@ -27,17 +27,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.machine import machine
-from lightning_pmss.files.shards import INDEX_FILE, open_shards, shard_names
-from lightning_pmss.selection import projection_residual, select_skeleton
+from lightning_pmss.methods.pmss.selection import projection_residual, select_skeleton
+from lightning_pmss.store.shards import INDEX_FILE, open_shards, shard_names
 
 # Small products and a small model make the libraries allocate their buffers before the first reading.
 _CHILD = """
 import json, sys, time, torch
 from pathlib import Path
-from lightning_pmss.config import PMSSConfig
+from lightning_pmss.methods.pmss.config import PMSSConfig
 from lightning_pmss.files.architecture import model_on_meta
 from lightning_pmss.files.select import select_files
-from lightning_pmss.process_memory import peak_memory
+from lightning_pmss.files.process_memory import peak_memory
 model, output, rank, workers = sys.argv[1:]
 model_on_meta(Path(model))
 torch.linalg.eigh(torch.randn(64, 64) @ torch.randn(64, 64))

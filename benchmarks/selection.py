@@ -24,9 +24,9 @@ from tqdm.auto import tqdm
 
 from benchmarks.measure import interleaved, spread, table, write_result
 from benchmarks.select import synthetic
-from lightning_pmss.config import PMSSConfig
-from lightning_pmss.files.shards import ShardReader, open_shards
-from lightning_pmss.selection import projection_residual, select_skeleton
+from lightning_pmss.methods.pmss.config import PMSSConfig
+from lightning_pmss.methods.pmss.selection import projection_residual, select_skeleton
+from lightning_pmss.store.shards import ShardReader, open_shards
 
 
 def linear_layers(reader: ShardReader) -> list[str]:

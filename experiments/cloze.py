@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from lightning_pmss.continuations import continued
+from lightning_pmss.datamodules.continuations import continued
 from lightning_pmss.datamodules.instruction import Example, InstructionDataModule, Split
-from lightning_pmss.modules.likelihood import log_likelihoods
+from lightning_pmss.evaluation.likelihood import log_likelihoods
 
 _QUESTION = re.compile(
     r"Please choose the correct answer to the question: (.*?)\n\n(Answer1: .*?)\n\nAnswer format", re.DOTALL

@@ -20,8 +20,8 @@ from benchmarks.measure import table
 from experiments.calibrated import calibrate, choose
 from experiments.run import Places
 from experiments.tasks import data_module
+from lightning_pmss.methods.pmss.selection import SELECTORS, select_skeleton
 from lightning_pmss.modules import CausalLMModule
-from lightning_pmss.selection import SELECTORS, select_skeleton
 
 RECORD = Path(__file__).parent / "gradients.json"
 MODEL, TASK = "SmolLM2-135M-Instruct", {"name": "gsm8k", "batch_size": 4, "val_size": 40, "max_length": 320}

@@ -13,8 +13,8 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
-from lightning_pmss.conversion import pmss_layers
-from lightning_pmss.layers import PMSSLinear
+from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.methods.pmss.layer import PMSSLinear
 
 RULES = ("spectral", "outputs", "area", "norm")
 

@@ -19,11 +19,11 @@ from experiments.layer_scales import LayerScales
 from experiments.rectangular import RectangularCore
 from experiments.rotating import RotatingCore
 from lightning_pmss import PMSSCallback, PMSSConfig
-from lightning_pmss.conversion import pmss_layers
-from lightning_pmss.layers import Frame
-from lightning_pmss.roots import canonical_modules
-from lightning_pmss.selection import SELECTORS, select_skeleton
-from lightning_pmss.targets import find_targets
+from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.roots import canonical_modules
+from lightning_pmss.conversion.targets import find_targets
+from lightning_pmss.methods.pmss.layer import Frame
+from lightning_pmss.methods.pmss.selection import SELECTORS, select_skeleton
 
 TARGETS: dict[str, str | list[str]] = {
     "all": "all-linear",
@@ -167,7 +167,7 @@ class Reselection(Callback):
 
     Args:
         every: Steps between selections.
-        by: A rule of `lightning_pmss.selection`, or of `experiments.calibrated` with the last batches trained on.
+        by: A rule of `lightning_pmss.methods.pmss.selection`, or of `experiments.calibrated` with the last batches trained on.
         batches: How many of those.
         seed: Of the selection.
         until: No selection after this share of the steps.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_pmss.continuations import continued, tokens_of
+from lightning_pmss.datamodules.continuations import continued, tokens_of
 
 
 def second_blank(tokenizer: Any) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lightning_pmss.layers import PMSSLinear
+from lightning_pmss.methods.pmss.layer import PMSSLinear
 
 SHARES = (0.5, 0.9, 0.99)
 

@@ -1,12 +1,12 @@
-from .built import model_built
 from .callbacks import PMSSCallback
-from .config import PMSSConfig
-from .conversion import convert
+from .conversion.convert import convert
+from .conversion.report import ConversionReport
+from .distributed.model_built import model_built
+from .distributed.sharding import PMSSWrapPolicy
 from .files import export_lora, load_adapter, save_adapter
-from .layers import PMSSLinear
 from .merging import merge, merged, unmerge
-from .report import ConversionReport
-from .sharding import PMSSWrapPolicy
+from .methods.pmss.config import PMSSConfig
+from .methods.pmss.layer import PMSSLinear
 from .version import __version__
 
 __all__ = [

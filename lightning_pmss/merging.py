@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_pmss.conversion import pmss_layers
-from lightning_pmss.gathering import whole_tensors, whole_update
-from lightning_pmss.guard import refuse_disabled
-from lightning_pmss.layers import PMSSLinear, canonical_shape, merge_sum
-from lightning_pmss.merged_layer import LayerDrift, rounded_sum
-from lightning_pmss.plain_state import plain_state_dicts
-from lightning_pmss.quantised import can_requantise, quantisation_of, value_dtype
-from lightning_pmss.roots import below, canonical_modules
-from lightning_pmss.whole import clean_name, clean_state, is_sharded
+from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.roots import below, canonical_modules
+from lightning_pmss.distributed.gathering import whole_tensors, whole_update
+from lightning_pmss.layers.guard import refuse_disabled
+from lightning_pmss.layers.merged_layer import LayerDrift, rounded_sum
+from lightning_pmss.layers.parts import clean_name, clean_state, is_sharded
+from lightning_pmss.layers.plain_state import plain_state_dicts
+from lightning_pmss.layers.quantised import can_requantise, quantisation_of, value_dtype
+from lightning_pmss.methods.pmss.layer import PMSSLinear, canonical_shape, merge_sum
 
 
 @dataclass

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from lightning_pmss.cli import PMSSCLI, main
-from lightning_pmss.estimate.command import add_arguments
+from lightning_pmss.cli.estimate import add_arguments
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 OVERLAYS = sorted((FOLDER / "strategy").glob("*.yaml"))

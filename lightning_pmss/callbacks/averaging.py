@@ -17,12 +17,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_pmss.conversion import pmss_layers
-from lightning_pmss.indices import index_tensors
-from lightning_pmss.layers import PMSSLinear
+from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.distributed.sharding import Engine
+from lightning_pmss.layers.indices import index_tensors
+from lightning_pmss.layers.parts import clean_name, clean_state
 from lightning_pmss.messages import some
-from lightning_pmss.sharding import Engine
-from lightning_pmss.whole import clean_name, clean_state
+from lightning_pmss.methods.pmss.layer import PMSSLinear
 
 
 class TrainedCopy(nn.Module):

@@ -11,15 +11,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from lightning_pmss.conversion import conversion_of, pmss_layers
+from lightning_pmss.conversion.convert import conversion_of, pmss_layers
+from lightning_pmss.conversion.report import ConversionReport
+from lightning_pmss.conversion.roots import canonical_modules, hugging_face_models
+from lightning_pmss.distributed.sharding import Engine
 from lightning_pmss.files.fresh import fresh_tensors, fresh_warnings, frozen_beside, untrained
-from lightning_pmss.fingerprint import same_base
-from lightning_pmss.layers import PMSSLinear
+from lightning_pmss.layers.fingerprint import same_base
+from lightning_pmss.layers.parts import clean_name
 from lightning_pmss.messages import some
-from lightning_pmss.report import ConversionReport
-from lightning_pmss.roots import canonical_modules, hugging_face_models
-from lightning_pmss.sharding import Engine
-from lightning_pmss.whole import clean_name
+from lightning_pmss.methods.pmss.layer import PMSSLinear
 
 
 def agree_on_weights(trainer: L.Trainer, module: L.LightningModule, engine: Engine) -> None:

@@ -18,14 +18,14 @@ from lightning_pmss.callbacks.frozen import FrozenWatch
 from lightning_pmss.callbacks.places import STOPPED_ADAPTER, STOPPED_CHECKPOINT, checkpoint_folders, somewhere
 from lightning_pmss.callbacks.results import beside, merge_beside, write_adapter, write_merged_model
 from lightning_pmss.callbacks.stopping import GracefulStop
-from lightning_pmss.checkpoint_io import is_checkpoint, local_path
-from lightning_pmss.disk import remove
-from lightning_pmss.files.atomic import remove_folder
+from lightning_pmss.checkpoints.plugin import is_checkpoint, local_path
+from lightning_pmss.distributed.ranks import together
 from lightning_pmss.files.base import base_of
-from lightning_pmss.files.kinds import ADAPTER
+from lightning_pmss.layers.parts import is_sharded
 from lightning_pmss.modules.resuming import settle_progress
-from lightning_pmss.ranks import together
-from lightning_pmss.whole import is_sharded
+from lightning_pmss.store.atomic import remove_folder
+from lightning_pmss.store.disk import remove
+from lightning_pmss.store.kinds import ADAPTER
 
 
 class Ending:

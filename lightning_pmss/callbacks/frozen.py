@@ -13,8 +13,8 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_pmss.layers import PMSSLinear
 from lightning_pmss.messages import some
+from lightning_pmss.methods.pmss.layer import PMSSLinear
 
 _ROUNDING = 1e-5
 _SAMPLES = 1024  # of each weight: whoever averages a model changes far more than one number in a thousand

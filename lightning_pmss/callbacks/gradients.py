@@ -10,8 +10,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_pmss.layers import PMSSLinear
 from lightning_pmss.messages import some
+from lightning_pmss.methods.pmss.layer import PMSSLinear
 
 
 class GradientCheck:

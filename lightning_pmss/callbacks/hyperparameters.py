@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 
-from lightning_pmss.report import ConversionReport
+from lightning_pmss.conversion.report import ConversionReport
 
 
 def log_hyperparameters(

@@ -16,13 +16,13 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.trainer.call import _call_configure_model
 from torch import Tensor
 
-from lightning_pmss.config import PMSSConfig
-from lightning_pmss.conversion import conversion_of, convert
-from lightning_pmss.layers import Frame
-from lightning_pmss.report import ConversionReport
-from lightning_pmss.roots import canonical_modules, choose_root
-from lightning_pmss.skeleton import Skeleton, SkeletonLayer
-from lightning_pmss.whole import clean_name
+from lightning_pmss.conversion.convert import conversion_of, convert
+from lightning_pmss.conversion.report import ConversionReport
+from lightning_pmss.conversion.roots import canonical_modules, choose_root
+from lightning_pmss.layers.parts import clean_name
+from lightning_pmss.methods.pmss.config import PMSSConfig
+from lightning_pmss.methods.pmss.layer import Frame
+from lightning_pmss.methods.pmss.skeleton import Skeleton, SkeletonLayer
 
 _RECOVER = "_recover_results_in_main_process"
 _BEFORE = "before_results"  # of a callback: what is called here before Lightning loads the state dict

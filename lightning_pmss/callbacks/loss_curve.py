@@ -19,8 +19,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_pmss.disk import atomic_file
 from lightning_pmss.modules.token_weighted import TokenWeighted
+from lightning_pmss.store.disk import atomic_file
 
 
 class LossCurve(L.Callback):

@@ -15,10 +15,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_pmss.layers import PMSSLinear
+from lightning_pmss.distributed.sharding import Engine
+from lightning_pmss.layers.parts import clean_name, own_part
 from lightning_pmss.messages import some
-from lightning_pmss.sharding import Engine
-from lightning_pmss.whole import clean_name, own_part
+from lightning_pmss.methods.pmss.layer import PMSSLinear
 
 ON_NONFINITE = ("stop", "skip")
 _RANK = 1 << 20  # more than batches in a step

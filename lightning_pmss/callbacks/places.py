@@ -15,15 +15,15 @@ from typing import TypeVar
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_pmss.checkpoint_io import local_path
-from lightning_pmss.conversion import conversion_of
-from lightning_pmss.disk import clean_folder
-from lightning_pmss.files.atomic import check_target
+from lightning_pmss.checkpoints.plugin import local_path
+from lightning_pmss.conversion.convert import conversion_of
+from lightning_pmss.distributed.ranks import together
 from lightning_pmss.files.base import base_of
-from lightning_pmss.files.kinds import ADAPTER, MERGED
 from lightning_pmss.files.model_folder import refuse_overlap
-from lightning_pmss.ranks import together
-from lightning_pmss.whole import is_sharded, whole_size
+from lightning_pmss.layers.parts import is_sharded, whole_size
+from lightning_pmss.store.atomic import check_target
+from lightning_pmss.store.disk import clean_folder
+from lightning_pmss.store.kinds import ADAPTER, MERGED
 
 T = TypeVar("T")
 # Of a run that was stopped. Trainer.fit(ckpt_path="last") finds it: the newest of those whose names begin with "last".

@@ -43,16 +43,16 @@ from lightning_pmss.callbacks.stopping import GracefulStop
 from lightning_pmss.callbacks.stored import check_stored
 from lightning_pmss.callbacks.throughput import StepClock, log_u_norms
 from lightning_pmss.callbacks.window import AccumulatedGradients
-from lightning_pmss.checkpointing import CheckpointSeam, record_fingerprints
-from lightning_pmss.config import PMSSConfig
-from lightning_pmss.conversion import convert, pmss_layers
-from lightning_pmss.converted import is_converted
-from lightning_pmss.files.checkpoint_about import describe, full_names
+from lightning_pmss.checkpoints.about import describe, full_names
+from lightning_pmss.checkpoints.contents import CheckpointSeam, record_fingerprints
+from lightning_pmss.checkpoints.restoring import announce
+from lightning_pmss.conversion.convert import convert, pmss_layers
+from lightning_pmss.conversion.converted import is_converted
+from lightning_pmss.conversion.report import ConversionReport
+from lightning_pmss.distributed.sharding import Engine, prepare_strategy, refuse_quantised
+from lightning_pmss.layers.parts import is_sharded
+from lightning_pmss.methods.pmss.config import PMSSConfig
 from lightning_pmss.modules.resuming import count_epoch, restore_loaders, warn_about_loaders
-from lightning_pmss.report import ConversionReport
-from lightning_pmss.restoring import announce
-from lightning_pmss.sharding import Engine, prepare_strategy, refuse_quantised
-from lightning_pmss.whole import is_sharded
 
 MERGE_ON_SAVE = ("end", "checkpoint", None)
 

@@ -11,7 +11,7 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
-from lightning_pmss.roots import adapted_root
+from lightning_pmss.conversion.roots import adapted_root
 
 # The usual attributes; they also cover properties, and classes that transformers does not know.
 _NAMES = ("processor", "tokenizer", "image_processor", "video_processor", "feature_extractor")

@@ -13,12 +13,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_pmss.callbacks.facts import run_facts
 from lightning_pmss.callbacks.places import STOPPED_CHECKPOINT
 from lightning_pmss.callbacks.processing import processing_of
+from lightning_pmss.distributed.ranks import together
 from lightning_pmss.files import merge_files, save_adapter, write_merged
-from lightning_pmss.files.atomic import remove_folder
 from lightning_pmss.files.base import base_of
-from lightning_pmss.files.kinds import MERGED
-from lightning_pmss.ranks import together
-from lightning_pmss.whole import is_fsdp1, is_sharded
+from lightning_pmss.layers.parts import is_fsdp1, is_sharded
+from lightning_pmss.store.atomic import remove_folder
+from lightning_pmss.store.kinds import MERGED
 
 
 def write_adapter(

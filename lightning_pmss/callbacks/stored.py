@@ -9,8 +9,8 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from lightning_pmss.callbacks.randomness import refuse_damaged_states
-from lightning_pmss.reading import Record, checked
-from lightning_pmss.reading.checkpoints import DAMAGED
+from lightning_pmss.checkpoints.reading import DAMAGED
+from lightning_pmss.store import Record, checked
 
 
 class _Stored(Record):

@@ -10,9 +10,9 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lightning_pmss.conversion import pmss_layers
-from lightning_pmss.gathering import whole_update
-from lightning_pmss.process_memory import peak_memory
+from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.distributed.gathering import whole_update
+from lightning_pmss.files.process_memory import peak_memory
 
 # What a progress bar has room for.
 SHORT = {"pmss/tokens_per_second": "tok/s", "pmss/peak_memory_gb": "peak GB"}

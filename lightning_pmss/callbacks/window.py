@@ -9,8 +9,8 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_pmss.layers.parts import clean_name
 from lightning_pmss.modules.token_weighted import TokenWeighted, gradients_so_far
-from lightning_pmss.whole import clean_name
 
 
 class AccumulatedGradients:

@@ -16,13 +16,13 @@ import lightning_pmss.metrics
 import lightning_pmss.modules  # noqa: F401
 from lightning_pmss.callbacks.loss_curve import LossCurve  # noqa: F401
 from lightning_pmss.callbacks.pmss import PMSSCallback
-from lightning_pmss.checkpoint_io import local_path
-from lightning_pmss.checkpointing import read_description
+from lightning_pmss.checkpoints.contents import read_description
+from lightning_pmss.checkpoints.plugin import local_path
 from lightning_pmss.cli.config_files import check_classes, check_file, deny_imports, given_files
 from lightning_pmss.cli.debugging import debugging
 from lightning_pmss.cli.errors import refuse, refusing
 from lightning_pmss.cli.tools import PROGRAM, TOOLS
-from lightning_pmss.skeleton import read_skeleton
+from lightning_pmss.methods.pmss.skeleton import read_skeleton
 from lightning_pmss.version import __version__
 
 

@@ -36,7 +36,7 @@ def _merge(args: Sequence[str]) -> None:
     parser.add_argument("--max-shard-size", help="largest size of one weights file, such as 5GB (default: 5GB)")
     chosen = {key: value for key, value in vars(parser.parse_args(args)).items() if value is not None}
 
-    from lightning_pmss.files.extract import merge_checkpoint
+    from lightning_pmss.checkpoints.extract import merge_checkpoint
     from lightning_pmss.files.merged import merge_files
 
     print(merge_checkpoint(**chosen) if "ckpt" in chosen else merge_files(**chosen))
@@ -50,16 +50,16 @@ def _extract(args: Sequence[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
     given = vars(parser.parse_args(args))
 
-    from lightning_pmss.files.extract import extract_files
+    from lightning_pmss.checkpoints.extract import extract_files
 
     print(extract_files(**given))
 
 
 def _select(args: Sequence[str]) -> None:
-    from lightning_pmss.config import PMSSConfig
     from lightning_pmss.files.select import select_files
-    from lightning_pmss.layers import COORDINATES
-    from lightning_pmss.selection import ROW_MODES, SELECTORS
+    from lightning_pmss.methods.pmss.config import PMSSConfig
+    from lightning_pmss.methods.pmss.layer import COORDINATES
+    from lightning_pmss.methods.pmss.selection import ROW_MODES, SELECTORS
 
     usual = PMSSConfig()
     parser = _parser("select")
@@ -89,7 +89,7 @@ def _select(args: Sequence[str]) -> None:
 
 
 def _estimate(args: Sequence[str]) -> None:
-    from lightning_pmss.estimate.command import run
+    from lightning_pmss.cli.estimate import run
 
     run(_parser("estimate"), args)
 
@@ -139,7 +139,7 @@ def _inspect(args: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, with all singular values")
     given = parser.parse_args(args)
 
-    from lightning_pmss.files.inspection import inspect_adapter
+    from lightning_pmss.inspect.inspection import inspect_adapter
 
     found = inspect_adapter(given.adapter, given.base, progress=True)
     print(json.dumps(found.to_dict(), indent=2) if given.json else found)
@@ -155,7 +155,7 @@ def _report(args: Sequence[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the page if it exists")
     given = vars(parser.parse_args(args))
 
-    from lightning_pmss.run_report import write_report
+    from lightning_pmss.inspect import write_report
 
     page = write_report(**given, announce=lambda line: print(f"not on the page: {line}", file=sys.stderr))
     print(f"written: {page}")

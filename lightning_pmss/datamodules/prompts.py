@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lightning_pmss.chat import ChatTemplate, turns
-from lightning_pmss.continuations import continued
+from lightning_pmss.datamodules.chat import ChatTemplate, turns
+from lightning_pmss.datamodules.continuations import continued
 
 _CACHE_FORMAT = 4  # goes into the names of cached files: raise it when `PromptEncoder` changes what it writes
 _SHOT_GAP = "\n\n"  # between worked examples, as in lm_eval and the papers
@@ -102,10 +102,10 @@ def load_tokenizer(name: str) -> Any:
 class PromptEncoder:
     """Turns a batch of question and response texts into token ids; a picklable callable for ``datasets.map``.
 
-    Prompt and response are read as one text (:mod:`lightning_pmss.continuations`), with a border between two tokens, so
-    that the loss is on the response alone and the prompt has the same tokens in training and in generation. A response
+    Prompt and response are read as one text (:mod:`lightning_pmss.datamodules.continuations`), with a border between two tokens,
+    so that the loss is on the response alone and the prompt has the same tokens in training and in generation. A response
     ends in the end-of-sequence token; in the chat style in what ends the assistant's turn in the template
-    (:mod:`lightning_pmss.chat`).
+    (:mod:`lightning_pmss.datamodules.chat`).
 
     Args:
         tokenizer: a tokenizer with an end-of-sequence token.

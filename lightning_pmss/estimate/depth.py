@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_pmss.estimate.architecture import Architecture, decoder_blocks
+from lightning_pmss.estimate.model import Architecture, decoder_blocks
 from lightning_pmss.estimate.simulate import StepBytes, simulate_step
 
 SHALLOW = (4, 6)

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_pmss.config import PMSSConfig
-from lightning_pmss.conversion import pmss_layers
-from lightning_pmss.estimate.architecture import (
+from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.roots import canonical_modules
+from lightning_pmss.conversion.targets import match_modules
+from lightning_pmss.estimate.depth import estimate_step
+from lightning_pmss.estimate.model import (
     METHODS,
     Architecture,
     Piece,
@@ -20,7 +22,6 @@ from lightning_pmss.estimate.architecture import (
     read_config,
     weights_dtype,
 )
-from lightning_pmss.estimate.depth import estimate_step
 from lightning_pmss.estimate.quantised import QUANTISATIONS, largest_matrix, quantised_pieces
 from lightning_pmss.estimate.quantised import STRATEGIES as WHOLE_STRATEGIES
 from lightning_pmss.estimate.strategies import (
@@ -32,8 +33,7 @@ from lightning_pmss.estimate.strategies import (
     place,
     reserve,
 )
-from lightning_pmss.roots import canonical_modules
-from lightning_pmss.targets import match_modules
+from lightning_pmss.methods.pmss.config import PMSSConfig
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 

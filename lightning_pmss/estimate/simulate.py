@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_pmss.estimate.architecture import Architecture
-from lightning_pmss.indices import index_tensors
+from lightning_pmss.estimate.model import Architecture
+from lightning_pmss.layers.indices import index_tensors
 from lightning_pmss.messages import reason
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from lightning_pmss.estimate.architecture import Piece
+from lightning_pmss.estimate.model import Piece
 
 STRATEGIES = ("single", "ddp", "fsdp", "fsdp2", "zero2", "zero3", "zero3_offload")
 # Bytes of optimizer state per trained element: tensors of the parameter's own dtype, or a number of bytes.

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
-from lightning_pmss.disk import atomic_file
 from lightning_pmss.messages import one_line
-from lightning_pmss.reading import Record, checked, json_value, refuse_unreadable
+from lightning_pmss.store import Record, checked, json_value, refuse_unreadable
+from lightning_pmss.store.disk import atomic_file
 
 NEEDED = ("id", "prompt", "output")
 _REMEDY = "Remove that line and run `test` again: what is there is kept."

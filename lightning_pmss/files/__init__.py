@@ -1,7 +1,6 @@
 """What is on disk: adapter folders, streamed safetensors, merged models."""
 
 from lightning_pmss.files.adapter import AdapterFile, AdapterModule, load_adapter, read_adapter, save_adapter
-from lightning_pmss.files.extract import ExtractReport, extract_files, merge_checkpoint
 from lightning_pmss.files.lora import export_files, export_lora
 from lightning_pmss.files.lora_report import LoraReport
 from lightning_pmss.files.merged import merge_files, write_merged
@@ -11,14 +10,11 @@ from lightning_pmss.files.skeleton_file import save_skeleton
 __all__ = [
     "AdapterFile",
     "AdapterModule",
-    "ExtractReport",
     "FileMergeReport",
     "LoraReport",
     "export_files",
     "export_lora",
-    "extract_files",
     "load_adapter",
-    "merge_checkpoint",
     "merge_files",
     "read_adapter",
     "save_adapter",

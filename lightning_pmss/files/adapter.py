@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_pmss.conversion import conversion_of, convert, pmss_layers
-from lightning_pmss.converted import converted
-from lightning_pmss.convertible import is_linear, is_supported
+from lightning_pmss.conversion.convert import conversion_of, convert, pmss_layers
+from lightning_pmss.conversion.converted import converted
+from lightning_pmss.conversion.report import ConversionReport
+from lightning_pmss.conversion.roots import adapted_root, below, canonical_modules, choose_root, noted_root
+from lightning_pmss.conversion.targets import Names
+from lightning_pmss.distributed.gathering import whole_tensors, whole_update
 from lightning_pmss.files.adapter_file import AdapterFile, AdapterModule, read_adapter, write_adapter
-from lightning_pmss.files.atomic import check_target
 from lightning_pmss.files.base import Base, base_of
 from lightning_pmss.files.fresh import (
     check_fresh,
@@ -29,20 +31,18 @@ from lightning_pmss.files.fresh import (
     to_be_kept,
     untrained,
 )
-from lightning_pmss.files.kinds import ADAPTER
 from lightning_pmss.files.plain import quantisation_settings
-from lightning_pmss.files.shards import few
-from lightning_pmss.fingerprint import fingerprint, same_base
-from lightning_pmss.gathering import whole_tensors, whole_update
-from lightning_pmss.guard import refuse_disabled
-from lightning_pmss.layers import PMSSLinear, canonical_shape, is_transposed
+from lightning_pmss.layers.convertible import is_linear, is_supported
+from lightning_pmss.layers.fingerprint import fingerprint, same_base
+from lightning_pmss.layers.guard import refuse_disabled
+from lightning_pmss.layers.parts import clean_name, clean_state, is_sharded
+from lightning_pmss.layers.quantised import quantisation_of, whole_weight
 from lightning_pmss.messages import kind_of, one_line
-from lightning_pmss.quantised import quantisation_of, whole_weight
-from lightning_pmss.report import ConversionReport
-from lightning_pmss.roots import adapted_root, below, canonical_modules, choose_root, noted_root
-from lightning_pmss.skeleton import Skeleton, SkeletonLayer
-from lightning_pmss.targets import Names
-from lightning_pmss.whole import clean_name, clean_state, is_sharded
+from lightning_pmss.methods.pmss.layer import PMSSLinear, canonical_shape, is_transposed
+from lightning_pmss.methods.pmss.skeleton import Skeleton, SkeletonLayer
+from lightning_pmss.store.atomic import check_target
+from lightning_pmss.store.kinds import ADAPTER
+from lightning_pmss.store.shards import few
 
 _LARGEST = torch.finfo(torch.float32).max
 

@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_pmss.config import PMSSConfig
 from lightning_pmss.files.adapter_card import CARD_FILE, adapter_card
 from lightning_pmss.files.adapter_record import (
     FORMAT_VERSION,
@@ -37,12 +36,10 @@ from lightning_pmss.files.adapter_record import (
     FreshRecord,
     LayerRecord,
 )
-from lightning_pmss.files.atomic import atomic_folder
-from lightning_pmss.files.kinds import ADAPTER, WRITTEN_BY, files_below
 from lightning_pmss.files.processing import save_processing
-from lightning_pmss.files.shards import few, save_tensors
 from lightning_pmss.messages import one_line
-from lightning_pmss.reading import (
+from lightning_pmss.methods.pmss.config import PMSSConfig
+from lightning_pmss.store import (
     TensorRecord,
     check_index,
     check_sums,
@@ -52,6 +49,9 @@ from lightning_pmss.reading import (
     read_json,
     read_tensors,
 )
+from lightning_pmss.store.atomic import atomic_folder
+from lightning_pmss.store.kinds import ADAPTER, WRITTEN_BY, files_below
+from lightning_pmss.store.shards import few, save_tensors
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -66,7 +66,7 @@ class AdapterModule:
     Attributes:
         shape: (out, in) of W.
         layout: ``"linear"``: the base stores W; ``"conv1d"``: it stores W transposed.
-        fingerprint: see `lightning_pmss.fingerprint`.
+        fingerprint: see `lightning_pmss.layers.fingerprint`.
         U: ``s U [c, r]``.
         rows: int64 [r].
         cols: int64 [c].

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from lightning_pmss.fingerprint import FingerprintRecord
-from lightning_pmss.reading import Record, TensorRecord
-from lightning_pmss.reading.records import Shape, Size
+from lightning_pmss.layers.fingerprint import FingerprintRecord
+from lightning_pmss.store import Record, TensorRecord
+from lightning_pmss.store.records import Shape, Size
 
 FORMAT_VERSION = 2
 PEFT_TYPE = "PMSS"  # so that peft says at once that this is none of its own

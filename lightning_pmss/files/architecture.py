@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_pmss.config import PMSSConfig
+from lightning_pmss.conversion.roots import canonical_modules
+from lightning_pmss.conversion.targets import find_targets, match_modules, ranks_of, refuse_unconvertible
 from lightning_pmss.files.naming import Wording, match_names
-from lightning_pmss.files.shards import ShardReader, few
-from lightning_pmss.layers import canonical_shape, is_transposed
 from lightning_pmss.messages import reason
-from lightning_pmss.reading.model_config import read_model_config
-from lightning_pmss.roots import canonical_modules
-from lightning_pmss.skeleton import Skeleton, SkeletonLayer
-from lightning_pmss.targets import find_targets, match_modules, ranks_of, refuse_unconvertible
+from lightning_pmss.methods.pmss.config import PMSSConfig
+from lightning_pmss.methods.pmss.layer import canonical_shape, is_transposed
+from lightning_pmss.methods.pmss.skeleton import Skeleton, SkeletonLayer
+from lightning_pmss.store.model_config import read_model_config
+from lightning_pmss.store.shards import ShardReader, few
 
 _IN_PYTHON = "load the model in Python and convert it there: convert(model, PMSSConfig(...))."
 

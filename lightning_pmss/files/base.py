@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lightning_pmss.conversion import pmss_layers
-from lightning_pmss.files.shards import open_shards
-from lightning_pmss.fingerprint import fingerprint, same_base
-from lightning_pmss.hub_cache import Snapshot, snapshot_at, snapshot_of, snapshots
-from lightning_pmss.layers import PMSSLinear
-from lightning_pmss.roots import adapted_root
+from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.roots import adapted_root
+from lightning_pmss.files.hub_cache import Snapshot, snapshot_at, snapshot_of, snapshots
+from lightning_pmss.layers.fingerprint import fingerprint, same_base
+from lightning_pmss.methods.pmss.layer import PMSSLinear
+from lightning_pmss.store.shards import open_shards
 
 _COMPARED = 3  # layers by which two snapshots of one repository are told apart
 

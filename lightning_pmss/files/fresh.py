@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_pmss.conversion.left_out import HEAD
+from lightning_pmss.conversion.report import ConversionReport
+from lightning_pmss.conversion.roots import adapted_root, canonical_owners, is_hugging_face
 from lightning_pmss.files.adapter_file import AdapterFile, FreshTensor
 from lightning_pmss.files.architecture import names_in_the_model
 from lightning_pmss.files.base import base_of
 from lightning_pmss.files.model_folder import OF_A_HEAD
-from lightning_pmss.files.shards import ShardReader, TensorInfo, few, open_shards
-from lightning_pmss.layers import CoreFrame, PMSSCore, PMSSLinear
-from lightning_pmss.left_out import HEAD
+from lightning_pmss.layers.parts import clean_name, is_fsdp1, whole_shape
+from lightning_pmss.layers.quantised import quantisation_of
 from lightning_pmss.messages import one_line
-from lightning_pmss.quantised import quantisation_of
-from lightning_pmss.report import ConversionReport
-from lightning_pmss.roots import adapted_root, canonical_owners, is_hugging_face
-from lightning_pmss.whole import clean_name, is_fsdp1, whole_shape
+from lightning_pmss.methods.pmss.layer import CoreFrame, PMSSCore, PMSSLinear
+from lightning_pmss.store.shards import ShardReader, TensorInfo, few, open_shards
 
 
 def fresh_tensors(model: nn.Module, at: str | None = None) -> dict[str, int]:

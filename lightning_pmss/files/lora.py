@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lightning_pmss.files.adapter_file import WEIGHTS_FILE, read_adapter
-from lightning_pmss.files.atomic import atomic_folder, check_target
-from lightning_pmss.files.kinds import LORA
 from lightning_pmss.files.lora_config import CONFIG_FILE, peft_config, write_peft_config
 from lightning_pmss.files.lora_report import ExportedLayer, LoraReport, write_card, write_report
 from lightning_pmss.files.lora_source import Source, file_source, model_source, refuse_fresh_layers
 from lightning_pmss.files.model_folder import refuse_overlap
 from lightning_pmss.files.naming import parse_dtype
-from lightning_pmss.files.shards import ShardWriter, TensorInfo, few, open_shards
-from lightning_pmss.reading import not_finite
+from lightning_pmss.store import not_finite
+from lightning_pmss.store.atomic import atomic_folder, check_target
+from lightning_pmss.store.kinds import LORA
+from lightning_pmss.store.shards import ShardWriter, TensorInfo, few, open_shards
 
 FORMATS = ("peft",)
 _PREFIX = "base_model.model."  # of peft's keys

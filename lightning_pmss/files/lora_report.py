@@ -10,8 +10,8 @@ from typing import Any
 
 from lightning_pmss.files.adapter_card import CARD_FILE, class_of, is_hub_id
 from lightning_pmss.files.adapter_file import library_versions
-from lightning_pmss.files.kinds import LORA, WRITTEN_BY, files_below
 from lightning_pmss.files.lora_config import VLLM_RANKS, vllm_rank
+from lightning_pmss.store.kinds import LORA, WRITTEN_BY, files_below
 
 REPORT_FILE = LORA.manifest
 _TAGS = {

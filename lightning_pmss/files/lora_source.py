@@ -9,19 +9,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_pmss.converted import converted
+from lightning_pmss.conversion.converted import converted
+from lightning_pmss.conversion.roots import adapted_root, canonical_modules
 from lightning_pmss.files.adapter import class_path, other_names, tensors_of
 from lightning_pmss.files.adapter_file import AdapterFile, FreshTensor
 from lightning_pmss.files.base import base_of
 from lightning_pmss.files.fresh import fresh_tensors, live_tensors, untrained
 from lightning_pmss.files.naming import Wording, match_names, stored_shapes
-from lightning_pmss.files.shards import ShardReader, few
-from lightning_pmss.fingerprint import same_base
-from lightning_pmss.guard import refuse_disabled
-from lightning_pmss.layers import canonical_shape
-from lightning_pmss.reading import not_finite
-from lightning_pmss.roots import adapted_root, canonical_modules
-from lightning_pmss.whole import clean_name, is_sharded
+from lightning_pmss.layers.fingerprint import same_base
+from lightning_pmss.layers.guard import refuse_disabled
+from lightning_pmss.layers.parts import clean_name, is_sharded
+from lightning_pmss.methods.pmss.layer import canonical_shape
+from lightning_pmss.store import not_finite
+from lightning_pmss.store.shards import ShardReader, few
 
 
 class Parts(NamedTuple):

@@ -17,12 +17,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lightning_pmss.converted import beside_root, chosen_scope, conversion_of
-from lightning_pmss.convertible import FLOATS
+from lightning_pmss.conversion.converted import beside_root, chosen_scope, conversion_of
+from lightning_pmss.conversion.roots import adapted_root
 from lightning_pmss.files.adapter_file import AdapterFile, AdapterModule, FreshTensor, read_adapter
-from lightning_pmss.files.atomic import atomic_folder, check_target
 from lightning_pmss.files.base import base_of
-from lightning_pmss.files.kinds import MERGED, SHARDS, matches
 from lightning_pmss.files.model_folder import (
     BesideWeights,
     FileMergeReport,
@@ -35,7 +33,14 @@ from lightning_pmss.files.model_folder import (
 )
 from lightning_pmss.files.naming import parse_dtype, resolve_names
 from lightning_pmss.files.processing import copy_processing, save_processing
-from lightning_pmss.files.shards import (
+from lightning_pmss.layers.convertible import FLOATS
+from lightning_pmss.layers.fingerprint import same_base
+from lightning_pmss.layers.merged_layer import LayerDrift
+from lightning_pmss.layers.plain_state import without_quantiser
+from lightning_pmss.merging import merged_state
+from lightning_pmss.store.atomic import atomic_folder, check_target
+from lightning_pmss.store.kinds import MERGED, SHARDS, matches
+from lightning_pmss.store.shards import (
     SINGLE_FILE,
     ShardReader,
     ShardWriter,
@@ -48,11 +53,6 @@ from lightning_pmss.files.shards import (
     shard_names,
     write_index,
 )
-from lightning_pmss.fingerprint import same_base
-from lightning_pmss.merged_layer import LayerDrift
-from lightning_pmss.merging import merged_state
-from lightning_pmss.plain_state import without_quantiser
-from lightning_pmss.roots import adapted_root
 
 OUTSIDE_FILE = "other_modules.safetensors"
 _BLOCK = 2**20  # elements of W merged at a time, so that the half dozen wide copies stay small beside the matrix

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from lightning_pmss.files.adapter_file import library_versions
-from lightning_pmss.files.kinds import (
+from lightning_pmss.layers.merged_layer import LayerDrift
+from lightning_pmss.store.kinds import (
     ADAPTER,
     BESIDE_WEIGHTS,
     MERGED,
@@ -23,9 +24,8 @@ from lightning_pmss.files.kinds import (
     files_below,
     matches,
 )
-from lightning_pmss.files.shards import INDEX_FILE, few
-from lightning_pmss.merged_layer import LayerDrift
-from lightning_pmss.reading.model_config import read_model_config
+from lightning_pmss.store.model_config import read_model_config
+from lightning_pmss.store.shards import INDEX_FILE, few
 
 OF_A_HEAD = ("architectures", "id2label", "label2id", "problem_type", "num_labels")
 REPORT_FILE = MERGED.manifest

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from lightning_pmss.convertible import FLOATS
 from lightning_pmss.files.adapter_file import AdapterFile
-from lightning_pmss.files.shards import ShardReader, few
+from lightning_pmss.layers.convertible import FLOATS
+from lightning_pmss.store.shards import ShardReader, few
 
 
 def parse_dtype(dtype: str | torch.dtype | None, left_out: str) -> torch.dtype | None:

@@ -17,11 +17,11 @@ from urllib.parse import quote
 
 from torch import Tensor
 
-from lightning_pmss.disk import held, sync
-from lightning_pmss.files.kinds import WRITTEN_BY
-from lightning_pmss.files.shards import ShardWriter, TensorInfo, few
-from lightning_pmss.reading import Record, check_sums, checked, open_tensors, parse_json, read_json, read_tensors
-from lightning_pmss.skeleton import SkeletonLayerRecord
+from lightning_pmss.methods.pmss.skeleton import SkeletonLayerRecord
+from lightning_pmss.store import Record, check_sums, checked, open_tensors, parse_json, read_json, read_tensors
+from lightning_pmss.store.disk import held, sync
+from lightning_pmss.store.kinds import WRITTEN_BY
+from lightning_pmss.store.shards import ShardWriter, TensorInfo, few
 
 IDENTITY = "selection.json"
 _ABOUT, _NEW = "piece", ".tmp"

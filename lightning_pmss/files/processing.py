@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_pmss.files.kinds import ADAPTER, TOKENIZER, entries, matches
+from lightning_pmss.store.kinds import ADAPTER, TOKENIZER, entries, matches
 
 
 def save_processing(tokenizer: Any, folder: Path) -> None:

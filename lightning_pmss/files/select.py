@@ -20,21 +20,21 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lightning_pmss.config import PMSSConfig
-from lightning_pmss.disk import atomic_path
 from lightning_pmss.files.adapter_file import library_versions
 from lightning_pmss.files.architecture import Target, find_matrices, model_on_meta
 from lightning_pmss.files.pieces import Pieces, file_states
+from lightning_pmss.files.process_memory import peak_memory
 from lightning_pmss.files.select_report import SelectedLayer, SelectReport
-from lightning_pmss.files.shards import ShardReader, ShardWriter, TensorInfo, few, open_shards
 from lightning_pmss.files.skeleton_file import refuse_others
-from lightning_pmss.fingerprint import fingerprint, same_base
-from lightning_pmss.layers import coordinate_frame, core_dtype
-from lightning_pmss.number_range import why_out_of_range
-from lightning_pmss.process_memory import peak_memory
-from lightning_pmss.reading import describe_tensors
-from lightning_pmss.selection import projection_residual, select_skeleton
-from lightning_pmss.skeleton import FORMAT_VERSION, METADATA
+from lightning_pmss.layers.fingerprint import fingerprint, same_base
+from lightning_pmss.methods.pmss.config import PMSSConfig
+from lightning_pmss.methods.pmss.layer import coordinate_frame, core_dtype
+from lightning_pmss.methods.pmss.number_range import why_out_of_range
+from lightning_pmss.methods.pmss.selection import projection_residual, select_skeleton
+from lightning_pmss.methods.pmss.skeleton import FORMAT_VERSION, METADATA
+from lightning_pmss.store import describe_tensors
+from lightning_pmss.store.disk import atomic_path
+from lightning_pmss.store.shards import ShardReader, ShardWriter, TensorInfo, few, open_shards
 
 # What is done to one matrix. The patterns that choose the matrices are apart: changing them keeps what is finished.
 PER_MATRIX = ("rank", "selection", "row_mode", "oversample", "seed", "coordinates")
@@ -58,7 +58,7 @@ def select_files(
 
     Args:
         model: Folder with ``config.json`` and safetensors weights, single or sharded.
-        output: File to write; appears only when it is complete. Format: `lightning_pmss.skeleton`.
+        output: File to write; appears only when it is complete. Format: `lightning_pmss.methods.pmss.skeleton`.
         config: Targets, ranks, selection, seed and coordinates (`OPTIONS`); its other fields play no part.
         architecture: Class of transformers to convert; by default the one that ``config.json`` names.
         workers: Matrices at a time, one thread each; by default the CPU cores that this process may use. Each holds one

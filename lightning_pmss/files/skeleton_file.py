@@ -1,4 +1,4 @@
-"""Write the skeleton of a converted model; `lightning_pmss.skeleton` has the format, `select_files` works from disk."""
+"""Write the skeleton of a converted model, in the format of `lightning_pmss.methods.pmss.skeleton`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lightning_pmss.converted import converted
-from lightning_pmss.disk import atomic_path
-from lightning_pmss.files.shards import save_tensors
-from lightning_pmss.fingerprint import fingerprint
-from lightning_pmss.layers import Frame, canonical_shape
-from lightning_pmss.reading import describe_tensors, open_tensors
-from lightning_pmss.skeleton import FORMAT_VERSION, METADATA
+from lightning_pmss.conversion.converted import converted
+from lightning_pmss.layers.fingerprint import fingerprint
+from lightning_pmss.methods.pmss.layer import Frame, canonical_shape
+from lightning_pmss.methods.pmss.skeleton import FORMAT_VERSION, METADATA
+from lightning_pmss.store import describe_tensors, open_tensors
+from lightning_pmss.store.disk import atomic_path
+from lightning_pmss.store.shards import save_tensors
 
 
 def save_skeleton(model: nn.Module, file: str | os.PathLike[str]) -> Path:

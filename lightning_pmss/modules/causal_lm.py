@@ -16,20 +16,21 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_pmss.built import model_built
-from lightning_pmss.modules.answering import AnswerBy, Answering
+from lightning_pmss.distributed.model_built import model_built
+from lightning_pmss.evaluation.answering import AnswerBy, Answering
+from lightning_pmss.evaluation.generation import Generation
+from lightning_pmss.evaluation.identity import digest, model_hash, most
+from lightning_pmss.evaluation.journal import Existing, Journal
+from lightning_pmss.evaluation.likelihood import IGNORED
+from lightning_pmss.evaluation.run import TextEvaluation, select
+from lightning_pmss.layers.parts import is_sharded
 from lightning_pmss.modules.buffers import (
     computed_buffers_kept,
     keep_buffers_under_fsdp1,
     recompute_buffers_after_zero_init,
 )
 from lightning_pmss.modules.chunked_loss import check_chunk, check_model, chunked_losses
-from lightning_pmss.modules.evaluation import TextEvaluation, select
-from lightning_pmss.modules.generation import Generation
 from lightning_pmss.modules.hub import announce_zero3, checkpoint_activations, load_causal_lm, load_tokenizer
-from lightning_pmss.modules.identity import digest, model_hash, most
-from lightning_pmss.modules.journal import Existing, Journal
-from lightning_pmss.modules.likelihood import IGNORED
 from lightning_pmss.modules.packed import check_packing
 from lightning_pmss.modules.quantisation import Quantisation, check_quantisation
 from lightning_pmss.modules.reloading import Reloading
@@ -37,7 +38,6 @@ from lightning_pmss.modules.schedule import SCHEDULES, schedule_factor
 from lightning_pmss.modules.sharded import build_on_rank_zero
 from lightning_pmss.modules.token_mean import TokenMean
 from lightning_pmss.modules.token_weighted import TokenWeighted
-from lightning_pmss.whole import is_sharded
 
 
 class CausalLMModule(Reloading, TokenWeighted):

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from lightning_pmss.hub_cache import snapshot_of
+from lightning_pmss.files.hub_cache import snapshot_of
 from lightning_pmss.modules.quantisation import quantised_options
 
 

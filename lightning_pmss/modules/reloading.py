@@ -13,10 +13,10 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.cloud_io import _load as load_anywhere
 
-from lightning_pmss.checkpoint_io import local_path
+from lightning_pmss.checkpoints.plugin import local_path
+from lightning_pmss.checkpoints.reading import check_content, read_checkpoint
+from lightning_pmss.layers.parts import clean_name, is_sharded
 from lightning_pmss.messages import some
-from lightning_pmss.reading.checkpoints import check_content, read_checkpoint
-from lightning_pmss.whole import clean_name, is_sharded
 
 _PLAIN = (str, int, float, bool, type(None))
 

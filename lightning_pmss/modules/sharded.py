@@ -15,9 +15,9 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
-from lightning_pmss.indices import index_tensors
+from lightning_pmss.layers.indices import index_tensors
+from lightning_pmss.layers.parts import clean_name
 from lightning_pmss.messages import some
-from lightning_pmss.whole import clean_name
 
 
 def build_on_rank_zero(build: Callable[[], nn.Module], mesh: Any, device: torch.device) -> nn.Module:

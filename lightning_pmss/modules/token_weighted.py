@@ -20,9 +20,9 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_pmss.modules.likelihood import IGNORED
+from lightning_pmss.evaluation.likelihood import IGNORED
+from lightning_pmss.layers.parts import clean_name, is_sharded
 from lightning_pmss.modules.resuming import restore_loaders
-from lightning_pmss.whole import clean_name, is_sharded
 
 CHECKPOINT_KEY = "accumulation"
 

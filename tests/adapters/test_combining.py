@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_pmss.adapters import active_adapter, add_adapter, combine_adapters, load_adapters, set_adapter
-from lightning_pmss.adapters.states import Update, same_skeleton, weighted
-from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.named import active_adapter, add_adapter, combine_adapters, load_adapters, set_adapter
+from lightning_pmss.named.states import Update, same_skeleton, weighted
 
 from .conftest import Save, logits
 

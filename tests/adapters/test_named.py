@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from lightning_pmss.adapters import (
+from lightning_pmss.conversion.convert import convert, pmss_layers
+from lightning_pmss.files import export_lora, load_adapter, read_adapter, save_adapter
+from lightning_pmss.layers.fingerprint import fingerprint
+from lightning_pmss.merging import merge, unmerge
+from lightning_pmss.methods.pmss.config import PMSSConfig
+from lightning_pmss.named import (
     active_adapter,
     adapter_names,
     add_adapter,
@@ -21,11 +26,6 @@ from lightning_pmss.adapters import (
     load_adapters,
     set_adapter,
 )
-from lightning_pmss.config import PMSSConfig
-from lightning_pmss.conversion import convert, pmss_layers
-from lightning_pmss.files import export_lora, load_adapter, read_adapter, save_adapter
-from lightning_pmss.fingerprint import fingerprint
-from lightning_pmss.merging import merge, unmerge
 
 from .conftest import Save, logits
 

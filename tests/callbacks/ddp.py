@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_pmss import PMSSCallback
-from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.conversion.convert import pmss_layers
 from tests.callbacks.toys import Numbers, Toy, trainer
 from tests.leaving import leave
 

@@ -6,8 +6,8 @@ import json
 import sys
 from pathlib import Path
 
-from lightning_pmss.conversion import pmss_layers
-from lightning_pmss.quantised import is_quantised
+from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.layers.quantised import is_quantised
 from tests.callbacks.test_quantised import run
 from tests.leaving import leave
 

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from lightning_pmss import PMSSCallback, load_adapter
 from lightning_pmss.callbacks.averaging import refuse_averages
-from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.conversion.convert import pmss_layers
 from tests.callbacks.toys import LateToy, Numbers, Toy, inputs, make_net, plain_loader, trainer
 
 DECAY = 0.8

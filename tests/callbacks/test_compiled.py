@@ -16,10 +16,10 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lightning_pmss import PMSSCallback, PMSSConfig, convert, load_adapter, save_adapter
-from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.conversion.convert import pmss_layers
 from lightning_pmss.files import write_merged
+from lightning_pmss.layers.parts import clean_name, clean_state, own_keys
 from lightning_pmss.merging import merged_state_dict
-from lightning_pmss.whole import clean_name, clean_state, own_keys
 from tests.callbacks.toys import Numbers, Toy, inputs, make_net, trainer
 
 compiled: Callable[[Any], Any] = functools.partial(torch.compile, backend="eager")  # names need no C++ compiler

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lightning_pmss import PMSSCallback, load_adapter
-from lightning_pmss.files import extract_files, merge_checkpoint
+from lightning_pmss.checkpoints.extract import extract_files, merge_checkpoint
 from tests.callbacks.toys import Toy, inputs, plain_loader, trainer
 
 ADVICE = r"in no file of the base|added to what the base's files hold|stay frozen as they are"

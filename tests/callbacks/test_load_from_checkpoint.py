@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_pmss import PMSSCallback
-from lightning_pmss.conversion import conversion_of, pmss_layers
+from lightning_pmss.conversion.convert import conversion_of, pmss_layers
 from lightning_pmss.datamodules import ArithmeticDataModule
 from lightning_pmss.modules import CausalLMModule
 from tests.callbacks.toys import LateToy, Toy, inputs, make_net, plain_loader, trainer
@@ -91,7 +91,10 @@ def test_hyper_parameters_that_lightning_cli_has_saved(tmp_path: Path) -> None:
         Sized, seed_everything_default=0, save_config_callback=None, run=False, args=["--model.factor=0.5"]
     )
     _, ckpt = _fit(tmp_path, cli.model)
-    assert torch.load(ckpt)["hyper_parameters"]["_instantiator"] == "lightning_pmss.restoring.instantiate_by_cli"
+    assert (
+        torch.load(ckpt)["hyper_parameters"]["_instantiator"]
+        == "lightning_pmss.checkpoints.restoring.instantiate_by_cli"
+    )
     again = Sized.load_from_checkpoint(ckpt)
     assert (again.factor, again.name, len(pmss_layers(again))) == (0.5, "none", 2)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_pmss import PMSSCallback
 from lightning_pmss.callbacks.nonfinite import NonFiniteCheck
-from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.conversion.convert import pmss_layers
 from tests.callbacks.toys import Toy, plain_loader, trainer
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_pmss import PMSSCallback, load_adapter
 from lightning_pmss.callbacks import results
-from lightning_pmss.conversion import conversion_of
+from lightning_pmss.conversion.convert import conversion_of
 from tests.callbacks.toys import Toy, plain_loader, trainer
 
 

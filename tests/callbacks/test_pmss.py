@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_pmss import PMSSCallback, PMSSConfig, PMSSLinear, convert, load_adapter, merge
-from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.conversion.convert import pmss_layers
 from tests.callbacks.toys import LateToy, Toy, make_net, plain_loader, trainer
 
 

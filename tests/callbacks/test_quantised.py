@@ -15,14 +15,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM
 
 from lightning_pmss import PMSSCallback, load_adapter
-from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.conversion.convert import pmss_layers
 from lightning_pmss.datamodules import ArithmeticDataModule
+from lightning_pmss.evaluation.identity import model_hash
+from lightning_pmss.layers.quantised import is_quantised
 from lightning_pmss.metrics import GSM8KAccuracy
 from lightning_pmss.modules import CausalLMModule
 from lightning_pmss.modules.hub import load_causal_lm
-from lightning_pmss.modules.identity import model_hash
 from lightning_pmss.modules.quantisation import QUANTISATIONS
-from lightning_pmss.quantised import is_quantised
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install lightning-pmss[quantised]")
 pytest.importorskip("torchao", reason="torchao is not installed: pip install lightning-pmss[quantised]")

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lightning_pmss import PMSSCallback, PMSSConfig, PMSSLinear, convert, export_lora, load_adapter, save_adapter
-from lightning_pmss.adapters import load_adapters
 from lightning_pmss.cli import PMSSCLI
-from lightning_pmss.conversion import conversion_of, pmss_layers
+from lightning_pmss.conversion.convert import conversion_of, pmss_layers
 from lightning_pmss.files import merge_files, read_adapter
+from lightning_pmss.named import load_adapters
 from tests.callbacks.toys import Toy, inputs, make_net, plain_loader, trainer
 
 

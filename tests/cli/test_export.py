@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_pmss.cli import main
-from lightning_pmss.config import PMSSConfig
-from lightning_pmss.conversion import convert, pmss_layers
+from lightning_pmss.conversion.convert import convert, pmss_layers
 from lightning_pmss.files import export_lora, merge_files, save_adapter
 from lightning_pmss.merging import merge
+from lightning_pmss.methods.pmss.config import PMSSConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

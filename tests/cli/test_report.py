@@ -14,9 +14,9 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_pmss import PMSSCallback
 from lightning_pmss.cli import main
 from lightning_pmss.datamodules import ArithmeticDataModule
+from lightning_pmss.inspect import read_run, write_report
 from lightning_pmss.metrics import GSM8KAccuracy
 from lightning_pmss.modules import CausalLMModule
-from lightning_pmss.run_report import read_run, write_report
 
 
 @pytest.fixture(scope="module")

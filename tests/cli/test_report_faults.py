@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_pmss.cli import main
-from lightning_pmss.run_report import read_run, write_report
+from lightning_pmss.inspect import read_run, write_report
 from tests.fuzz.test_run_folders import run as run_folder
 
 pytest.importorskip("matplotlib")

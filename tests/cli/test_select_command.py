@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from lightning_pmss.cli import main
-from lightning_pmss.config import PMSSConfig
 from lightning_pmss.files.select import select_files
-from lightning_pmss.skeleton import read_skeleton
+from lightning_pmss.methods.pmss.config import PMSSConfig
+from lightning_pmss.methods.pmss.skeleton import read_skeleton
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

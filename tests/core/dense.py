@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_pmss.layers import PMSSLinear, coordinate_frame
-from lightning_pmss.selection import select_skeleton
+from lightning_pmss.methods.pmss.layer import PMSSLinear, coordinate_frame
+from lightning_pmss.methods.pmss.selection import select_skeleton
 
 KINDS = ("linear", "conv1d")
 EDITS = ("input", "output")

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from lightning_pmss import PMSSConfig, convert
-from lightning_pmss.conversion import pmss_layers
-from lightning_pmss.fingerprint import fingerprint
+from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.layers.fingerprint import fingerprint
 
 ARCHITECTURE = Path(__file__).parents[1] / "fixtures" / "architectures" / "llama-2-13b.json"
 TOTAL = 13_015_864_320

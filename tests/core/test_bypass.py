@@ -7,8 +7,8 @@ import torch
 from dense import random_like, train, update
 from torch import Tensor, nn
 
-from lightning_pmss.config import PMSSConfig
-from lightning_pmss.conversion import convert, pmss_layers
+from lightning_pmss.conversion.convert import convert, pmss_layers
+from lightning_pmss.methods.pmss.config import PMSSConfig
 
 OPTIONS = {"d_model": 16, "nhead": 2, "dim_feedforward": 32, "dropout": 0.0, "batch_first": True}
 PADDING = torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 4 + [True]])

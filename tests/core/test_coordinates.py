@@ -8,7 +8,7 @@ from dense import random_like, relative
 from torch import nn
 
 from lightning_pmss import PMSSConfig, convert
-from lightning_pmss.coordinates import TriangularProducts
+from lightning_pmss.methods.pmss.coordinates import TriangularProducts
 
 
 @pytest.mark.parametrize(("c", "r"), [(8, 8), (5, 7), (7, 4), (3, 2), (1, 1)])

@@ -11,7 +11,7 @@ from dense import pmss_layer, random_like
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lightning_pmss.indices import index_tensors
+from lightning_pmss.layers.indices import index_tensors
 
 
 def indices(layer: Any) -> list[Tensor]:

@@ -11,7 +11,7 @@ import torch
 from dense import COORDINATES, EDITS, KINDS, adopted, base_layer, dense_weight, pmss_layer, random_like, relative, train
 from torch import Tensor, nn
 
-from lightning_pmss.layers import PMSSLinear
+from lightning_pmss.methods.pmss.layer import PMSSLinear
 
 LOW = (torch.bfloat16, torch.float16)
 

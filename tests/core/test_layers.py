@@ -24,8 +24,8 @@ from dense import (
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_pmss.edits import InputEdit, LinearInputEdit, LinearOutputEdit, OutputEdit
-from lightning_pmss.layers import PMSSLinear, coordinate_frame
+from lightning_pmss.methods.pmss.edits import InputEdit, LinearInputEdit, LinearOutputEdit, OutputEdit
+from lightning_pmss.methods.pmss.layer import PMSSLinear, coordinate_frame
 
 SHAPES = {  # (out, in), rank
     "tall": ((24, 10), 6),

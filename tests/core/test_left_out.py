@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from lightning_pmss import PMSSConfig, PMSSLinear, convert
-from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.conversion.convert import pmss_layers
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,

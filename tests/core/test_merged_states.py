@@ -16,9 +16,9 @@ from dense import COORDINATES, KINDS, adopted, base_layer, dense_weight, pmss_la
 from torch import Tensor, nn
 
 from lightning_pmss import PMSSCallback, PMSSConfig, convert, merge, merged, unmerge
-from lightning_pmss.conversion import pmss_layers
-from lightning_pmss.layers import PMSSLinear
+from lightning_pmss.conversion.convert import pmss_layers
 from lightning_pmss.merging import merged_state_dict
+from lightning_pmss.methods.pmss.layer import PMSSLinear
 from tests.callbacks.toys import Toy, plain_loader, trainer
 
 

@@ -11,11 +11,11 @@ import torch
 from dense import KINDS, dense_weight, pmss_layer, random_like, relative, train, update
 from torch import Tensor, nn
 
-from lightning_pmss.config import PMSSConfig
-from lightning_pmss.conversion import convert, pmss_layers
+from lightning_pmss.conversion.convert import convert, pmss_layers
 from lightning_pmss.files import save_adapter
-from lightning_pmss.layers import PMSSLinear
 from lightning_pmss.merging import merge, merged, merged_state_dict, unmerge
+from lightning_pmss.methods.pmss.config import PMSSConfig
+from lightning_pmss.methods.pmss.layer import PMSSLinear
 
 BF16 = torch.bfloat16
 

@@ -14,9 +14,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_pmss import PMSSCallback, PMSSConfig, convert
-from lightning_pmss.coordinates import COORDINATES, coordinate_frame
 from lightning_pmss.files.select import select_files
-from lightning_pmss.selection import SELECTORS, select_skeleton
+from lightning_pmss.methods.pmss.coordinates import COORDINATES, coordinate_frame
+from lightning_pmss.methods.pmss.selection import SELECTORS, select_skeleton
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 OUT, IN, RANK = 32, 24, 8

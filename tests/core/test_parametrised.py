@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize, prune, remove_weight_norm, spectral_norm
 from torch.testing._internal.two_tensor import TwoTensor
 
 from lightning_pmss import PMSSConfig, PMSSLinear, convert, load_adapter, merge, save_adapter
-from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.conversion.convert import pmss_layers
 
 SIZE = 16
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lightning_pmss import PMSSConfig, PMSSLinear, convert, export_lora, load_adapter, merge, save_adapter, unmerge
-from lightning_pmss.adapters import disable_adapter, load_adapters
-from lightning_pmss.conversion import conversion_of, pmss_layers
+from lightning_pmss.conversion.convert import conversion_of, pmss_layers
 from lightning_pmss.files import write_merged
 from lightning_pmss.files.skeleton_file import save_skeleton
+from lightning_pmss.named import disable_adapter, load_adapters
 
 CONFIG = PMSSConfig(rank=4)
 

@@ -15,7 +15,7 @@ import torch
 from dense import COORDINATES, EDITS, KINDS, dense_weight, gain, pmss_layer, random_like, relative, update
 from torch import Tensor, nn
 
-from lightning_pmss.layers import PMSSLinear
+from lightning_pmss.methods.pmss.layer import PMSSLinear
 
 TOKENS = 400
 WIDTH, RANK = 64, 16

@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from lightning_pmss import PMSSConfig, convert
-from lightning_pmss.fingerprint import fingerprint
-from lightning_pmss.layers import PMSSLinear
-from lightning_pmss.quantised import (
+from lightning_pmss.layers.fingerprint import fingerprint
+from lightning_pmss.layers.quantised import (
     dequantised,
     dequantised_slice,
     is_quantised,
     quantisation_of,
     why_unusable,
 )
+from lightning_pmss.methods.pmss.layer import PMSSLinear
 
 bnb: Any = pytest.importorskip(
     "bitsandbytes", reason="bitsandbytes is not installed: pip install lightning-pmss[quantised]"

@@ -11,9 +11,9 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 
 from lightning_pmss import PMSSCallback, PMSSConfig, convert
-from lightning_pmss.coordinates import Frame, coordinate_frame
-from lightning_pmss.rounding import LIMIT, fitting_rank, rounding_error
-from lightning_pmss.selection import select_skeleton
+from lightning_pmss.methods.pmss.coordinates import Frame, coordinate_frame
+from lightning_pmss.methods.pmss.rounding import LIMIT, fitting_rank, rounding_error
+from lightning_pmss.methods.pmss.selection import select_skeleton
 
 
 def skeleton(out: int, width: int, rank: int) -> tuple[torch.Tensor, Frame]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_pmss.indices import index_tensors
+from lightning_pmss.layers.indices import index_tensors
 
 TOKENS = 50
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_pmss.selection import ROW_MODES, SELECTORS, projection_residual, select_skeleton
+from lightning_pmss.methods.pmss.selection import ROW_MODES, SELECTORS, projection_residual, select_skeleton
 
 DRAWN = ("lupp", "random", "inverse_norm")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -16,8 +16,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from lightning_pmss import PMSSConfig, convert
-from lightning_pmss.layers import PMSSLinear
-from lightning_pmss.weight_edit import LinearWeightEdit, break_even_tokens
+from lightning_pmss.methods.pmss.layer import PMSSLinear
+from lightning_pmss.methods.pmss.weight_edit import LinearWeightEdit, break_even_tokens
 
 SHAPES = {  # (out, in), rank
     "tall": ((24, 10), 6),

@@ -13,8 +13,8 @@ from lightning_pmss.datamodules import Example, InstructionCollator, Instruction
 from lightning_pmss.datamodules.collate import IGNORED
 from lightning_pmss.datamodules.instruction import Split
 from lightning_pmss.datamodules.prompts import PromptEncoder
+from lightning_pmss.evaluation.likelihood import candidates
 from lightning_pmss.metrics import CommonsenseAccuracy
-from lightning_pmss.modules.likelihood import candidates
 
 PLAIN_TEXT = "{% for m in messages %}{{ '### ' + m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
 

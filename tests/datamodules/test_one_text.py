@@ -10,14 +10,14 @@ import torch
 from tokenizers import AddedToken
 from tokenizers_of_kinds import MAKERS, byte_level, make, wrap
 
-from lightning_pmss.continuations import continued, decoded, tokens_of
 from lightning_pmss.datamodules import Example, InstructionDataModule
 from lightning_pmss.datamodules.collate import IGNORED
+from lightning_pmss.datamodules.continuations import continued, decoded, tokens_of
 from lightning_pmss.datamodules.gsm8k import GSM8KDataModule
 from lightning_pmss.datamodules.instruction import Split
 from lightning_pmss.datamodules.prompts import PromptEncoder
+from lightning_pmss.evaluation.likelihood import candidates
 from lightning_pmss.metrics import CommonsenseAccuracy
-from lightning_pmss.modules.likelihood import candidates
 
 RESPONSES = [
     "It is 12.\n#### 12",

@@ -14,7 +14,7 @@ import lightning as L
 import torch
 
 from lightning_pmss import PMSSCallback
-from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.conversion.convert import pmss_layers
 from lightning_pmss.datamodules import GSM8KDataModule
 from lightning_pmss.metrics import GSM8KAccuracy
 from lightning_pmss.modules import CausalLMModule

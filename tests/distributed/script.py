@@ -24,10 +24,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_pmss import PMSSCallback, model_built
-from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.conversion.convert import pmss_layers
 from lightning_pmss.datamodules.sampler import LengthGroupedSampler, ResumableDataLoader, TrainerProgress
-from lightning_pmss.gathering import gathered, whole_update
-from lightning_pmss.whole import clean_name
+from lightning_pmss.distributed.gathering import gathered, whole_update
+from lightning_pmss.layers.parts import clean_name
 from tests.distributed.strategies import make_strategy
 from tests.leaving import leave
 

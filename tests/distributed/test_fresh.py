@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lightning_pmss import load_adapter
-from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.conversion.convert import pmss_layers
 from lightning_pmss.files import read_adapter
 from tests.distributed.fresh import TOKENS, build
 from tests.distributed.launch import launch, require

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_pmss import load_adapter, merge
-from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.conversion.convert import pmss_layers
 from tests.distributed.launch import launch, ranks, require
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_pmss import load_adapter
-from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.conversion.convert import pmss_layers
 from tests.distributed.launch import launch, ranks, require
 from tests.distributed.script import base_model
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pmss import PMSSConfig, convert
-from lightning_pmss.indices import index_tensors
+from lightning_pmss.layers.indices import index_tensors
 from lightning_pmss.modules.causal_lm import IGNORED, CausalLMModule
 
 SIZES = {

@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves
 
 from lightning_pmss import PMSSConfig
-from lightning_pmss.checkpointing import trained_shapes
-from lightning_pmss.conversion import conversion_of
-from lightning_pmss.coordinates import COORDINATES
+from lightning_pmss.checkpoints.contents import trained_shapes
+from lightning_pmss.conversion.convert import conversion_of
 from lightning_pmss.estimate import Run, estimate
-from lightning_pmss.estimate.architecture import Architecture, Piece, count, decoder_blocks, inventory, read_config
+from lightning_pmss.estimate.model import Architecture, Piece, count, decoder_blocks, inventory, read_config
 from lightning_pmss.estimate.strategies import ZeroSettings, host_bytes, place
 from lightning_pmss.files import save_adapter
+from lightning_pmss.methods.pmss.coordinates import COORDINATES
 from tests.estimate.small import loss_of, pmss_config, small_model, write_config
 
 QV = ["q_proj", "v_proj"]

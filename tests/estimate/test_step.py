@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lightning_pmss import PMSSConfig
 from lightning_pmss.estimate import Run, estimate
-from lightning_pmss.estimate.architecture import Architecture, read_config
 from lightning_pmss.estimate.depth import estimate_step
+from lightning_pmss.estimate.model import Architecture, read_config
 from lightning_pmss.estimate.simulate import simulate_step
 from tests.estimate.small import (
     BATCH,

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_pmss.indices import index_tensors
+from lightning_pmss.layers.indices import index_tensors
 from tests.estimate.small import (
     allocator_peak,
     checkpoint_activations,

@@ -11,7 +11,7 @@ import torch
 
 from lightning_pmss import PMSSCallback, merge
 from lightning_pmss.callbacks.results import write_merged_model
-from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.conversion.convert import pmss_layers
 from lightning_pmss.datamodules import GSM8KDataModule
 from lightning_pmss.evaluation import compare_files, read_records
 from lightning_pmss.modules import CausalLMModule

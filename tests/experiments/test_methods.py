@@ -25,7 +25,7 @@ from experiments.rotating import KINDS, RotatingFrame
 from experiments.run import Places, run
 from experiments.spectrum import spectra, summary
 from lightning_pmss import PMSSConfig, convert
-from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.conversion.convert import pmss_layers
 
 
 def _held(vectors: Tensor, target: Tensor, chosen: Any) -> float:

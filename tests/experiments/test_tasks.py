@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from experiments.cloze import ClozeDataModule, cloze_accuracy, parse
 from experiments.pairs import PairsDataModule
 from experiments.passages import PassagesDataModule
-from lightning_pmss.continuations import tokens_of
+from lightning_pmss.datamodules.continuations import tokens_of
 
 ROW = (
     "Please choose the correct answer to the question: Why is\n\nthe sky blue?\n\n"

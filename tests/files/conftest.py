@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_pmss.config import PMSSConfig
-from lightning_pmss.conversion import convert, pmss_layers
+from lightning_pmss.conversion.convert import convert, pmss_layers
+from lightning_pmss.methods.pmss.config import PMSSConfig
 
 Train = Callable[..., nn.Module]
 

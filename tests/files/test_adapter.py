@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lightning_pmss.config import PMSSConfig
-from lightning_pmss.conversion import convert, pmss_layers
+from lightning_pmss.conversion.convert import convert, pmss_layers
 from lightning_pmss.files import load_adapter, read_adapter, save_adapter
 from lightning_pmss.merging import merge, unmerge
+from lightning_pmss.methods.pmss.config import PMSSConfig
 
 Train = Callable[..., Any]
 Logits = Callable[[nn.Module], torch.Tensor]
@@ -359,7 +359,7 @@ def test_full_disk_keeps_the_old_adapter(
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lightning_pmss.files.shards.save_file", full)
+        patch.setattr("lightning_pmss.store.shards.save_file", full)
         with pytest.raises(OSError, match="adapter_model.safetensors") as caught:
             save_adapter(train(_base(tiny_llama), seed=9), tmp_path / "a", overwrite=True)
     assert caught.value.errno == 28

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from lightning_pmss import disk
-from lightning_pmss.disk import atomic_file, atomic_path
-from lightning_pmss.files.atomic import atomic_folder
-from lightning_pmss.files.kinds import MERGED
+from lightning_pmss.store import disk
+from lightning_pmss.store.atomic import atomic_folder
+from lightning_pmss.store.disk import atomic_file, atomic_path
+from lightning_pmss.store.kinds import MERGED
 from tests.killing import Moment, files, forks, moments, run
 
 

@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_pmss.cli import main
-from lightning_pmss.config import PMSSConfig
-from lightning_pmss.conversion import convert, pmss_layers
+from lightning_pmss.conversion.convert import convert, pmss_layers
 from lightning_pmss.files import load_adapter, read_adapter, save_adapter, save_skeleton
-from lightning_pmss.files.shards import open_shards
-from lightning_pmss.reading import describe_tensors, parse_json, read_json
-from lightning_pmss.reading.model_config import read_model_config
-from lightning_pmss.skeleton import METADATA, read_skeleton
+from lightning_pmss.methods.pmss.config import PMSSConfig
+from lightning_pmss.methods.pmss.skeleton import METADATA, read_skeleton
+from lightning_pmss.store import describe_tensors, parse_json, read_json
+from lightning_pmss.store.model_config import read_model_config
+from lightning_pmss.store.shards import open_shards
 from tests.files.edits import CONFIG, WEIGHTS, edit_config, edit_tensors, seal
 
 Train = Callable[..., nn.Module]
@@ -161,7 +161,7 @@ def test_unsorted_indices_mean_what_they_say(adapter: Path) -> None:
 
 
 def _print(tensors: dict[str, torch.Tensor], rows: torch.Tensor) -> dict[str, str]:
-    from lightning_pmss.fingerprint import fingerprint
+    from lightning_pmss.layers.fingerprint import fingerprint
 
     weight = _net()[0].weight.detach()  # type: ignore[index]
     return fingerprint(weight[rows], weight[:, tensors["0.cols"]])

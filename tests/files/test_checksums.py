@@ -15,13 +15,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lightning_pmss.adapters import add_adapter, load_adapters
 from lightning_pmss.cli import main
-from lightning_pmss.config import PMSSConfig
-from lightning_pmss.conversion import convert, pmss_layers
+from lightning_pmss.conversion.convert import convert, pmss_layers
 from lightning_pmss.files import export_files, load_adapter, merge_files, read_adapter, save_adapter, save_skeleton
-from lightning_pmss.files.inspection import inspect_adapter
-from lightning_pmss.skeleton import read_skeleton
+from lightning_pmss.inspect.inspection import inspect_adapter
+from lightning_pmss.methods.pmss.config import PMSSConfig
+from lightning_pmss.methods.pmss.skeleton import read_skeleton
+from lightning_pmss.named import add_adapter, load_adapters
 from tests.compatibility import run
 from tests.files.edits import CONFIG, WEIGHTS, data_begins, edit_config, flip
 

@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lightning_pmss import PMSSCallback
+from lightning_pmss.checkpoints.extract import extract_files
 from lightning_pmss.cli import main
-from lightning_pmss.conversion import pmss_layers
-from lightning_pmss.files import extract_files, load_adapter, merge_files, read_adapter, save_skeleton
+from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.files import load_adapter, merge_files, read_adapter, save_skeleton
 from lightning_pmss.merging import merge
 from tests.callbacks.toys import Toy, make_net, plain_loader, trainer
 from tests.compatibility import run

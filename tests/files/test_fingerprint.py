@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from lightning_pmss.fingerprint import fingerprint, same_base
+from lightning_pmss.layers.fingerprint import fingerprint, same_base
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

@@ -17,10 +17,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lightning_pmss import PMSSConfig, convert, merged
-from lightning_pmss.adapters import disable_adapter
-from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.conversion.convert import pmss_layers
 from lightning_pmss.files import export_lora, load_adapter, save_adapter, write_merged
 from lightning_pmss.merging import merge, merged_state_dict, unmerge
+from lightning_pmss.named import disable_adapter
 
 IDS = torch.arange(1, 25).view(2, 12)
 

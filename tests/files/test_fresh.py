@@ -28,11 +28,11 @@ from transformers import (
 )
 
 from lightning_pmss import PMSSConfig, convert, export_lora, load_adapter, save_adapter
-from lightning_pmss.adapters import combine_adapters, load_adapters, set_adapter
-from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.conversion.convert import pmss_layers
 from lightning_pmss.files import merge_files, read_adapter, write_merged
 from lightning_pmss.files.fresh import fresh_tensors
-from lightning_pmss.files.inspection import inspect_adapter
+from lightning_pmss.inspect.inspection import inspect_adapter
+from lightning_pmss.named import combine_adapters, load_adapters, set_adapter
 
 VOCABULARY = 64
 SIZES: dict[str, Any] = {

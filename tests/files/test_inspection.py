@@ -15,9 +15,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lightning_pmss.cli import main
-from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.conversion.convert import pmss_layers
 from lightning_pmss.files import save_adapter
-from lightning_pmss.files.inspection import effective_rank, inspect_adapter, skeleton_energy, update_spectrum
+from lightning_pmss.inspect.inspection import effective_rank, inspect_adapter, skeleton_energy, update_spectrum
 
 Train = Callable[..., Any]
 

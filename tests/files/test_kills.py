@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lightning_pmss.config import PMSSConfig
 from lightning_pmss.files import merge_files, save_adapter
 from lightning_pmss.files.select import select_files
+from lightning_pmss.methods.pmss.config import PMSSConfig
 from tests.killing import LIMIT, Moment, files, forks, moments, run
 
 pytestmark = LIMIT

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from lightning_pmss.files.atomic import check_target, remove_folder
-from lightning_pmss.files.kinds import ADAPTER, KINDS, LORA, MERGED, FolderKind, files_below
+from lightning_pmss.store.atomic import check_target, remove_folder
+from lightning_pmss.store.kinds import ADAPTER, KINDS, LORA, MERGED, FolderKind, files_below
 from tests.killing import files
 
 # Files of each kind, as the library writes them.

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.conversion.convert import pmss_layers
 from lightning_pmss.files import export_files, export_lora, load_adapter, merge_files, save_adapter
 from lightning_pmss.files.lora import lora_pair
 from lightning_pmss.merging import merge, merged_state_dict, unmerge
@@ -361,7 +361,7 @@ def test_from_a_base_in_shards_and_bfloat16(
     tiny_llama: str, sharded_llama: str, tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Streamed: trained in float32, exported from bfloat16 shards, of which only the adapter's layers are read."""
-    from lightning_pmss.files.shards import ShardReader
+    from lightning_pmss.store.shards import ShardReader
 
     model = train(_base(Path(sharded_llama), torch.bfloat16), target_modules=["q_proj", "down_proj"])
     save_adapter(model, tmp_path / "adapter")

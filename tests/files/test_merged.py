@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.conversion.convert import pmss_layers
 from lightning_pmss.files import merge_files, save_adapter
 from lightning_pmss.merging import merge, merge_weight
 from tests.files.edits import edit_tensors, seal
@@ -278,7 +278,7 @@ def test_full_disk(tiny_llama: str, adapter: Path, tmp_path: Path, monkeypatch: 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lightning_pmss.files.shards.ShardWriter.write", full)
+    monkeypatch.setattr("lightning_pmss.store.shards.ShardWriter.write", full)
     with pytest.raises(OSError, match="No space left"):
         _merge(tiny_llama, adapter, tmp_path / "merged", overwrite=True)
     with pytest.raises(OSError, match="No space left"):

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lightning_pmss.files import merge_files, save_adapter, write_merged
-from lightning_pmss.files.shards import INDEX_FILE
+from lightning_pmss.store.shards import INDEX_FILE
 
 TOKENIZER = {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
 WRITTEN = {"config.json", "generation_config.json", "model.safetensors", "merge_report.json"} | TOKENIZER

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lightning_pmss import expression
-from lightning_pmss.adapters.named import add_adapter, load_adapters, set_adapter
-from lightning_pmss.config import PMSSConfig
-from lightning_pmss.conversion import conversion_of, convert, pmss_layers
+from lightning_pmss.conversion import expression
+from lightning_pmss.conversion.convert import conversion_of, convert, pmss_layers
 from lightning_pmss.files import export_files, load_adapter, merge_files, read_adapter, save_adapter
-from lightning_pmss.files.inspection import inspect_adapter
+from lightning_pmss.inspect.inspection import inspect_adapter
+from lightning_pmss.methods.pmss.config import PMSSConfig
+from lightning_pmss.named.named import add_adapter, load_adapters, set_adapter
 
 # Python's own `re` needs more than a lifetime for each of these on a module's name; the last matches everything.
 HANGING = ("(.*|.*x)*(.*)*!", "((a|aa|.)+)+!", "(|a+)+!", ".*")

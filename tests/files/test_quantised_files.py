@@ -14,11 +14,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from lightning_pmss import PMSSConfig, convert, load_adapter, merge, save_adapter, unmerge
-from lightning_pmss.adapters import disable_adapter, load_adapters, set_adapter
-from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.conversion.convert import pmss_layers
 from lightning_pmss.files import export_lora, merge_files, read_adapter, write_merged
+from lightning_pmss.layers.quantised import dequantised, is_quantised
 from lightning_pmss.merging import merged
-from lightning_pmss.quantised import dequantised, is_quantised
+from lightning_pmss.named import disable_adapter, load_adapters, set_adapter
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install lightning-pmss[quantised]")
 pytest.importorskip("torchao", reason="torchao is not installed: pip install lightning-pmss[quantised]")

@@ -15,11 +15,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lightning_pmss.cli import main
-from lightning_pmss.config import PMSSConfig
-from lightning_pmss.conversion import conversion_of, convert, pmss_layers
+from lightning_pmss.conversion.convert import conversion_of, convert, pmss_layers
 from lightning_pmss.files import export_files, export_lora, load_adapter, merge_files, save_adapter
-from lightning_pmss.files.inspection import inspect_adapter
+from lightning_pmss.inspect.inspection import inspect_adapter
 from lightning_pmss.merging import merge, unmerge
+from lightning_pmss.methods.pmss.config import PMSSConfig
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 

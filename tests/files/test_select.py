@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_pmss.config import PMSSConfig
-from lightning_pmss.conversion import convert, pmss_layers
+from lightning_pmss.conversion.convert import convert, pmss_layers
 from lightning_pmss.files.architecture import model_on_meta
 from lightning_pmss.files.select import select_files
-from lightning_pmss.fingerprint import fingerprint
-from lightning_pmss.selection import SELECTORS
-from lightning_pmss.skeleton import METADATA, read_skeleton
+from lightning_pmss.layers.fingerprint import fingerprint
+from lightning_pmss.methods.pmss.config import PMSSConfig
+from lightning_pmss.methods.pmss.selection import SELECTORS
+from lightning_pmss.methods.pmss.skeleton import METADATA, read_skeleton
 
 
 def loaded(folder: str, **options: Any) -> nn.Module:

@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_pmss.config import PMSSConfig
 from lightning_pmss.files import select as module
 from lightning_pmss.files.select import select_files
-from lightning_pmss.skeleton import read_skeleton
+from lightning_pmss.methods.pmss.config import PMSSConfig
+from lightning_pmss.methods.pmss.skeleton import read_skeleton
 
 CONFIG = PMSSConfig(rank=8)
 MATRICES = 14
@@ -26,7 +26,7 @@ MATRICES = 14
 # Stops for good inside its 6th matrix, with 5 kept: what a kill or a power cut finds.
 _KILLED = """
 import sys, time
-from lightning_pmss.config import PMSSConfig
+from lightning_pmss.methods.pmss.config import PMSSConfig
 from lightning_pmss.files import select as module
 whole, calls = module.select_skeleton, []
 def stuck(*args, **kwargs):

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lightning_pmss.files.shards import (
+from lightning_pmss.store.shards import (
     ShardWriter,
     TensorInfo,
     open_shards,

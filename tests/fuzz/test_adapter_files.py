@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_pmss import load_adapter
-from lightning_pmss.adapters import add_adapter, load_adapters
-from lightning_pmss.conversion import pmss_layers
+from lightning_pmss.conversion.convert import pmss_layers
 from lightning_pmss.files import export_files, merge_files
-from lightning_pmss.files.inspection import inspect_adapter
+from lightning_pmss.inspect.inspection import inspect_adapter
+from lightning_pmss.named import add_adapter, load_adapters
 from tests.files.edits import CONFIG, WEIGHTS, edit_config, seal
 from tests.fuzz.conftest import Files, Module, inputs
 from tests.fuzz.models import assert_unchanged, state_of, summary

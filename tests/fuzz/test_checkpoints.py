@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lightning_pmss.conversion import pmss_layers
-from lightning_pmss.files import extract_files, merge_checkpoint
+from lightning_pmss.checkpoints.extract import extract_files, merge_checkpoint
+from lightning_pmss.conversion.convert import pmss_layers
 from tests.fuzz.conftest import Files, Module, inputs, loader, make_callback, make_trainer
 from tests.fuzz.models import summary
 from tests.fuzz.mutations import copied, mutate

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from lightning_pmss.cli import main
+from lightning_pmss.evaluation.journal import Journal
 from lightning_pmss.evaluation.records import append_records, write_records
-from lightning_pmss.modules.journal import Journal
 from tests.fuzz.mutations import copied, mutate
 from tests.fuzz.trying import LIMIT, attempt, cases, state
 

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_pmss.cli import main
-from lightning_pmss.config import PMSSConfig
-from lightning_pmss.conversion import convert, pmss_layers
+from lightning_pmss.conversion.convert import convert, pmss_layers
 from lightning_pmss.files import save_adapter
+from lightning_pmss.methods.pmss.config import PMSSConfig
 from tests.fuzz.mutations import copied, mutate
 from tests.fuzz.trying import COUNT, LIMIT, attempt, cases, state
 

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lightning_pmss import PMSSConfig, convert
-from lightning_pmss.conversion import pmss_layers
-from lightning_pmss.reading import describe_tensors
-from lightning_pmss.skeleton import METADATA, read_skeleton
+from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.methods.pmss.skeleton import METADATA, read_skeleton
+from lightning_pmss.store import describe_tensors
 from tests.fuzz.conftest import Files, Module
 from tests.fuzz.models import assert_unchanged, state_of, summary
 from tests.fuzz.mutations import copied, mutate

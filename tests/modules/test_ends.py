@@ -13,7 +13,7 @@ import torch
 from handmade import HandMade, collate
 from torch.utils.data import DataLoader
 
-from lightning_pmss.chat import end_of_turn
+from lightning_pmss.datamodules.chat import end_of_turn
 from lightning_pmss.modules import CausalLMModule
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] + '\n' + m['content'] + END + '\n' }}{% endfor %}"

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_pmss.evaluation.generation import Generation, cut
 from lightning_pmss.modules import CausalLMModule
-from lightning_pmss.modules.generation import Generation, cut
 
 PROMPTS = (
     "Once upon a time, there was a",

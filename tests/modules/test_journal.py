@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from lightning_pmss.disk import held
+from lightning_pmss.evaluation.journal import Journal
 from lightning_pmss.evaluation.records import read_records, write_records
-from lightning_pmss.modules.journal import Journal
+from lightning_pmss.store.disk import held
 
 ONE, OTHER = {"model": "one"}, {"model": "other"}
 

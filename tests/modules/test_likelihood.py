@@ -13,9 +13,9 @@ import torch
 from handmade import collate
 from torch.utils.data import DataLoader
 
+from lightning_pmss.evaluation.likelihood import candidates, choose, log_likelihoods, offered
 from lightning_pmss.metrics import CommonsenseAccuracy
 from lightning_pmss.modules import CausalLMModule
-from lightning_pmss.modules.likelihood import candidates, choose, log_likelihoods, offered
 
 ROWS = [
     ("Is it? Answer format: true/false\nAnswer:", "true", "boolq"),

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from lightning_pmss.evaluation.answers import examine
+from lightning_pmss.evaluation.predictions import Prediction, gather_predictions, write_predictions
 from lightning_pmss.metrics import CommonsenseAccuracy, GSM8KAccuracy
-from lightning_pmss.modules.answers import examine
-from lightning_pmss.modules.predictions import Prediction, gather_predictions, write_predictions
 
 
 def row(number: int, output: str = "x") -> Prediction:

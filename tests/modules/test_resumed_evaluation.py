@@ -14,8 +14,8 @@ from handmade import EXAMPLES, EqualTexts, HandMade
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from torch import Tensor
 
+from lightning_pmss.evaluation.identity import model_hash, tensor_hash
 from lightning_pmss.modules import CausalLMModule
-from lightning_pmss.modules.identity import model_hash, tensor_hash
 
 Trainers = Callable[..., L.Trainer]
 

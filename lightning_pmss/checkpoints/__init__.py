@@ -1,0 +1,1 @@
+"""Lightning checkpoints of a converted module: what they hold, how they are checked, restored and extracted."""

@@ -1,0 +1,111 @@
+"""What a checkpoint says of itself: enough to write its adapter without the program that trained it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from lightning_pmss.checkpoints.record import FORMAT_VERSION
+from lightning_pmss.conversion.convert import conversion_of, pmss_layers
+from lightning_pmss.conversion.roots import adapted_root, canonical_modules, noted_root
+from lightning_pmss.files.adapter import class_path, linear_left_out, other_names
+from lightning_pmss.files.base import base_of
+from lightning_pmss.files.fresh import live_tensors, settings_of, untrained
+from lightning_pmss.files.plain import quantisation_settings
+from lightning_pmss.layers.fingerprint import fingerprint
+from lightning_pmss.layers.parts import clean_name
+from lightning_pmss.layers.quantised import quantisation_of
+from lightning_pmss.methods.pmss.layer import canonical_shape
+
+
+class FullName(NamedTuple):
+    """Where a checkpoint keeps a tensor that is trained in full.
+
+    Attributes:
+        key: In the state dict: of a tied tensor the first of its names.
+        tied: Its other canonical names.
+    """
+
+    key: str
+    tied: list[str]
+
+
+def full_names(module: nn.Module) -> dict[str, FullName]:
+    """The tensors trained in full and those that no file of the base holds, by canonical name.
+
+    To be asked before a strategy wraps the module.
+    """
+    report, named = conversion_of(module), canonical_modules(module)
+    assert report is not None
+    live: dict[str, Tensor] = {clean_name(n): t for n, t in module.named_parameters(remove_duplicate=False)}
+    live |= {clean_name(n): t for n, t in module.named_buffers(remove_duplicate=False)}
+    first: dict[int, str] = {}
+    for key, tensor in live.items():
+        first.setdefault(id(tensor), key)
+    names = {id(m): clean_name(n) for n, m in module.named_modules()}
+    found: dict[str, Tensor] = {}
+    for name in report.also_train:
+        start = f"{names[id(named[name])]}."
+        own = {key.removeprefix(start): tensor for key, tensor in live.items() if key.startswith(start)}
+        kept = {clean_name(key) for key in named[name].state_dict()}
+        found |= {f"{name}.{key}": tensor for key, tensor in own.items() if key in kept}
+    found |= live_tensors(module, untrained(report.fresh or {}, report))
+    tied = other_names(found, module)
+    return {
+        name: FullName(first[id(tensor)], tied.get(name, [])) for name, tensor in found.items() if id(tensor) in first
+    }
+
+
+def describe(
+    module: nn.Module, trained: Mapping[str, tuple[int, ...]], *, full: Mapping[str, FullName]
+) -> dict[str, Any]:
+    """The ``pmss`` entry of a checkpoint, as `CheckpointRecord` has it; on a sharded model a collective.
+
+    Args:
+        module: The converted LightningModule.
+        trained: Keys and shapes of the tensors that the checkpoint keeps.
+        full: Of `full_names`.
+    """
+    report, layers = conversion_of(module), pmss_layers(module)
+    assert report is not None
+    names = {id(m): clean_name(name) for name, m in module.named_modules()}
+    modules = {
+        name: {
+            "key": names[id(layer)],
+            "shape": list(canonical_shape(layer)),
+            "layout": "conv1d" if layer.transposed else "linear",
+            "frame_dtype": None if layer.frame_dtype is None else str(layer.frame_dtype).removeprefix("torch."),
+            "fingerprint": dict(layer.fingerprint or fingerprint(*layer.slices())),
+        }
+        for name, layer in layers.items()
+    }
+    starts = untrained(report.fresh or {}, report)
+    root, base = adapted_root(module)[0], base_of(module)
+    return {
+        "format_version": FORMAT_VERSION,
+        "config": report.config.to_dict(),
+        "base": {
+            "name": base.name,
+            "revision": base.revision,
+            "model_class": class_path(root),
+            "quantisation": sorted(q for q in {quantisation_of(m, m.pristine) for m in layers.values()} if q),
+            "quantisation_settings": quantisation_settings(root),
+        },
+        "root": noted_root(module),
+        "left_out": linear_left_out(module),
+        "modules": modules,
+        "full_modules": list(report.also_train),
+        "also_train": {
+            name: {"key": where.key, "shape": list(trained[where.key]), "tied": where.tied}
+            for name, where in full.items()
+            if name not in starts
+        },
+        "fresh": {
+            name: {"key": where.key, "shape": list(trained[where.key]), "tied": where.tied, "start": starts[name]}
+            for name, where in full.items()
+            if name in starts and where.key in trained
+        },
+        "settings": settings_of(module, report.fresh or {}),
+    }

@@ -1,0 +1,226 @@
+"""From a checkpoint to the adapter that `fit` would have written at that step, without the program that trained it.
+
+A checkpoint holds V, the base gives what turns it into U: ``U = left V right`` with factors that follow from the selected rows
+and columns. The base is streamed, one matrix at a time. The result equals `fit`'s bit for bit where the factors do: on the same
+machine with the same number of threads, and where they were not read from a skeleton file that another machine made. DeepSpeed
+with ``bf16`` forms U from bfloat16 copies; here it comes from the float32 masters.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lightning_pmss.checkpoints.names import Found, FoundLayer, described, from_keys
+from lightning_pmss.checkpoints.reading import DAMAGED, read_checkpoint
+from lightning_pmss.checkpoints.record import METADATA, CheckpointRecord, check_layer, read_record
+from lightning_pmss.files.adapter_file import AdapterFile, AdapterModule, write_adapter
+from lightning_pmss.files.fresh import rows_to_keep
+from lightning_pmss.files.merged import merge_files
+from lightning_pmss.files.model_folder import FileMergeReport, refuse_overlap
+from lightning_pmss.files.naming import Wording, match_names
+from lightning_pmss.layers.fingerprint import same_base
+from lightning_pmss.layers.parts import clean_name
+from lightning_pmss.methods.pmss.config import PMSSConfig
+from lightning_pmss.methods.pmss.coordinates import PMSSCore, coordinate_frame, core_dtype
+from lightning_pmss.store import not_finite, refuse_odd_type
+from lightning_pmss.store.atomic import check_target
+from lightning_pmss.store.kinds import ADAPTER, MERGED
+from lightning_pmss.store.shards import ShardReader, few, open_shards
+
+_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_GO_ON = "resume the run with it as ckpt_path and max_steps at its step: fit then writes the adapter"
+
+
+@dataclass(frozen=True)
+class ExtractReport:
+    """What `extract_files` did; ``print`` it.
+
+    Attributes:
+        checkpoint: The checkpoint.
+        output: The adapter folder.
+        layers: Number of converted layers.
+        step: Optimizer steps that the run had made; None where the checkpoint does not say.
+    """
+
+    checkpoint: str
+    output: str
+    layers: int
+    step: int | None
+
+    def __str__(self) -> str:
+        at = "" if self.step is None else f" at step {self.step}"
+        return f"adapter of {self.checkpoint}{at}: {self.layers} layers, written to {self.output}"
+
+
+def extract_files(
+    ckpt: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> ExtractReport:
+    """Write the adapter folder of a checkpoint.
+
+    Args:
+        ckpt: Checkpoint of a run with `PMSSCallback`: file, or folder of FSDP1, FSDP2, ZeRO-2 or ZeRO-3.
+        base: What the run started from: folder with safetensors weights, or a safetensors file with a state dict.
+        output: Folder to write; appears only when it is complete.
+        overwrite: Replace an earlier adapter.
+        progress: Show a progress bar.
+
+    Raises:
+        FileNotFoundError: Checkpoint or base is missing.
+        FileExistsError: See `atomic_folder`.
+        PermissionError: A file must not be read.
+        ValueError: A damaged checkpoint or one without PMSS, another base, a base in codes, or an output equal to, inside or
+            around base or checkpoint.
+    """
+    source, base, output = (Path(path).expanduser() for path in (ckpt, base, output))
+    refuse_overlap(output, {"base": base, "checkpoint": source})
+    check_target(output, ADAPTER, overwrite=overwrite)
+    adapter, step = adapter_of_checkpoint(source, base, progress=progress)
+    facts: dict[str, Any] = {"checkpoint": source.name}
+    if step is not None:
+        facts["optimizer steps"] = step
+    write_adapter(adapter, output, overwrite=overwrite, run={"Training": facts}, base=base if base.is_dir() else None)
+    return ExtractReport(str(source), str(output), len(adapter.modules), step)
+
+
+def merge_checkpoint(
+    ckpt: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    progress: bool = True,
+    **options: Any,
+) -> FileMergeReport:
+    """Merge what a checkpoint has trained into its base on disk; `extract_files` and `merge_files` in one.
+
+    Args:
+        ckpt: See `extract_files`.
+        base: See `extract_files`.
+        output: See `merge_files`.
+        overwrite: See `merge_files`.
+        progress: Show progress bars.
+        **options: Of `merge_files`: ``dtype``, ``max_shard_size``.
+
+    Raises:
+        As `extract_files` and `merge_files`.
+    """
+    source, base, output = (Path(path).expanduser() for path in (ckpt, base, output))
+    refuse_overlap(output, {"base": base, "checkpoint": source})
+    check_target(output, MERGED, overwrite=overwrite)
+    adapter, _ = adapter_of_checkpoint(source, base, progress=progress)
+    return merge_files(base, adapter, output, overwrite=overwrite, progress=progress, **options)
+
+
+@torch.no_grad()
+def adapter_of_checkpoint(ckpt: Path, base: Path, *, progress: bool = True) -> tuple[AdapterFile, int | None]:
+    """The adapter of a checkpoint, and the optimizer steps that the run had made; raises as `extract_files`."""
+    where = f"the checkpoint {ckpt}"
+    content = read_checkpoint(ckpt)
+    for key, value in content["state_dict"].items():
+        refuse_odd_type(value, key, where, DAMAGED)
+    state: dict[str, Tensor] = {clean_name(key): value for key, value in content["state_dict"].items()}
+    record = read_record(content.get(METADATA), where)
+    options = PMSSConfig.from_file(record.config, where, DAMAGED)
+    with open_shards(base) as reader:
+        if isinstance(record, CheckpointRecord):
+            found = described(record, options, state, where)
+        else:
+            found = from_keys(record.prints, options, state, where, str(base))
+        rename = _names(found, reader, base, ckpt)
+        modules, wrong = {}, []
+        for name, layer in tqdm(found.layers.items(), desc="extracting", unit="layer", disable=not progress):
+            own = found.fresh.get(f"{name}.weight")
+            weight = reader.read(f"{rename(name)}.weight") if own is None else state[own.key]
+            module = _module(layer, weight, state, options, name, where)
+            if module is None:
+                wrong.append(name)
+            else:
+                modules[name] = module
+        fresh = {}
+        for name, entry in found.fresh.items():
+            keys = [rename(other) for other in (name, *entry.tied)]
+            stored = next((reader.read(key) for key in keys if key in reader.tensors), None)
+            fresh[name] = rows_to_keep(state[entry.key], entry.start, stored)
+    adapter = AdapterFile(
+        folder=ckpt,
+        options=options,
+        base_model=found.base_model,
+        revision=found.revision,
+        modules=modules,
+        model_class=found.model_class,
+        also_train={name: state[full.key].clone() for name, full in found.also_train.items()},
+        tied={name: full.tied for name, full in (found.also_train | found.fresh).items()},
+        quantisation=found.quantisation,
+        quantisation_settings=found.quantisation_settings,
+        root=found.root,
+        left_out=found.left_out,
+        fresh=fresh,
+        settings=found.settings,
+    )
+    if not wrong and (broken := not_finite({n: m.U for n, m in modules.items()} | adapter.also_train)):
+        raise ValueError(f"{where}: {few(broken)} would be NaN or infinite. {DAMAGED}")
+    if wrong:
+        raise ValueError(adapter.wrong_base(wrong, str(base)))
+    return adapter, content.get("global_step")
+
+
+def _module(
+    layer: FoundLayer, stored: Tensor, state: Mapping[str, Tensor], options: PMSSConfig, name: str, where: str
+) -> AdapterModule | None:
+    """One layer of the adapter; None where the base's weight is not the one that it was trained on."""
+    layouts = ("linear", "conv1d") if layer.layout is None else (layer.layout,)
+    for number, layout in enumerate(layouts):
+        weight = stored.T if layout == "conv1d" else stored
+        shape = (weight.shape[0], weight.shape[1])
+        try:
+            v, rows, cols = check_layer(state, shape, options.coordinates, layer.key, where)
+        except ValueError:
+            if number < len(layouts) - 1:  # format 1 does not say the layout: in the other one the indices may fit
+                continue
+            raise
+        if not same_base(layer.fingerprint, weight[rows], weight[:, cols]):
+            continue
+        # As it was when the run computed the coordinates; a cast to the dtype of the file changes nothing.
+        weight = weight.to(_DTYPES[layer.frame_dtype]) if layer.frame_dtype is not None else weight
+        frame = coordinate_frame(weight[:, cols], weight[rows], options.coordinates, name, weight=weight)
+        core = PMSSCore(len(cols), len(rows), frame, core_dtype(weight.dtype), weight.device)
+        core.weight.copy_(v)
+        update = core(options.scale_of(len(cols))).clone()
+        return AdapterModule(shape, layout, layer.fingerprint, update, rows.clone(), cols.clone())
+    return None
+
+
+def _names(found: Found, reader: ShardReader, base: Path, ckpt: Path) -> Callable[[str], str]:
+    if found.quantisation:
+        raise ValueError(
+            f"{ckpt} was trained on quantised weights ({few(found.quantisation)}), which are not those on disk. Load it in"
+            " Python: MODULE.load_from_checkpoint(CKPT), then save_adapter(module, ADAPTER_DIR)."
+        )
+    stored: dict[str, tuple[int, ...] | None] = {
+        name: layer.shape[::-1] if layer.layout == "conv1d" and layer.shape else layer.shape
+        for name, layer in found.layers.items()
+        if f"{name}.weight" not in found.fresh
+    }
+    wording = Wording(
+        whose="the checkpoint's",
+        owner=f"the checkpoint {ckpt}",
+        expects="was trained on",
+        missing=f"Give the base that the run started from; if its file has other names for these layers, {_GO_ON}.",
+        ambiguous=f"So {_GO_ON}.",
+        mismatch="Give the base that the run started from.",
+        quantised=f"a quantised form, of which no rows and columns can be read. Give the unquantised base, or {_GO_ON}.",
+    )
+    return match_names(stored, reader, base, wording)

@@ -1,0 +1,198 @@
+"""Which layers and modules a checkpoint holds, under their canonical names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from lightning_pmss.checkpoints.reading import DAMAGED
+from lightning_pmss.checkpoints.record import CheckpointRecord, FreshRecord
+from lightning_pmss.messages import some
+from lightning_pmss.methods.pmss.config import PMSSConfig
+from lightning_pmss.store.shards import few
+
+_CORE = "core.weight"
+
+
+@dataclass(frozen=True)
+class FoundLayer:
+    """One converted layer; what format 1 does not say is None.
+
+    Attributes:
+        key: Of the layer in the state dict.
+        fingerprint: Of W's selected rows and columns.
+        shape: (out, in) of W.
+        layout: ``"linear"`` or ``"conv1d"``.
+        frame_dtype: Of W when the coordinates were computed; None: as the base's file has it.
+    """
+
+    key: str
+    fingerprint: dict[str, str]
+    shape: tuple[int, int] | None = None
+    layout: str | None = None
+    frame_dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class FoundTensor:
+    """One tensor of a module trained in full.
+
+    Attributes:
+        key: In the state dict.
+        tied: Its other canonical names.
+    """
+
+    key: str
+    tied: list[str]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a checkpoint holds, by canonical name, and of which base.
+
+    Attributes:
+        layers: The converted layers.
+        also_train: The tensors of the modules trained in full.
+        full_modules: These modules.
+        fresh: See `CheckpointRecord`.
+        settings: See `CheckpointRecord`.
+        base_model: Id or path of the base.
+        root: See `CheckpointRecord`.
+        left_out: See `CheckpointRecord`; None where it is not known.
+        revision: Commit of the base.
+        model_class: Dotted path of the model's class.
+        quantisation: How the base kept its weights.
+        quantisation_settings: See `files.plain`.
+    """
+
+    layers: dict[str, FoundLayer]
+    also_train: dict[str, FoundTensor]
+    full_modules: list[str]
+    base_model: str | None
+    root: str | None = None
+    left_out: list[str] | None = None
+    revision: str | None = None
+    model_class: str | None = None
+    quantisation: list[str] = field(default_factory=list)
+    quantisation_settings: dict[str, Any] = field(default_factory=dict)
+    fresh: dict[str, FreshRecord] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def described(record: CheckpointRecord, options: PMSSConfig, state: Mapping[str, Tensor], where: str) -> Found:
+    """By what the checkpoint says of itself, in format 2.
+
+    Raises:
+        ValueError: A tensor is missing, has another shape than it says, or belongs to nothing it says.
+    """
+    in_full = record.also_train | record.fresh
+    wrong = [full.key for full in in_full.values() if full.key not in state]
+    if wrong:
+        raise ValueError(f"{where} lacks {some(wrong)}. {DAMAGED}")
+    for full in in_full.values():
+        if list(state[full.key].shape) != full.shape:
+            raise ValueError(
+                f"{where}: `{full.key}` is {list(state[full.key].shape)}, and was written as {full.shape}. {DAMAGED}"
+            )
+    keys = [layer.key for layer in record.modules.values()]
+    names = {n: (layer.key, [n]) for n, layer in record.modules.items()}
+    names |= {n: (full.key, [n, *full.tied]) for n, full in in_full.items()}  # a tied one is kept once
+    if strange := [n for n, (key, own) in names.items() if not any(f".{key}".endswith(f".{name}") for name in own)]:
+        raise ValueError(f"{where} is damaged: {some(strange)} are no names of what it holds. {DAMAGED}")
+    if len(set(keys)) != len(keys):
+        raise ValueError(f"{where} is damaged: two of its layers have one key. {DAMAGED}")
+    if undescribed := sorted(_layers(state) - set(keys)):
+        raise ValueError(f"{where} says nothing of its layers {some(undescribed)}. {DAMAGED}")
+    return Found(
+        layers={
+            name: FoundLayer(
+                layer.key,
+                layer.fingerprint.model_dump(),
+                (layer.shape[0], layer.shape[1]),
+                layer.layout,
+                layer.frame_dtype,
+            )
+            for name, layer in record.modules.items()
+        },
+        also_train={name: FoundTensor(full.key, full.tied) for name, full in record.also_train.items()},
+        full_modules=record.full_modules,
+        base_model=record.base.name,
+        root=record.root,
+        left_out=record.left_out,
+        revision=record.base.revision,
+        model_class=record.base.model_class,
+        quantisation=record.base.quantisation,
+        quantisation_settings=record.base.quantisation_settings,
+        fresh=record.fresh,
+        settings=record.settings,
+    )
+
+
+def from_keys(
+    prints: Mapping[str, dict[str, str]], options: PMSSConfig, state: Mapping[str, Tensor], where: str, base: str
+) -> Found:
+    """By the fingerprints and the keys of the state dict, for format 1, which says no more.
+
+    The names of the layers differ from their keys by one prefix, that of the Hugging Face model in the LightningModule.
+
+    Raises:
+        ValueError: The names do not fit the keys, or it cannot be said which modules were trained in full.
+    """
+    keys = _layers(state)
+    first = next(iter(prints))
+    prefixes = sorted((key.removesuffix(first) for key in keys if key == first or key.endswith(f".{first}")), key=len)
+    for prefix in prefixes:
+        own = {name: f"{prefix}{name}" if f"{prefix}{name}" in keys else name for name in prints}
+        if set(own.values()) == keys:
+            break
+    else:
+        raise ValueError(
+            f"{where}: its layers ({few(sorted(keys))}) are not those it has fingerprints of ({few(sorted(prints))}). {DAMAGED}"
+        )
+    # Of which dtype of W the coordinates were computed, format 1 does not say; that of the fingerprint is mostly the same.
+    narrow = {n: prints[n]["dtype"] if prints[n]["dtype"] != "float32" else None for n in prints}
+    layers = {name: FoundLayer(own[name], dict(prints[name]), frame_dtype=narrow[name]) for name in prints}
+    rest = [key for key in state if not any(key == k or key.startswith(f"{k}.") for k in own.values())]
+    return Found(layers, *_full(options, rest, prefix, state, where), base)
+
+
+def _full(
+    options: PMSSConfig, keys: list[str], prefix: str, state: Mapping[str, Tensor], where: str
+) -> tuple[dict[str, FoundTensor], list[str]]:
+    """The tensors of the modules trained in full, and these; a checkpoint also holds buffers of others."""
+    names = {key.removeprefix(prefix): key for key in keys}
+    modules = {name[: dot.start()] for name in names for dot in re.finditer(r"\.", name)}
+    patterns = options.also_train
+    if isinstance(patterns, str):
+        if not re.fullmatch(r"[\w.]+", patterns):
+            raise ValueError(
+                f"{where} is of format 1, which does not say which modules also_train={patterns!r} means. Resume the run with"
+                " it as ckpt_path and max_steps at its step: fit then writes the adapter."
+            )
+        chosen = {patterns} & modules
+        lost = [] if chosen else [patterns]
+    else:
+        chosen = {m for m in modules if any(m == p or m.endswith(f".{p}") for p in patterns)}
+        lost = [p for p in patterns if not any(m == p or m.endswith(f".{p}") for m in modules)]
+    if lost:
+        raise ValueError(f"{where} holds nothing of {some(lost)}, which it was to train in full. {DAMAGED}")
+    found = {name: key for name, key in names.items() if any(name.startswith(f"{module}.") for module in chosen)}
+    return {name: FoundTensor(key, _tied(name, names, state)) for name, key in found.items()}, sorted(chosen)
+
+
+def _tied(name: str, names: Mapping[str, str], state: Mapping[str, Tensor]) -> list[str]:
+    """The other names under which a file has the same memory."""
+    own = state[names[name]]
+    return [
+        other
+        for other, key in names.items()
+        if other != name and own.numel() and state[key].data_ptr() == own.data_ptr() and state[key].shape == own.shape
+    ]
+
+
+def _layers(keys: Iterable[str]) -> set[str]:
+    return {key.removesuffix(_CORE).removesuffix(".") for key in keys if f".{key}".endswith(f".{_CORE}")}

@@ -1,0 +1,234 @@
+"""Checkpoints of Lightning on the CPU, without the run that wrote them: a file, or a folder of FSDP or DeepSpeed.
+
+A folder is known by the ``pmss.json`` beside its parts, which names the tensors that belong to the model. Parts are pickled
+files, as the engines write them: load checkpoints only from where you would run a program.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ConfigDict
+from torch import Tensor
+
+from lightning_pmss.layers.parts import clean_name
+from lightning_pmss.messages import one_line, reason, some
+from lightning_pmss.store.json_text import read_json
+from lightning_pmss.store.records import FileRecord, Record, Shape, checked
+from lightning_pmss.store.unreadable import refuse_unreadable
+
+SIDECAR = "pmss.json"
+DAMAGED = "Use an earlier checkpoint."
+
+
+def read_checkpoint(path: Path, *, weights_only: bool = True) -> dict[str, Any]:
+    """What a checkpoint holds, with the model's trained tensors whole under ``state_dict``.
+
+    Args:
+        path: File, or folder of FSDP1, FSDP2, ZeRO-2 or ZeRO-3. Of a folder the optimizer's state is left out.
+        weights_only: Refuse a file with more than plain values and tensors, which could run a program.
+
+    Raises:
+        FileNotFoundError: Nothing is there.
+        PermissionError: It must not be read.
+        ValueError: Damaged, incomplete, or no checkpoint of Lightning.
+        ModuleNotFoundError: A folder of DeepSpeed, which is not installed here.
+    """
+    if path.is_dir():
+        return _read_folder(path)
+    refuse_unreadable(path)
+    with refusing_damage(path):
+        # Mapped: of the optimizer's state nothing is read.
+        content = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=zipfile.is_zipfile(path))
+    check_content(content, f"the checkpoint {path}")
+    refuse_flipped_bits(path)
+    return dict(content)
+
+
+@contextmanager
+def refusing_damage(path: Path) -> Iterator[None]:
+    """What reading a checkpoint raises, in one sentence; which error a damaged file raises depends on where it is damaged.
+
+    Raises:
+        ValueError: The file cannot be read.
+    """
+    try:
+        yield
+    except (FileNotFoundError, PermissionError, ModuleNotFoundError, torch.OutOfMemoryError):
+        raise
+    except pickle.UnpicklingError as error:
+        if "weights_only" not in str(error):
+            raise ValueError(f"the checkpoint {path} cannot be read ({reason(error)}). {DAMAGED}") from error
+        raise ValueError(
+            f"the checkpoint {path} holds more than plain values and tensors ({reason(error)}). If it is yours, give"
+            f" weights_only=False where it is loaded; else: {DAMAGED}"
+        ) from error
+    except Exception as error:
+        raise ValueError(
+            f"the checkpoint {path} cannot be read: truncated, damaged, or no checkpoint ({reason(error)}). {DAMAGED}"
+        ) from error
+
+
+def refuse_flipped_bits(file: Path) -> None:
+    """Compare the checksums that every file of ``torch.save`` has, and that ``torch.load`` does not look at.
+
+    Raises:
+        ValueError: A part of the file is not what was written.
+    """
+    if not zipfile.is_zipfile(file):  # of torch before 1.6: no checksums
+        return
+    with zipfile.ZipFile(file) as archive:
+        try:
+            damaged = archive.testzip()
+        except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+            raise ValueError(f"the checkpoint {file} is damaged ({reason(error)}). {DAMAGED}") from error
+    if damaged is not None:
+        raise ValueError(
+            f"the checkpoint {file} changed after it was written: the checksum of its part {one_line(damaged)} differs."
+            f" {DAMAGED}"
+        )
+
+
+def check_content(content: Any, where: str) -> None:
+    """Refuse what is no checkpoint of Lightning.
+
+    Raises:
+        ValueError: A part that every checkpoint has is missing or of another type.
+    """
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "state_dict": Mapping, "epoch": int, "global_step": int, "pytorch-lightning_version": str, "loops": Mapping,
+        "callbacks": Mapping, "optimizer_states": list, "lr_schedulers": list, "hyper_parameters": dict,
+    }  # fmt: skip
+    if not isinstance(content, Mapping) or "state_dict" not in content:
+        raise ValueError(
+            f"{where} is no checkpoint of Lightning (it has no state_dict). Give the file that a Trainer wrote."
+        )
+    wrong = [name for name, kind in kinds.items() if name in content and not isinstance(content[name], kind)]
+    state = content["state_dict"]
+    if not wrong and not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        wrong = ["state_dict"]
+    if wrong:
+        raise ValueError(f"{where} is damaged: {some(wrong)} has another form than Lightning writes. {DAMAGED}")
+
+
+def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and checksum of each part of a checkpoint folder: what `refuse_changed_parts` compares with."""
+    parts = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SIDECAR)
+    return {part.relative_to(folder).as_posix(): _file_record(part) for part in parts}
+
+
+def refuse_changed_parts(folder: Path, files: Mapping[str, FileRecord]) -> None:
+    """Compare the parts of a folder with what was written.
+
+    Args:
+        folder: The checkpoint.
+        files: What `describe_files` gave then.
+
+    Raises:
+        ValueError: A part is gone, or changed.
+    """
+    for name, record in files.items():
+        part = folder / name
+        if not part.is_file() or not Path(os.path.realpath(part)).is_relative_to(os.path.realpath(folder)):
+            raise ValueError(f"the checkpoint {folder} is not complete: it has no {one_line(name)}. {DAMAGED}")
+        if part.stat().st_size != record.bytes or _file_record(part) != record.model_dump():
+            raise ValueError(
+                f"the checkpoint {folder} changed after it was written: {one_line(name)} is not what it was. {DAMAGED}"
+            )
+
+
+def _file_record(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+class _Parts(Record):
+    """What the sidecar says of a folder's parts; the rest says what they mean."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    tensors: dict[str, Shape]
+    files: dict[str, FileRecord] = {}  # format 1 had none
+
+
+def _read_folder(folder: Path) -> dict[str, Any]:
+    about = read_sidecar(folder)
+    parts = checked(_Parts, about, str(folder / SIDECAR), DAMAGED)
+    wanted = parts.tensors
+    refuse_changed_parts(folder, parts.files)
+    with refusing_damage(folder):
+        content = _read_deepspeed(folder) if (folder / "latest").is_file() else _read_fsdp(folder, set(wanted))
+    state = {k: v for k, v in content["state_dict"].items() if k in wanted}
+    if missing := sorted(set(wanted) - set(state)):
+        raise ValueError(f"the checkpoint {folder} lacks {some(missing)}. {DAMAGED}")
+    content |= {"state_dict": state, "pmss": about}
+    check_content(content, f"the checkpoint {folder}")
+    return content
+
+
+def read_sidecar(folder: Path) -> dict[str, Any]:
+    """The JSON beside the parts of a checkpoint folder.
+
+    Raises:
+        PermissionError: It must not be read.
+        ValueError: It is not there, or is no object of JSON.
+    """
+    if not (folder / SIDECAR).is_file():
+        raise ValueError(f"{folder} was made without PMSSCallback (it has no {SIDECAR}) or is not complete.")
+    about = read_json(folder / SIDECAR, DAMAGED)
+    if not isinstance(about, dict):
+        raise ValueError(f"{folder / SIDECAR} is damaged: it is not an object of JSON. {DAMAGED}")
+    return about
+
+
+def _read_fsdp(folder: Path, wanted: set[str]) -> dict[str, Any]:
+    """Tensor by tensor: the folder holds the optimizer's as well."""
+    from torch.distributed.checkpoint import FileSystemReader, load
+
+    parts = FileSystemReader(folder).read_metadata().state_dict_metadata
+    state: dict[str, Any] = {}
+    for key, part in parts.items():
+        root, _, name = key.partition(".")  # of FSDP1 `model`, of FSDP2 `state_dict`
+        if name in wanted and root in ("model", "state_dict"):
+            tensor: Any = part
+            state.setdefault(root, {})[name] = torch.empty(tensor.size, dtype=tensor.properties.dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is meant here
+        load(state, storage_reader=FileSystemReader(folder), no_dist=True)
+    found = {name: value for root in state.values() for name, value in root.items()}
+    rest = torch.load(folder / "meta.pt", map_location="cpu", weights_only=True)
+    return dict(rest) | {"state_dict": found}
+
+
+def _read_deepspeed(folder: Path) -> dict[str, Any]:
+    """Parameters from the optimizer's float32 copies, all else from the engine's copy of the model."""
+    try:
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"the checkpoint {folder} was written by DeepSpeed, which is needed to read it:"
+            " pip install -c constraints.txt -e '.[deepspeed]'"
+        ) from error
+    name = (folder / "latest").read_text(encoding="utf-8").strip()
+    if Path(name).name != name:
+        raise ValueError(f"`latest` names no folder of it: {name}")
+    parts = folder / name
+    first = min(parts.glob("*model_states.pt"))  # of rank 0
+    content = torch.load(first, map_location="cpu", weights_only=False)
+    buffers = {key: value for key, value in content["module"].items() if isinstance(value, Tensor)}
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        trained = get_fp32_state_dict_from_zero_checkpoint(str(folder), exclude_frozen_parameters=True)
+    kept = ("epoch", "global_step", "pytorch-lightning_version", "callbacks", "loops", "made_with", "hyper_parameters")
+    return {key: content[key] for key in kept if key in content} | {
+        "state_dict": {clean_name(key): value.detach() for key, value in (buffers | dict(trained)).items()}
+    }

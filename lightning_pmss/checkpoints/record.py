@@ -1,0 +1,193 @@
+"""The ``pmss`` entry of a checkpoint: what its tensors mean, and whether they can be what it says.
+
+Format 2 makes a checkpoint enough to write its adapter, with nothing but the base's weights beside it. Format 1 had the
+options and the fingerprints alone; names are then read from the keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+from torch import Tensor
+
+from lightning_pmss.checkpoints.reading import DAMAGED
+from lightning_pmss.layers.convertible import FLOATS
+from lightning_pmss.layers.fingerprint import FingerprintRecord
+from lightning_pmss.messages import some
+from lightning_pmss.methods.pmss.config import PMSSConfig
+from lightning_pmss.methods.pmss.coordinates import trained_shape
+from lightning_pmss.store import Record, check_index, checked, not_finite
+from lightning_pmss.store.records import FileRecord, Shape, Size
+
+METADATA = "pmss"
+FORMAT_VERSION = 2
+
+
+class LayerRecord(Record):
+    """One converted layer.
+
+    Attributes:
+        key: Its name in the state dict, without the last dot; "" where it is the LightningModule itself.
+        shape: (out, in) of W.
+        layout: ``"linear"``: the base stores W; ``"conv1d"``: it stores W transposed.
+        frame_dtype: Of W when the coordinates were computed; None: they were read from a skeleton file.
+        fingerprint: Of W's selected rows and columns.
+    """
+
+    key: str
+    shape: Annotated[list[Size], Field(min_length=2, max_length=2)]
+    layout: Literal["linear", "conv1d"]
+    frame_dtype: Literal["float64", "float32", "bfloat16", "float16"] | None
+    fingerprint: FingerprintRecord
+
+
+class FullRecord(Record):
+    """One tensor of a module trained in full.
+
+    Attributes:
+        key: Its name in the state dict.
+        shape: Its shape.
+        tied: Its other canonical names.
+    """
+
+    key: str
+    shape: Shape
+    tied: list[str]
+
+
+class FreshRecord(FullRecord):
+    """One frozen tensor that no file of the base holds, or not all of.
+
+    Attributes:
+        start: How many of its rows the files have.
+    """
+
+    start: Annotated[int, Field(ge=0)]
+
+
+class BaseRecord(Record):
+    """The base, as an adapter's config has it."""
+
+    name: str | None
+    revision: str | None
+    model_class: str | None
+    quantisation: list[str]
+    quantisation_settings: dict[str, Any]
+
+
+class CheckpointRecord1(Record):
+    """Format 1."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    format_version: Literal[1]
+    config: dict[str, Any]
+    fingerprints: Annotated[dict[str, FingerprintRecord], Field(min_length=1)]
+    tensors: dict[str, Shape] | None = None  # beside a folder: keys and shapes of the trained tensors
+
+    @property
+    def prints(self) -> dict[str, dict[str, str]]:
+        """The fingerprints by canonical module name."""
+        return {name: record.model_dump() for name, record in self.fingerprints.items()}
+
+
+class CheckpointRecord(Record):
+    """Format 2: what is in the state dict, by canonical name.
+
+    Attributes:
+        format_version: 2.
+        config: The options.
+        base: Of the model.
+        root: Full name of the module that the others are relative to, where the conversion had to choose.
+        left_out: Linear layers that were not converted.
+        modules: The converted layers.
+        also_train: The tensors of the modules trained in full.
+        full_modules: These modules.
+        fresh: The frozen tensors that no file of the base holds.
+        settings: What these change in the base's config.json.
+        tensors: Beside a folder: keys and shapes of the trained tensors.
+        files: Beside a folder: size and checksum of each part.
+    """
+
+    format_version: Literal[2]
+    config: dict[str, Any]
+    base: BaseRecord
+    root: str | None
+    left_out: list[str]
+    modules: Annotated[dict[str, LayerRecord], Field(min_length=1)]
+    also_train: dict[str, FullRecord]
+    full_modules: list[str]
+    fresh: dict[str, FreshRecord] = {}
+    settings: dict[str, Any] = {}
+    tensors: dict[str, Shape] | None = None
+    files: dict[str, FileRecord] | None = None
+
+    @property
+    def prints(self) -> dict[str, dict[str, str]]:
+        """The fingerprints by canonical module name."""
+        return {name: layer.fingerprint.model_dump() for name, layer in self.modules.items()}
+
+
+_RECORDS: dict[int, type[CheckpointRecord1] | type[CheckpointRecord]] = {1: CheckpointRecord1, 2: CheckpointRecord}
+
+
+def read_record(entry: Any, where: str) -> CheckpointRecord1 | CheckpointRecord:
+    """The entry of a checkpoint, checked.
+
+    Args:
+        entry: What the checkpoint has under `METADATA`; None: nothing.
+        where: The checkpoint, for messages.
+
+    Raises:
+        ValueError: There is none, its format is not known, or it is damaged.
+    """
+    if entry is None:
+        raise ValueError(
+            f"{where} holds no PMSS adapter (it has no `{METADATA}` entry); it was made without PMSSCallback. To start from its"
+            " weights, load them into the model before the Trainer runs, and drop ckpt_path."
+        )
+    version = entry.get("format_version") if isinstance(entry, dict) else None
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise ValueError(f"{where} is damaged: its `{METADATA}` entry has the format {version!r}. {DAMAGED}")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{where} has format {version}, and this lightning-pmss reads up to {FORMAT_VERSION}: upgrade it, or use the"
+            " version that made the checkpoint."
+        )
+    record: CheckpointRecord1 | CheckpointRecord = checked(_RECORDS[version], entry, where, DAMAGED, under=METADATA)
+    PMSSConfig.from_file(record.config, where, DAMAGED)
+    return record
+
+
+def check_layer(
+    tensors: Mapping[str, Tensor], shape: tuple[int, int], coordinates: str, key: str, where: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """V ``[c, r]`` (or the numbers of a rotation), rows and columns (int64) of one layer, checked.
+
+    Args:
+        tensors: The state dict of the checkpoint.
+        shape: (out, in) of W.
+        coordinates: Of V.
+        key: Of the layer in the state dict.
+        where: The checkpoint, for messages.
+
+    Raises:
+        ValueError: One is missing, is no index vector or not of its shape, or V is not finite.
+    """
+    names = {part: f"{key}.{part}" if key else part for part in ("core.weight", "rows", "cols")}
+    if missing := [name for name in names.values() if name not in tensors]:
+        raise ValueError(f"{where} lacks {some(missing)}. {DAMAGED}")
+    v, rows, cols = (tensors[name] for name in names.values())
+    for index, size, part in ((rows, shape[0], "rows"), (cols, shape[1], "cols")):
+        check_index(index, size, names[part], where, DAMAGED)
+    expected = trained_shape(coordinates, len(rows)) if len(rows) == len(cols) else (len(cols), len(rows))
+    if v.dtype not in FLOATS or tuple(v.shape) != expected:
+        raise ValueError(
+            f"{where}: `{names['core.weight']}` is {v.dtype} {list(v.shape)}; by its indices it must be float32"
+            f" {list(expected)}. {DAMAGED}"
+        )
+    if not_finite({"v": v}):
+        raise ValueError(f"{where}: NaN or infinite values in `{names['core.weight']}`. {DAMAGED}")
+    return v, rows.long(), cols.long()

@@ -1,0 +1,137 @@
+"""``load_from_checkpoint`` of any LightningModule, from a checkpoint that `PMSSCallback` has made small.
+
+Lightning makes the module, lets it build its layers, shows it the checkpoint and loads the state dict. The layers have to be
+converted in between. A checkpoint may name the function that makes the module (``_instantiator``, which LightningCLI uses);
+ours makes it as Lightning would, and converts it when it is shown the checkpoint.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.core import saving
+from torch import Tensor
+
+from lightning_pmss.checkpoints.checks import check, check_state
+from lightning_pmss.checkpoints.contents import trained_shapes
+from lightning_pmss.checkpoints.names import described, from_keys
+from lightning_pmss.checkpoints.reading import DAMAGED, check_content
+from lightning_pmss.checkpoints.record import METADATA, CheckpointRecord, CheckpointRecord1, check_layer, read_record
+from lightning_pmss.conversion.convert import conversion_of, convert
+from lightning_pmss.conversion.roots import canonical_modules, choose_root
+from lightning_pmss.conversion.targets import Names
+from lightning_pmss.layers.parts import clean_name, clean_state, own_keys
+from lightning_pmss.messages import some
+from lightning_pmss.methods.pmss.config import PMSSConfig
+from lightning_pmss.methods.pmss.skeleton import Skeleton, SkeletonLayer
+
+_ENTRY = "_instantiator"
+_SOURCE = "the checkpoint"
+_ANY_SIZE = 2**48
+
+
+def announce(checkpoint: dict[str, Any], module: L.LightningModule) -> None:
+    """Let ``load_from_checkpoint`` make the module by `instantiate`; nothing that LightningCLI would take for an option.
+
+    Args:
+        checkpoint: About to be written; changed.
+        module: The LightningModule that it is of.
+    """
+    key = module.CHECKPOINT_HYPER_PARAMS_KEY
+    saved = dict(checkpoint.get(key) or {})
+    name = checkpoint.get(module.CHECKPOINT_HYPER_PARAMS_NAME)
+    if name in inspect.signature(type(module).__init__).parameters:
+        return  # its hyper-parameters are one argument, which would be given this entry as well
+    by_cli = str(saved.get(_ENTRY, "")).endswith("cli.instantiate_module")
+    saved[_ENTRY] = f"{__name__}.{(instantiate_by_cli if by_cli else instantiate).__name__}"
+    checkpoint[key] = saved
+
+
+def instantiate(cls: type, arguments: dict[str, Any]) -> Any:
+    """A module that is converted when it is shown its checkpoint."""
+    return _converting(cls(**arguments))
+
+
+def instantiate_by_cli(cls: type, arguments: dict[str, Any]) -> Any:
+    """The same for a module whose hyper-parameters LightningCLI has saved."""
+    from lightning.pytorch.cli import instantiate_module  # needed for such modules alone
+
+    return _converting(instantiate_module(cls, arguments))
+
+
+def restore(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Convert a module as the one that the checkpoint is of, with its rows and columns, ready for its state dict.
+
+    The frozen weights are what the module was built with. They are added to the checkpoint's state dict, so that a strict
+    loading finds every key.
+
+    Args:
+        module: Built; converted or not.
+        checkpoint: As Lightning has read it; its ``state_dict`` is completed.
+
+    Raises:
+        ValueError: A damaged checkpoint, one without PMSS, one of another base, or of another module.
+    """
+    check_content(checkpoint, _SOURCE)
+    record = read_record(checkpoint.get(METADATA), _SOURCE)
+    state = {clean_name(key): value for key, value in checkpoint["state_dict"].items()}
+    if conversion_of(module) is None:
+        options = PMSSConfig.from_file(record.config, _SOURCE, DAMAGED)
+        skeleton, names = _found(module, record, options, state)
+        convert(module, options, skeleton=skeleton, names=names)
+    trained = trained_shapes(module)
+    own = clean_state(module)
+    check(module, trained, set(own), {key: tuple(value.shape) for key, value in state.items()}, record, _SOURCE)
+    check_state(module, record, state, _SOURCE)
+    # What is stored comes first: Lightning moves the module to the device of the first tensor.
+    checkpoint["state_dict"] = own_keys(module, state | {key: value for key, value in own.items() if key not in state})
+
+
+def _found(
+    module: L.LightningModule,
+    record: CheckpointRecord1 | CheckpointRecord,
+    options: PMSSConfig,
+    state: dict[str, Tensor],
+) -> tuple[Skeleton, Names]:
+    """The rows and columns in the state dict, whose base is asked for later, and what is converted."""
+    if isinstance(record, CheckpointRecord):
+        found = described(record, options, state, _SOURCE)
+    else:
+        found = from_keys(record.prints, options, state, _SOURCE, "")
+    layers = {}
+    for name, layer in found.layers.items():
+        shape = layer.shape or (_ANY_SIZE, _ANY_SIZE)  # format 1 does not say it; `check_state` knows the module's
+        _, rows, cols = check_layer(state, shape, options.coordinates, layer.key, _SOURCE)
+        layers[name] = SkeletonLayer(rows.cpu(), cols.cpu())
+    # Keys are full names, and the others relative to the root; where all are equal, it is chosen as it was then.
+    roots = {layer.key.removesuffix(name).removesuffix(".") for name, layer in found.layers.items()} - {""}
+    root = next(iter(roots)) if roots else choose_root(module, options.root)
+    known = set(canonical_modules(module, root))
+    if absent := sorted((set(layers) | set(found.full_modules)) - known):
+        raise ValueError(
+            f"{_SOURCE} has {some(absent)}, which this {type(module).__name__} has not: it is of another module."
+        )
+    return Skeleton(layers, source=_SOURCE), Names(root, list(layers), found.full_modules)
+
+
+def _converting(module: Any) -> Any:
+    if not isinstance(module, L.LightningModule):
+        return module
+    original = module.on_load_checkpoint
+
+    @functools.wraps(original)
+    def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
+        del module.on_load_checkpoint  # once: it must not survive in a pickle or a copy
+        restore(module, checkpoint)
+        original(checkpoint)
+
+    module.on_load_checkpoint = on_load_checkpoint  # type: ignore[method-assign]
+    return module
+
+
+# Lightning calls no function that a checkpoint names unless it is on this list; older versions had no list.
+_allowed: set[str] = getattr(saving, "_ALLOWED_INSTANTIATORS", set())
+_allowed.update(f"{__name__}.{function.__name__}" for function in (instantiate, instantiate_by_cli))

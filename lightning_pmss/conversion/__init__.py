@@ -1,0 +1,1 @@
+"""From a model and a configuration to a converted model: targets, names, report."""

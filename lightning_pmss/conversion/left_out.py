@@ -1,0 +1,141 @@
+"""What a conversion leaves as it is, and why: heads, networks that are not trained, weights that no layer of ours owns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from torch import nn
+
+from lightning_pmss.layers.convertible import is_linear
+from lightning_pmss.layers.parts import clean_name, whole_shape
+from lightning_pmss.layers.quantised import quantisation_of
+
+EXCLUDED = "excluded"
+IN_FULL = "trained in full"
+HEAD = "output head"
+ASLEEP = "frozen and in eval mode"
+IN_METRIC = "inside a torchmetrics Metric"
+UNTARGETED = "not in target_modules"
+
+
+class LeftOut(NamedTuple):
+    """What is not converted.
+
+    Attributes:
+        reasons: Linear layers, and parameters of two and more dimensions of other modules, by canonical name.
+        unowned: Those parameters among them that no option could have had converted.
+        asleep: The topmost modules that were frozen and in eval mode beside others that were not.
+    """
+
+    reasons: dict[str, str]
+    unowned: list[str]
+    asleep: list[str]
+
+
+class Resting(NamedTuple):
+    """Networks inside a model that nobody means to train.
+
+    Attributes:
+        names: Clean full names of the topmost modules, with the reason.
+        modules: The reason by id, of each module in them that is not reached from outside, too.
+    """
+
+    names: dict[str, str]
+    modules: dict[int, str]
+
+
+def resting(model: nn.Module) -> Resting:
+    """What lies inside a torchmetrics Metric, and what is frozen and in eval mode as a whole while something beside it is not.
+
+    Such are a perceptual loss network, a reference, a teacher. Where all of the model is frozen and in eval mode, that tells
+    nothing apart; nor does it of quantised weights, which are always frozen.
+    """
+    found: dict[str, tuple[nn.Module, str]] = {}
+    outside: set[int] = set()
+    awake = False
+    asleep = _asleep(model)
+
+    def walk(name: str, module: nn.Module) -> None:
+        nonlocal awake
+        if name and not _is_metric(module) and id(module) in asleep and _has_parameters(module):
+            found[name] = module, ASLEEP
+            return
+        outside.add(id(module))
+        awake = awake or bool(_own(module))
+        for key, child in module.named_children():
+            if _is_metric(module) and _has_parameters(child):
+                found[_join(name, key)] = child, IN_METRIC
+            else:
+                walk(_join(name, key), child)
+
+    walk("", model)
+    tops = {n: (m, why) for n, (m, why) in found.items() if id(m) not in outside and (awake or why == IN_METRIC)}
+    inside = {id(m): why for top, why in tops.values() for m in top.modules() if id(m) not in outside}
+    return Resting({clean_name(name): why for name, (_, why) in tops.items()}, inside)
+
+
+def frozen_weights(
+    name: str, module: nn.Module, accounted: set[int], below: Mapping[int, str]
+) -> Iterator[tuple[str, str, bool]]:
+    """A module's own parameters of two and more dimensions that are not accounted for, which now they are.
+
+    Args:
+        name: Canonical name; "" where it has none.
+        module: The module.
+        accounted: ids of the parameters that are converted, trained in full, or listed already.
+        below: Reason by id of module, for whole branches that are left out.
+
+    Returns:
+        (name, reason, whether no option could have had it converted) of each; a linear layer goes by its own name.
+    """
+    for key, parameter in module._parameters.items():
+        if parameter is None or id(parameter) in accounted or len(whole_shape(parameter)) < 2:
+            continue
+        accounted.add(id(parameter))
+        if id(module) in below:
+            yield (name if is_linear(module) else _join(name, key)), below[id(module)], False
+        elif is_linear(module):
+            yield name, UNTARGETED, False
+        else:
+            yield _join(name, key), _kind(module, len(whole_shape(parameter))), True
+
+
+def _kind(module: nn.Module, dims: int) -> str:
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    return f"{dims}-dimensional parameter of {type(module).__name__}"
+
+
+def _asleep(model: nn.Module) -> set[int]:
+    """ids of the modules that are frozen and in eval mode with everything below them."""
+    found: set[int] = set()
+
+    def look(module: nn.Module) -> bool:
+        below = [look(child) for child in module.children()]
+        if all(below) and not module.training and not any(p.requires_grad for p in _own(module)):
+            found.add(id(module))
+            return True
+        return False
+
+    look(model)
+    return found
+
+
+def _own(module: nn.Module) -> list[nn.Parameter]:
+    """A module's own parameters that could require gradients."""
+    if quantisation_of(module) is not None:
+        return []
+    return [p for p in module.parameters(recurse=False) if p.is_floating_point()]
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return any(_own(m) for m in module.modules())
+
+
+def _is_metric(module: nn.Module) -> bool:
+    return any(c.__name__ == "Metric" and c.__module__.startswith("torchmetrics.") for c in type(module).__mro__)
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)

@@ -1,0 +1,123 @@
+"""Names of the modules of a model, and which module inside it they are relative to."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from lightning_pmss.conversion.left_out import resting
+from lightning_pmss.layers.parts import clean_name
+
+_ROOT = "pmss_root"  # where a conversion notes the root that it settled on
+
+
+def adapted_root(model: nn.Module, root: str | None = None) -> tuple[nn.Module, str]:
+    """The module inside ``model`` that names are relative to, and its dotted prefix.
+
+    That is the one that the conversion settled on; before one, or where nothing was to choose, the one outermost Hugging Face
+    model, else ``model`` itself.
+
+    Args:
+        model: Any module.
+        root: Full name of another module to take, such as one that an adapter file names.
+    """
+    named = {clean_name(name): module for name, module in model.named_modules()}
+    if root is None:
+        root = noted_root(model)
+    if root is None:
+        found = _hugging_face_models(named)
+        root = found[0] if len(found) == 1 else ""
+    return named[root], f"{root}." if root else ""
+
+
+def noted_root(model: nn.Module) -> str | None:
+    """Full name of the module that the conversion settled on; None where it had nothing to choose.
+
+    A conversion of a part of the model does not count.
+    """
+    named = {clean_name(name): module for name, module in model.named_modules()}
+    noted = {n: m for n, m in named.items() if _ROOT in m.__dict__}
+    for outer, holder in noted.items():
+        root = f"{outer}.{holder.__dict__[_ROOT]}".strip(".")
+        if root in named and (outer == "" or len(list(holder.parameters())) == len(list(model.parameters()))):
+            return root
+    return None
+
+
+def choose_root(model: nn.Module, wanted: str | None) -> str:
+    """Full name of the module whose names a conversion uses; "" for the model itself.
+
+    Args:
+        model: Not converted yet.
+        wanted: ``PMSSConfig.root``; where a Hugging Face model lies inside of that module, it is that one.
+
+    Raises:
+        ValueError: No module is called so.
+    """
+    named = {clean_name(name): module for name, module in model.named_modules()}
+    if wanted is None:
+        tops = resting(model).names
+        found = [n for n in _hugging_face_models(named) if not below(n, list(tops))]
+        return found[0] if len(found) == 1 else ""
+    if wanted not in named or not wanted:
+        close = difflib.get_close_matches(wanted, [n for n in named if n], n=4, cutoff=0.4)
+        known = close or [n for n in named if n and "." not in n][:8]
+        raise ValueError(
+            f"root={wanted!r} is no module of this {type(model).__name__}; closest names: {', '.join(known)}."
+        )
+    found = [n for n in _hugging_face_models(named) if below(n, [wanted])]
+    return found[0] if len(found) == 1 else wanted
+
+
+def settle_root(model: nn.Module, root: str) -> None:
+    """Let `adapted_root` find the chosen root from now on, also from a module around ``model``."""
+    if adapted_root(model)[1].removesuffix(".") != root:
+        {clean_name(name): module for name, module in model.named_modules()}[""].__dict__[_ROOT] = root
+
+
+def hugging_face_models(model: nn.Module) -> list[nn.Module]:
+    """The outermost Hugging Face models inside a model."""
+    named = {clean_name(name): module for name, module in model.named_modules()}
+    return [named[name] for name in _hugging_face_models(named)]
+
+
+def _hugging_face_models(named: Mapping[str, nn.Module]) -> list[str]:
+    """Names of the outermost ones."""
+    found: list[str] = []
+    for name, module in named.items():
+        if is_hugging_face(module) and not any(outer == "" or below(name, [outer]) for outer in found):
+            found.append(name)
+    return found
+
+
+def canonical_modules(model: nn.Module, root: str | None = None) -> dict[str, nn.Module]:
+    """All modules by canonical name: relative to the root (see `adapted_root`), full names outside of it.
+
+    So an adapter trained inside a LightningModule loads into the plain model. Where the two would collide, all names
+    stay full.
+    """
+    return {name: module for name, module in canonical_owners(model, root) if name}
+
+
+def canonical_owners(model: nn.Module, root: str | None) -> list[tuple[str, nn.Module]]:
+    """The same with the modules whose name is empty: the model, and the root."""
+    _, prefix = adapted_root(model, root)
+    # A wrapper and what it wraps have one clean name, and come in this order: the wrapped module stays.
+    named = {clean_name(name): module for name, module in model.named_modules()}
+    short = [(f"{name}.".removeprefix(prefix).removesuffix("."), module) for name, module in named.items()]
+    names = [name for name, _ in short if name]
+    return short if len(set(names)) == len(names) else list(named.items())
+
+
+def below(name: str, roots: Sequence[str]) -> bool:
+    """Whether the module of this name is one of these or lies inside one."""
+    return any(name == root or name.startswith(f"{root}.") for root in roots)
+
+
+def is_hugging_face(module: nn.Module) -> bool:
+    """Whether this is a model of transformers (recognised by name, since the core never imports it)."""
+    return any(
+        c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers.") for c in type(module).__mro__
+    )

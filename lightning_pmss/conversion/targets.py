@@ -1,0 +1,393 @@
+"""Which modules of a model are meant: canonical names, target patterns, and what must be refused before any work."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor, nn
+
+from lightning_pmss.conversion.expression import Expression
+from lightning_pmss.conversion.left_out import (
+    ASLEEP,
+    EXCLUDED,
+    HEAD,
+    IN_FULL,
+    UNTARGETED,
+    LeftOut,
+    frozen_weights,
+    resting,
+)
+from lightning_pmss.conversion.roots import adapted_root, below, canonical_owners, is_hugging_face
+from lightning_pmss.layers.convertible import is_linear, is_supported, why_no_own_weight
+from lightning_pmss.layers.parts import clean_name, is_dtensor, whole_shape
+from lightning_pmss.layers.quantised import why_unusable
+from lightning_pmss.layers.shared_memory import is_expanded, shares_memory
+from lightning_pmss.messages import some
+from lightning_pmss.methods.pmss.config import PMSSConfig
+from lightning_pmss.methods.pmss.layer import can_output_edit, why_no_weight_edit
+from lightning_pmss.methods.pmss.skeleton import Skeleton
+
+# Names by which models that are no Hugging Face model usually call their output head.
+HEAD_NAMES = ("lm_head", "head", "heads", "classifier", "score", "qa_outputs", "embed_out")
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a file says is converted: full names, which are taken as they stand. Nothing in a file is run as a pattern.
+
+    Attributes:
+        root: Full name of the module that the others are relative to; see `adapted_root`.
+        targets: Canonical names of the layers.
+        also_train: Canonical names of the modules trained in full.
+    """
+
+    root: str
+    targets: Sequence[str]
+    also_train: Sequence[str]
+
+
+def find_targets(
+    model: nn.Module,
+    config: PMSSConfig,
+    modules: Mapping[str, nn.Module],
+    also_train: Sequence[str],
+    root: str | None = None,
+) -> tuple[list[str], LeftOut]:
+    """Resolve ``target_modules`` and ``exclude_modules``.
+
+    Args:
+        model: Not converted yet.
+        config: The patterns.
+        modules: Of `canonical_modules`, with the same ``root``.
+        also_train: Canonical names of the modules trained in full.
+        root: See `adapted_root`.
+
+    Returns:
+        Names to convert, and what is left out with why.
+
+    Raises:
+        ValueError: A pattern matches nothing, or nothing is left to convert.
+    """
+    owners = canonical_owners(model, root)
+    excluded = match_modules(config.exclude_modules, modules, "exclude_modules", owners=owners)
+    away = _away(model, config.root)
+    within = {name: module for name, module in modules.items() if away.get(id(module)) != outside_of(config.root)}
+    reasons: dict[str, str] = {}
+    targets: list[str] = []
+    everything = config.target_modules == "all-linear"
+    wanted = _names(config.target_modules, within)
+    named = () if isinstance(wanted, str) else wanted
+    if everything:
+        candidates = [n for n, m in within.items() if is_linear(m)]
+        heads = _heads(adapted_root(model, root)[0], modules, candidates)
+    else:
+        candidates = match_modules(wanted, within, "target_modules", linear=True, owners=owners)
+        heads = {}
+    for name in candidates:
+        if below(name, excluded):
+            reasons[name] = EXCLUDED
+        elif everything and below(name, also_train):
+            reasons[name] = IN_FULL
+        elif id(modules[name]) in away and name not in named:  # a full name is meant as it stands
+            reasons[name] = away[id(modules[name])]
+        elif name in heads:
+            reasons[name] = heads[name]
+        elif not named and (reason := why_no_own_weight(modules[name])):
+            reasons[name] = reason
+        else:
+            targets.append(name)
+    if not targets:
+        _refuse_nothing(model, modules, candidates, reasons)
+    if clash := [n for n in targets if below(n, also_train)]:
+        raise ValueError(
+            f"{some(clash)} match both target_modules and also_train; a module is either converted or trained."
+        )
+    branches = {id(m): EXCLUDED for n in excluded for m in modules[n].modules()} | away
+    return targets, _left_out(owners, modules, targets, also_train, reasons, branches)
+
+
+def named_targets(model: nn.Module, names: Names, modules: Mapping[str, nn.Module]) -> tuple[list[str], LeftOut]:
+    """The same for names that a file gives."""
+    targets = [name for name in modules if name in set(names.targets)]
+    owners = canonical_owners(model, names.root)
+    return targets, _left_out(owners, modules, targets, names.also_train, {}, _away(model, None))
+
+
+def _left_out(
+    owners: Sequence[tuple[str, nn.Module]],
+    modules: Mapping[str, nn.Module],
+    targets: Sequence[str],
+    also_train: Sequence[str],
+    reasons: dict[str, str],
+    branches: Mapping[int, str],
+) -> LeftOut:
+    """All that is not converted.
+
+    Args:
+        owners: Of `canonical_owners`.
+        modules: The same by name.
+        targets: What is converted.
+        also_train: What is trained in full.
+        reasons: Of the layers that were looked at one by one; the others are added.
+        branches: Reason by id of module, for whole branches.
+    """
+    accounted = {id(p) for n in (*targets, *also_train, *reasons) for p in modules[n].parameters()}
+    unowned = []
+    for owner, module in sorted(owners, key=lambda item: not is_linear(item[1])):  # a tied weight is the linear layer's
+        for name, reason, nobodys in frozen_weights(owner, module, accounted, branches):
+            reasons[name] = reason
+            if nobodys:
+                unowned.append(name)
+    for name, module in modules.items():  # linear layers without a parameter that is theirs alone
+        if is_linear(module) and name not in targets and not below(name, also_train):
+            reasons.setdefault(name, branches.get(id(module), UNTARGETED))
+    asleep: list[str] = []
+    for name, module in modules.items():
+        if branches.get(id(module)) == ASLEEP and not below(name, asleep):
+            asleep.append(name)
+    return LeftOut(reasons, unowned, asleep)
+
+
+def _refuse_nothing(
+    model: nn.Module, modules: Mapping[str, nn.Module], candidates: Sequence[str], reasons: Mapping[str, str]
+) -> None:
+    if candidates:
+        why = "; ".join(f"{n}: {reason}" for n, reason in list(reasons.items())[:5])
+        remedy = "loosen the patterns"
+        if ASLEEP in reasons.values():
+            remedy += ", or call `train()` on what is to be adapted before it is converted, or name it as root="
+        raise ValueError(f"every layer that target_modules matches is left out ({why}); {remedy}.")
+    for name, module in modules.items():
+        if reason := why_unusable(module):
+            raise ValueError(f"`{name}` {reason}")
+    raise ValueError(
+        f"no linear layer was found in {type(model).__name__}. If its layers are made in `configure_model`, convert"
+        " after that call (PMSSCallback does); layers made in `LightningModule.setup` come too late for a callback:"
+        " make them in `__init__` or `configure_model`."
+    )
+
+
+def outside_of(root: str | None) -> str:
+    """The reason of what lies beside the chosen root."""
+    return f"outside of root={root!r}"
+
+
+def _away(model: nn.Module, root: str | None) -> dict[int, str]:
+    """Reason by id of the modules that are left out as a whole: those outside of the chosen root, those that rest."""
+    if root is None:
+        return resting(model).modules
+    named = {clean_name(name): module for name, module in model.named_modules()}
+    inside = {id(module) for module in named[root].modules()}
+    outside = {id(module): outside_of(root) for module in named.values() if id(module) not in inside}
+    return resting(named[root]).modules | outside
+
+
+def match_modules(
+    patterns: str | Sequence[str],
+    modules: Mapping[str, nn.Module],
+    field: str,
+    *,
+    linear: bool = False,
+    owners: Sequence[tuple[str, nn.Module]] = (),
+) -> list[str]:
+    """Module names that match; each pattern must match at least one (with ``linear``: at least one linear layer).
+
+    owners: Of `canonical_owners`, so that a parameter of the model itself is known when it is named.
+    """
+    patterns = _names(patterns, modules)
+    if isinstance(patterns, str):
+        expression = Expression(patterns, field)
+        hits = [n for n in modules if expression.matches(n)]
+        # A regular expression may run over containers and norms on its way; a named module must itself be convertible.
+        usable = [n for n in hits if is_supported(modules[n]) or why_no_own_weight(modules[n])] if linear else hits
+        if not usable:
+            if not hits:
+                for matches in (partial(_ends_in, patterns), expression.matches):
+                    _refuse_parameter(patterns, matches, owners or modules.items(), field)
+            _refuse_nomatch_modules(patterns, hits, modules, field, linear)
+        return usable
+    names: dict[str, None] = {}
+    for pattern in patterns:
+        hits = [n for n in modules if _ends_in(pattern, n)]
+        if not hits:
+            _refuse_parameter(pattern, partial(_ends_in, pattern), owners or modules.items(), field)
+            _refuse_nomatch_modules(pattern, hits, modules, field, linear)
+        names.update(dict.fromkeys(hits))
+    return [n for n in modules if n in names]
+
+
+def _names(patterns: str | Sequence[str], modules: Iterable[str]) -> str | Sequence[str]:
+    """A lone string that is the name, or the ending of the name, of a module means what a list of it means."""
+    lone = isinstance(patterns, str) and any(_ends_in(patterns, name) for name in modules)
+    return [patterns] if lone else patterns  # type: ignore[list-item]
+
+
+def _ends_in(pattern: str, name: str) -> bool:
+    return name == pattern or name.endswith(f".{pattern}")
+
+
+def _refuse_parameter(
+    pattern: str, matches: Callable[[str], bool], owners: Iterable[tuple[str, nn.Module]], field: str
+) -> None:
+    """Say so if a pattern that matches no module is the name of a parameter."""
+    for name, module in owners:
+        for key, parameter in module._parameters.items():
+            if parameter is None or not matches(f"{name}.{key}".lstrip(".")):
+                continue
+            kind, shape = type(module).__name__, list(whole_shape(parameter))
+            of = f"a parameter {shape} of the {kind} " + (f"`{name}`" if name else "itself")
+            text = f"{field}: {pattern!r} is no module but {of}."
+            if field != "target_modules" or is_linear(module):
+                raise ValueError(f"{text} Patterns name modules" + (f": type {name!r}." if name else "."))
+            raise ValueError(
+                f"{text} PMSS converts nn.Linear and Conv1D layers: take it out of target_modules; it stays frozen"
+                + (f", or is trained in full with also_train=[{name!r}]." if name else ".")
+            )
+
+
+def _refuse_nomatch_modules(
+    pattern: str, hits: list[str], modules: Mapping[str, nn.Module], field: str, linear: bool
+) -> None:
+    if hits:
+        kinds = sorted({type(modules[n]).__name__ for n in hits})
+        raise ValueError(
+            f"{field}: {pattern!r} matches only {', '.join(kinds)}; PMSS converts nn.Linear and Conv1D layers."
+        )
+    raise ValueError(f"{field}: {pattern!r} matches no module; {_remedy(pattern, modules, linear)}.")
+
+
+def _remedy(pattern: str, modules: Mapping[str, nn.Module], linear: bool) -> str:
+    """What to type instead of a pattern that matches nothing."""
+    several = [part for part in re.split(r"[\s,;\[\]'\"]+", pattern) if part]
+    if len(several) > 1 and all(any(_ends_in(part, name) for name in modules) for part in several):
+        return f"for several names type [{', '.join(several)}]"
+    if pattern == "all-linear":
+        return "type all-linear alone, not in a list"
+    try:
+        expression = Expression(pattern, "")
+        if any(map(expression.matches, modules)):
+            return "a list holds names; type a regular expression alone, not in a list"
+    except ValueError:  # no regular expression, so a name
+        pass
+    known = [n for n in modules if not linear or is_supported(modules[n])]
+    endings = {n.rsplit(".", 1)[-1] for n in known}
+    close = difflib.get_close_matches(pattern, sorted(endings | set(known)), n=4, cutoff=0.4) or sorted(endings)[:8]
+    return f"closest names: {', '.join(close)}" if close else "the model has no such layers"
+
+
+def refuse_unconvertible(
+    targets: list[str], modules: Mapping[str, nn.Module], config: PMSSConfig, skeleton: Skeleton | None
+) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        for parameter in _parameters_used(module):
+            owners.setdefault(id(parameter), []).append(name)
+    usable = [n for n in targets if why_unusable(modules[n]) is None and is_supported(modules[n])]
+    sharing = shares_memory(usable, modules)
+    for name in targets:
+        layer = modules[name]
+        if reason := why_unusable(layer):
+            raise ValueError(f"`{name}` ({type(layer).__name__}) {reason}")
+        if reason := why_no_own_weight(layer):
+            raise ValueError(
+                f"`{name}` ({type(layer).__name__}): {reason}. PMSS converts layers that own a plain weight. Take it"
+                " out of target_modules or list it in exclude_modules; of torch's parametrisations, norms and pruning the"
+                " result can be kept as a plain weight first (`remove_parametrizations`, `remove_weight_norm`,"
+                " `prune.remove`)."
+            )
+        if not is_supported(layer):
+            raise ValueError(
+                f"`{name}` is a {type(layer).__name__} whose weight cannot be read as a floating-point matrix; PMSS converts"
+                " nn.Linear and Conv1D layers. Take it out of target_modules or list it in exclude_modules."
+            )
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        if len(shared := owners[id(weight)]) > 1:
+            others = [n for n in shared if n != name]
+            raise ValueError(
+                f"`{name}` shares its weight with {some(others)}: a change to one would change both; exclude it."
+            )
+        if name in sharing:
+            raise ValueError(
+                f"`{name}` shares the memory of its weight with {some(sharing[name])}: a change to one would change both;"
+                " exclude it, or give it a copy (`layer.weight = nn.Parameter(layer.weight.detach().clone())`)."
+            )
+        if is_expanded(weight):
+            raise ValueError(
+                f"`{name}` has a weight that is expanded from fewer numbers, which cannot be changed one by one; exclude it, or"
+                " give it a copy (`layer.weight = nn.Parameter(layer.weight.detach().clone())`)."
+            )
+        if is_dtensor(weight):
+            raise ValueError(
+                f"`{name}` is already sharded; convert before `fully_shard`: call `model_built(self)` in `configure_model`"
+                " (PMSSCallback converts there), or `convert(model, config)`."
+            )
+        if weight.is_meta and skeleton is None:
+            raise ValueError(
+                f"`{name}` is on the meta device: its rows and columns cannot be chosen; load the weights first or give"
+                " skeleton_file=."
+            )
+        if skeleton is not None and name not in skeleton.layers:
+            raise ValueError(
+                f"{skeleton.source} has no rows and columns for `{name}`; it holds {some(sorted(skeleton.layers))}."
+            )
+        if weight.is_meta and config.coordinates != "raw" and skeleton.coordinates != config.coordinates:  # type: ignore[union-attr]
+            stored = skeleton.coordinates or "no"  # type: ignore[union-attr]
+            raise ValueError(
+                f"`{name}` is on the meta device and coordinates={config.coordinates!r} need W, but {skeleton.source} holds"  # type: ignore[union-attr]
+                f" {stored} coordinates. Make it with `python -m lightning_pmss select --coordinates {config.coordinates}`, or"
+                " load the weights first."
+            )
+        if name.endswith("out_proj") and isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
+            raise ValueError(f"`{name}` belongs to nn.MultiheadAttention, which never calls its forward; exclude it.")
+        if config.edit == "output" and not can_output_edit(layer):
+            raise ValueError(
+                f"`{name}`: edit='output' needs the product without its bias, which {type(layer).__name__} hides; use"
+                " edit='auto'."
+            )
+        if config.edit == "weight" and (reason := why_no_weight_edit(layer, config.dropout)):
+            raise ValueError(f"`{name}`: edit='weight' {reason}")
+
+
+def _parameters_used(module: nn.Module) -> list[Tensor]:
+    """A module's own parameters, and the weight of another one that it takes through an attribute or a property."""
+    own: list[Tensor] = list(module.parameters(recurse=False))
+    if is_linear(module) and "weight" not in module._parameters and "parametrizations" not in module._modules:
+        own += [w for w in [getattr(module, "weight", None)] if isinstance(w, nn.Parameter)]
+    return own
+
+
+def ranks_of(config: PMSSConfig, targets: list[str], modules: Mapping[str, nn.Module]) -> dict[str, int]:
+    ranks: dict[str, int] = {}
+    for pattern, rank in config.rank_pattern.items():
+        expression = Expression(pattern, "rank_pattern")
+        hits = [name for name in targets if _ends_in(pattern, name) or expression.matches(name)]
+        if not hits:
+            _refuse_nomatch_modules(pattern, [], {n: modules[n] for n in targets}, "rank_pattern", True)
+        ranks = dict.fromkeys(hits, rank) | ranks  # the first match wins
+    return {name: ranks.get(name, config.rank) for name in targets}
+
+
+def _heads(root: nn.Module, modules: Mapping[str, nn.Module], candidates: list[str]) -> dict[str, str]:
+    """The linear layers that ``"all-linear"`` leaves out, with the reason."""
+    heads: dict[str, str] = {}
+    embedded = {id(m._parameters.get("weight")) for m in modules.values() if isinstance(m, nn.Embedding)} - {id(None)}
+    body = getattr(root, getattr(root, "base_model_prefix", "") or "_", root)
+    inside = {id(m) for m in body.modules()} if is_hugging_face(root) else None
+    for name in candidates:
+        parent = modules.get(name.rpartition(".")[0])
+        if id(modules[name]._parameters.get("weight")) in embedded:
+            heads[name] = "shares the embedding's weight"
+        elif (
+            inside is not None
+            and id(modules[name]) not in inside
+            or inside is None
+            and any(part in HEAD_NAMES for part in name.split("."))
+        ):
+            heads[name] = HEAD
+        elif isinstance(parent, nn.MultiheadAttention):
+            heads[name] = "nn.MultiheadAttention never calls its forward"
+    return heads

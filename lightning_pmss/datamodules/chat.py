@@ -1,0 +1,185 @@
+"""Chat templates
+==============
+
+What a tokenizer's chat template makes of a question and its answer: the prompt, the text of the answer's turn up to the
+token that ends it, and that token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_pmss.datamodules.continuations import tokens_of
+
+Turn = dict[str, str]
+
+# Two answers that differ in their first and their last character, to see what a template puts around an answer.
+_QUESTION, _ANSWERS = "Question", ("Hello", "World")
+
+
+def turns(*pairs: tuple[str, str]) -> list[Turn]:
+    """Return turns of user and assistant."""
+    return [turn for asked, said in pairs for turn in (_turn("user", asked), _turn("assistant", said))]
+
+
+def _turn(role: str, content: str) -> Turn:
+    return {"role": role, "content": content}
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A tokenizer's chat template, taken apart by rendering it.
+
+    Args:
+        tokenizer: a tokenizer with a chat template.
+        header: what is in front of each answer, where the template itself has no prompt for generation.
+        tail: what is behind an answer.
+        end: the part of ``tail`` up to the token that ends the turn.
+        end_id: that token.
+
+    """
+
+    tokenizer: Any
+    header: str
+    tail: str
+    end: str
+    end_id: int
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> ChatTemplate:
+        """Take the template of ``tokenizer`` apart.
+
+        Raises:
+            ValueError: If it has none, an answer's turn does not extend the prompt, an answer is not in its turn as it is,
+                or no token of its own ends the turn; the message says what to do.
+
+        """
+        name = getattr(tokenizer, "name_or_path", "")
+        if not tokenizer.chat_template:
+            raise ValueError(f"The tokenizer {name!r} has no chat template; use --data.prompt_style plain.")
+        asked = [_turn("user", _QUESTION)]
+        prompt, bare = _render(tokenizer, asked, True), _render(tokenizer, asked, False)
+        if _QUESTION not in prompt:
+            raise ValueError(
+                f"The chat template of {name!r} renders the question {_QUESTION!r} as {prompt[-60:]!r}, without it. Give a"
+                " tokenizer with another chat template, or --data.prompt_style plain."
+            )
+        behind = [_difference(tokenizer, prompt, [*asked, _turn("assistant", answer)]) for answer in _ANSWERS]
+        head = _common(behind)
+        tail = _common([text[::-1] for text in behind])[::-1]
+        if any(text != head + answer + tail for text, answer in zip(behind, _ANSWERS, strict=True)):
+            raise ValueError(
+                f"The chat template of {name!r} renders the answer {_ANSWERS[0]!r} as {behind[0]!r}, so it would not be"
+                " trained as it is. Give a tokenizer with another chat template, or --data.prompt_style plain."
+            )
+        # Blanks stay with the answer: a tokenizer has them in front of words.
+        header = head.rstrip(" ") if prompt == bare and head.strip() else ""
+        return cls(tokenizer, header, tail, *_end_of_turn(tokenizer, tail))
+
+    def prompt(self, question: str, earlier: Sequence[Turn] = ()) -> str:
+        """Return the text that an answer to ``question`` follows.
+
+        Args:
+            question: what the user asks.
+            earlier: turns before that.
+
+        """
+        return _render(self.tokenizer, [*earlier, _turn("user", question)], True) + self.header
+
+    def answer(self, prompt: str, question: str, response: str, earlier: Sequence[Turn] = ()) -> str:
+        """Return the text behind ``prompt`` that says ``response`` and ends the turn.
+
+        It is the difference between the conversation with and without the answer's turn, up to the token that ends the
+        turn: the model stops there.
+
+        Raises:
+            ValueError: If the turn does not extend the prompt, the template leaves out a part of the response, or the
+                response itself holds the end of the turn.
+
+        """
+        whole = [*earlier, _turn("user", question), _turn("assistant", response)]
+        text = _difference(self.tokenizer, prompt, whole)
+        said = text.removesuffix(self.tail)
+        if said == text and self.tail or _squeezed(response) not in _squeezed(said):
+            raise ValueError(
+                f"The chat template of {self.tokenizer.name_or_path!r} renders the response {response[:60]!r} as"
+                f" {text[:60]!r}: it leaves out or changes a part, so that would not be trained. Take it out of the data, or"
+                " give --data.prompt_style plain."
+            )
+        if self.end.strip() in said:
+            raise ValueError(
+                f"The response {response[-60:]!r} holds {self.end.strip()!r}, which ends the assistant's turn: the chat"
+                " template adds it. Take it out of the data."
+            )
+        return said + self.end
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """Return the token that ends the assistant's turn in a tokenizer's chat template, ``None`` where none is known to."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    try:
+        return ChatTemplate.of(tokenizer).end_id
+    except ValueError:  # of another kind of conversation; who asks in the chat style is told why
+        return None
+
+
+def _render(tokenizer: Any, messages: list[Turn], generation: bool) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))
+    except Exception as error:  # a template raises whatever it likes, and jinja its own
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(
+            f"The chat template of {getattr(tokenizer, 'name_or_path', '')!r} refuses the turns {roles}"
+            f" ({type(error).__name__}: {error}). Give a tokenizer with another chat template, or --data.prompt_style plain."
+        ) from error
+
+
+def _difference(tokenizer: Any, prompt: str, messages: list[Turn]) -> str:
+    """Return what ``messages`` are rendered to behind ``prompt``."""
+    whole = _render(tokenizer, messages, False)
+    if not whole.startswith(prompt):
+        same = len(_common([whole, prompt]))
+        raise ValueError(
+            f"The chat template of {getattr(tokenizer, 'name_or_path', '')!r} does not go on from its prompt: where the"
+            f" prompt has {prompt[same:][:40]!r}, the conversation with the answer has {whole[same:][:40]!r}. What is trained"
+            " would not be what is asked for. Give a tokenizer with another chat template, or --data.prompt_style plain."
+        )
+    return whole[len(prompt) :]
+
+
+def _end_of_turn(tokenizer: Any, tail: str) -> tuple[str, int]:
+    """Return the part of ``tail`` up to the first token of its own, and that token."""
+    known: dict[str, int] = dict(tokenizer.get_added_vocab())
+    if tokenizer.eos_token is not None:
+        known[str(tokenizer.eos_token)] = int(tokenizer.eos_token_id)
+    places = sorted((tail.find(text), -len(text), text) for text in known if text and text in tail)
+    if not places:
+        raise ValueError(
+            f"The chat template of {getattr(tokenizer, 'name_or_path', '')!r} ends the assistant's turn with {tail!r}, which"
+            " holds no token of its own, so generation would not stop there. Write {{ eos_token }} behind the assistant's"
+            " content in the template (or add the marks that it uses to the tokenizer), or give --data.prompt_style plain."
+        )
+    start, _, text = places[0]
+    end = tail[: start + len(text)]
+    if tokens_of(tokenizer, [end])[0][-1:] != [known[text]]:
+        raise ValueError(
+            f"The tokenizer {getattr(tokenizer, 'name_or_path', '')!r} reads {text!r}, which ends the assistant's turn, as"
+            f" other tokens than {known[text]}. Give a tokenizer that has it as a special token, or --data.prompt_style plain."
+        )
+    return end, known[text]
+
+
+def _common(texts: Sequence[str]) -> str:
+    """Return the longest beginning that all ``texts`` have."""
+    first, last = min(texts), max(texts)
+    for place, char in enumerate(first):
+        if place >= len(last) or char != last[place]:
+            return first[:place]
+    return first
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())

@@ -1,0 +1,268 @@
+"""The model of a ``config.json`` without any weights, and what each method of fine-tuning makes of it.
+
+Everything is built of *fake* tensors: they know shape, dtype and device and own no memory. Unlike those of the meta device they
+run as if they were on the CPU, so that a whole training step can be played through (see `simulate`).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lightning_pmss.conversion.roots import canonical_modules
+from lightning_pmss.conversion.targets import find_targets, match_modules, ranks_of, refuse_unconvertible
+from lightning_pmss.layers.indices import index_tensors
+from lightning_pmss.messages import reason
+from lightning_pmss.methods.pmss.config import PMSSConfig
+from lightning_pmss.methods.pmss.coordinates import trained_shape
+from lightning_pmss.methods.pmss.layer import Frame, PMSSLinear, canonical_shape, core_dtype
+from lightning_pmss.store.model_config import read_model_config
+
+METHODS = ("pmss", "lora", "full")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One parameter, buffer or index tensor.
+
+    Attributes:
+        name: Full name in the model.
+        shape: Its shape.
+        itemsize: Bytes of one element.
+        kind: ``"base"``, ``"trained"``, ``"factor"`` (frozen and made by PMSS) or ``"index"`` (rows and columns).
+        block: Name of the decoder layer it is in; "" outside of them.
+        buffer: Whether it is no parameter: replicated by every strategy.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    itemsize: int
+    kind: str
+    block: str
+    buffer: bool = False
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return self.numel * self.itemsize
+
+
+def read_config(model: str | os.PathLike[str]) -> Any:
+    """The Hugging Face configuration in a folder with ``config.json``, or in the file itself.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no configuration that transformers knows.
+    """
+    path = Path(model).expanduser()
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; give a folder with config.json, or the file itself.")
+    read_model_config(file, f"{file} is not a model configuration: it")
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(file), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # what a broken file raises depends on where it is broken
+        raise ValueError(f"{file} is not a model configuration that transformers reads: {reason(error)}") from error
+
+
+def weights_dtype(config: Any, asked: str) -> torch.dtype:
+    """``"auto"``: that of the configuration (float32 where it names none)."""
+    if asked != "auto":
+        return DTYPES[asked]
+    named = getattr(config, "dtype", None)
+    return named if isinstance(named, torch.dtype) else DTYPES.get(str(named), torch.float32)
+
+
+class Architecture:
+    """Models of one configuration, built anew for every method.
+
+    Args:
+        config: Of Hugging Face.
+        dtype: Of the weights.
+    """
+
+    def __init__(self, config: Any, dtype: torch.dtype) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def base(self) -> nn.Module:
+        """The model as it would be loaded.
+
+        Raises:
+            ValueError: It is no causal language model that transformers knows.
+        """
+        from transformers import AutoModelForCausalLM
+
+        try:
+            with self.mode, _quietly():
+                model: nn.Module = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
+        except Exception as error:
+            kind = getattr(self.config, "model_type", type(self.config).__name__)
+            raise ValueError(f"no causal language model can be built of this {kind} config: {reason(error)}") from error
+        return model.train()
+
+    def pmss(self, config: PMSSConfig) -> nn.Module:
+        """Converted, with indices and factors of the right size and no values.
+
+        Raises:
+            ValueError: As `lightning_pmss.convert`: patterns that match nothing, layers that cannot be converted.
+        """
+        model, ranks, also_train = self._targets(config)
+        modules = canonical_modules(model)
+        model.requires_grad_(False)
+        with self.mode:
+            for name, rank in ranks.items():
+                layer = modules[name]
+                weight: Tensor = layer.weight  # type: ignore[assignment]
+                index = torch.arange(rank)
+                PMSSLinear.adopt(
+                    layer,
+                    index,
+                    index.clone(),
+                    _frame(config.coordinates, rank, core_dtype(weight.dtype)),
+                    scale=config.scale_of(rank),
+                    coordinates=config.coordinates,
+                    dropout=config.dropout,
+                    edit=config.edit,
+                    memory=config.memory,
+                )
+                layer.core.weight.requires_grad_(True)  # type: ignore[union-attr, operator]
+        for name in also_train:
+            modules[name].requires_grad_(True)
+        return model
+
+    def lora(self, config: PMSSConfig, dtype: torch.dtype, rank: int | None = None) -> tuple[nn.Module, int]:
+        """With LoRA on the same layers, by default at the rank whose parameters come nearest to PMSS's; that rank too."""
+        model, ranks, also_train = self._targets(config)
+        modules = canonical_modules(model)
+        shapes = {name: canonical_shape(modules[name]) for name in ranks}
+        wanted = sum(math.prod(trained_shape(config.coordinates, r)) for r in ranks.values()) / sum(
+            map(sum, shapes.values())
+        )
+        rank = rank or max(1, round(wanted))
+        model.requires_grad_(False)
+        with self.mode:
+            for name in ranks:
+                parent, _, child = name.rpartition(".")
+                setattr(
+                    modules[parent] if parent else model, child, LoRALinear(modules[name], shapes[name], rank, dtype)
+                )
+        for name in also_train:
+            modules[name].requires_grad_(True)
+        return model, rank
+
+    def full(self) -> nn.Module:
+        """With every parameter trained."""
+        return self.base().requires_grad_(True)
+
+    def _targets(self, config: PMSSConfig) -> tuple[nn.Module, dict[str, int], list[str]]:
+        model = self.base()
+        modules = canonical_modules(model)
+        also_train = match_modules(config.also_train, modules, "also_train")
+        targets, _ = find_targets(model, config, modules, also_train)
+        refuse_unconvertible(targets, modules, config, None)
+        ranks = ranks_of(config, targets, modules)
+        return model, {n: min(r, *canonical_shape(modules[n])) for n, r in ranks.items()}, also_train
+
+
+class LoRALinear(nn.Module):
+    """What peft's LoRA layer computes without dropout, ``base(x) + B(A(x)) * scale``, to count what it keeps.
+
+    peft is no dependency of this library; a test compares the two where it is installed.
+    """
+
+    def __init__(self, base: nn.Module, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.lora_A = nn.Linear(shape[1], rank, bias=False, dtype=dtype)
+        self.lora_B = nn.Linear(rank, shape[0], bias=False, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = self.base_layer(x)
+        update: Tensor = self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype))) * 2.0
+        return (result + update).to(result.dtype)
+
+
+def inventory(model: nn.Module) -> list[Piece]:
+    """Every parameter, buffer and index tensor once."""
+    blocks = decoder_blocks(model)
+
+    def block_of(name: str) -> str:
+        return next((block for block in blocks if name.startswith(f"{block}.")), "")
+
+    pieces = []
+    for name, parameter in model.named_parameters():
+        kind = "trained" if parameter.requires_grad else "factor" if ".core." in f".{name}" else "base"
+        pieces.append(Piece(name, tuple(parameter.shape), parameter.element_size(), kind, block_of(name)))
+    for name, buffer in model.named_buffers():
+        kind = "factor" if ".core." in name else "base"
+        pieces.append(Piece(name, tuple(buffer.shape), buffer.element_size(), kind, block_of(name), buffer=True))
+    for name, index in index_tensors(model).items():
+        pieces.append(Piece(name, tuple(index.shape), index.element_size(), "index", block_of(name), buffer=True))
+    return pieces
+
+
+def decoder_blocks(model: nn.Module) -> list[str]:
+    """Names of the units that FSDP shards and checkpointing recomputes: the model's own list of them, else its longest one."""
+    kinds = set(getattr(model, "_no_split_modules", None) or ())
+    named = [name for name, module in model.named_modules() if type(module).__name__ in kinds and name]
+    outer = [n for n in named if not any(n != o and n.startswith(f"{o}.") for o in named)]
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    for name, module in lists:  # the whole list: a model may name only some of its kinds
+        children = [f"{name}.{i}" for i in range(len(module))]
+        if set(children) & set(outer):
+            outer += [c for c in children if c not in outer]
+    if outer or not lists:
+        return outer
+    name, module = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    return [f"{name}.{i}" for i in range(len(module))]
+
+
+def count(pieces: list[Piece]) -> Counter[str]:
+    """Number of parameters by kind."""
+    numbers: Counter[str] = Counter()
+    for piece in pieces:
+        if not piece.buffer:
+            numbers[piece.kind] += piece.numel
+    return numbers
+
+
+def _frame(coordinates: str, rank: int, dtype: torch.dtype) -> Frame:
+    square = torch.empty(rank, rank, dtype=dtype)
+    if coordinates == "orthonormal":
+        return Frame(square, square.clone())
+    if coordinates == "rotation":
+        return Frame(square, square.clone(), torch.empty((), dtype=dtype), square.clone())
+    return Frame(gain=torch.empty((), dtype=dtype)) if coordinates == "spectral" else Frame()
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' advice on generation and attention, which is of no concern to a model without weights."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)

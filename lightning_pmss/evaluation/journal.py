@@ -1,0 +1,174 @@
+"""The state of an evaluation on disk: what is answered already, so that a stopped `test` goes on where it was.
+
+Each rank appends what it has answered, batch by batch, to ``predictions-<stage>.rank<r>.jsonl``; at the end rank 0 writes
+all of it to ``predictions-<stage>.jsonl`` and the parts are removed. Each line carries the hash of the run it belongs to
+(``run``); ``predictions-<stage>.runs.json`` says what is behind a hash.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+import torch.distributed as dist
+
+from lightning_pmss.evaluation.identity import differences, digest
+from lightning_pmss.evaluation.predictions import gather
+from lightning_pmss.evaluation.records import AnswerRecord, append_records, read_records, write_json, write_records
+from lightning_pmss.store import read_json
+from lightning_pmss.store.disk import held, refuse_special
+
+Existing = Literal["resume", "replace"]
+
+
+_HELD: dict[Path, ExitStack] = {}  # folders in which this process evaluates
+
+
+class Journal:
+    """Predictions of one evaluation; holds its folder until `close`.
+
+    Args:
+        folder: Where the files are.
+        stage: Part of their names.
+        identity: What decides the answers, in plain values.
+        existing: "resume" takes over what the same run has answered, and refuses predictions of another one; "replace"
+            begins anew, and keeps the earlier predictions until it has finished.
+
+    Raises:
+        FileExistsError: On every rank, if another evaluation is at work in the folder.
+        ValueError: On every rank, if predictions of another run are there and ``existing`` is "resume", or a file is broken.
+    """
+
+    def __init__(self, folder: Path, stage: str, identity: Mapping[str, Any], existing: Existing = "resume") -> None:
+        self.folder, self.stage, self.identity = folder, stage, dict(identity)
+        self.run = digest(self.identity)
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        self.path = folder / f"predictions-{stage}.jsonl"
+        self._own = folder / f"predictions-{stage}.rank{rank}.jsonl"
+        self._runs = folder / f"predictions-{stage}.runs.json"
+        self._replaced = folder / f"predictions-{stage}.replaced.jsonl"
+        self.first = rank == 0
+        self._told = False
+        self.done: dict[int, dict[str, Any]] = {}
+        """Answers of the same run that were there at the start, by id."""
+        problem: Exception | None = None
+        try:
+            self._hold()
+            self._read(existing)
+        except (OSError, ValueError) as error:
+            problem = error
+        problems: list[Any] = gather(problem)  # also the barrier: nobody writes before all have read
+        if refused := next((error for error in problems if error is not None), None):
+            self.close()
+            raise refused
+        for rows in gather(list(self.done.values())):
+            self.done.update((row["id"], row) for row in rows)
+        self._begin(existing)
+
+    def _hold(self) -> None:
+        """Rank 0 stands for the others. An evaluation of this process that was stopped holds the folder no longer."""
+        if not self.first:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        place = self.folder.resolve()
+        if (stopped := _HELD.pop(place, None)) is not None:
+            stopped.close()
+        with ExitStack() as stack:
+            stack.enter_context(
+                held(
+                    place,
+                    f"another evaluation is writing into {self.folder}. Wait for it, or give --model.predictions_dir another"
+                    " folder.",
+                )
+            )
+            _HELD[place] = stack.pop_all()
+
+    def close(self) -> None:
+        """Let other evaluations into the folder."""
+        if self.first and (mine := _HELD.pop(self.folder.resolve(), None)) is not None:
+            mine.close()
+
+    def _parts(self) -> list[Path]:
+        name = re.compile(rf"predictions-{re.escape(self.stage)}\.rank\d+\.jsonl")
+        return sorted(path for path in self.folder.glob("predictions-*") if name.fullmatch(path.name))
+
+    def _read(self, existing: Existing) -> None:
+        summary = self.folder / f"summary-{self.stage}.json"  # written at the end, by whoever has the scores
+        for path in (self.path, self._own, self._runs, self._replaced, summary, *self._parts()):
+            refuse_special(path)
+        if existing == "replace":
+            return
+        for path in [self.path, *self._parts()]:
+            if not path.is_file():
+                continue
+            rows = read_records(path, unfinished=path != self.path)
+            foreign = next((row for row in rows if row.get("run") != self.run), None)
+            if foreign is not None:
+                known = self._known().get(foreign.get("run"))
+                told = f" ({differences(self.identity, known)})" if isinstance(known, dict) else ""
+                raise ValueError(
+                    f"{path} holds predictions of another run{told}. Give --model.predictions_dir another folder, or "
+                    "--model.existing_predictions replace to begin anew there."
+                )
+            rows = read_records(path, unfinished=path != self.path, kind=AnswerRecord)
+            self.done.update((row["id"], row) for row in rows)
+
+    def _known(self) -> dict[Any, Any]:
+        try:
+            known = read_json(self._runs, "")
+        except (OSError, ValueError):  # it only explains
+            return {}
+        return known if isinstance(known, dict) else {}
+
+    def _begin(self, existing: Existing) -> None:
+        """Rank 0's part takes over all that is to be kept; then the others go. A kill in between loses nothing."""
+        if self.first:
+            if existing == "replace" and self.path.exists():
+                self.path.replace(self._replaced)
+            if self.done:
+                write_records([self.done[number] for number in sorted(self.done)], self._own)
+        barrier()
+        if self.first:
+            for path in self._parts():
+                if path != self._own or not self.done:
+                    path.unlink(missing_ok=True)
+        else:
+            self._own.unlink(missing_ok=True)  # on a node with a disk of its own
+        barrier()
+
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Put answers on the disk."""
+        if not rows:
+            return
+        if self.first and not self._told:
+            write_json({self.run: self.identity}, self._runs)
+            self._told = True
+        append_records([{**row, "run": self.run} for row in rows], self._own)
+
+    def finish(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write the whole file (rank 0 does) and remove the parts.
+
+        Args:
+            rows: The answers of all ranks. Earlier answers of the same run to other questions (a ``test_limit`` was larger)
+                stay in a part, where a later run finds them.
+        """
+        asked = {row["id"] for row in rows}
+        others = [row for number, row in sorted(self.done.items()) if number not in asked]
+        if self.first:
+            write_records(({**row, "run": self.run} for row in rows), self.path)
+            write_json({self.run: self.identity}, self._runs)
+        barrier()
+        if self.first and others:
+            write_records(others, self._own)
+        else:
+            self._own.unlink(missing_ok=True)
+        if self.first:
+            self._replaced.unlink(missing_ok=True)
+
+
+def barrier() -> None:
+    """Wait for all ranks, where there are several."""
+    gather(None)

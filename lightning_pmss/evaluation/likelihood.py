@@ -1,0 +1,135 @@
+"""Choice by likelihood: which of the candidate answers does the model think likeliest? Nothing is generated.
+
+A candidate is the gold response with its label replaced by another ("the correct answer is answer2" for "... answer4"), for
+each label that the prompt offers. So candidates have the form of the responses that the model is trained on, and the gold
+label tells nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from lightning_pmss.datamodules.continuations import continued, decoded
+from lightning_pmss.evaluation.answers import labels_of
+
+IGNORED = -100  # the label that marks a position without loss, as everywhere in PyTorch and transformers
+
+
+def offered(prompt: str, labels: Sequence[str]) -> list[str]:
+    """The labels that occur in the prompt as words, in their own order; all of them where it names none."""
+    found = [label for label in labels if re.search(rf"\b{re.escape(label)}\b", prompt, re.IGNORECASE)]
+    return found or list(labels)
+
+
+def candidates(metric: Any, tokenizer: Any, batch: dict[str, Any]) -> list[dict[str, list[int]]]:
+    """Per example the tokens of each candidate response by label, without the token that ends it.
+
+    They are read behind the prompt, as the responses of the data modules are.
+
+    Raises:
+        ValueError: If the metric knows of no labels, or a response does not end in its label.
+    """
+    found = []
+    numbers = batch["id"].tolist()
+    ends = batch["end_id"].tolist() if "end_id" in batch else [None] * len(numbers)
+    rows = zip(numbers, ends, batch["prompt"], batch["target"], _prompts(batch), _responses(batch), strict=True)
+    for number, end, prompt, target, prompt_ids, response in rows:
+        if number < 0:  # a filler, whose response has no labels: computed, not scored
+            found.append({"": [int(tokenizer.eos_token_id)]})
+            continue
+        task = labels_of(metric, target)
+        if task is None:
+            raise ValueError(
+                "Choice by likelihood needs targets with labels, as CommonsenseDataModule has, and a metric that knows "
+                "them: --model.metric CommonsenseAccuracy. For other data give --model.answer_by generation."
+            )
+        _, label, labels = task
+        if response and response[-1] in (end, tokenizer.eos_token_id):
+            response = response[:-1]
+        text = decoded(tokenizer, prompt_ids + response).removeprefix(decoded(tokenizer, prompt_ids))
+        stem, word, rest = text.rpartition(label)
+        if not word or rest.strip(" \n."):
+            raise ValueError(
+                f"The response {text[-60:]!r} does not end in its label {label!r}, so no candidates can be made of it."
+            )
+        texts = {name: stem + name + rest for name in offered(prompt, labels)}
+        texts.setdefault(label, text)
+        read = continued(tokenizer, [prompt] * len(texts), list(texts.values()))[1]
+        ids = dict(zip(texts, read, strict=True))
+        if ids[label] != response:
+            raise ValueError(
+                f"The tokenizer reads {text!r} back as other tokens than the response's ({ids[label]} for {response}); "
+                "with it choice by likelihood would compare other texts. Give --model.answer_by generation."
+            )
+        found.append(ids)
+    return found
+
+
+def _prompts(batch: dict[str, Any]) -> list[list[int]]:
+    return [ids[mask != 0].tolist() for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"], strict=True)]
+
+
+def _responses(batch: dict[str, Any]) -> list[list[int]]:
+    return [ids[labels != IGNORED].tolist() for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)]
+
+
+@torch.no_grad()
+def log_likelihoods(
+    model: Any, prompt_ids: Tensor, prompt_mask: Tensor, turns: Sequence[Sequence[Sequence[int]]], pad: int
+) -> Tensor:
+    """Log-probability of responses behind their prompts, float32 [turns, B].
+
+    The prompts are read once, and each turn goes on from a copy of what the model keeps of them.
+
+    Args:
+        model: A causal language model of transformers.
+        prompt_ids: int64 [B, P], left padded.
+        prompt_mask: int64 [B, P], 0 on padding.
+        turns: Each has B responses, lists of tokens, none empty.
+        pad: Token to pad with.
+    """
+    places = (prompt_mask.cumsum(1) - 1).clamp(min=0)
+    read = model(
+        input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=places, use_cache=True, logits_to_keep=1
+    )
+    if getattr(read, "past_key_values", None) is None:
+        raise ValueError(
+            f"{type(model).__name__} keeps nothing of a prompt (no past_key_values), which choice by likelihood goes on "
+            "from. Give --model.answer_by generation."
+        )
+    found = []
+    for responses in turns:
+        rows = [torch.tensor(list(ids), device=prompt_ids.device) for ids in responses]
+        ids = pad_sequence(rows, batch_first=True, padding_value=pad)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        logits = read.logits
+        # The last tokens predict nothing that is asked for; of responses of one token all are known from the prompt. They
+        # are computed nevertheless: ranks that share a sharded model must make the same passes.
+        more = model(
+            input_ids=ids,
+            attention_mask=torch.cat([prompt_mask, mask], dim=1),
+            position_ids=places[:, -1:] + mask.cumsum(1),
+            past_key_values=copy.deepcopy(read.past_key_values),
+            use_cache=True,
+        ).logits
+        logits = torch.cat([logits, more[:, :-1]], dim=1)
+        losses = F.cross_entropy(logits.float().flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
+        found.append(-(losses * mask).sum(1))
+    return torch.stack(found)
+
+
+def choose(values: dict[str, tuple[float, int]]) -> tuple[str, str]:
+    """The likeliest label, by the sum of log-probabilities and by their mean per token; of equal ones the first.
+
+    Args:
+        values: By label: log-probability and number of tokens.
+    """
+    return max(values, key=lambda k: values[k][0]), max(values, key=lambda k: values[k][0] / values[k][1])

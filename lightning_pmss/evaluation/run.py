@@ -1,0 +1,192 @@
+"""One evaluation of texts: rows answered now and before, the running score, and what is left behind at the end."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from lightning_pmss.evaluation.answers import examine
+from lightning_pmss.evaluation.bootstrap import CONFIDENCE, RESAMPLES, interval_of_mean
+from lightning_pmss.evaluation.compare import score_names
+from lightning_pmss.evaluation.journal import Journal
+from lightning_pmss.evaluation.predictions import gather, gather_predictions, write_predictions
+from lightning_pmss.evaluation.records import write_json
+
+
+class TextEvaluation:
+    """Collects the answers of one evaluation on this rank.
+
+    Args:
+        metric: Scores texts, see `CausalLMModule`; or None.
+        journal: Where answers are kept while the evaluation runs; None: they are written at its end alone.
+    """
+
+    def __init__(self, metric: Any, journal: Journal | None = None) -> None:
+        self.metric, self.journal = metric, journal
+        self.rows: list[dict[str, Any]] = []
+        self.resumed = 0
+        self.started = time.perf_counter()
+
+    def split(self, batch: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[int]]:
+        """Take over what is answered already.
+
+        Args:
+            batch: With ``id``, ``prompt``, ``target`` and ``prompt_mask``.
+
+        Returns:
+            The stored rows of this batch, which count from now on, and the places of examples that have yet to be answered
+            (fillers, with a negative id, are neither).
+
+        Raises:
+            ValueError: If a stored answer is to another question of the same id.
+        """
+        stored, missing = [], []
+        for place, number in enumerate(batch["id"].tolist()):
+            if number < 0:
+                continue
+            row = None if self.journal is None else self.journal.done.get(number)
+            if row is not None:
+                now = json.loads(json.dumps(question(batch, place)))
+                if other := [key for key in now if row.get(key) != now[key]]:
+                    assert self.journal is not None
+                    raise ValueError(
+                        f"{self.journal.path.parent} holds an answer of this model to another question with the id "
+                        f"{number} (other {', '.join(other)}): the data or the prompt style have changed. Give "
+                        "--model.predictions_dir another folder, or --model.existing_predictions replace."
+                    )
+            if row is None:
+                missing.append(place)
+            else:
+                # Scored again: the metric may have changed, the text has not.
+                kept = {key: value for key, value in row.items() if key != "run" and not key.startswith("score")}
+                normalised = {k: row[k] for k in ("score_normalised",) if k in row}
+                stored.append({**kept, **examine(self.metric, row["output"], row["target"]), **normalised})
+        self.rows += stored
+        self.resumed += len(stored)
+        return stored, missing
+
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Take in new answers; they are on the disk when this returns, where there is a journal."""
+        self.rows += rows
+        if self.journal is not None:
+            self.journal.append(rows)
+
+    def show(self, trainer: L.Trainer) -> None:
+        """Put the score so far (of this rank) into the progress bar."""
+        scores = [row["score"] for row in self.rows if row.get("score") is not None]
+        shown: Any = trainer.progress_bar_callback
+        if not scores or not trainer.testing or shown is None or not shown.is_enabled:
+            return
+        told = f"score {sum(scores) / len(scores):.3f} of {len(scores)}"
+        if isinstance(shown, TQDMProgressBar):
+            shown.test_progress_bar.set_postfix_str(told)
+        elif isinstance(shown, RichProgressBar) and shown.progress and shown.test_progress_bar_id is not None:
+            shown.progress.update(shown.test_progress_bar_id, description=f"Testing, {told}")
+
+    def finish(self, folder: Path | None, stage: str, *, first: bool) -> dict[str, Tensor]:
+        """Gather the answers of all ranks, write them, and score them; call it on every rank.
+
+        Args:
+            folder: Where the files go; None: nowhere.
+            stage: Part of the files' names.
+            first: Whether this is rank 0.
+
+        Returns:
+            The metric's values over all answers, equal on every rank; empty where there is no metric or no answer.
+        """
+        try:
+            return self._finish(folder, stage, first)
+        finally:
+            if self.journal is not None:
+                self.journal.close()
+
+    def _finish(self, folder: Path | None, stage: str, first: bool) -> dict[str, Tensor]:
+        rows: Any = gather_predictions(self.rows)  # type: ignore[arg-type]
+        resumed = sum(gather(self.resumed))
+        if not rows:
+            return {}
+        if self.journal is not None:
+            self.journal.finish(rows)
+        elif first and folder is not None:
+            write_predictions(rows, folder / f"predictions-{stage}.jsonl")
+        values = {} if stage == "predict" else self._compute(rows)
+        if self.journal is not None and first:
+            assert folder is not None
+            seconds = time.perf_counter() - self.started
+            told: dict[str, Any] = {"stage": stage, "run": self.journal.run, "identity": self.journal.identity}
+            told |= {"logged": {key: float(value) for key, value in values.items()}}
+            told |= {"seconds": round(seconds, 3), "answered_before": resumed}
+            found = summary(rows)
+            write_json(told | found, folder / f"summary-{stage}.json")
+            for name, part in found["scores"].items():
+                told_interval = f"{part['mean']:.4f} [{part['low']:.4f}, {part['high']:.4f}]"
+                rank_zero_info(f"{name}: {told_interval} ({CONFIDENCE:.0%} interval, {part['n']} examples)")
+            rank_zero_info(f"Predictions, scores and intervals are in {folder}.")
+        return values
+
+    def _compute(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        if self.metric is None:
+            return {}
+        # States that a metric makes in inference mode could not be changed by an evaluation without it.
+        with torch.inference_mode(False):
+            self.metric.update([row["output"] for row in rows], [row["target"] for row in rows])
+            scores = self.metric.compute()
+            self.metric.reset()
+        values = dict(scores) if isinstance(scores, dict) else {"exact_match": scores}
+        if all("score_normalised" in row for row in rows):
+            mean = sum(row["score_normalised"] for row in rows) / len(rows)
+            values["exact_match_normalised"] = torch.tensor(mean, dtype=torch.float32)
+        return values
+
+
+def question(batch: Mapping[str, Any], place: int) -> dict[str, Any]:
+    """What an answer is the answer to."""
+    return {
+        "prompt": batch["prompt"][place],
+        "target": batch["target"][place],
+        "prompt_tokens": int(batch["prompt_mask"][place].sum()),
+    }
+
+
+def select(batch: dict[str, Any], places: Sequence[int]) -> dict[str, Any]:
+    """The examples of a batch at these places."""
+    if len(places) == len(batch["id"]):
+        return batch
+    return {
+        key: value[list(places)] if isinstance(value, Tensor) else [value[place] for place in places]
+        for key, value in batch.items()
+    }
+
+
+def summary(rows: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str, Any]:
+    """Each score with its interval, over all rows and per group.
+
+    The rows are drawn once for all scores of a resample, so intervals of several scores are paired.
+    """
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if "group" in row:
+            groups.setdefault(row["group"], []).append(row)
+    return {
+        "n": len(rows),
+        "bootstrap": {"resamples": RESAMPLES, "confidence": CONFIDENCE, "seed": seed},
+        "scores": _intervals(rows, seed),
+        **({"groups": {name: _intervals(part, seed) for name, part in groups.items()}} if groups else {}),
+    }
+
+
+def _intervals(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
+    found = {}
+    for name in dict.fromkeys(name for row in rows for name in score_names(row)):
+        values = [row[name] for row in rows if row.get(name) is not None]
+        found[name] = interval_of_mean(values, seed=seed).to_dict()
+    return found

@@ -1,0 +1,214 @@
+"""A converted layer whose weight holds W', while the pristine W is kept aside: how it is saved, loaded, cast and put back.
+
+Merging changes W, and what an update is made of are slices of W: what was merged can neither be re-read nor subtracted
+exactly. So everything but the forward pass goes on with the pristine W. A state dict holds that one, beside the adapter's
+tensors, so that the update is never added twice wherever it is loaded; and what is loaded into a merged layer goes to the
+pristine W and is merged again.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from lightning_pmss.layers.quantised import dequantised, quantisation_of, requantised, value_dtype
+
+
+@dataclass
+class LayerDrift:
+    """What the one rounding of a merge cost: the merged weight in W's dtype against the float32 (float64) sum.
+
+    Attributes:
+        max_error: Largest absolute error of an element.
+        relative_error: ``||rounded - exact||_F / ||exact||_F``.
+        lost_update: ``||rounded - exact||_F / ||update||_F``: the error measured by what was learned; 0 for a zero U.
+    """
+
+    max_error: float
+    relative_error: float
+    lost_update: float
+
+
+class MergedLayer(nn.Module):
+    """Mixin for a layer of one weight that can hold W' in its place.
+
+    Attributes:
+        weight: W, or W' while merged.
+        pristine: While merged, the weight as it was, as the base stores it: on the CPU, codes where they were; else None.
+        quantised: Whether the base keeps W in codes.
+        transposed: Whether ``weight`` is stored ``[in, out]``.
+    """
+
+    weight: nn.Parameter
+    pristine: Tensor | None
+    quantised: bool
+    transposed: bool
+
+    def merged_sum(self) -> tuple[Tensor, Tensor]:
+        """(W', W' - W) in canonical layout, in float32 (float64 for a float64 base), from the pristine W."""
+        raise NotImplementedError
+
+    def merged_from(self, state: Mapping[str, Tensor], prefix: str) -> Tensor:
+        """W' as the base stores it, from the layer's tensors in a state dict; the layer's own stay out of it.
+
+        Raises:
+            ValueError: The state dict lacks some of them, or W' is not finite.
+        """
+        raise NotImplementedError
+
+    def adapter_key(self, key: str) -> bool:
+        """Whether the layer's state dict has this key, without prefix, because it was converted."""
+        raise NotImplementedError
+
+    @property
+    def merged(self) -> bool:
+        """Whether ``weight`` currently holds W' (the pristine W is kept aside until `unmerge`)."""
+        return self.pristine is not None
+
+    @property
+    def stored_weight(self) -> Tensor:
+        """The pristine weight as the base stores it, also while merged."""
+        return self.weight if self.pristine is None else self.pristine
+
+    def base_weight(self) -> Tensor:
+        """The pristine W in canonical layout ``[out, in]``, also while merged."""
+        if self.quantised:
+            return dequantised(self, self.pristine)
+        weight = self.stored_weight.detach()
+        return weight.T if self.transposed else weight
+
+    @torch.no_grad()
+    def merged_weight(self, name: str = "") -> tuple[Tensor, LayerDrift]:
+        """W' with one rounding, in the layout in which the layer stores its weight; the layer is not changed.
+
+        Raises:
+            ValueError: W' is not finite; the message names the layer.
+        """
+        rounded, drift = rounded_sum(*self.merged_sum(), self._dense_dtype(), name)
+        return (rounded.T.contiguous() if self.transposed else rounded), drift
+
+    @torch.no_grad()
+    def put_merged(self, name: str = "", *, requantise: bool = False) -> LayerDrift:
+        """Put W' into the weight and keep the pristine one; nothing changes where an error is raised.
+
+        Args:
+            name: For errors.
+            requantise: Into new codes, where the layer is quantised.
+        """
+        new, drift = self.merged_weight(name)
+        if requantise:
+            exact, update = self.merged_sum()
+            codes = requantised(self, exact.to(self._dense_dtype()))
+            drift = drift_of(dequantised(self, codes) - exact, exact, update)
+            self._show(codes)
+        else:
+            self._show(new)
+        return drift
+
+    @torch.no_grad()
+    def put_pristine(self) -> None:
+        """Put the pristine weight back, bit for bit."""
+        if self.pristine is None:
+            return
+        if self.quantised:
+            self.__dict__["pristine"], self.weight = None, self.pristine  # type: ignore[assignment]
+        else:
+            self.weight.copy_(self.pristine)
+            self.pristine = None
+
+    def _dense_dtype(self) -> torch.dtype:
+        return value_dtype(self) if self.quantised else self.stored_weight.dtype
+
+    def _show(self, new: Tensor) -> None:
+        """Let the weight be W'."""
+        if self.pristine is None:
+            kept = self.weight if self.quantised else self.weight.detach().to("cpu", copy=True)
+            self.__dict__["pristine"] = kept  # not by setattr, which would register codes as a parameter
+        if self.quantised:
+            self.weight = new if isinstance(new, nn.Parameter) else nn.Parameter(new, requires_grad=False)
+        elif self.weight.dtype == new.dtype:
+            self.weight.copy_(new)
+        else:  # a state dict of another dtype was assigned
+            self.weight = nn.Parameter(new.to(self.weight.device), requires_grad=self.weight.requires_grad)
+
+    # -- state dicts, casts and moves ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def _pristine_in_place(self) -> Iterator[None]:
+        """Inside, the weight is the pristine one; what is put in its place becomes the pristine one."""
+        if self.pristine is None:
+            yield
+            return
+        own, shown = self.pristine, self._parameters["weight"]
+        codes = isinstance(own, nn.Parameter)
+        self._parameters["weight"] = own if codes else nn.Parameter(own, requires_grad=False)  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            kept = self._parameters["weight"]
+            self._parameters["weight"] = shown
+            self.__dict__["pristine"] = kept if codes or kept is None else kept.detach()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        with self._pristine_in_place():
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        with self._pristine_in_place():
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if self.merged and any(key.startswith(prefix) for key in state_dict):
+            self.__dict__["loaded_as"] = prefix[:-1]  # see `merge_again`
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if self.pristine is not None and self.quantised:
+            with torch.no_grad():
+                moved = fn(self.pristine)
+            kept = moved if isinstance(moved, nn.Parameter) else nn.Parameter(moved, requires_grad=False)
+            self.__dict__["pristine"] = kept
+        elif self.pristine is not None:
+            self.pristine = self.pristine.to(self.weight.dtype)  # it stays on the CPU, and in memory
+        return self
+
+
+def merge_again(layer: MergedLayer, keys: Any) -> None:
+    """After a state dict was loaded into a layer and all below it: a merged one holds the new W'."""
+    name = layer.__dict__.pop("loaded_as", None)
+    if name is None or not layer.merged:
+        return
+    with torch.no_grad():
+        rounded = layer.merged_sum()[0].to(layer._dense_dtype())
+        if not bool(rounded.isfinite().all()):
+            warnings.warn(f"`{name}`: the merged weight of what was loaded is not finite.", stacklevel=2)
+        if quantisation_of(layer) is not None:
+            layer._show(requantised(layer, rounded))
+        else:
+            layer._show(rounded.T.contiguous() if layer.transposed else rounded)
+
+
+def rounded_sum(exact: Tensor, update: Tensor, dtype: torch.dtype, name: str) -> tuple[Tensor, LayerDrift]:
+    """A wide W' in the dtype of the weights, and what that cost.
+
+    Raises:
+        ValueError: It is not finite.
+    """
+    rounded = exact.to(dtype)
+    if not bool(rounded.isfinite().all()):
+        raise ValueError(
+            f"`{name}`: the merged weight is not finite (largest change {float(update.abs().max()):.3g}, dtype {dtype});"
+            " the run diverged or the dtype is too narrow. Nothing was merged."
+        )
+    # U may come in float32 while W is narrower: the error is taken against the wide sum, not against itself.
+    return rounded, drift_of(rounded.to(exact.dtype) - exact, exact, update)
+
+
+def drift_of(error: Tensor, exact: Tensor, update: Tensor) -> LayerDrift:
+    """The figures of an error."""
+    norm, whole, size = (float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in (error, exact, update))
+    return LayerDrift(float(error.abs().max()), norm / whole if whole else 0.0, norm / size if size else 0.0)

@@ -1,0 +1,104 @@
+"""The weighted sum of named adapters as an adapter of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from lightning_pmss.conversion.convert import conversion_of, pmss_layers
+from lightning_pmss.layers.guard import refuse_disabled
+from lightning_pmss.messages import some
+from lightning_pmss.named.bank import NamedAdapter, bank_of, different, refuse_unknown, refuse_used, take
+from lightning_pmss.named.states import Update, layer_state, same_skeleton, update_of, weighted
+
+
+@dataclass(frozen=True)
+class Combination:
+    """What `combine_adapters` did; ``print`` it.
+
+    Attributes:
+        name: Of the new adapter.
+        weights: Of the adapters in it.
+        agreeing: Layers where all have the same rows and columns, so that their U's were added.
+        joined: Layers where they differ, with the rank of the union that holds the sum exactly.
+    """
+
+    name: str
+    weights: dict[str, float]
+    agreeing: list[str] = field(default_factory=list)
+    joined: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        told = " + ".join(f"{weight:g} {name}" for name, weight in self.weights.items())
+        text = f"{self.name} = {told}: {len(self.agreeing)} layers with the same rows and columns, U added"
+        if self.joined:
+            text += f"; {len(self.joined)} with others, joined to rank {max(self.joined.values())} at most"
+        return text
+
+
+@torch.no_grad()
+def combine_adapters(model: nn.Module, name: str, weights: Mapping[str, float]) -> Combination:
+    """Make a new adapter whose update is the weighted sum of others', exactly.
+
+    Where their rows and columns agree, U's add. Where they differ, the sum lives on the union of them, whose rank is up to the
+    sum of theirs and must fit the converted layers: `load_adapters` has ``rank=`` to make room. The new adapter is not active.
+
+    Args:
+        model: Of `load_adapters`.
+        name: Of the new adapter.
+        weights: Factor of each adapter; any numbers, negative ones too.
+
+    Raises:
+        ValueError: A name in use or unknown, no weights or weights that are not finite, modules trained in full, which have no
+            meaningful sum, or no room for the union.
+    """
+    bank = bank_of(model)
+    refuse_used(bank, name)
+    if not weights or not all(math.isfinite(weight) for weight in weights.values()):
+        raise ValueError(
+            f"weights={dict(weights)!r}: give one finite number per adapter, such as {{'a': 0.5, 'b': 0.5}}."
+        )
+    for part in weights:
+        refuse_unknown(bank, part)
+    if full := [part for part in weights if bank.adapters[part].extra]:
+        raise ValueError(f"{some(full)} have modules trained in full, of which a weighted sum means nothing.")
+    first, *others = weights
+    for part in others:
+        if differ := different(bank.adapters[first].fresh, bank.adapters[part].fresh):
+            raise ValueError(
+                f"{first!r} and {part!r} were trained beside other values of {some(differ)}: no sum serves both."
+            )
+    refuse_disabled(pmss_layers(model).values(), "set or combined")
+    take(model, bank)
+    report, layers = conversion_of(model), pmss_layers(model)
+    assert report is not None
+    done = Combination(name, {part: float(weight) for part, weight in weights.items()})
+    sums: dict[str, Update] = {}
+    for layer_name, layer in layers.items():
+        owners = {
+            part: bank.adapters[part].layers[layer_name] for part in weights if layer_name in bank.adapters[part].layers
+        }
+        parts = {part: update_of(state, layer.scale) for part, state in owners.items()}
+        if not parts:
+            continue
+        sums[layer_name] = weighted([(done.weights[part], update) for part, update in parts.items()])
+        if same_skeleton(list(parts.values())):
+            done.agreeing.append(layer_name)
+        else:
+            done.joined[layer_name] = max(sums[layer_name].u.shape)
+    if narrow := [n for n, size in done.joined.items() if size > len(layers[n].rows)]:
+        raise ValueError(
+            f"the adapters {some(list(weights))} have other rows and columns in {some(narrow)}, and their sum has rank"
+            f" {max(done.joined[n] for n in narrow)}, more than these layers have here. Load them by load_adapters(model, ...,"
+            f" rank={max(done.joined.values())}), or train them on one skeleton (skeleton_file=)."
+        )
+    states = {
+        n: layer_state(layers[n].base_weight(), update, len(layers[n].rows), report.config.coordinates, layers[n].scale)
+        for n, update in sums.items()
+    }
+    bank.adapters[name] = NamedAdapter(states, {}, dict(bank.adapters[first].fresh))
+    return done

@@ -1,0 +1,316 @@
+"""Put several adapters on one base, switch between them, leave them out, and forget them."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_pmss.conversion.convert import conversion_of, convert, pmss_layers
+from lightning_pmss.conversion.converted import converted
+from lightning_pmss.conversion.report import ConversionReport
+from lightning_pmss.conversion.roots import canonical_modules
+from lightning_pmss.conversion.targets import Names
+from lightning_pmss.files.adapter import check_also_train, check_base, check_modules, names_in, tensors_of
+from lightning_pmss.files.adapter_file import AdapterFile, read_adapter
+from lightning_pmss.files.fresh import check_fresh, live_tensors
+from lightning_pmss.layers.guard import refuse_disabled
+from lightning_pmss.layers.quantised import whole_weight
+from lightning_pmss.messages import some
+from lightning_pmss.methods.pmss.config import PMSSConfig
+from lightning_pmss.methods.pmss.layer import PMSSLinear, canonical_shape, is_transposed
+from lightning_pmss.methods.pmss.skeleton import Skeleton, SkeletonLayer
+from lightning_pmss.named.bank import (
+    Bank,
+    NamedAdapter,
+    attach,
+    bank_of,
+    fill,
+    fill_fresh,
+    find_bank,
+    put,
+    refuse_merged,
+    refuse_unknown,
+    refuse_used,
+    take,
+)
+from lightning_pmss.named.states import LayerState, Update, layer_state
+
+_AT_ONCE = "Load all adapters at once into a fresh model: load_adapters(model, {'name': folder, ...})."
+
+
+def load_adapters(
+    model: nn.Module, folders: Mapping[str, str | os.PathLike[str]], *, rank: int | None = None
+) -> ConversionReport:
+    """Convert a model for several adapters at once and make the first one active.
+
+    Every layer of any of them is converted, at the largest rank that any of them has there. Adapters trained in ``rotation``
+    coordinates go on in ``orthonormal`` ones.
+
+    Args:
+        model: Not converted yet.
+        folders: Adapter folders by the names they are to have.
+        rank: Room for adapters of up to this rank, added or combined later; clipped to each layer.
+
+    Returns:
+        The report of the conversion.
+
+    Raises:
+        FileNotFoundError: A folder or file is missing.
+        ValueError: No folder, a model that is converted already, or what `load_adapter` refuses, of any of them.
+    """
+    if not folders:
+        raise ValueError("no adapters given: load_adapters(model, {'name': folder, ...}).")
+    if pmss_layers(model):
+        raise ValueError("the model is converted already: add_adapter(model, name, folder), or build a fresh model.")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rank={rank!r} is not a rank; type a whole number of at least 1.")
+    read = {name: read_adapter(folder) for name, folder in folders.items()}
+    given = {name: names_in(adapter, model) for name, adapter in read.items()}
+    root, *others = sorted({names.root for names in given.values()})
+    if others:
+        raise ValueError(
+            f"these adapters are of several models inside this {type(model).__name__}: {some([root, *others])}."
+        )
+    modules = canonical_modules(model, root)
+    for name, adapter in read.items():
+        check_modules(adapter, modules, None, type(model).__name__)
+        check_fresh(adapter, live_tensors(model, adapter.fresh, root), model)
+        check_base(adapter, modules, type(model).__name__)
+        check_also_train(adapter, tensors_of(list(given[name].also_train), modules), model)
+    _refuse_other_weights(read)
+    sizes: dict[str, int] = {}
+    for adapter in read.values():
+        for name, stored in adapter.modules.items():
+            sizes[name] = max(sizes.get(name, 0), rank or 0, *stored.U.shape)
+    sizes = {name: min(sizes[name], *canonical_shape(modules[name])) for name in modules if name in sizes}
+    also_train = sorted({module for names in given.values() for module in names.also_train})
+    config = _config(next(iter(read.values())).options, sizes, also_train)
+    for adapter in read.values():  # before any weight is read: that of a converted layer may be among them
+        fill_fresh(model, adapter.fresh, root)
+    states = {
+        name: NamedAdapter(_states(adapter, modules, sizes, config), dict(adapter.also_train), dict(adapter.fresh))
+        for name, adapter in read.items()
+    }
+    first: dict[str, LayerState] = {}
+    for named in states.values():  # copies: the live layers keep the tensors they are made of
+        first |= {n: copy.deepcopy(state) for n, state in named.layers.items() if n not in first}
+    skeleton = Skeleton(
+        {name: SkeletonLayer(state.rows, state.cols, state.frame) for name, state in first.items()}, config.coordinates
+    )
+    report = convert(model, config, skeleton=skeleton, names=Names(root, list(sizes), also_train))
+    base = {key: value.detach().clone() for key, value in tensors_of(report.also_train, modules).items()}
+    active = next(iter(states))
+    bank = Bank(states, base, active)
+    attach(model, bank)
+    put(model, bank, active)
+    return report
+
+
+def add_adapter(model: nn.Module, name: str, folder: str | os.PathLike[str]) -> None:
+    """Add an adapter from its folder; the active one stays active.
+
+    Args:
+        model: Of `load_adapters`.
+        name: Not in use yet.
+        folder: Its layers must be among the converted ones, its ranks no larger than theirs.
+
+    Raises:
+        FileNotFoundError: The folder or a file of it is missing.
+        ValueError: A name in use, layers or ranks that do not fit, or what `load_adapter` refuses.
+    """
+    bank = bank_of(model)
+    refuse_used(bank, name)
+    adapter = read_adapter(folder)
+    modules, layers = canonical_modules(model), pmss_layers(model)
+    check_modules(adapter, modules, None, type(model).__name__)
+    if more := sorted(set(adapter.modules) - set(layers)):
+        raise ValueError(f"{adapter.folder} has layers that are not converted: {some(more)}. {_AT_ONCE}")
+    sizes = {n: len(layer.rows) for n, layer in layers.items()}
+    if wide := [n for n, m in adapter.modules.items() if max(m.U.shape) > sizes[n]]:
+        ranks = f"{max(max(adapter.modules[n].U.shape) for n in wide)}"
+        raise ValueError(
+            f"{adapter.folder} has a larger rank than {some(wide)} here. {_AT_ONCE} Or give rank={ranks} there."
+        )
+    if strange := sorted(set(adapter.also_train) - set(bank.base)):
+        raise ValueError(f"{adapter.folder} has {some(strange)} trained in full, which no adapter here has. {_AT_ONCE}")
+    check_fresh(adapter, live_tensors(model, adapter.fresh), model)
+    check_base(adapter, modules, type(model).__name__)
+    report = conversion_of(model)
+    assert report is not None
+    for key, value in adapter.also_train.items():
+        if value.shape != bank.base[key].shape:
+            raise ValueError(f"{adapter.folder}: {key} is {list(value.shape)}, here {list(bank.base[key].shape)}.")
+    bank.adapters[name] = NamedAdapter(
+        _states(adapter, modules, sizes, report.config), dict(adapter.also_train), dict(adapter.fresh)
+    )
+
+
+def set_adapter(model: nn.Module, name: str) -> None:
+    """Make an adapter the active one; what was trained of the one before is kept under its name.
+
+    Nothing changes but the values of small tensors: a compiled model is not compiled again. An optimizer's state belongs to
+    the adapter it was made for.
+
+    Raises:
+        ValueError: An unknown name, or a merged model.
+    """
+    bank = bank_of(model)
+    refuse_unknown(bank, name)
+    refuse_merged(model)
+    refuse_disabled(pmss_layers(model).values(), "set or combined")
+    take(model, bank)
+    put(model, bank, name)
+
+
+def active_adapter(model: nn.Module) -> str:
+    """The name of the active adapter."""
+    return bank_of(model).active
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of all adapters."""
+    return list(bank_of(model).adapters)
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Forget an adapter, which must not be the active one.
+
+    Raises:
+        ValueError: An unknown name, or the active adapter's.
+    """
+    bank = bank_of(model)
+    refuse_unknown(bank, name)
+    if name == bank.active:
+        raise ValueError(f"{name!r} is the active adapter; call set_adapter(model, ...) with another one first.")
+    del bank.adapters[name]
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """Run a block with the base alone, bit for bit: ``with disable_adapter(model): ...``.
+
+    The layers take the base's own path, and modules trained in full hold the base's values; state dicts go on with the trained
+    ones. Works on any converted model; one with modules trained in full must come from `load_adapters`, which keeps the
+    base's values.
+
+    Raises:
+        ValueError: No converted layer, a merged model, or modules trained in full whose base values nobody kept.
+    """
+    if not pmss_layers(model):
+        raise ValueError(f"{type(model).__name__} has no converted layer, so there is no adapter to disable.")
+    report, layers = converted(model, "disable the adapters of")
+    refuse_merged(model)
+    bank = find_bank(model)
+    if bank is None and report.also_train:
+        raise ValueError(
+            f"{some(report.also_train)} were trained in full, and the base's values are not kept. Load the adapter by"
+            " load_adapters(model, {'name': folder}), which keeps them."
+        )
+    if any(layer.disabled for layer in layers.values()):  # in a block inside another one nothing is left to do
+        yield
+        return
+    modules = canonical_modules(model)
+    with ExitStack() as stack:
+        for name in report.also_train:
+            stack.enter_context(_holding_base(modules[name], name, {} if bank is None else bank.base))
+        try:
+            for layer in layers.values():
+                layer.disabled = True
+            yield
+        finally:
+            for layer in layers.values():
+                layer.disabled = False
+
+
+@contextmanager
+def _holding_base(module: nn.Module, name: str, base: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, a module trained in full holds the base's values; state dicts are of the trained ones, saved and loaded."""
+    keys = {key: f"{name}.{key}" for key, value in module.state_dict().items() if isinstance(value, Tensor)}
+
+    def live() -> dict[str, Tensor]:
+        own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+        return {full: own[key].detach() for key, full in keys.items()}
+
+    trained = {key: value.clone() for key, value in live().items()}
+
+    def save(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        state.update({f"{prefix}{key}": trained[full] for key, full in keys.items()})
+
+    def before_load(*args: Any) -> None:
+        fill(live(), trained)
+
+    def after_load(*args: Any) -> None:
+        trained.update({key: value.clone() for key, value in live().items()})
+        fill(live(), base)
+
+    handles = [
+        module.register_state_dict_post_hook(save),
+        module.register_load_state_dict_pre_hook(before_load),
+        module.register_load_state_dict_post_hook(after_load),
+    ]
+    fill(live(), base)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        fill(live(), trained)
+
+
+def _refuse_other_weights(read: Mapping[str, AdapterFile]) -> None:
+    """The weight of a converted layer is one for all adapters, also where it comes with them."""
+    found: dict[str, torch.Tensor] = {}
+    for name, adapter in read.items():
+        for layer in adapter.modules:
+            own = adapter.fresh.get(f"{layer}.weight")
+            if own is not None and not torch.equal(found.setdefault(layer, own.value), own.value):
+                raise ValueError(
+                    f"{name!r} was trained on another freshly initialised weight of `{layer}` than the others."
+                )
+
+
+def _config(first: PMSSConfig, sizes: Mapping[str, int], also_train: list[str]) -> PMSSConfig:
+    """The first adapter's options, for exactly these layers and ranks.
+
+    Each adapter has a rotation of its own part of W, so together they are kept in orthonormal coordinates.
+    """
+    return replace(
+        first,
+        coordinates="orthonormal" if first.coordinates == "rotation" else first.coordinates,
+        target_modules="|".join(_exactly(name) for name in sizes),
+        exclude_modules=(),
+        rank=max(sizes.values()),
+        rank_pattern={_exactly(name): size for name, size in sizes.items()},
+        also_train="|".join(_exactly(name) for name in also_train) if also_train else (),
+        skeleton_file=None,
+    )
+
+
+def _exactly(name: str) -> str:
+    """A regular expression for this full name; the name alone would match endings too."""
+    return f"({re.escape(name)})"
+
+
+@torch.no_grad()
+def _states(
+    adapter: AdapterFile, modules: Mapping[str, nn.Module], sizes: Mapping[str, int], config: PMSSConfig
+) -> dict[str, LayerState]:
+    states = {}
+    for name, stored in adapter.modules.items():
+        layer = modules[name]
+        if isinstance(layer, PMSSLinear):
+            weight = layer.base_weight()
+        else:
+            with whole_weight(layer) as found:
+                weight = found.T if is_transposed(layer) else found
+        update = Update(stored.U, stored.rows, stored.cols)
+        states[name] = layer_state(weight, update, sizes[name], config.coordinates, config.scale_of(sizes[name]), name)
+    return states

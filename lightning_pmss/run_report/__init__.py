@@ -1,6 +1,0 @@
-"""A finished run as one self-contained page: ``python -m lightning_pmss report RUN_DIR``."""
-
-from lightning_pmss.run_report.page import write_report
-from lightning_pmss.run_report.run import Run, read_run
-
-__all__ = ["Run", "read_run", "write_report"]

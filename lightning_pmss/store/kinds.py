@@ -1,0 +1,136 @@
+"""The kinds of folders that this library writes, and what may be replaced or removed of them.
+
+Each folder has a manifest: a JSON file with ``"written_by": "lightning-pmss"`` and the list of the files. A file is replaced or
+removed only if its name is one that the library writes into such a folder *and* the manifest lists it. Folders come from
+anywhere, so a manifest proves nothing; and somebody may have put a file of such a name there. Links and special files are never
+the library's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+
+from lightning_pmss.store import read_json
+
+WRITTEN_BY = "lightning-pmss"
+_LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}  # written by file managers, nobody misses them
+
+SHARDS = ("model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors")
+# What tokenizers and processors write.
+TOKENIZER = (
+    "tokenizer_config.json", "*processor_config.json", "preprocessor_config.json",
+    "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "*vocab*.json", "vocab*.txt", "dict.txt", "merges.txt",
+    "vocab.bpe", "bpe.codes", "normalizer.json", "emoji.json", "byte_maps.json", "word_shape.json", "word_pronunciation.json",
+    "*.model", "*.spm", "*.tiktoken", "*.tokenizer", "tekken.json",
+    "chat_template.json", "*.jinja", "chat*/*.jinja", "additional_chat_templates/*.jinja",
+)  # fmt: skip
+# What a model folder has beside its weights, and no training run, version control or download cache writes.
+BESIDE_WEIGHTS = (
+    "config.json", "*_config.json", "config_*.json", "modelcard.json", "modules.json",
+    *TOKENIZER,
+    "*.py", "custom_generate/*.py", "custom_generate/requirements.txt", "[0-9]_*/config.json",
+    "README*", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FolderKind:
+    """One kind of folder.
+
+    Attributes:
+        what: For messages, such as "an adapter".
+        manifest: Name of the file that lists the others.
+        files: Patterns of the names that the library writes there; a pattern with a slash reaches into one folder.
+        not_files: Patterns of names that are excepted.
+    """
+
+    what: str
+    manifest: str
+    files: tuple[str, ...]
+    not_files: tuple[str, ...] = ()
+
+    def has(self, name: str) -> bool:
+        """Whether the library writes files of this name there; `name` is relative, with slashes."""
+        return matches(name, self.files) and not matches(name, self.not_files)
+
+    def listed(self, folder: Path) -> set[str]:
+        """What the manifest lists, itself included; empty where there is no manifest of ours."""
+        file = folder / self.manifest
+        if file.is_symlink() or not file.is_file():
+            return set()
+        try:
+            manifest = read_json(file, "")
+        except (OSError, ValueError):
+            return set()
+        if not isinstance(manifest, dict) or manifest.get("written_by") != WRITTEN_BY:
+            return set()
+        files = manifest.get("files")
+        if not isinstance(files, list):
+            return set()
+        return {self.manifest, *(name for name in files if isinstance(name, str))}
+
+    def is_at(self, folder: Path) -> bool:
+        """Whether there is a folder of this kind."""
+        return bool(self.listed(folder))
+
+    def own(self, folder: Path) -> list[str]:
+        """The files that may be removed, the manifest last: what a kill leaves is still ours."""
+        listed = self.listed(folder)
+        found = [
+            name
+            for name, entry in entries(folder)
+            if entry.is_file(follow_symlinks=False) and (is_litter(name) or name in listed and self.has(name))
+        ]
+        return sorted(found, key=lambda name: (name == self.manifest, name))
+
+
+ADAPTER = FolderKind(
+    "an adapter", "adapter_config.json", ("README.md", "adapter_config.json", "adapter_model.safetensors", *TOKENIZER)
+)
+LORA = FolderKind("an exported LoRA", "export_report.json", (*ADAPTER.files, "export_report.json"))
+MERGED = FolderKind(
+    "a merged model",
+    "merge_report.json",
+    (
+        *SHARDS, "model.safetensors.index.json", "other_modules.safetensors", "merge_report.json", *BESIDE_WEIGHTS,
+    ),
+    (ADAPTER.manifest,),
+)  # fmt: skip
+KINDS = (ADAPTER, LORA, MERGED)
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a relative name fits one of the patterns part by part; names of unprintable characters fit none."""
+    parts = name.split("/")
+    return name.isprintable() and any(
+        len(parts) == len(wanted := pattern.split("/")) and all(map(fnmatchcase, parts, wanted)) for pattern in patterns
+    )
+
+
+def files_below(folder: Path) -> list[str]:
+    """The files of a folder that was just written, as sorted relative names with slashes: what a manifest has to list."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+
+
+def entries(folder: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Files, links and what else there is, by relative name; a folder that no pattern reaches into stands for itself."""
+    inner = {PurePosixPath(pattern).parts[0] for kind in KINDS for pattern in kind.files if "/" in pattern}
+    with os.scandir(folder) as found:
+        top = sorted(found, key=lambda entry: entry.name)
+    for entry in top:
+        if not entry.is_dir(follow_symlinks=False):
+            yield entry.name, entry
+        elif not any(fnmatchcase(entry.name, pattern) for pattern in inner):
+            yield f"{entry.name}/", entry
+        else:
+            with os.scandir(entry) as below:
+                yield from ((f"{entry.name}/{part.name}", part) for part in sorted(below, key=lambda part: part.name))
+
+
+def is_litter(name: str) -> bool:
+    """What file managers leave behind."""
+    return name.rsplit("/", 1)[-1] in _LITTER
