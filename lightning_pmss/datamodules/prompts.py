@@ -102,7 +102,7 @@ def load_tokenizer(name: str) -> Any:
 class PromptEncoder:
     """Turns a batch of question and response texts into token ids; a picklable callable for ``datasets.map``.
 
-    Prompt and response are read as one text (:mod:`lightning_pmss.datamodules.continuations`), with a border between two tokens,
+    Prompt and response are read as one text (:mod:`.continuations`), with a border between two tokens,
     so that the loss is on the response alone and the prompt has the same tokens in training and in generation. A response
     ends in the end-of-sequence token; in the chat style in what ends the assistant's turn in the template
     (:mod:`lightning_pmss.datamodules.chat`).

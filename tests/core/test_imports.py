@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_pmss import PMSSCallback, process_memory
+from lightning_pmss import PMSSCallback
 from lightning_pmss.callbacks.throughput import peak_memory_gb
+from lightning_pmss.files import process_memory
 from tests.callbacks.toys import Toy, plain_loader, trainer
 
 # The optional libraries (matplotlib, deepspeed, ...) are imported where they are used, so each module must import.
