@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from lightning_pmss import load_adapter, merge
+from lightning_pmss.checkpoints.extract import extract_files
 from lightning_pmss.conversion.convert import pmss_layers
-from lightning_pmss.files import extract_files
 from tests.distributed.launch import launch, ranks, require
 from tests.distributed.script import EXAMPLES, LENGTH, VOCABULARY, base_model
 from tests.distributed.strategies import NAMES
