@@ -13,8 +13,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy, size_based_auto_wrap_policy
 
-from lightning_pmss import PMSSConfig, PMSSWrapPolicy, convert, sharding
+from lightning_pmss import PMSSConfig, PMSSWrapPolicy, convert
 from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.distributed import sharding
 from lightning_pmss.distributed.sharding import engine_of, prepare_strategy
 from tests.callbacks.toys import Toy
 
