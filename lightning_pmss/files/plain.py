@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 
@@ -13,5 +14,5 @@ def quantisation_settings(model: Any) -> dict[str, Any]:
     """
     if getattr(model, "hf_quantizer", None) is None:
         return {}
-    settings = model.config.to_dict()
-    return {"quantization_config": settings["quantization_config"], "base_dtype": str(settings["dtype"]).split(".")[-1]}
+    settings = json.loads(model.config.to_json_string(use_diff=False))  # to_dict() has enumerations in it
+    return {"quantization_config": settings["quantization_config"], "base_dtype": settings["dtype"]}
