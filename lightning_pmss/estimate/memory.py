@@ -24,6 +24,7 @@ from lightning_pmss.estimate.model import (
 )
 from lightning_pmss.estimate.quantised import QUANTISATIONS, largest_matrix, quantised_pieces
 from lightning_pmss.estimate.quantised import STRATEGIES as WHOLE_STRATEGIES
+from lightning_pmss.estimate.simulate import StepBytes
 from lightning_pmss.estimate.strategies import (
     OPTIMIZERS,
     STRATEGIES,
@@ -245,7 +246,8 @@ def _estimate(run: Run, config: Any, loaded: torch.dtype, methods: tuple[str, ..
         if run.quantisation is not None:
             pieces, made_whole = quantised_pieces(pieces, model), largest_matrix(model, trains.itemsize)
         steps = {
-            checkpointing: estimate_step(
+            checkpointing: _step(
+                (config.to_json_string(), repr(run.config), method),
                 architecture,
                 model,
                 micro_batch=run.micro_batch,
@@ -282,6 +284,19 @@ def _estimate(run: Run, config: Any, loaded: torch.dtype, methods: tuple[str, ..
             adapter=_adapter_bytes(model, run.config) if method == "pmss" else _trained_bytes(pieces),
         )
     return Estimate(run, type(base).__name__, parameters, str(loaded).removeprefix("torch."), results)
+
+
+_STEPS: dict[tuple[Any, ...], StepBytes] = {}
+"""Steps that were played through: a search for what fits asks for the same ones on more devices, under other strategies."""
+
+
+def _step(origin: tuple[str, ...], architecture: Architecture, model: nn.Module, **options: Any) -> StepBytes:
+    """`estimate_step`, once per process for equal models; `origin` is what the model was made of."""
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    key = (*origin, architecture.dtype, frozenset(dtypes), *sorted(options.items()))
+    if key not in _STEPS:
+        _STEPS[key] = estimate_step(architecture, model, **options)
+    return _STEPS[key]
 
 
 def _checkpoint_bytes(pieces: list[Piece], run: Run) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_pmss import PMSSConfig
-from lightning_pmss.estimate import Run, estimate
+from lightning_pmss.estimate import Run, estimate, memory
 from lightning_pmss.estimate.depth import estimate_step
 from lightning_pmss.estimate.model import Architecture, read_config
 from lightning_pmss.estimate.simulate import simulate_step
@@ -171,3 +171,25 @@ def test_peak_on_cuda(checkpointing: bool, tmp_path: Path) -> None:
     step = result.activations + result.logits + result.work + result.gradients
     report = near({"peak": torch.cuda.max_memory_allocated() - before}, {"peak": step})
     assert not [line for line in report if "OFF" in line], report
+
+
+def test_a_step_is_played_through_once_for_all_strategies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    played: list[bool] = []
+
+    def counted(*args: object, **options: object) -> object:
+        played.append(bool(options["gradient_checkpointing"]))
+        return estimate_step(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(memory, "estimate_step", counted)
+    monkeypatch.setattr(memory, "_STEPS", {})
+    (tmp_path / "other").mkdir()
+    folders = write_config(tmp_path), write_config(tmp_path / "other")
+    totals = [
+        estimate(Run(folder, strategy, devices, config=pmss_config(), **OPTIONS), ("pmss",)).methods["pmss"].total
+        for folder, strategy, devices in ((folders[0], "ddp", 2), (folders[1], "fsdp2", 4), (folders[0], "zero3", 2))
+    ]
+    assert played == [False, True]
+    assert len(set(totals)) == 3
+    for changed in ({"precision": "bf16-mixed"}, {"micro_batch": 3}, {"config": pmss_config(memory="keep")}):
+        estimate(Run(folders[0], **{"config": pmss_config(), **OPTIONS, **changed}), ("pmss",), both=False)
+    assert played == [False, True, False, False, False]
