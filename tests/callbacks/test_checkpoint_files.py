@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 from lightning_pmss import PMSSCallback
+from tests import forks
 from tests.callbacks.toys import Toy, plain_loader, trainer
 
 ROOT = Path(__file__).parents[2]
@@ -59,11 +59,10 @@ print(json.dumps(touched))
 def test_last_checkpoint_is_renamed_into_place_and_never_written(tmp_path: Path) -> None:
     """Lightning writes into TMPDIR; on another file system the move is a copy over the last good checkpoint."""
     other = Path("/dev/shm")  # noqa: S108 - another file system than pytest's folders
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = dict(os.environ)
     if other.is_dir() and other.stat().st_dev != tmp_path.stat().st_dev:
         environment["TMPDIR"] = str(other)
-    command = [sys.executable, "-c", WATCHED, str(tmp_path)]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = forks.run(["-c", WATCHED, tmp_path], env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     touched = json.loads(done.stdout.splitlines()[-1])
     folders = [tmp_path / name for name in ("default", "default", "async", "async")]  # two epochs each

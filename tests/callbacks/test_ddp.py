@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import forks
+
 
 def run(folder: Path, checkpoint: str) -> list[dict[str, Any]]:
     """What each of the two ranks wrote down."""
     folder.mkdir()
-    command = [sys.executable, "-m", "tests.callbacks.ddp", str(folder), checkpoint]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=280)
+    done = forks.run(["-m", "tests.callbacks.ddp", folder, checkpoint])  # Lightning starts the other process
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import pytest
 import torch
 
 from lightning_pmss.files import read_adapter
+from tests import forks
 from tests.killing import files
 
 pytestmark = pytest.mark.distributed
@@ -24,29 +22,17 @@ STEPS = 18  # 6 epochs of 3 batches on each rank
 
 def run(folder: Path, signals: Any = None, **task: Any) -> tuple[int, str, list[dict[str, Any]]]:
     """Status, stderr and what the ranks wrote; `signals` is called with the process when three steps have begun."""
-    command = [sys.executable, "-m", "tests.callbacks.ddp_stopping", json.dumps({"folder": str(folder)} | task)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            if signals is not None:
-                assert process.stdout is not None
-                for _ in range(3):
-                    assert process.stdout.readline() == "step\n"
-                signals(process)
-            _, errors = process.communicate(timeout=200)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+    # Rank 0 is a fork; Lightning starts the other one.
+    arguments = ["-m", "tests.callbacks.ddp_stopping", json.dumps({"folder": str(folder)} | task)]
+    with forks.Program(arguments, stream=signals is not None) as process:
+        if signals is not None:
+            for _ in range(3):
+                assert process.stdout.readline() == "step\n"
+            signals(process)
+        status = process.wait(200)
+        errors = process.errors()
     found = [folder / f"rank{rank}.json" for rank in (0, 1)]
-    return process.returncode, errors, [json.loads(f.read_text()) for f in found if f.is_file()]
+    return status, errors, [json.loads(f.read_text()) for f in found if f.is_file()]
 
 
 @pytest.fixture(scope="module")

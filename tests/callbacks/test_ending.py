@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_pmss import PMSSCallback
 from lightning_pmss.files import read_adapter
+from tests import forks
 from tests.callbacks import toys
 from tests.killing import files
 
@@ -309,19 +308,7 @@ test_ending.fit(Path(sys.argv[1]), data=toys.Numbers(num_workers=1), max_epochs=
 @pytest.mark.parametrize("keys", [1, 2])
 def test_ctrl_c_in_a_terminal(tmp_path: Path, keys: int) -> None:
     """The terminal sends it to the workers of the loader, too. A second one stops at once."""
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root)}
-    command = [sys.executable, "-c", PROCESS, str(tmp_path)]
-    with subprocess.Popen(
-        command,
-        cwd=root,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        assert process.stdout is not None
+    with forks.Program(["-c", PROCESS, tmp_path], stream=True) as process:
         for _ in range(3):
             assert process.stdout.readline() == "step\n"
         for _ in range(keys):

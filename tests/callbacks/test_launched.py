@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_pmss.callbacks.launched import follow_launchers
+from tests import forks
 from tests.callbacks.toys import inputs, make_net
 
 
@@ -21,8 +20,7 @@ from tests.callbacks.toys import inputs, make_net
     [("ddp_fork", 2, "early"), ("ddp_spawn", 2, "late"), ("ddp_notebook", 1, "late")],
 )
 def test_the_main_process_holds_what_was_trained(tmp_path: Path, strategy: str, devices: int, built: str) -> None:
-    command = [sys.executable, "-m", "tests.callbacks.launched", str(tmp_path), strategy, str(devices), built]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=280)
+    done = forks.run(["-m", "tests.callbacks.launched", tmp_path, strategy, str(devices), built])
     assert done.returncode == 0, done.stderr[-4000:]
     record = json.loads((tmp_path / "record.json").read_text())
     assert record["v"] > 0.1

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from lightning_pmss.metrics import GSM8KAccuracy
 from lightning_pmss.modules import CausalLMModule
 from lightning_pmss.modules.hub import load_causal_lm
 from lightning_pmss.modules.quantisation import QUANTISATIONS
+from tests import forks
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install lightning-pmss[quantised]")
 pytest.importorskip("torchao", reason="torchao is not installed: pip install lightning-pmss[quantised]")
@@ -97,8 +96,7 @@ def test_fit_writes_an_adapter_and_a_dense_model_and_resumes(
 @pytest.mark.distributed
 @pytest.mark.parametrize("quantisation", ["nf4", "int8"])
 def test_ddp_on_two_processes(quantisation: str, tiny_llama: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.callbacks.ddp_quantised", str(tmp_path), tiny_llama, quantisation]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=280)
+    done = forks.run(["-m", "tests.callbacks.ddp_quantised", tmp_path, tiny_llama, quantisation])
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert first["quantised"]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 
 from lightning_pmss import PMSSCallback
+from tests import forks
 from tests.callbacks import toys
 
 STEPS = 18  # 3 epochs of 6 batches, checkpoints at 4, 8, 12 (the end of an epoch) and 16
@@ -91,8 +90,7 @@ def test_resume_in_a_new_process(tmp_path: Path) -> None:
     assert len(whole) == STEPS
     checkpoint = tmp_path / "whole" / "checkpoints" / "step=8.ckpt"
     (tmp_path / "again").mkdir()
-    command = [sys.executable, "-m", "tests.callbacks.toys", str(tmp_path / "again"), str(checkpoint), "early", "{}"]
-    subprocess.run(command, check=True, cwd=Path(__file__).parents[2], capture_output=True)
+    forks.run(["-m", "tests.callbacks.toys", tmp_path / "again", checkpoint, "early", "{}"]).check_returncode()
     assert json.loads((tmp_path / "again" / "losses.json").read_text()) == whole[8:]
 
 

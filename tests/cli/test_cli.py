@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from lightning_pmss.cli import PMSSCLI, TOOLS, main, tools
+from tests import forks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 QUICKSTART = str(REPOSITORY / "configs" / "quickstart.yaml")
@@ -166,9 +167,7 @@ def test_a_tools_crash_is_not_hidden() -> None:
 
 
 def program(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "lightning_pmss", *args], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
-    )
+    return forks.run(["-m", "lightning_pmss", *args])
 
 
 def test_program_shows_all_commands() -> None:

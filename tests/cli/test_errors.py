@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file
 
 from lightning_pmss.cli import main
+from tests import forks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 QUICKSTART = str(REPOSITORY / "configs" / "quickstart.yaml")
@@ -184,14 +183,7 @@ def test_the_switch_shows_all_tracebacks(monkeypatch: pytest.MonkeyPatch, value:
 
 @pytest.mark.slow
 def test_the_program_ends_with_code_two(tiny_llama: str, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "lightning_pmss",
-        "fit",
-        *recipe(tiny_llama, tmp_path, "--pmss.target_modules=nope"),
-    ]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
+    done = forks.run(["-m", "lightning_pmss", "fit", *recipe(tiny_llama, tmp_path, "--pmss.target_modules=nope")])
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert "fit: error: target_modules: 'nope' matches no module; closest names: o_proj." in done.stderr
@@ -203,9 +195,7 @@ def test_on_two_processes_rank_0_is_read(tiny_llama: str, tmp_path: Path) -> Non
     options = recipe(
         tiny_llama, tmp_path, "--pmss.target_modules=nope", "--trainer.devices=2", "--trainer.strategy=ddp"
     )
-    command = [sys.executable, "-m", "lightning_pmss", "fit", *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=280)
+    done = forks.run(["-m", "lightning_pmss", "fit", *options])
     assert done.returncode != 0, done.stderr
     assert "Traceback" not in done.stderr
     assert "lightning_pmss fit: error: target_modules: 'nope' matches no module; closest names: o_proj." in done.stderr

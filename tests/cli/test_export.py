@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from lightning_pmss.conversion.convert import convert, pmss_layers
 from lightning_pmss.files import export_lora, merge_files, save_adapter
 from lightning_pmss.merging import merge
 from lightning_pmss.methods.pmss.config import PMSSConfig
+from tests import forks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -143,9 +142,9 @@ def test_a_merged_model_exports_its_adapter(tiny_llama: str, tmp_path: Path) -> 
 
 
 def test_as_a_program(tiny_llama: str, adapter: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "lightning_pmss", *_command(tiny_llama, adapter, tmp_path / "lora")]
+    command = ["-m", "lightning_pmss", *_command(tiny_llama, adapter, tmp_path / "lora")]
     for code, says in ((0, "--max-lora-rank 32"), (2, "give --overwrite")):
-        result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
+        result = forks.run(command)
         assert result.returncode == code, result.stderr
         assert says in result.stdout + result.stderr
         assert "Traceback" not in result.stderr

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from lightning_pmss.cli import main
 from lightning_pmss.files.select import select_files
 from lightning_pmss.methods.pmss.config import PMSSConfig
 from lightning_pmss.methods.pmss.skeleton import read_skeleton
+from tests import forks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -101,11 +100,9 @@ def test_unknown_choices_name_the_known(tiny_llama: str, tmp_path: Path, capsys:
 
 def test_as_a_program(tiny_llama: str, tmp_path: Path) -> None:
     output = tmp_path / "s.safetensors"
-    command = [sys.executable, "-m", "lightning_pmss", "select", "--model", tiny_llama, "--rank", "8", "--output"]
+    command = ["-m", "lightning_pmss", "select", "--model", tiny_llama, "--rank", "8", "--output"]
     for code, says in ((0, "14 matrices"), (2, "To replace it give --overwrite")):
-        result = subprocess.run(
-            [*command, str(output)], cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False
-        )
+        result = forks.run([*command, str(output)])
         assert result.returncode == code, result.stderr
         assert says in result.stdout + result.stderr
         assert "Traceback" not in result.stderr

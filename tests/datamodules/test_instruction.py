@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from transformers import AutoTokenizer
 
 from lightning_pmss.datamodules import Example, InstructionCollator, InstructionDataModule
 from lightning_pmss.datamodules.instruction import IGNORED, PromptEncoder, Split
+from tests import forks
 
 
 class Sums(InstructionDataModule):
@@ -175,8 +174,7 @@ def test_fingerprint_is_equal_in_another_process(build: Any, tiny_tokenizer: str
         "print(PromptEncoder(T.from_pretrained(sys.argv[1]), 'plain', t)"
         ".fingerprint([Example('What is 1 + 1?', '#### 2')]))"
     )
-    root = Path(__file__).parents[2]
-    result = subprocess.run([sys.executable, "-c", code, tiny_tokenizer], capture_output=True, text=True, cwd=root)
+    result = forks.run(["-c", code, tiny_tokenizer])
     assert result.stdout.strip() == build().encoder.fingerprint(examples), result.stderr
     assert build().encoder.fingerprint(examples) != build().encoder.fingerprint([Example("What is 1 + 1", "#### 2")])
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import resume_script as script  # the same file runs as a script, in a process of its own
+
+from tests import forks
 
 STEPS = {"every_n_train_steps": 2}
 EPOCH_END = {"every_n_epochs": 1, "save_on_train_epoch_end": True}
@@ -68,13 +68,7 @@ def test_resume_in_a_new_process(tmp_path: Path) -> None:
     whole, _ = script.fit(tmp_path, num_workers=num_workers, callbacks=[script.keep_all(tmp_path, **STEPS)])
     checkpoint = tmp_path / "epoch=1-step=10.ckpt"
     output = tmp_path / "rest.json"
-    root = str(Path(script.__file__).parents[2])
-    subprocess.run(
-        [sys.executable, script.__file__, str(checkpoint), str(output), f"num_workers={num_workers}"],
-        check=True,
-        env={**os.environ, "PYTHONPATH": root},
-        cwd=tmp_path,
-    )
+    forks.run([script.__file__, checkpoint, output, f"num_workers={num_workers}"], cwd=tmp_path).check_returncode()
     assert json.loads(output.read_text()) == [list(step) for step in whole[10:]]
 
 

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.distributed.launch import on_two_processes
 
 
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_two_ranks(tiny_tokenizer: str, tmp_path: Path) -> None:
     script = Path(__file__).with_name("two_ranks.py")
-    result = subprocess.run(
-        [sys.executable, str(script), tiny_tokenizer, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(script.parents[2])},
-        cwd=tmp_path,
-        timeout=200,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    on_two_processes([script, tiny_tokenizer, tmp_path])
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert [rank["sampler"] for rank in ranks] == 2 * ["LengthGroupedSampler"]
     assert [len(rank["batches"]) for rank in ranks] == [6, 6]

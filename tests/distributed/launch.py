@@ -6,19 +6,22 @@ import contextlib
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
-ROOT = Path(__file__).parents[2]
+from tests.forks import Program, first_ended
 
 
 def launch(module: str, tasks: list[dict[str, Any]], *, timeout: float = 240, fails: bool = False) -> str:
-    """Run ``python -m <module> JSON`` on two processes and check every rank of every task; returns stderr.
+    """Run ``python -m <module> JSON`` on two processes and check every rank of every task; returns stderr of both.
+
+    The ranks are forks (`tests.forks`) with the environment that Lightning gives to those it starts itself, which the tests
+    of `tests.callbacks` let it do.
 
     Args:
         module: Its rank r writes ``<folder>/rank<r>.json`` per task, with the key ``error`` if the task failed there.
@@ -29,26 +32,41 @@ def launch(module: str, tasks: list[dict[str, Any]], *, timeout: float = 240, fa
     for task in tasks:
         for file in Path(task["folder"]).glob("rank?.json"):
             file.unlink()
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
-    with subprocess.Popen(
-        [sys.executable, "-m", module, json.dumps(tasks)],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            _, errors = process.communicate(timeout=timeout)
-        finally:
-            # The second rank is a grandchild, which would otherwise wait for the first one for ever.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    assert (process.returncode != 0) is fails, errors[-4000:]
+    statuses, errors = start_and_wait(["-m", module, json.dumps(tasks)], timeout)
+    if fails:
+        assert any(statuses), errors[-4000:]
+    else:
+        assert statuses == [0, 0], errors[-4000:]
     for task in [] if fails else tasks:
         check(task, errors)
     return errors
+
+
+def on_two_processes(arguments: list[str | Path], *, timeout: float = 240) -> None:
+    """Run a program as both ranks, which must end well."""
+    statuses, errors = start_and_wait(arguments, timeout)
+    assert statuses == [0, 0], errors[-4000:]
+
+
+def start_and_wait(arguments: Sequence[str | Path], timeout: float) -> tuple[list[int | None], str]:
+    """The status of each rank (None: it had to be killed), and stderr of both.
+
+    When one rank has failed, the other one gets half a minute to see it: a launcher would kill it.
+    """
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_network_port()), "WORLD_SIZE": "2"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"} | shared
+    until = time.monotonic() + timeout
+    with contextlib.ExitStack() as stack:
+        programs = []
+        for rank in (0, 1):
+            place = {"NODE_RANK": "0", "LOCAL_RANK": str(rank), "RANK": str(rank)}
+            programs.append(stack.enter_context(Program(arguments, env=environment | place, rank=rank)))
+        left = list(programs)
+        while left and (ended := first_ended(left, until - time.monotonic())):
+            left.remove(ended)
+            if ended.returncode:
+                until = min(until, time.monotonic() + 30)
+        return [program.returncode for program in programs], "".join(program.errors() for program in programs)
 
 
 def check(task: dict[str, Any], errors: str = "") -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import pytest
 
 from lightning_pmss.estimate import Run, estimate
 from lightning_pmss.estimate.strategies import ZeroSettings
+from tests.distributed.launch import on_two_processes
 from tests.estimate.small import BATCH, LENGTH, near, pmss_config, write_config
 
 USUAL = {
@@ -27,14 +25,7 @@ SETTINGS = ZeroSettings(bucket=100_000, overlap=False, persistence=0)  # as in t
 
 def measured(strategy: str, runs: list[dict[str, Any]], folder: Path) -> list[dict[str, int]]:
     """Per run, the larger of the two ranks' figures."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = ["-m", "tests.estimate.two_ranks", strategy, str(folder), json.dumps(runs)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, *launch, *script], cwd=root, env=environment, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_processes(["-m", "tests.estimate.two_ranks", strategy, folder, json.dumps(runs)])
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     return [{name: max(one[name], other[name]) for name in one} for one, other in zip(*ranks, strict=True)]
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import forks
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -48,6 +48,6 @@ def test_custom_task(tiny_llama: str, tmp_path: Path) -> None:
 
 
 def test_they_are_programs() -> None:
-    done = subprocess.run([sys.executable, EXAMPLES / "custom_task.py", "--help"], capture_output=True, text=True)
+    done = forks.run([EXAMPLES / "custom_task.py", "--help"])
     assert done.returncode == 0, done.stderr
     assert "--steps" in done.stdout

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from lightning_pmss.conversion.convert import pmss_layers
 from lightning_pmss.files import merge_files, save_adapter
 from lightning_pmss.merging import merge, merge_weight
+from tests import forks
 from tests.files.edits import edit_tensors, seal
 
 Train = Callable[..., Any]
@@ -301,10 +300,10 @@ def test_killed_merge(sharded_llama: str, tmp_path: Path, train: Train, logits: 
         "merge_files(*sys.argv[1:], progress=False)\n"
     )
     arguments = [sharded_llama, str(tmp_path / "adapter"), str(tmp_path / "merged")]
-    with subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
+    with forks.Program(["-c", code, *arguments], stream=True) as process:
         assert process.stdout.readline().strip() == "ready"
         process.send_signal(signal.SIGKILL)
+        assert process.wait(60) == -signal.SIGKILL
     assert not (tmp_path / "merged").exists()
     assert len(os.listdir(tmp_path)) == 2  # the adapter and one hidden leftover
     _merge(sharded_llama, tmp_path / "adapter", tmp_path / "merged")

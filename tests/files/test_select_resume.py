@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from lightning_pmss.files import select as module
 from lightning_pmss.files.select import select_files
 from lightning_pmss.methods.pmss.config import PMSSConfig
 from lightning_pmss.methods.pmss.skeleton import read_skeleton
+from tests import forks
 
 CONFIG = PMSSConfig(rank=8)
 MATRICES = 14
@@ -93,12 +92,10 @@ def fresh(model: str | Path, tmp_path: Path, config: PMSSConfig = CONFIG) -> byt
 
 
 def test_after_a_kill(tiny_llama: str, tmp_path: Path, output: Path, partial: Path, calls: list[str]) -> None:
-    command = [sys.executable, "-c", _KILLED, tiny_llama, str(output)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
-        assert child.stdout is not None
+    with forks.Program(["-c", _KILLED, tiny_llama, output], stream=True) as child:
         assert child.stdout.readline() == "stuck\n"
         child.send_signal(signal.SIGKILL)
+        child.wait(60)
     assert child.returncode == -signal.SIGKILL
     assert not output.exists()
     assert len(list(partial.glob("*.safetensors"))) == 5
