@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,13 +17,20 @@ from tests.callbacks.toys import Numbers, Toy
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 # The blocks of these pages belong together and have tests of their own (quantised.md needs libraries that may be missing).
-TESTED_APART = ("export", "quantised")
+TESTED_APART = ("export", "functions", "quantised")
 BLOCKS = [
     pytest.param(block, id=f"{page.stem}-{number}")
     for page in DOCS
     if page.stem not in TESTED_APART
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
 ]
+
+
+def blocks(page: str) -> list[str]:
+    """The Python blocks of one page."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
 COMMANDS = sorted(
     {
         line
@@ -44,6 +52,39 @@ def test_blocks_run(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     }
     short = "L.Trainer(max_epochs=2, accelerator='cpu', devices=1, "
     exec(block.replace("L.Trainer(", short), names)  # noqa: S102
+
+
+def test_the_functions_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    evaluated: list[Any] = []
+    names: dict[str, Any] = {
+        "model": AutoModelForCausalLM.from_pretrained(tiny_llama),
+        "fresh_model": AutoModelForCausalLM.from_pretrained(tiny_llama),
+        "evaluate": evaluated.append,
+    }
+    (block,) = blocks("functions")
+    exec(block, names)  # noqa: S102
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert evaluated == [names["model"]]
+
+
+def test_the_line_for_fsdp2_runs() -> None:
+    """Without a Trainer no callback is called; with one, its callbacks are."""
+    model = SimpleNamespace(blocks=["first", "second"])
+    sharded: list[Any] = []
+    names: dict[str, Any] = {"build": lambda: model, "fully_shard": lambda block, mesh: sharded.append((block, mesh))}
+    (block,) = blocks("scaling")
+    exec(block, names)  # noqa: S102
+    called: list[Any] = []
+    callback = SimpleNamespace(on_model_built=lambda trainer, module, everywhere: called.append((module, len(sharded))))
+    trainer = SimpleNamespace(callbacks=[callback])
+    module = SimpleNamespace(trainer=trainer, _trainer=trainer, device_mesh={"data_parallel": "mesh"})
+    names["configure_model"](module)
+    assert called == [(module, 0)]  # before anything was sharded
+    assert sharded == [("first", "mesh"), ("second", "mesh")]
+    module._trainer = None
+    names["configure_model"](module)
+    assert len(called) == 1
 
 
 @pytest.mark.parametrize("line", COMMANDS)
