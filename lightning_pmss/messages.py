@@ -12,8 +12,11 @@ def some(names: Sequence[str], most: int = 5) -> str:
 
 
 def one_line(name: object) -> str:
-    """A name that a file gave, without line breaks and other characters that a terminal would act on."""
-    text = str(name)
+    """A name that a file gave, of bounded length, without line breaks and other characters that a terminal would act on."""
+    try:
+        text = short(str(name), 300)
+    except ValueError:  # more digits than Python prints
+        return type(name).__name__
     return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
 
 

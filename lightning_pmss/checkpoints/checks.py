@@ -18,7 +18,7 @@ from lightning_pmss.layers.parts import clean_name, is_sharded, own_part
 from lightning_pmss.messages import some
 from lightning_pmss.methods.pmss.coordinates import PMSSCore, coordinate_frame, is_finite
 from lightning_pmss.methods.pmss.layer import PMSSLinear, canonical_shape
-from lightning_pmss.store import not_finite, refuse_odd_type
+from lightning_pmss.store import misfit, not_finite, refuse_odd_type
 
 Record = CheckpointRecord1 | CheckpointRecord
 # What V means; a checkpoint with other values than the run's must not be loaded. Shapes tell the rest.
@@ -103,10 +103,12 @@ def check_state(module: nn.Module, made: Record, state: Mapping[str, Any], where
         elif not is_finite(_core(layer, w, rows, cols, name), v.to(w.device), layer.scale):
             broken.append(name)
     refuse_strangers(strangers, where)
-    trained = {clean_name(n) for n, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
+    trained = {clean_name(n): p for n, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
     values = {key: value for key, value in state.items() if clean_name(key) in trained}
     for key, value in values.items():
         refuse_odd_type(value, key, where, DAMAGED)
+        if not not_finite({key: value}) and (reason := misfit(value, trained[clean_name(key)].dtype)):
+            raise ValueError(f"{where}: {key} {reason}. {DAMAGED}")
     broken += not_finite(values)
     if broken:
         raise ValueError(f"{where}: {some(broken)} would be NaN or infinite. {DAMAGED}")

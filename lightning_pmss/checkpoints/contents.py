@@ -50,6 +50,7 @@ from lightning_pmss.checkpoints.reading import (
     refusing_damage,
 )
 from lightning_pmss.checkpoints.record import METADATA, CheckpointRecord, read_record
+from lightning_pmss.checkpoints.training_state import check_progress, check_training_state, loading_optimizers
 from lightning_pmss.conversion.convert import pmss_layers
 from lightning_pmss.conversion.converted import frozen_but_fresh
 from lightning_pmss.distributed.gathering import gathered, load_trained_state, trained_state
@@ -61,6 +62,13 @@ from lightning_pmss.layers.indices import index_tensors
 from lightning_pmss.layers.parts import clean_name, clean_state, fill, is_sharded, whole_shape
 from lightning_pmss.store import refuse_unreadable
 from lightning_pmss.store.disk import clean_leftovers, relink, remove, replace, sync_tree, temporary_sibling
+
+_LOOPS = {
+    TrainerFn.FITTING: "fit_loop",
+    TrainerFn.VALIDATING: "validate_loop",
+    TrainerFn.TESTING: "test_loop",
+    TrainerFn.PREDICTING: "predict_loop",
+}
 
 
 def trained_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -140,7 +148,7 @@ class CheckpointSeam:
     def _methods(self) -> list[str]:
         common = ["save_checkpoint", "remove_checkpoint", "on_train_end"]
         if self.engine == "plain":
-            return [*common, "load_checkpoint", "load_model_state_dict"]
+            return [*common, "load_checkpoint", "load_model_state_dict", "load_optimizer_state_dict"]
         return [*common, "load_checkpoint"] + (["lightning_module_state_dict"] if self.engine != "zero" else [])
 
     # -- saving ---------------------------------------------------------------------------------------------------
@@ -262,6 +270,10 @@ class CheckpointSeam:
         make_whole(checkpoint, self.module, self.trained, self.known)
         self._inner["load_model_state_dict"](checkpoint, strict=False)
 
+    def _load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        with loading_optimizers(self.strategy.optimizers, checkpoint, self._source):
+            self._inner["load_optimizer_state_dict"](checkpoint)
+
     def _load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         return (
             self._load_whole(checkpoint_path, weights_only)
@@ -285,6 +297,11 @@ class CheckpointSeam:
         if path is not None:
             refuse_flipped_bits(path)
         read_record(loaded.get(METADATA), self._source)
+        stage = self.trainer.state.fn or TrainerFn.FITTING
+        if stage is TrainerFn.FITTING:
+            check_training_state(loaded, self._source)
+        loop: Any = getattr(self.trainer, name := _LOOPS[stage])
+        check_progress(loaded, name, loop.state_dict(), self._source)
         if self.check_loaded is not None:
             self.check_loaded(loaded, self._source)
         return loaded

@@ -25,7 +25,7 @@ from lightning_pmss.files.adapter_file import AdapterFile, AdapterModule, write_
 from lightning_pmss.files.fresh import rows_to_keep
 from lightning_pmss.files.merged import merge_files
 from lightning_pmss.files.model_folder import FileMergeReport, refuse_overlap
-from lightning_pmss.files.naming import Wording, match_names
+from lightning_pmss.files.naming import Wording, match_names, refuse_misfits
 from lightning_pmss.layers.fingerprint import same_base
 from lightning_pmss.layers.parts import clean_name
 from lightning_pmss.methods.pmss.config import PMSSConfig
@@ -170,6 +170,7 @@ def adapter_of_checkpoint(ckpt: Path, base: Path, *, progress: bool = True) -> t
         fresh=fresh,
         settings=found.settings,
     )
+    refuse_misfits(adapter, reader, rename)
     if not wrong and (broken := not_finite({n: m.U for n, m in modules.items()} | adapter.also_train)):
         raise ValueError(f"{where}: {few(broken)} would be NaN or infinite. {DAMAGED}")
     if wrong:

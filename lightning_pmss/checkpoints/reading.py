@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -114,11 +115,37 @@ def check_content(content: Any, where: str) -> None:
             f"{where} is no checkpoint of Lightning (it has no state_dict). Give the file that a Trainer wrote."
         )
     wrong = [name for name, kind in kinds.items() if name in content and not isinstance(content[name], kind)]
+    wrong += [name for name in ("epoch", "global_step") if name not in wrong and not 0 <= content.get(name, 0) < 2**63]
+    if "pytorch-lightning_version" not in wrong and not _is_of_today(content):
+        wrong.append("pytorch-lightning_version")
     state = content["state_dict"]
-    if not wrong and not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+    if not wrong and not all(isinstance(k, str) and _is_plain(v) for k, v in state.items()):
         wrong = ["state_dict"]
+    if not wrong and (twice := _twice(state)):
+        raise ValueError(f"{where} is damaged: it has two values for {some(twice)}. {DAMAGED}")
     if wrong:
         raise ValueError(f"{where} is damaged: {some(wrong)} has another form than Lightning writes. {DAMAGED}")
+
+
+def _is_of_today(content: Mapping[str, Any]) -> bool:
+    """Whether a version of Lightning wrote it that can hold what is ours; it converts older ones before we see them."""
+    version = content.get("pytorch-lightning_version", None if "pmss" in content else "2.0")
+    return version is not None and re.match(r"[2-9]\.\d", version) is not None
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a tensor with its numbers in it, one after the other: neither sparse, nor of codes, nor empty of data."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta and not value.is_quantized
+
+
+def _twice(state: Mapping[str, Tensor]) -> list[str]:
+    """Names that two keys stand for, with and without what a wrapper adds, whose values differ."""
+    found: dict[str, Tensor] = {}
+    return [
+        name
+        for key, value in state.items()
+        if (first := found.setdefault(name := clean_name(key), value)) is not value and not torch.equal(first, value)
+    ]
 
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:

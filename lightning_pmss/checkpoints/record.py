@@ -15,11 +15,11 @@ from torch import Tensor
 from lightning_pmss.checkpoints.reading import DAMAGED
 from lightning_pmss.layers.convertible import FLOATS
 from lightning_pmss.layers.fingerprint import FingerprintRecord
-from lightning_pmss.messages import some
+from lightning_pmss.messages import one_line, some
 from lightning_pmss.methods.pmss.config import PMSSConfig
 from lightning_pmss.methods.pmss.coordinates import trained_shape
 from lightning_pmss.store import Record, check_index, checked, not_finite
-from lightning_pmss.store.records import FileRecord, Shape, Size
+from lightning_pmss.store.records import FileRecord, Setting, Shape, Size, shown
 
 METADATA = "pmss"
 FORMAT_VERSION = 2
@@ -120,7 +120,7 @@ class CheckpointRecord(Record):
     also_train: dict[str, FullRecord]
     full_modules: list[str]
     fresh: dict[str, FreshRecord] = {}
-    settings: dict[str, Any] = {}
+    settings: dict[str, Setting] = {}
     tensors: dict[str, Shape] | None = None
     files: dict[str, FileRecord] | None = None
 
@@ -150,11 +150,11 @@ def read_record(entry: Any, where: str) -> CheckpointRecord1 | CheckpointRecord:
         )
     version = entry.get("format_version") if isinstance(entry, dict) else None
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise ValueError(f"{where} is damaged: its `{METADATA}` entry has the format {version!r}. {DAMAGED}")
+        raise ValueError(f"{where} is damaged: its `{METADATA}` entry has the format {shown(version)}. {DAMAGED}")
     if version > FORMAT_VERSION:
         raise ValueError(
-            f"{where} has format {version}, and this lightning-pmss reads up to {FORMAT_VERSION}: upgrade it, or use the"
-            " version that made the checkpoint."
+            f"{where} has format {one_line(version)}, and this lightning-pmss reads up to {FORMAT_VERSION}: upgrade it, or use"
+            " the version that made the checkpoint."
         )
     record: CheckpointRecord1 | CheckpointRecord = checked(_RECORDS[version], entry, where, DAMAGED, under=METADATA)
     PMSSConfig.from_file(record.config, where, DAMAGED)

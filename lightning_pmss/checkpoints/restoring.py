@@ -109,7 +109,8 @@ def _found(
     # Keys are full names, and the others relative to the root; where all are equal, it is chosen as it was then.
     roots = {layer.key.removesuffix(name).removesuffix(".") for name, layer in found.layers.items()} - {""}
     root = next(iter(roots)) if roots else choose_root(module, options.root)
-    known = set(canonical_modules(module, root))
+    here = root in {clean_name(name) for name, _ in module.named_modules()}
+    known = set(canonical_modules(module, root)) if here else set()
     if absent := sorted((set(layers) | set(found.full_modules)) - known):
         raise ValueError(
             f"{_SOURCE} has {some(absent)}, which this {type(module).__name__} has not: it is of another module."

@@ -40,6 +40,7 @@ from lightning_pmss.layers.quantised import quantisation_of, whole_weight
 from lightning_pmss.messages import kind_of, one_line
 from lightning_pmss.methods.pmss.layer import PMSSLinear, canonical_shape, is_transposed
 from lightning_pmss.methods.pmss.skeleton import Skeleton, SkeletonLayer
+from lightning_pmss.store import misfit
 from lightning_pmss.store.atomic import check_target
 from lightning_pmss.store.kinds import ADAPTER
 from lightning_pmss.store.shards import few
@@ -336,11 +337,8 @@ def check_also_train(adapter: AdapterFile, places: Mapping[str, Tensor], model: 
         raise ValueError(f"{adapter.folder} {' and '.join(says)}. Load it into the architecture it was trained on.")
     for key, place in places.items():
         stored = adapter.also_train[key]
-        if numbers_in(place) != numbers_in(stored):
-            raise ValueError(
-                f"{adapter.folder}: {key} is {stored.dtype}, and the model's is {place.dtype}: other numbers. Load it into the"
-                " architecture it was trained on."
-            )
+        if reason := misfit(stored, place.dtype):
+            raise ValueError(f"{adapter.folder}: {key} {reason}. Load it into the architecture it was trained on.")
         if place.shape != stored.shape:
             raise ValueError(other_size(adapter, key, stored.shape, place.shape, model))
 
@@ -354,13 +352,6 @@ def warn_about_random(adapter: AdapterFile, fresh: Mapping[str, int]) -> None:
             " model and not those that the adapter was trained beside. Train it again with their module in also_train.",
             stacklevel=3,
         )
-
-
-def numbers_in(tensor: Tensor) -> str:
-    """Between which tensors values can be copied: those with floating-point, complex, whole or logical numbers."""
-    if tensor.is_floating_point() or tensor.is_complex():
-        return "complex" if tensor.is_complex() else "floating"
-    return "logical" if tensor.dtype == torch.bool else "whole"
 
 
 def tensors_of(names: list[str], modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -40,7 +40,6 @@ from lightning_pmss.files.processing import save_processing
 from lightning_pmss.messages import one_line
 from lightning_pmss.methods.pmss.config import PMSSConfig
 from lightning_pmss.store import (
-    TensorRecord,
     check_index,
     check_sums,
     checked,
@@ -275,9 +274,8 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
                 f"{file}: {one_line(name)} has the shape {list(there[name])}, {CONFIG_FILE} says {full.shape}. "
                 "The two files do not belong together; copy the folder again."
             )
-    records: dict[str, TensorRecord] | None = getattr(config, "tensors", None)
-    if records is not None:
-        check_sums(tensors, records, str(file), _AGAIN)
+    if config.tensors is not None:
+        check_sums(tensors, config.tensors, str(file), _AGAIN)
     return AdapterFile(
         folder=folder,
         options=options,
@@ -317,11 +315,11 @@ def _read_config(file: Path) -> AdapterRecord1:
         raise ValueError(f"{file} does not describe a PMSS adapter{one_line(kind)}.{other}")
     if found > FORMAT_VERSION:
         raise ValueError(
-            f"{file} has format version {found}, and this lightning-pmss reads up to {FORMAT_VERSION}: upgrade it. "
+            f"{file} has format version {one_line(found)}, and this lightning-pmss reads up to {FORMAT_VERSION}: upgrade it. "
             f"It was written with {one_line(config.get('versions'))}."
         )
     if found not in RECORDS:
-        raise ValueError(f"{file} has format version {found}, which does not exist. {_AGAIN}")
+        raise ValueError(f"{file} has format version {one_line(found)}, which does not exist. {_AGAIN}")
     return checked(RECORDS[found], config, str(file), _AGAIN)
 
 
@@ -336,7 +334,7 @@ def _check_names(file: Path, config: AdapterRecord1, of_layers: set[str], presen
         says = [f"lacks {few(lost)}"] if lost else []
         says += [f"holds {few(foreign)}, which {CONFIG_FILE} does not know"] if foreign else []
         raise ValueError(f"{file} {' and '.join(says)}. The two files do not belong together; copy the folder again.")
-    if (records := getattr(config, "tensors", None)) is not None and (odd := sorted(expected ^ set(records))):
+    if config.tensors is not None and (odd := sorted(expected ^ set(config.tensors))):
         raise ValueError(
             f"{file.with_name(CONFIG_FILE)}: `tensors` and `modules` differ in {few(odd)}. It is damaged or was edited by"
             f" hand. {_AGAIN}"
@@ -351,6 +349,12 @@ def _checked_module(file: Path, name: str, entry: LayerRecord, u: Tensor, rows: 
         raise ValueError(
             f"{file}: {one_line(name)}.U is {u.dtype} {list(u.shape)}; by its indices it must be float32 or float64 "
             f"[{len(cols)}, {len(rows)}]. {_AGAIN}"
+        )
+    ranks = entry.rank if isinstance(entry.rank, list) else [entry.rank, entry.rank]
+    if ranks != list(u.shape):
+        raise ValueError(
+            f"{file}: {one_line(name)}.U is {list(u.shape)}, and {CONFIG_FILE} says rank {entry.rank}. The two files do not"
+            " belong together; copy the folder again."
         )
     return AdapterModule(
         (out_features, in_features), entry.layout, entry.fingerprint.model_dump(), u, rows.long(), cols.long()

@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field
 
 from lightning_pmss.layers.fingerprint import FingerprintRecord
 from lightning_pmss.store import Record, TensorRecord
-from lightning_pmss.store.records import Shape, Size
+from lightning_pmss.store.records import Setting, Shape, Size
 
 FORMAT_VERSION = 2
 PEFT_TYPE = "PMSS"  # so that peft says at once that this is none of its own
@@ -55,6 +55,7 @@ class AdapterRecord1(Record):
     modules: Annotated[dict[str, LayerRecord], Field(min_length=1)]
     also_train: dict[str, FullRecord]
     versions: dict[str, str] = {}
+    tensors: dict[str, TensorRecord] | None = None  # there, where somebody edited the number of a later format
 
 
 class AdapterRecord(AdapterRecord1):
@@ -66,7 +67,7 @@ class AdapterRecord(AdapterRecord1):
     root: str | None = None
     left_out: list[str] | None = None
     fresh: dict[str, FreshRecord] = {}
-    settings: dict[str, Any] = {}
+    settings: dict[str, Setting] = {}
     tensors: dict[str, TensorRecord]
 
 

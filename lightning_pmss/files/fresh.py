@@ -24,6 +24,7 @@ from lightning_pmss.layers.parts import clean_name, is_fsdp1, whole_shape
 from lightning_pmss.layers.quantised import quantisation_of
 from lightning_pmss.messages import one_line
 from lightning_pmss.methods.pmss.layer import CoreFrame, PMSSCore, PMSSLinear
+from lightning_pmss.store import misfit
 from lightning_pmss.store.shards import ShardReader, TensorInfo, few, open_shards
 
 
@@ -113,6 +114,8 @@ def check_fresh(adapter: AdapterFile, live: Mapping[str, Tensor], model: nn.Modu
             )
         if tuple(place.shape) != kept.shape:
             raise ValueError(other_size(adapter, name, kept.shape, place.shape, model))
+        if reason := misfit(kept.value, place.dtype):
+            raise ValueError(f"{adapter.folder}: {name} {reason}. Build the model as it was built for the training.")
 
 
 def other_size(adapter: AdapterFile, name: str, there: Sequence[int], here: Sequence[int], model: nn.Module) -> str:

@@ -15,7 +15,7 @@ from lightning_pmss.files.adapter import class_path, other_names, tensors_of
 from lightning_pmss.files.adapter_file import AdapterFile, FreshTensor
 from lightning_pmss.files.base import base_of
 from lightning_pmss.files.fresh import fresh_tensors, live_tensors, untrained
-from lightning_pmss.files.naming import Wording, match_names, stored_shapes
+from lightning_pmss.files.naming import Wording, match_names, refuse_misfits, stored_shapes
 from lightning_pmss.layers.fingerprint import same_base
 from lightning_pmss.layers.guard import refuse_disabled
 from lightning_pmss.layers.parts import clean_name, is_sharded
@@ -135,6 +135,7 @@ def file_source(adapter: AdapterFile, reader: ShardReader) -> Source:
         ValueError: The adapter's layers are not in the base, have other shapes there, or are quantised.
     """
     rename = _names(adapter, reader)
+    refuse_misfits(adapter, reader, rename)
     owners = {key.rpartition(".")[0] for key in reader.tensors}
     modules = {name[:end] for name in owners for end in (*_dots(name), len(name))}
     # Elsewhere the checkpoint's names may differ from the model's by a prefix, which the ends of names do not show.

@@ -31,7 +31,7 @@ from lightning_pmss.files.model_folder import (
     refuse_overlap,
     write_report,
 )
-from lightning_pmss.files.naming import parse_dtype, resolve_names
+from lightning_pmss.files.naming import parse_dtype, refuse_misfits, resolve_names
 from lightning_pmss.files.processing import copy_processing, save_processing
 from lightning_pmss.layers.convertible import FLOATS
 from lightning_pmss.layers.fingerprint import same_base
@@ -125,7 +125,14 @@ def merge_files(
     trained = adapter if isinstance(adapter, AdapterFile) else read_adapter(adapter)
     with open_shards(base) as reader:
         rename = resolve_names(trained, reader, base)
+        refuse_misfits(trained, reader, rename)
         plan = _Plan(trained, reader, rename, target_dtype)
+        rows = {info.shape[0] for info in plan.tensors if info.shape}
+        if odd := [name for name, value in trained.settings.items() if type(value) is int and value not in rows]:
+            raise ValueError(
+                f"{trained.folder}: the size in its settings ({few(odd)}) is that of no tensor of the merged model. It is"
+                " damaged or was edited by hand. Use an earlier adapter or checkpoint."
+            )
         shards = plan_shards(plan.tensors, limit)
         kept = [shard[0].file for shard in shards]
         # Base file names are kept with its structure; a new division, and names of another form, get the usual ones.
@@ -322,7 +329,7 @@ def _write_shards(
 
 def _output_tensor(plan: _Plan, info: TensorInfo, report: FileMergeReport) -> Tensor:
     if info.key in plan.trained:
-        return plan.trained[info.key].to(info.dtype)
+        return _cast(plan.trained[info.key], info)
     fresh = plan.kept.get(info.key)
     if fresh is None:
         stored = plan.reader.read(info.key)
@@ -332,7 +339,7 @@ def _output_tensor(plan: _Plan, info: TensorInfo, report: FileMergeReport) -> Te
         before = plan.reader.read(info.key)[: fresh.start]
         stored = torch.cat([before, fresh.value.to(before.dtype)])
     if info.key not in plan.modules:
-        return stored.to(info.dtype)
+        return _cast(stored, info)
     name = plan.modules[info.key]
     if not _matches(plan.adapter.modules[name], stored):
         _refuse_wrong_base(plan, name)
@@ -345,6 +352,16 @@ def _output_tensor(plan: _Plan, info: TensorInfo, report: FileMergeReport) -> Te
         raise ValueError(f"merging {name} gives NaN or infinite weights in {info.dtype}; nothing is written. {reason}")
     report.merged[name] = sums.drift()
     return value
+
+
+def _cast(value: Tensor, info: TensorInfo) -> Tensor:
+    """In the dtype that is written; what is finite stays finite."""
+    result = value.to(info.dtype)
+    if value.dtype != info.dtype and not bool(result.isfinite().all()) and bool(value.isfinite().all()):
+        raise ValueError(
+            f"{info.key} is too large for {info.dtype}; nothing is written. Try dtype='float32' or 'bfloat16'."
+        )
+    return result
 
 
 def _matches(module: AdapterModule, stored: Tensor) -> bool:

@@ -10,6 +10,7 @@ import torch
 
 from lightning_pmss.files.adapter_file import AdapterFile
 from lightning_pmss.layers.convertible import FLOATS
+from lightning_pmss.store import misfit
 from lightning_pmss.store.shards import ShardReader, few
 
 
@@ -69,6 +70,26 @@ def resolve_names(adapter: AdapterFile, reader: ShardReader, base: Path) -> Call
         ),
     )
     return match_names(stored_shapes(adapter), reader, base, wording)
+
+
+def refuse_misfits(adapter: AdapterFile, reader: ShardReader, rename: Callable[[str], str]) -> None:
+    """Refuse tensors that cannot take the place of the base's: with other kinds of numbers, or too large for its dtype.
+
+    Args:
+        adapter: The adapter.
+        reader: The base's files.
+        rename: Of `resolve_names`.
+
+    Raises:
+        ValueError: There is one.
+    """
+    for name, value in (adapter.also_train | {n: fresh.value for n, fresh in adapter.fresh.items()}).items():
+        for key in (rename(name), *(rename(alias) for alias in adapter.tied.get(name, ()))):
+            if key in reader.tensors and (reason := misfit(value, reader.tensors[key].dtype)):
+                raise ValueError(
+                    f"{adapter.folder}: {few([name])} {reason}. Use an earlier adapter or checkpoint, or the base that it was"
+                    " trained on."
+                )
 
 
 def stored_shapes(adapter: AdapterFile) -> dict[str, tuple[int, ...]]:

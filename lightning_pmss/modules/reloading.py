@@ -71,8 +71,15 @@ class Reloading(L.LightningModule):
 
         Raises:
             FileNotFoundError: There is no such checkpoint, or not the model that it names.
-            ValueError: A damaged checkpoint, one of another base model, or one that does not say what its module was made with.
+            ValueError: An argument that the class does not have, a damaged checkpoint, one of another base model, or one that
+                does not say what its module was made with.
         """
+        parameters = inspect.signature(cls.__init__).parameters
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        if not takes_all and (unknown := [name for name in kwargs if name not in parameters]):  # Lightning drops them
+            raise ValueError(
+                f"{cls.__name__} has no argument {some(unknown)}; it has {', '.join(list(parameters)[1:])}."
+            )
         path = local_path(checkpoint_path)
         source: Any = checkpoint_path
         if path is None:
@@ -91,7 +98,7 @@ class Reloading(L.LightningModule):
             )
         needed = [
             name
-            for name, parameter in inspect.signature(cls.__init__).parameters.items()
+            for name, parameter in parameters.items()
             if name != "self"
             and parameter.default is parameter.empty
             and parameter.kind is parameter.POSITIONAL_OR_KEYWORD

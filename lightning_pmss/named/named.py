@@ -42,6 +42,7 @@ from lightning_pmss.named.bank import (
     take,
 )
 from lightning_pmss.named.states import LayerState, Update, layer_state
+from lightning_pmss.store import misfit
 
 _AT_ONCE = "Load all adapters at once into a fresh model: load_adapters(model, {'name': folder, ...})."
 
@@ -148,6 +149,8 @@ def add_adapter(model: nn.Module, name: str, folder: str | os.PathLike[str]) -> 
     for key, value in adapter.also_train.items():
         if value.shape != bank.base[key].shape:
             raise ValueError(f"{adapter.folder}: {key} is {list(value.shape)}, here {list(bank.base[key].shape)}.")
+        if reason := misfit(value, bank.base[key].dtype):
+            raise ValueError(f"{adapter.folder}: {key} {reason}. Use an earlier adapter.")
     bank.adapters[name] = NamedAdapter(
         _states(adapter, modules, sizes, report.config), dict(adapter.also_train), dict(adapter.fresh)
     )

@@ -44,7 +44,10 @@ def parse_json(content: bytes, where: str, remedy: str) -> Any:
         ValueError: See `json_value`.
     """
     try:
-        return json_value(content)
+        value = json_value(content)
+        if b"\\ud" in content.lower():  # half of a pair, which can be written nowhere
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
     except ValueError as error:
         raise ValueError(f"{where} is not readable JSON ({error}). {remedy}") from error
 

@@ -12,6 +12,8 @@ from lightning_pmss.messages import one_line, short
 Size = Annotated[int, Field(ge=1, le=2**48)]
 Length = Annotated[int, Field(ge=0, le=2**48)]
 Shape = Annotated[list[Length], Field(max_length=16)]
+# Of a model's config.json: sizes such as the vocabulary's, and what describes a head.
+Setting = Annotated[int, Field(ge=0, le=2**31)] | str | list[str] | dict[Any, Any] | None
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -65,16 +67,16 @@ def checked(kind: type[AnyRecord], value: Any, where: str, remedy: str, *, under
         ValueError: Something is missing, unknown, of another type or out of range; the first such place is named.
     """
     if not isinstance(value, dict) and not under:
-        raise ValueError(f"{where} is no JSON object but {_shown(value)}. {remedy}")
+        raise ValueError(f"{where} is no JSON object but {shown(value)}. {remedy}")
     try:
         return kind.model_validate(value)
     except ValidationError as error:
         faults = error.errors(include_url=False)
         first = _place(faults[0], value)
         reasons = dict.fromkeys(_reason(fault) for fault in faults if _place(fault, value) == first)
-        shown = ".".join([*([under] if under else []), *map(str, first)])
-        place = f"`{short(one_line(shown), 80)}` " if shown else "it "
-        said = "" if faults[0]["type"] in _WITHOUT_INPUT else f", not {_shown(faults[0]['input'])}"
+        path = ".".join([*([under] if under else []), *map(str, first)])
+        place = f"`{short(one_line(path), 80)}` " if path else "it "
+        said = "" if faults[0]["type"] in _WITHOUT_INPUT else f", not {shown(faults[0]['input'])}"
         raise ValueError(
             f"{where} is damaged or was edited by hand: {place}{' or '.join(reasons)}{said}. {remedy}"
         ) from error
@@ -102,7 +104,8 @@ def _reason(fault: Any) -> str:
     return _WITHOUT_INPUT.get(fault["type"], f"{text[:1].lower()}{text[1:]}")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value of a file, for messages."""
     try:
         return one_line(short(repr(value), 80))
     except (ValueError, RecursionError):  # more digits than Python prints

@@ -84,6 +84,27 @@ def refuse_odd_type(tensor: Tensor, key: str, where: str, remedy: str) -> None:
         )
 
 
+def numbers_in(dtype: torch.dtype) -> str:
+    """Between which tensors values can be copied: those with floating-point, complex, whole or logical numbers."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return "complex" if dtype.is_complex else "floating"
+    return "logical" if dtype == torch.bool else "whole"
+
+
+def misfit(stored: Tensor, dtype: torch.dtype) -> str | None:
+    """Why a tensor of a file cannot become one of this dtype; None where it can. `copy_` and `to` take everything.
+
+    Args:
+        stored: Finite, where it holds numbers that can be infinite.
+        dtype: Of the tensor that it is for.
+    """
+    if numbers_in(stored.dtype) != numbers_in(dtype):
+        return f"is {stored.dtype}, and the model's is {dtype}: other numbers"
+    if stored.dtype != dtype and not bool(stored.to(dtype).isfinite().all()):
+        return f"is {stored.dtype} and too large for {dtype}, the model's"
+    return None
+
+
 def describe_tensors(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
     """Dtype, shape and checksum of each tensor, as plain values: what `check_sums` compares with."""
     return {

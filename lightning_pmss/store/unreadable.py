@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+_POINTER = b"version https://git-lfs"
+
 
 def refuse_unreadable(file: Path) -> None:
     """Refuse a path that holds no file that this process may read.
 
     Raises:
         FileNotFoundError: Nothing is there.
-        ValueError: It is a folder, a pipe or a device.
+        ValueError: It is a folder, a pipe, a device, or the pointer that Git LFS leaves in the place of a file.
         PermissionError: The file exists and this process must not read it.
     """
     if file.is_dir():
@@ -20,11 +22,15 @@ def refuse_unreadable(file: Path) -> None:
     if not file.is_file():  # to open a pipe would wait for whoever writes into it
         raise ValueError(f"{file} is a pipe or a device, and a file is expected there. Give the path of the file.")
     try:
-        with file.open("rb"):
-            pass
+        with file.open("rb") as stream:
+            begins = stream.read(len(_POINTER))
     except PermissionError as error:
         mode = file.stat().st_mode & 0o777
         raise PermissionError(
             f"{file} cannot be read: permission denied (its mode is {mode:03o}). Type `chmod u+r {file}`, or run as the user"
             " who owns it."
         ) from error
+    if begins == _POINTER:
+        raise ValueError(
+            f"{file} is a pointer of Git LFS and not the file itself. Type `git lfs pull` in its repository."
+        )

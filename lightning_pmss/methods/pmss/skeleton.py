@@ -26,7 +26,7 @@ from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from lightning_pmss.layers.fingerprint import FingerprintRecord
-from lightning_pmss.messages import some
+from lightning_pmss.messages import one_line, some
 from lightning_pmss.methods.pmss.coordinates import Frame, check_frame
 from lightning_pmss.store import (
     Record,
@@ -39,7 +39,7 @@ from lightning_pmss.store import (
     open_tensors,
     parse_json,
 )
-from lightning_pmss.store.records import Size
+from lightning_pmss.store.records import Size, shown
 
 FORMAT_VERSION = 2
 METADATA = "pmss_skeleton"
@@ -169,10 +169,10 @@ def _read_about(text: str | None, source: str) -> SkeletonRecord1 | None:
     version = about.get("format_version") if isinstance(about, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise ValueError(
-            f"{source} has format {version}, newer than this library, which reads up to {FORMAT_VERSION}; update it."
+            f"{source} has format {one_line(version)}, newer than this library, which reads up to {FORMAT_VERSION}; update it."
         )
     if isinstance(version, bool) or not isinstance(version, int) or version not in _RECORDS:
-        raise ValueError(f"{source} has the format {version!r}, which does not exist. {_AGAIN}")
+        raise ValueError(f"{source} has the format {shown(version)}, which does not exist. {_AGAIN}")
     return checked(_RECORDS[version], about, source, _AGAIN)
 
 
