@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from lightning_pmss.distributed.sharding import Engine
 from lightning_pmss.layers.indices import index_tensors
 from lightning_pmss.layers.parts import clean_name, clean_state
 from lightning_pmss.messages import some
+from lightning_pmss.methods.pmss.coordinates import PMSSCore
 from lightning_pmss.methods.pmss.layer import PMSSLinear
 
 
@@ -59,10 +61,16 @@ class TrainedCopy(nn.Module):
                 yield parameter
 
     def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
-        """Copies of the module's buffers, or their averages."""
+        """Copies of the module's buffers or, if ``alone``, the averages among them."""
         for name, buffer in self.of.named_buffers():
             own = self._buffers.get(clean_name(name))
-            yield buffer if own is None else own
+            if not self.alone or self.has_mean(buffer):
+                yield buffer if own is None else own
+
+    def has_mean(self, buffer: Tensor) -> bool:
+        """Whether a mean of values of this buffer means anything: not of whole numbers, nor of the coordinates of a core."""
+        frames = {id(b) for m in self.of.modules() if isinstance(m, PMSSCore) for b in m.buffers()}
+        return buffer.is_floating_point() and id(buffer) not in frames
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -95,7 +103,7 @@ class _Trained:
         return (p for name, p in self.copy.of.named_parameters() if clean_name(name) in self.copy._parameters)
 
     def buffers(self) -> Iterator[Tensor]:
-        return self.copy.of.buffers()
+        return (buffer for buffer in self.copy.of.buffers() if self.copy.has_mean(buffer))
 
 
 class TrainedAverage(AveragedModel):
@@ -113,11 +121,19 @@ class TrainedAverage(AveragedModel):
     def update_parameters(self, model: nn.Module) -> None:
         """Take the module's present values into the average."""
         copy: Any = self.module
+        present = {clean_name(name): buffer for name, buffer in model.named_buffers()}
+        averaged = {name: own for name, own in copy._buffers.items() if copy.has_mean(present[name])}
+        before = {name: own.clone() for name, own in averaged.items()}
         copy.alone = True  # a mean of a frozen tensor with itself rounds it
         try:
             super().update_parameters(_Trained(copy))  # type: ignore[arg-type]
         finally:
             copy.alone = False
+        with torch.no_grad():
+            for name, own in copy._buffers.items():
+                same = before[name] == present[name] if name in before else None
+                # So does one of a constant with itself, and of infinities it is NaN.
+                own.copy_(present[name] if same is None else torch.where(same, present[name], own))
 
 
 def average_the_trained(trainer: L.Trainer, module: L.LightningModule) -> None:

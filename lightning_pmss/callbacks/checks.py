@@ -20,6 +20,7 @@ from lightning_pmss.layers.fingerprint import same_base
 from lightning_pmss.layers.parts import clean_name
 from lightning_pmss.messages import some
 from lightning_pmss.methods.pmss.layer import PMSSLinear
+from lightning_pmss.store import not_finite
 
 
 def agree_on_weights(trainer: L.Trainer, module: L.LightningModule, engine: Engine) -> None:
@@ -160,6 +161,23 @@ def look_for_fresh(pl_module: L.LightningModule, report: ConversionReport, engin
             f" also_train=[{listed}]; if they were loaded, all is well."
         )
     return advice
+
+
+def refuse_infinite(module: nn.Module, also_train: Sequence[str], engine: Engine) -> None:
+    """Constants that are not finite, in what the adapter file is to hold.
+
+    Raises:
+        MisconfigurationException: There are some.
+    """
+    if engine != "plain":  # where they may be in parts
+        return
+    kept = {clean_name(n): m for n, m in module.named_modules()}
+    kept = {n: m for n, m in kept.items() if any(n == a or n.endswith(f".{a}") for a in also_train)}
+    if broken := not_finite({f"{n}.{key}": value for n, m in kept.items() for key, value in m.state_dict().items()}):
+        raise MisconfigurationException(
+            f"{some(broken)} have NaN or infinite values before the training, and adapter files hold none. If it is a mask,"
+            " type `self.register_buffer(name, mask, persistent=False)`: the module makes it again."
+        )
 
 
 def warn(advice: Sequence[str]) -> None:

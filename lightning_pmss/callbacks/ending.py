@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
 from lightning_pmss.callbacks.facts import figures
 from lightning_pmss.callbacks.frozen import FrozenWatch
@@ -21,7 +23,8 @@ from lightning_pmss.callbacks.stopping import GracefulStop
 from lightning_pmss.checkpoints.plugin import is_checkpoint, local_path
 from lightning_pmss.distributed.ranks import together
 from lightning_pmss.files.base import base_of
-from lightning_pmss.layers.parts import is_sharded
+from lightning_pmss.layers.parts import clean_name, is_sharded
+from lightning_pmss.messages import some
 from lightning_pmss.modules.resuming import settle_progress
 from lightning_pmss.store.atomic import remove_folder
 from lightning_pmss.store.disk import remove
@@ -60,6 +63,7 @@ class Ending:
         self.trained = self.torn = False
         self.watch: FrozenWatch | None = None
         self._adapter: Path | None = None  # that was written
+        self._written: dict[str, Tensor] = {}  # what is trained, as it is in the results
         self._done = False
         self._found = (folder / "adapter").exists()  # of an earlier run, which only a training that ends well replaces
         self._teardown = BeforeTeardown(trainer.strategy, self._without_training)
@@ -68,6 +72,22 @@ class Ending:
         """Write nothing any more."""
         self._done = True
         self._teardown.remove()
+
+    def begin_step(self) -> None:
+        """From here to the step's end, tensors of two steps may be mixed."""
+        self.torn = True
+
+    def look_for_late_changes(self) -> None:
+        """Warn where a hook behind ``on_train_end`` has changed what is trained, which the results then do not have."""
+        now = _trained_values(self.module) if self._written else {}
+        changed = [
+            n for n, value in self._written.items() if n in now and not torch.equal(now[n].to(value.dtype), value)
+        ]
+        if changed:
+            rank_zero_warn(
+                f"PMSS: {some(changed)} were changed after the results of this fit were written, so that adapter and merged"
+                " model are of the values before. Change them in `on_train_end`, or write them with `save_adapter` afterwards."
+            )
 
     def figures(self) -> dict[str, float]:
         """Metrics for the card, as they stand; those of the checkpoint that the run goes on from included."""
@@ -89,6 +109,9 @@ class Ending:
         """Write adapter and merged model; call it on every rank while the strategy is up."""
         self._done = True
         trainer, module = self.trainer, self.module
+        if self.watch is not None:
+            self.watch.keep_fingerprints()
+            self._written = _trained_values(module)
         self._adapter, _ = somewhere(
             trainer, self.folder / "adapter", lambda place: write_adapter(trainer, module, place, earlier=self.earlier)
         )
@@ -151,6 +174,8 @@ class Ending:
             return
         self._done = True
         self._teardown.remove()
+        if self.watch is not None:
+            self.watch.keep_fingerprints()
         by = self._by(exception)
         in_step = self.trainer.world_size == 1 or self.stop.agreed
         rank_zero_info(f"PMSS: stopped by {by} after optimizer step {self.trainer.global_step}.")
@@ -201,6 +226,10 @@ class Ending:
         base = base_of(self.module)
         given = base.folder or base.name or "BASE"
         return f"For a merged model type: python -m lightning_pmss merge --base {given} --adapter {adapter} --output MERGED"
+
+
+def _trained_values(module: L.LightningModule) -> dict[str, Tensor]:
+    return {clean_name(n): p.detach().cpu().clone() for n, p in module.named_parameters() if p.requires_grad}
 
 
 class BeforeTeardown:

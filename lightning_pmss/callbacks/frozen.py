@@ -30,16 +30,26 @@ class FrozenWatch:
     def __init__(self, layers: Mapping[str, PMSSLinear]) -> None:
         self.layers = {name: layer for name, layer in layers.items() if not layer.quantised}
         self._before = {name: _sample(layer.weight) for name, layer in self.layers.items()}
+        self._indices = {name: torch.cat([x.rows, x.cols]).cpu() for name, x in layers.items()}
+        self._prints = {name: layer.fingerprint for name, layer in self.layers.items()}
 
     def changes(self) -> dict[str, float]:
         """Layers whose weight has changed, with the change relative to the weight's norm."""
         changes = {}
         for name, layer in self.layers.items():
-            before, now = self._before[name], _sample(layer.weight)
-            if not torch.allclose(now, before, rtol=0, atol=0, equal_nan=True):
+            now = _sample(layer.weight)
+            before = self._before[name].to(now.dtype)  # a cast is no change
+            if not torch.equal(torch.cat([layer.rows, layer.cols]).cpu(), self._indices[name]):
+                changes[name] = float("inf")  # U is of other rows and columns now
+            elif not torch.allclose(now, before, rtol=0, atol=0, equal_nan=True):
                 norm = float(before.double().norm())
                 changes[name] = float((now.double() - before.double()).norm()) / norm if norm else float("inf")
         return changes
+
+    def keep_fingerprints(self) -> None:
+        """A state dict with rounded weights that was loaded would have the adapter belong to these, which no file holds."""
+        for name, layer in self.layers.items():
+            layer.fingerprint = layer.fingerprint or self._prints[name]
 
     def other_base(self, adapter: Path) -> str | None:
         """Why no merged model can be made of these weights, and what to do; None if they are what they were, or as good as.

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 
 from lightning_pmss.conversion.report import ConversionReport
+
+_OWN = ("merge_on_save", "on_nonfinite", "output_dir", "log_throughput", "log_u_norm")
+
+
+def own_options(callback: L.Callback) -> dict[str, Any]:
+    """The options of `PMSSCallback` that the config of the conversion does not have, as plain values."""
+    values = {name: getattr(callback, name) for name in _OWN}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def log_hyperparameters(

@@ -13,7 +13,8 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
-from lightning.pytorch.trainer.call import _call_configure_model
+from lightning.pytorch.trainer.call import _call_callback_hooks, _call_configure_model
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_pmss.conversion.convert import conversion_of, convert
@@ -26,6 +27,31 @@ from lightning_pmss.methods.pmss.skeleton import Skeleton, SkeletonLayer
 
 _RECOVER = "_recover_results_in_main_process"
 _BEFORE = "before_results"  # of a callback: what is called here before Lightning loads the state dict
+
+
+def catch_in_launched(trainer: L.Trainer) -> None:
+    """In a launched process, let callbacks hear of an exception: Lightning tells them in the launching process alone."""
+    if not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        return
+    inner = trainer._run_stage
+
+    def run_stage() -> Any:
+        trainer._run_stage = inner  # type: ignore[method-assign]
+        try:
+            return inner()
+        except BaseException as error:
+            _call_callback_hooks(trainer, "on_exception", error)
+            raise
+
+    trainer._run_stage = run_stage  # type: ignore[method-assign]
+
+
+def _no_checkpoint(*args: Any, **kwargs: Any) -> None:
+    raise MisconfigurationException(
+        "This process launched the training and has what was trained, but neither steps nor optimizer states, so no checkpoint"
+        " can be made here. Put ModelCheckpoint into the Trainer, which writes them where the training runs; for the trained"
+        " tensors alone type `save_adapter(module, folder)`."
+    )
 
 
 def follow_launchers() -> None:
@@ -76,6 +102,7 @@ def convert_like(trainer: L.Trainer, state: Mapping[str, Tensor], config: PMSSCo
         }
         report = convert(module, config, skeleton=Skeleton(layers, config.coordinates, "the result of `fit`"))
     module.strict_loading = False
+    trainer.save_checkpoint = _no_checkpoint  # type: ignore[method-assign]
     return report
 
 

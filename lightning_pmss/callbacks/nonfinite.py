@@ -6,7 +6,7 @@ alike, and a device waits for its host once per optimizer step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import lightning as L
@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_pmss.callbacks.statistics import RunningStatistics
 from lightning_pmss.distributed.sharding import Engine
 from lightning_pmss.layers.parts import clean_name, own_part
 from lightning_pmss.messages import some
@@ -23,6 +24,7 @@ from lightning_pmss.methods.pmss.layer import PMSSLinear
 ON_NONFINITE = ("stop", "skip")
 _RANK = 1 << 20  # more than batches in a step
 _MOST = 10  # steps left out one after the other: then it is not the data
+_SMALLEST_SCALE = 2.0**-20  # of a loss scaler that begins with 2^16; what overflows then is no large gradient
 
 
 class NonFiniteError(RuntimeError):
@@ -32,12 +34,16 @@ class NonFiniteError(RuntimeError):
 class NonFiniteCheck:
     """Looks at each loss and, before each optimizer step, at the gradients.
 
+    The last look is in a hook of the optimizer itself: behind gradient clipping and every other hook, and also where manual
+    optimization steps an optimizer without Lightning.
+
     Args:
         action: ``stop`` or ``skip``.
         trainer: Of the fit.
         module: Converted.
         layers: Canonical name -> converted layer.
         engine: Of the strategy.
+        begin_step: Called when a step has been found fine and begins to change tensors.
 
     Attributes:
         skipped: Optimizer steps that were left out.
@@ -48,13 +54,19 @@ class NonFiniteCheck:
     """
 
     def __init__(
-        self, action: str, trainer: L.Trainer, module: nn.Module, layers: Mapping[str, PMSSLinear], engine: Engine
+        self,
+        action: str,
+        trainer: L.Trainer,
+        module: nn.Module,
+        layers: Mapping[str, PMSSLinear],
+        engine: Engine,
+        begin_step: Callable[[], None] | None = None,
     ) -> None:
         if action == "skip" and engine == "zero":
             raise MisconfigurationException(
                 "on_nonfinite='skip' is not possible under DeepSpeed, whose engine holds the gradients; type 'stop'."
             )
-        self.action, self.trainer, self.module = action, trainer, module
+        self.action, self.trainer, self.module, self.begin_step = action, trainer, module, begin_step
         self.skipped = self._in_a_row = 0
         # On the ranks of a sharding engine gradients differ, and one rank that stops alone has the others wait.
         self.names_layers = action == "stop" and engine == "plain" and trainer.precision != "16-mixed"
@@ -62,7 +74,17 @@ class NonFiniteCheck:
         self._batches: list[tuple[int, int]] = []  # (epoch, batch) since the last optimizer step, the same on all ranks
         self._losses: list[Tensor] = []  # whether each of their losses is finite
         self._passed: list[Tensor] = []  # whether each gradient is finite that passed a core of an engine
-        self._hooks = [x.core.register_forward_hook(self._watch) for x in layers.values()] if engine == "zero" else []
+        self._engines = engine == "zero"
+        self._hooks: list[Any] = []
+        self._hooked: set[int] = set()  # ids of optimizers that look by themselves
+        if self._engines:
+            self._hooks = [x.core.register_forward_hook(self._watch) for x in layers.values()]
+        elif not self._scaled:  # a scaler does not come to the optimizer where a gradient is not finite
+            for optimizer in trainer.optimizers:
+                if isinstance(optimizer, torch.optim.Optimizer):
+                    self._hooks.append(optimizer.register_step_pre_hook(self._within_step))
+                    self._hooked.add(id(optimizer))
+        self._statistics = RunningStatistics(module)
 
     def backward(self, loss: Tensor) -> None:
         """Note a loss whose backward pass begins."""
@@ -72,6 +94,42 @@ class NonFiniteCheck:
         # The scaler's factor may have made it infinite, but not NaN.
         self._losses.append(~value.isnan().any() if self._scaled else value.isfinite().all())
 
+    def before_batch(self) -> None:
+        """Keep the running statistics of the module as they are before the first batch of a step."""
+        if not self._losses:
+            self._statistics.keep()
+
+    def before_clipping(self, optimizer: Any) -> None:
+        """Look at gradients that may be clipped now; of an optimizer that does not look by itself, it is the last look.
+
+        Raises:
+            NonFiniteError: As `before_step`.
+        """
+        if id(optimizer) in self._hooked:
+            self._passed += self._flags(optimizer)
+        elif self._scaled and self._scale_is_gone():
+            raise NonFiniteError(
+                f"the gradients were NaN or infinite at every scale of the loss, down to {_SMALLEST_SCALE:.0e} (optimizer step"
+                f" {self.trainer.global_step}). The training stops here; what was trained until now is intact. Look at the"
+                " batches and at the learning rate, or take precision='bf16-mixed' or '32-true'."
+            )
+        else:
+            self.before_step(optimizer)
+
+    def _within_step(self, optimizer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        """The optimizer's own hook: look now, or after the closure that makes the gradients."""
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self.before_step(optimizer)
+            return None
+
+        def looking() -> Any:
+            loss = closure()
+            self.before_step(optimizer)
+            return loss
+
+        return args[:1], {**kwargs, "closure": looking}
+
     def before_step(self, optimizer: Any) -> bool:
         """Whether the step is to be left out; its gradients are gone then.
 
@@ -80,11 +138,13 @@ class NonFiniteCheck:
         """
         batches, losses, passed = self._batches, self._losses, self._passed
         self._batches, self._losses, self._passed = [], [], []
-        gradients = [] if self._scaled or self._hooks else list(_gradients(optimizer))
-        rank, place = self._worst(losses, passed, gradients)
+        rank, place = self._worst(losses, passed + self._flags(optimizer))
         if rank is None:
             self._in_a_row = 0
+            if self.begin_step is not None:
+                self.begin_step()
             return False
+        self._statistics.give_back()
         what = self._describe(rank, place, batches, optimizer)
         if self.action == "stop":
             raise NonFiniteError(
@@ -106,13 +166,24 @@ class NonFiniteCheck:
         while self._hooks:
             self._hooks.pop().remove()
 
-    def _worst(self, losses: list[Tensor], passed: list[Tensor], gradients: list[Tensor]) -> tuple[int | None, int]:
+    def _flags(self, optimizer: Any) -> list[Tensor]:
+        """Whether the gradients are finite, and their squares, of which Adam keeps a mean; nothing where others look."""
+        gradients = [] if self._scaled or self._engines else list(_gradients(optimizer))
+        if not gradients:
+            return []
+        norm = torch.nn.utils.get_total_norm(gradients, norm_type=float("inf"))
+        return [_square(norm).isfinite()]
+
+    def _scale_is_gone(self) -> bool:
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return scaler is not None and scaler.get_scale() < _SMALLEST_SCALE
+
+    def _worst(self, losses: list[Tensor], passed: list[Tensor]) -> tuple[int | None, int]:
         """(a rank where something is not finite, the place of the first such loss there or one behind the last)."""
         device, count = self.trainer.strategy.root_device, len(losses)
-        others = list(passed)
-        if gradients:
-            others.append(torch.nn.utils.get_total_norm(gradients, norm_type=float("inf")).isfinite())
-        fine = torch.stack(others).all() if others else torch.ones((), dtype=torch.bool, device=device)
+        fine = torch.ones((), dtype=torch.bool, device=device)
+        for flag in passed:
+            fine = fine & flag.to(device)
         flags = torch.stack([flag.to(device) for flag in (*losses, fine)])
         # 0 where all is finite, else the larger the earlier; the largest number over the ranks tells a rank and its place.
         early = torch.arange(count + 1, 0, -1, device=device)
@@ -132,13 +203,15 @@ class NonFiniteCheck:
         names = [
             clean_name(name)
             for name, p in self.module.named_parameters()
-            if isinstance(p.grad, Tensor) and not bool(_local(p.grad).isfinite().all())
+            if isinstance(p.grad, Tensor) and not bool(_square(_local(p.grad)).isfinite().all())
         ]
         what = f"gradients ({some(names)})" if names else "gradients"
+        # Without Lightning's own backward pass nobody has noted a batch: it is the present one.
+        batches = batches or [(self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_idx)]
         seen = sorted({batch for _, batch in batches})
-        told = f"batches {seen[0]} to {seen[-1]}" if len(seen) > 1 else f"batch {seen[0]}" if seen else "this step"
-        epoch = f" in epoch {batches[-1][0]}" if batches else ""
-        return f"{what} of {told}{epoch} are NaN or infinite, though the loss is finite ({where})"
+        told = f"batches {seen[0]} to {seen[-1]}" if len(seen) > 1 else f"batch {seen[0]}"
+        epoch = f" in epoch {batches[-1][0]}"
+        return f"{what} of {told}{epoch} are NaN or infinite (or above 1e19), though the loss is finite ({where})"
 
     def _watch(self, core: nn.Module, args: Any, output: Tensor) -> None:
         if output.requires_grad:
@@ -156,3 +229,8 @@ def _gradients(optimizer: Any) -> Iterator[Tensor]:
 def _local(tensor: Tensor) -> Tensor:
     local = own_part(tensor)
     return local.coalesce().values() if local.is_sparse else local
+
+
+def _square(tensor: Tensor) -> Tensor:
+    """Of numbers in float32, or float64 as they are."""
+    return (tensor if tensor.dtype == torch.float64 else tensor.float()).square()

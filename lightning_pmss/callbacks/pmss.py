@@ -24,6 +24,7 @@ from lightning_pmss.callbacks.checks import (
     check_bases,
     check_optimizers,
     look_for_fresh,
+    refuse_infinite,
     refuse_merged,
     say_what_was_converted,
     wake,
@@ -33,8 +34,8 @@ from lightning_pmss.callbacks.checks import (
 from lightning_pmss.callbacks.ending import Ending
 from lightning_pmss.callbacks.frozen import FrozenWatch
 from lightning_pmss.callbacks.gradients import GradientCheck
-from lightning_pmss.callbacks.hyperparameters import log_hyperparameters
-from lightning_pmss.callbacks.launched import convert_like, follow_launchers
+from lightning_pmss.callbacks.hyperparameters import log_hyperparameters, own_options
+from lightning_pmss.callbacks.launched import catch_in_launched, convert_like, follow_launchers
 from lightning_pmss.callbacks.nonfinite import ON_NONFINITE, NonFiniteCheck, NonFiniteError
 from lightning_pmss.callbacks.places import check_before_conversion, check_before_training, local_folder
 from lightning_pmss.callbacks.randomness import StepRandomness, begin_epoch
@@ -148,15 +149,12 @@ class PMSSCallback(L.Callback):
             memory=memory,
             root=root,
         )
-        self._own_options = {"merge_on_save": merge_on_save, "on_nonfinite": on_nonfinite}
-        for name, allowed in {"merge_on_save": MERGE_ON_SAVE, "on_nonfinite": ON_NONFINITE}.items():
-            if (value := self._own_options[name]) not in allowed:
-                raise ValueError(f"{name}={value!r} is not known; choose one of {list(allowed)}.")
         self.output_dir = None if output_dir is None else local_folder(output_dir, "adapter and merged model")
-        self.merge_on_save = merge_on_save
-        self.on_nonfinite = on_nonfinite
-        self.log_throughput = log_throughput
-        self.log_u_norm = log_u_norm
+        self.merge_on_save, self.on_nonfinite = merge_on_save, on_nonfinite
+        self.log_throughput, self.log_u_norm = log_throughput, log_u_norm
+        for name, allowed in {"merge_on_save": MERGE_ON_SAVE, "on_nonfinite": ON_NONFINITE}.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name}={value!r} is not known; choose one of {list(allowed)}.")
         self.report: ConversionReport | None = None
         self._engine: Engine = "plain"
         self._advice: list[str] = []
@@ -168,8 +166,7 @@ class PMSSCallback(L.Callback):
         self._clock = StepClock()
         self._stop = GracefulStop()
         self._ending: Ending | None = None
-        self._accumulated = AccumulatedGradients()
-        self._figures: dict[str, float] = {}  # of the checkpoint that was loaded
+        self._accumulated, self._figures = AccumulatedGradients(), dict[str, float]()  # figures: of a loaded checkpoint
         follow_launchers()
 
     # -- conversion ---------------------------------------------------------------------------------------------------
@@ -177,6 +174,7 @@ class PMSSCallback(L.Callback):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Look at where results go, then convert, now or right after ``configure_model``."""
+        catch_in_launched(trainer)
         self._engine = prepare_strategy(trainer, pl_module)
         refuse_averages(trainer, self._engine)
         if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -242,18 +240,20 @@ class PMSSCallback(L.Callback):
         wake(pl_module)
         also_train = self.report.also_train if self.report else []
         check_bases(trainer, pl_module)
+        refuse_infinite(pl_module, also_train, self._engine)
         average_the_trained(trainer, pl_module)
         record_fingerprints(pl_module)
         check_optimizers(trainer, pl_module, also_train)
         warn_about_batch_norm(pl_module, also_train)
-        self._finite = NonFiniteCheck(self.on_nonfinite, trainer, pl_module, layers, self._engine)
-        normal = not self._finite.names_layers
-        self._gradients = GradientCheck(layers, infinities_are_normal=normal, sharded=self._engine != "plain")
-        log_hyperparameters(trainer, pl_module, self.report, self._own_options)
+        log_hyperparameters(trainer, pl_module, self.report, own_options(self))
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             folder, merge = self.output_folder(trainer), self.merge_on_save
             check_before_training(trainer, pl_module, folder, merge)
             self._ending = Ending(trainer, pl_module, folder, merge=merge, stop=self._stop, earlier=self._figures)
+        begin = None if self._ending is None else self._ending.begin_step
+        self._finite = NonFiniteCheck(self.on_nonfinite, trainer, pl_module, layers, self._engine, begin)
+        odd = not self._finite.names_layers
+        self._gradients = GradientCheck(layers, infinities_are_normal=odd, sharded=self._engine != "plain")
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -261,7 +261,7 @@ class PMSSCallback(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look at the frozen weights, let loaders go on where they were, watch for signals."""
         refuse_copies(pl_module)
-        log_hyperparameters(trainer, pl_module, self.report, self._own_options, again=True)
+        log_hyperparameters(trainer, pl_module, self.report, own_options(self), again=True)
         restore_loaders(trainer)
         if self._resume is not None:
             warn_about_loaders(trainer)
@@ -284,6 +284,8 @@ class PMSSCallback(L.Callback):
         """Begin the step's random stream and its clock."""
         count_epoch(trainer)
         self._resume = None
+        if self._finite is not None:
+            self._finite.before_batch()
         self._randomness.enter()
         self._clock.start()
 
@@ -320,11 +322,9 @@ class PMSSCallback(L.Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        """Stop at, or leave out, a step that is not finite; from here to its end, tensors of two steps may be mixed."""
+        """Look at the gradients before they are clipped."""
         if self._finite is not None:
-            self._finite.before_step(optimizer)
-        if self._ending is not None:
-            self._ending.torn = True
+            self._finite.before_clipping(optimizer)
 
     @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -370,6 +370,7 @@ class PMSSCallback(L.Callback):
             self._finite.close()
             self._finite = None
         if self._ending is not None:
+            self._ending.look_for_late_changes()
             self._ending.disarm()
             self._ending = None
 

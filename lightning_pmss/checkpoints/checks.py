@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -114,19 +114,22 @@ def check_state(module: nn.Module, made: Record, state: Mapping[str, Any], where
         raise ValueError(f"{where}: {some(broken)} would be NaN or infinite. {DAMAGED}")
 
 
-def refuse_nonfinite(module: nn.Module, states: Mapping[str, Mapping[str, Any]], path: Any) -> None:
+def refuse_nonfinite(
+    module: nn.Module, states: Mapping[str, Mapping[str, Any]], path: Any, but: Collection[str] = ()
+) -> None:
     """Refuse to save trained tensors that are NaN or infinite; a collective where they are kept in parts.
 
     Args:
         module: The converted module, as the strategy trains it.
         states: State dicts that are about to be written, of whole tensors under clean names.
         path: Of the checkpoint.
+        but: Clean names of buffers that never were finite, such as an attention mask.
 
     Raises:
         RuntimeError: Some are; on all ranks.
     """
     live = {clean_name(n): own_part(p) for n, p in module.named_parameters() if p.requires_grad}
-    found = {k: v for state in states.values() for k, v in state.items() if v.is_floating_point()}
+    found = {k: v for state in states.values() for k, v in state.items() if v.is_floating_point() and k not in but}
     broken = not_finite(live) or not_finite(found)
     if is_sharded(module):
         told: list[Any] = [None] * torch.distributed.get_world_size()

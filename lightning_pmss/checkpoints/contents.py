@@ -60,7 +60,7 @@ from lightning_pmss.distributed.sharding import Engine, engine_of
 from lightning_pmss.layers.fingerprint import fingerprint
 from lightning_pmss.layers.indices import index_tensors
 from lightning_pmss.layers.parts import clean_name, clean_state, fill, is_sharded, whole_shape
-from lightning_pmss.store import refuse_unreadable
+from lightning_pmss.store import not_finite, refuse_unreadable
 from lightning_pmss.store.disk import clean_leftovers, relink, remove, replace, sync_tree, temporary_sibling
 
 _LOOPS = {
@@ -125,6 +125,7 @@ class CheckpointSeam:
     ) -> None:
         self.trainer, self.module = trainer, module
         self.trained, self.known = trained_shapes(module), set(clean_state(module))
+        self._masks = not_finite({clean_name(n): b for n, b in module.named_buffers() if not b.is_meta})
         if engine_of(trainer.strategy) in ("fsdp1", "zero"):  # which keep nothing frozen
             self.trained = {k: shape for k, shape in self.trained.items() if k not in frozen_but_fresh(module)}
         self.strategy = trainer.strategy
@@ -161,7 +162,7 @@ class CheckpointSeam:
     def _save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         states = module_states(checkpoint, self.trained, self.known)
         states = {name: {k: v for k, v in state.items() if k in self.trained} for name, state in states.items()}
-        refuse_nonfinite(self.module, states if self.engine == "plain" else {}, filepath)
+        refuse_nonfinite(self.module, states if self.engine == "plain" else {}, filepath, self._masks)
         if self.engine == "plain":
             states = {name: self._short_indices(state) for name, state in states.items()}
         checkpoint = checkpoint | states | {METADATA: self._describe()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -75,6 +76,9 @@ def test_every_logger_has_the_options_and_the_modules_own(tmp_path: Path, module
     more = {"pmss/merge_on_save": None, "pmss/on_nonfinite": "stop", "pmss/converted_layers": 2}
     for kept in (stored, *(keeper.kept for keeper in keepers)):
         assert {**options, **figures, **more, **own, "fold": 3}.items() <= kept.items()
+        named = set(inspect.signature(PMSSCallback.__init__).parameters) - {"self"}
+        assert {f"pmss/{name}" for name in named} <= set(kept)
+        assert kept["pmss/output_dir"] == str(tmp_path / "out")
     assert dict(module.hparams) == own
     assert options["pmss/rank"] == 6
     assert report.trainable == 72

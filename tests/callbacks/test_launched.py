@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,16 @@ def test_the_main_process_holds_what_was_trained(tmp_path: Path, strategy: str, 
     output = plain(inputs().tensors[0])
     for name in ("output", "merged"):
         torch.testing.assert_close(torch.tensor(record[name]), output, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.distributed
+def test_a_stop_in_launched_processes_leaves_what_was_trained(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.callbacks.launched_stop", str(tmp_path), "ddp_fork"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
+    assert torch.load(tmp_path / "out" / "last-interrupted.ckpt")["global_step"] == 4
+    assert not (tmp_path / "main.ckpt").exists()
 
 
 def test_lightning_s_method_is_replaced_once() -> None:

@@ -1,0 +1,44 @@
+"""Running statistics of a module, such as BatchNorm's: a forward pass changes them, long before anyone can see its loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+_Place = tuple[nn.Module, str]
+
+
+class RunningStatistics:
+    """Keeps the buffers that forward passes change, so that a batch that is left out leaves no trace in them.
+
+    These are the buffers of norms with running statistics, and those of other modules once they were seen to change.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._moving: set[tuple[int, str]] = set()
+        self._seen: dict[tuple[int, str], tuple[int, int]] = {}
+        self._kept: list[tuple[_Place, Tensor]] = []
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Copy them as they are now."""
+        self._kept = []
+        for module in self.module.modules():
+            norm = isinstance(module, nn.modules.batchnorm._NormBase)
+            for name, buffer in module._buffers.items():
+                if buffer is None or buffer.is_inference():
+                    continue
+                key, state = (id(module), name), (id(buffer), buffer._version)
+                if norm or self._seen.setdefault(key, state) != state:
+                    self._moving.add(key)
+                if key in self._moving:
+                    self._kept.append(((module, name), buffer.detach().clone()))
+
+    @torch.no_grad()
+    def give_back(self) -> None:
+        """Set them to what they were at the last `keep`."""
+        for (module, name), value in self._kept:
+            buffer = module._buffers[name]
+            if buffer is not None:
+                buffer.copy_(value)
