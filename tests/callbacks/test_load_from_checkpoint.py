@@ -117,7 +117,7 @@ def test_a_process_without_this_library_is_told_so(tmp_path: Path, monkeypatch: 
 
     _, ckpt = _fit(tmp_path, Toy())
     monkeypatch.setattr(saving, "_ALLOWED_INSTANTIATORS", set())
-    with pytest.raises(ValueError, match=r"lightning_pmss\.restoring\.instantiate"):
+    with pytest.raises(ValueError, match=r"lightning_pmss\.checkpoints\.restoring\.instantiate"):
         Toy.load_from_checkpoint(ckpt)
 
 
