@@ -205,16 +205,17 @@ def _preload() -> None:
 
 def _serve(connection: socket.socket) -> dict[str, Any]:
     """Fork for each request; returns it, in the new process alone."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who wait
     while True:
         byte, fds, _, _ = socket.recv_fds(connection, 1, 3)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:  # those of earlier requests that have ended
+                pass
         if not byte:
             os._exit(0)
         line = b""
         while not line.endswith(b"\n"):
             line += connection.recv(65536)  # one request at a time: who asks waits for the process id
         if os.fork() == 0:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             connection.close()
             if _is_program(fds[0]):
                 request: dict[str, Any] = json.loads(line)

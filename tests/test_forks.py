@@ -52,7 +52,7 @@ def test_ranks_order_sets_differently_and_know_their_rank_at_import() -> None:
 
 
 def test_what_it_started_is_killed_with_it() -> None:
-    code = "import os, time; print(os.getpid(), os.fork(), flush=True); time.sleep(600)"
+    code = "import os, time\nif child := os.fork(): print(os.getpid(), child, flush=True)\ntime.sleep(600)"
     with forks.Program(["-c", code], stream=True) as program:
         own, child = map(int, program.stdout.readline().split())
         assert own == program.pid

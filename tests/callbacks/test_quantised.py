@@ -21,7 +21,7 @@ from lightning_pmss.metrics import GSM8KAccuracy
 from lightning_pmss.modules import CausalLMModule
 from lightning_pmss.modules.hub import load_causal_lm
 from lightning_pmss.modules.quantisation import QUANTISATIONS
-from tests import forks
+from tests.distributed.launch import on_two_processes
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install lightning-pmss[quantised]")
 pytest.importorskip("torchao", reason="torchao is not installed: pip install lightning-pmss[quantised]")
@@ -96,8 +96,7 @@ def test_fit_writes_an_adapter_and_a_dense_model_and_resumes(
 @pytest.mark.distributed
 @pytest.mark.parametrize("quantisation", ["nf4", "int8"])
 def test_ddp_on_two_processes(quantisation: str, tiny_llama: str, tmp_path: Path) -> None:
-    done = forks.run(["-m", "tests.callbacks.ddp_quantised", tmp_path, tiny_llama, quantisation])
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_processes(["-m", "tests.callbacks.ddp_quantised", tmp_path, tiny_llama, quantisation])
     first, second = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert first["quantised"]
     assert first["u"] == second["u"]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from experiments import driver
 from experiments.driver import drive, read_records, spent_minutes
 from experiments.run import Places
 from experiments.study import Study, identity, read_study
+from tests import forks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TASK: dict[str, Any] = {"task": {"name": "pairs", "size": 4, "batch_size": 2}}
@@ -46,20 +46,20 @@ def test_a_driver_that_is_ended_leaves_no_worker_and_no_half_record(tmp_path: Pa
     study = tmp_path / "asked.yaml"
     _study(tmp_path, Path(tiny_llama).name, common={"steps": 100_000, "model": Path(tiny_llama).name} | TASK)
     words = ["--models", str(Path(tiny_llama).parent), "--data", str(tmp_path), "--records", str(tmp_path / "records")]
-    command = [sys.executable, "-m", "experiments", "run", str(study), *words, "--workers", "1"]
-    process = subprocess.Popen([*command, "--cache", str(tmp_path / "cache")], cwd=REPOSITORY)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "cache").exists() and time.monotonic() < deadline:  # the worker has begun
-        time.sleep(0.1)
-    workers = [child for child in children.read_text().split() if _is_worker(child)]
-    process.terminate()
-    assert process.wait(30) == 143
-    assert workers
-    deadline = time.monotonic() + 10
-    while any(map(_is_worker, workers)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not any(map(_is_worker, workers))
+    command = ["-m", "experiments", "run", study, *words, "--workers", "1", "--cache", tmp_path / "cache"]
+    with forks.Program(command) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "cache").exists() and time.monotonic() < deadline:  # the worker has begun
+            time.sleep(0.1)
+        workers = [child for child in children.read_text().split() if _is_worker(child)]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 143
+        assert workers
+        deadline = time.monotonic() + 10
+        while any(map(_is_worker, workers)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not any(map(_is_worker, workers))
     assert not list((tmp_path / "records").rglob("*"))
 
 
