@@ -1,16 +1,19 @@
-"""The quickstart: exact match before, PMSS fine-tuning, exact match after, and the merged model in plain transformers.
+"""The quickstart: test, fine-tune with PMSS, test again, and load the merged model in plain transformers.
 
     python examples/quickstart.py [OPTIONS OF THE COMMAND LINE, such as --pmss.rank 64 --trainer.max_steps 50]
 
-It runs ``configs/quickstart.yaml`` in steps; ``python -m lightning_pmss fit --config configs/quickstart.yaml`` is the
-training alone.
+The script runs ``configs/quickstart.yaml`` in steps and ends with three test questions and their answers before and after.
+``python -m lightning_pmss fit --config configs/quickstart.yaml`` is the training alone.
 """
 
 from __future__ import annotations
 
+import random
 import sys
+import textwrap
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,13 @@ import torch
 from lightning_pmss import PMSSCallback
 from lightning_pmss.callbacks.loss_curve import LossCurve
 from lightning_pmss.cli import PMSSCLI
+from lightning_pmss.evaluation import read_records
 from lightning_pmss.modules import CausalLMModule
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 COMPARED = 8  # prompts whose greedy texts are compared
+SHOWN = 3  # test questions whose answers are shown at the end
+Records = dict[int, dict[str, Any]]
 
 
 def plain_texts(folder: Path, prompts: list[str], max_new_tokens: int) -> list[str]:
@@ -55,6 +61,45 @@ def exact_match(cli: PMSSCLI, folder: Path) -> str:
     return f"{scores['test/exact_match']:.1%}   (test loss {scores['test/loss']:.3f})"
 
 
+def answers(folder: Path) -> Records:
+    """The records of the test questions that `exact_match` wrote into `folder`, by their ids."""
+    return {record["id"]: record for record in read_records(folder / "predictions-test.jsonl")}
+
+
+def draw(ids: Iterable[int]) -> list[int]:
+    """Draw the questions to show by a fixed seed, whatever their answers are."""
+    candidates = sorted(ids)
+    return random.Random(0).sample(candidates, min(SHOWN, len(candidates)))
+
+
+def verdict(record: dict[str, Any]) -> str:
+    """Whether the metric scored the answer of `record` as right."""
+    return "right" if record["score"] == 1 else "wrong"
+
+
+def comparison(drawn: list[int], before: Records, after: Records) -> str:
+    """The drawn questions with their expected answer and the two models' answers, each marked right or wrong."""
+    lines = []
+    for number in drawn:
+        lines.append(textwrap.fill(" ".join(before[number]["prompt"].split()).removesuffix(" Answer:"), 100))
+        rows = {
+            "expected": str(before[number]["target"]),
+            f"before: {verdict(before[number])}": before[number]["output"],
+            f"after:  {verdict(after[number])}": after[number]["output"],
+        }
+        for name, text in rows.items():
+            lines.append(
+                textwrap.fill(
+                    " ".join(text.split()) or "(no text)",
+                    100,
+                    initial_indent=f"  {name:<15} ",
+                    subsequent_indent=" " * 18,
+                )
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
 def main(options: list[str]) -> int:
     warnings.filterwarnings("ignore", category=UserWarning, module="lightning")  # advice about loader workers
     start = time.perf_counter()
@@ -69,6 +114,8 @@ def main(options: list[str]) -> int:
 
     print("\n== 1/4  before: U is zero, so this is the pretrained model\n", flush=True)
     before = exact_match(cli, folder / "before")
+    answers_before = answers(folder / "before")
+    drawn = draw(answers_before)
     print("\n== 2/4  training\n", flush=True)
     begin = time.perf_counter()
     cli.trainer.fit(cli.model, cli.datamodule)
@@ -82,7 +129,6 @@ def main(options: list[str]) -> int:
         ours = adapter_texts(cli.model, batch)
         plain = plain_texts(folder / "merged", batch["prompt"], cli.model.max_new_tokens)
     equal = sum(a == b for a, b in zip(ours, plain, strict=True))
-    print(f"{batch['prompt'][0]}{' ' * (not batch['prompt'][0].endswith(' '))}{plain[0]}")
 
     rows = {
         "exact match before": before,
@@ -97,6 +143,12 @@ def main(options: list[str]) -> int:
     print()
     for name, value in rows.items():
         print(f"  {name:<20} {value}")
+    print(
+        f"\n{len(drawn)} of the {len(answers_before)} test questions, drawn at random with seed 0 before the training. "
+        "An answer is right\nif the metric accepts it. GSM8K's metric reads `#### N` only, so it rejects right numbers in other "
+        "forms, too.\n"
+    )
+    print(comparison(drawn, answers_before, answers(folder / "after")), end="", flush=True)
     return 0 if equal == len(ours) else 1
 
 
