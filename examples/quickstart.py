@@ -144,10 +144,12 @@ def main(options: list[str]) -> int:
     for name, value in rows.items():
         print(f"  {name:<20} {value}")
     print(
-        f"\n{len(drawn)} of the {len(answers_before)} test questions, drawn at random with seed 0 before the training. "
-        "An answer is right\nif the metric accepts it. GSM8K's metric reads `#### N` only, so it rejects right numbers in other "
-        "forms, too.\n"
+        f"\n{len(drawn)} of the {len(answers_before)} test questions, drawn at random with seed 0 before the training."
     )
+    print(
+        "An answer is right if the metric accepts it. GSM8K's metric reads `#### N` only, so it rejects right numbers"
+    )
+    print("in other forms, too.\n")
     print(comparison(drawn, answers_before, answers(folder / "after")), end="", flush=True)
     return 0 if equal == len(ours) else 1
 
