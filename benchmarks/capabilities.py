@@ -222,7 +222,7 @@ PROBES: dict[str, dict[str, Callable[[Method, Path], bool]]] = {
         "two on one base, switched": switched,
         "switched off: the bfloat16 base, bit by bit": disabled_is_exact,
     },
-    "Refused, not passed over": {
+    "Refused, not ignored": {
         "a misspelt name among the targets": typo_refused,
         "an adapter of another base": other_base_refused,
         "an adapter file with a tensor missing": missing_tensor_refused,
@@ -246,11 +246,11 @@ def page() -> str:
     """The page in Markdown."""
     version = importlib.metadata.version
     lines = [
-        "# What works, tried out",
+        "# Tested capabilities",
         "",
         f"Made by `python -m benchmarks.capabilities` with peft {version('peft')} and torch {version('torch').split('+')[0]}"
         ' on a CPU: each cell is a probe that was run on a toy model, and "-" means that it failed or raised. peft can do'
-        " much that is not asked here (quantised bases of nine kinds, mixed batches of adapters, dozens of methods).",
+        " much that is not probed here (quantised bases of nine kinds, mixed batches of adapters, dozens of methods).",
     ]
     for title, probes in PROBES.items():
         lines += ["", f"| {title} | {' | '.join(METHODS)} |", "|---|" + ":-:|" * len(METHODS)]

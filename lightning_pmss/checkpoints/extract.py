@@ -115,7 +115,7 @@ def merge_checkpoint(
         **options: Of `merge_files`: ``dtype``, ``max_shard_size``.
 
     Raises:
-        As `extract_files` and `merge_files`.
+        OSError, ValueError: As `extract_files` and `merge_files`.
     """
     source, base, output = (Path(path).expanduser() for path in (ckpt, base, output))
     refuse_overlap(output, {"base": base, "checkpoint": source})
