@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
@@ -32,6 +33,15 @@ def graph(package: Path) -> dict[str, set[str]]:
 
 def test_no_circle_of_rooms() -> None:
     assert len(list(TopologicalSorter(graph(PACKAGE)).static_order())) >= 15
+
+
+def test_contributing_lists_the_rooms_in_the_order_of_their_imports() -> None:
+    page = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    listed = [name.removesuffix(".py").rstrip("/") for name in re.findall(r"^\| `([\w./]+)` \|", page, re.MULTILINE)]
+    imports = graph(PACKAGE)
+    assert sorted(listed) == sorted(set(imports) - {"__init__"})
+    for place, room in enumerate(listed):
+        assert imports[room] <= set(listed[:place]), room
 
 
 def test_a_circle_is_found(tmp_path: Path) -> None:
