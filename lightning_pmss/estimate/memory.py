@@ -247,7 +247,7 @@ def _estimate(run: Run, config: Any, loaded: torch.dtype, methods: tuple[str, ..
             pieces, made_whole = quantised_pieces(pieces, model), largest_matrix(model, trains.itemsize)
         steps = {
             checkpointing: _step(
-                (config.to_json_string(), repr(run.config), method),
+                (config.to_json_string(), method, "" if method == "full" else repr(run.config)),
                 architecture,
                 model,
                 micro_batch=run.micro_batch,

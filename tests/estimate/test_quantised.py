@@ -50,7 +50,7 @@ def held(model: nn.Module) -> int:
 def test_held_and_kept_bytes_of_a_real_model(folder: str) -> None:
     pytest.importorskip("bitsandbytes", reason=REASON)
     run = Run(folder, config=pmss_config(), micro_batch=BATCH, sequence_length=LENGTH, quantisation="nf4")
-    result = estimate(run, ("pmss",)).methods["pmss"]
+    result = estimate(run, ("pmss",), both=False).methods["pmss"]
     model: Any = load_causal_lm(folder, quantisation="nf4")
     base = held(model)
     # Tables of 16 and 256 entries are shared by layers of one library call here; on 24 small matrices they show.
@@ -67,8 +67,8 @@ def test_held_and_kept_bytes_of_a_real_model(folder: str) -> None:
 
 def test_codes_are_half_a_byte_and_a_little_more(folder: str) -> None:
     assert quantised_bytes(4096 * 4096) / 4096**2 == pytest.approx(0.5 + 1 / 64 + 4 / 64 / 256, rel=1e-3)
-    plain = estimate(Run(folder, config=pmss_config()), ("pmss", "lora")).methods
-    coded = estimate(Run(folder, config=pmss_config(), quantisation="nf4")).methods
+    plain = estimate(Run(folder, config=pmss_config()), ("pmss", "lora"), both=False).methods
+    coded = estimate(Run(folder, config=pmss_config(), quantisation="nf4"), both=False).methods
     assert list(coded) == ["pmss", "lora"]  # codes are not trained in full
     linear = 4 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 688)
     for name, method in coded.items():
@@ -93,9 +93,9 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_remedies(tmp_path: Path) -> None:
     run = Run(write_config(tmp_path), config=pmss_config(), sequence_length=64)
-    needed = estimate(run, ("pmss",)).methods["pmss"].total
+    needed = estimate(run, ("pmss",), both=False).methods["pmss"].total
     found = {remedy.change: remedy.total for remedy in remedies(run, needed - 1_000_000)}
     assert found["--quantisation nf4"] < needed - 1_000_000
     coded = Run(write_config(tmp_path), config=pmss_config(), sequence_length=64, quantisation="nf4")
-    needed = estimate(coded, ("pmss",)).methods["pmss"].total
+    needed = estimate(coded, ("pmss",), both=False).methods["pmss"].total
     assert not [r for r in remedies(coded, needed - 1_000_000) if "strategy" in r.change or "devices" in r.change]

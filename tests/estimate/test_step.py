@@ -49,7 +49,7 @@ def test_bytes_kept_and_peak_of_a_step(precision: str, memory: str, checkpointin
     name = str(dtype).removeprefix("torch.")
     options = OPTIONS | {"precision": precision, "weights_dtype": name, "gradient_checkpointing": checkpointing}
     asked = Run(write_config(tmp_path), config=config, **options)
-    result = estimate(asked, ("pmss",)).methods["pmss"]
+    result = estimate(asked, ("pmss",), both=False).methods["pmss"]
     model = small_model(dtype, config)
     if checkpointing:
         checkpoint_activations(model)
@@ -158,7 +158,7 @@ def test_lora_is_counted_as_peft_does_it(dtype: torch.dtype, tmp_path: Path) -> 
 def test_peak_on_cuda(checkpointing: bool, tmp_path: Path) -> None:
     config = pmss_config()
     options = OPTIONS | {"weights_dtype": "bfloat16", "gradient_checkpointing": checkpointing}
-    result = estimate(Run(write_config(tmp_path), config=config, **options), ("pmss",)).methods["pmss"]
+    result = estimate(Run(write_config(tmp_path), config=config, **options), ("pmss",), both=False).methods["pmss"]
     model = small_model(torch.bfloat16, config).cuda()
     if checkpointing:
         checkpoint_activations(model)

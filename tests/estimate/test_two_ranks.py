@@ -43,7 +43,7 @@ def estimated(strategy: str, options: dict[str, Any], folder: Path) -> dict[str,
         gradient_checkpointing=options["gradient_checkpointing"],
         zero=SETTINGS,
     )
-    method = estimate(run, (options["method"],)).methods[options["method"]]
+    method = estimate(run, (options["method"],), both=False).methods[options["method"]]
     sizes = dict(method.columns)
     if options["method"] == "full":  # all of it is trained
         sizes["trained"], sizes["base"] = sizes["base"], 0
