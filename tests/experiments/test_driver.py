@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import signal
 import time
 from pathlib import Path
@@ -64,7 +65,11 @@ def test_a_driver_that_is_ended_leaves_no_worker_and_no_half_record(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_runs_in_processes_and_resumes(tmp_path: Path, tiny_llama: str) -> None:
+def test_runs_in_processes_and_resumes(tmp_path: Path, tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Three interpreters would import everything; the test above has a worker that is spawned.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["experiments.run"])
+    monkeypatch.setattr(driver, "get_context", lambda _: context)
     folder = tmp_path / "records"
     places = Places((str(Path(tiny_llama).parent),), str(tmp_path), str(tmp_path / "cache"))
     study = _study(tmp_path, Path(tiny_llama).name)
