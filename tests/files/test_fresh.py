@@ -359,7 +359,12 @@ def test_settings_of_a_foreign_file_cannot_name_code(base: Path, tmp_path: Path)
     save_adapter(trained(resized(3)(base)), tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
     content = json.loads(file.read_text())
-    content["settings"] |= {"auto_map": {"AutoModel": "evil.Model"}, "tie_word_embeddings": 1, "model_type.x": 3}
+    content["settings"]["auto_map"] = {"AutoModel": "evil.Model"}
+    file.write_text(
+        json.dumps(content | {"settings": content["settings"] | {"tie_word_embeddings": 1, "model_type.x": 3}})
+    )
+    with pytest.raises(ValueError, match="the size in its settings \\(tie_word_embeddings, model_type.x\\)"):
+        merge_files(base, tmp_path / "adapter", tmp_path / "merged", progress=False)
     file.write_text(json.dumps(content))
     merge_files(base, tmp_path / "adapter", tmp_path / "merged", progress=False)
     config = json.loads((tmp_path / "merged" / "config.json").read_text())

@@ -291,7 +291,8 @@ def test_killed_merge(sharded_llama: str, tmp_path: Path, train: Train, logits: 
     save_adapter(model, tmp_path / "adapter")
     code = (
         "import sys, time\n"
-        "from lightning_pmss.files import merge_files, shards\n"
+        "from lightning_pmss.files import merge_files\n"
+        "from lightning_pmss.store import shards\n"
         "write, count = shards.ShardWriter.write, [0]\n"
         "def slow(self, key, value):\n"
         "    count[0] += 1; write(self, key, value)\n"
