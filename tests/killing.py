@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from tqdm import tqdm
 
 KILLS = int(os.environ.get("PMSS_KILLS", "5"))
 _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate", "os.link", "os.symlink"}
@@ -71,6 +73,7 @@ def run(work: Callable[[], Any], folder: Path, log: Path, moment: Moment | None 
             os.dup2(handle, 2)
             sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
             torch.set_num_threads(1)  # a fork has lost the threads of its parent's pool
+            _give_own_lock(tqdm)
             counter = _Counter(folder, moment)
             sys.addaudithook(counter)
             work()
@@ -101,6 +104,13 @@ def files(folder: Path, *, but: tuple[str, ...] = ()) -> dict[str, bytes | None]
         for path in sorted(folder.rglob("*"))
         if path.name not in but
     }
+
+
+def _give_own_lock(bar: type[tqdm]) -> None:
+    """Progress bars share a lock with all forks: one that is killed while it has the lock would stop all later ones."""
+    bar.set_lock(threading.RLock())
+    for kind in bar.__subclasses__():
+        _give_own_lock(kind)
 
 
 class _Counter:
