@@ -32,6 +32,7 @@ from lightning_pmss.files import merge_files
 from lightning_pmss.files.adapter_file import WEIGHTS_FILE, AdapterFile, AdapterModule, write_adapter
 from lightning_pmss.layers.fingerprint import fingerprint
 from lightning_pmss.methods.pmss.config import PMSSConfig
+from lightning_pmss.methods.pmss.method import PMSSUpdate
 from lightning_pmss.store.shards import INDEX_FILE, shard_names
 
 # The libraries' own peak comes first; a small product makes them allocate their buffers before it is read. The peak is
@@ -66,9 +67,7 @@ def make_inputs(folder: Path, *, shards: int, matrices: int, width: int, rank: i
                 shape=(width, width),
                 layout="linear",
                 fingerprint=fingerprint(weight[rows], weight[:, cols]),
-                U=torch.randn(rank, rank, generator=generator) / rank,
-                rows=rows,
-                cols=cols,
+                update=PMSSUpdate(torch.randn(rank, rank, generator=generator) / rank, rows, cols),
             )
             weights[f"{name}.weight"] = weight
             weight_map[f"{name}.weight"] = file

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.measure import interleaved, spread, table, write_result
 from lightning_pmss import PMSSConfig, convert
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.datamodules import ArithmeticDataModule
 from lightning_pmss.files.select import one_thread
 from lightning_pmss.merging import merge, unmerge
@@ -145,7 +145,7 @@ def on_dense_base(module: CausalLMModule, model: str) -> CausalLMModule:
     dense = CausalLMModule(model, dtype="float32")
     dense.configure_model()
     weights = dict(dense.model.named_parameters())
-    for name, layer in pmss_layers(module).items():
+    for name, layer in adapted_layers(module).items():
         weights[f"{name}.weight"] += layer.weight_columns() @ layer.core_update() @ layer.weight_rows()
     return dense
 

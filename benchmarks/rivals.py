@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_pmss import PMSSConfig, convert
+from lightning_pmss import LoRAConfig, PMSSConfig, convert
 
 # Heads and width of the MLP by hidden size; 4096 and 5120 are LLaMA-2-7B's and 13B's.
 INTERMEDIATE = {64: 176, 1024: 2816, 2048: 5632, 4096: 11008, 5120: 13824}
@@ -115,6 +115,11 @@ def _ours(**options: Any) -> Callable[[nn.Module, Case], nn.Module]:
     return build
 
 
+def _our_lora(model: nn.Module, case: Case) -> nn.Module:
+    convert(model, LoRAConfig(rank=case.lora_rank, alpha=2.0 * case.lora_rank))
+    return model
+
+
 def _full(model: nn.Module, case: Case) -> nn.Module:
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
@@ -148,6 +153,7 @@ RIVALS: dict[str, Callable[[nn.Module, Case], nn.Module]] = {
     "pmss regather": _ours(memory="regather"),
     "pmss spectral": _ours(coordinates="spectral"),
     "pmss weight edit": _ours(edit="weight"),
+    "our lora equal parameters": _our_lora,
     "naive": _naive,
     "lora equal rank": _peft(lambda peft, case: peft.LoraConfig(**_lora(case.rank))),
     "lora equal parameters": _peft(lambda peft, case: peft.LoraConfig(**_lora(case.lora_rank))),

@@ -13,8 +13,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
-from lightning_pmss.conversion.convert import pmss_layers
-from lightning_pmss.methods.pmss.layer import PMSSLinear
+from lightning_pmss.methods.pmss.layer import PMSSLinear, pmss_layers
 
 RULES = ("spectral", "outputs", "area", "norm")
 

@@ -1,4 +1,4 @@
-"""The methods that are compared, as callbacks of the same Trainer: PMSS is ours, the rivals are peft's."""
+"""The methods that are compared, as callbacks of the same Trainer: those of this library, and peft's."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from experiments.calibrated import RULES, calibrate, choose
 from experiments.layer_scales import LayerScales
 from experiments.rectangular import RectangularCore
 from experiments.rotating import RotatingCore
-from lightning_pmss import PMSSCallback, PMSSConfig
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss import METHODS as OUR_METHODS
+from lightning_pmss import AdapterCallback, PMSSCallback, PMSSConfig
 from lightning_pmss.conversion.roots import canonical_modules
 from lightning_pmss.conversion.targets import find_targets
-from lightning_pmss.methods.pmss.layer import Frame
+from lightning_pmss.methods.pmss.coordinates import Frame
+from lightning_pmss.methods.pmss.layer import pmss_layers
 from lightning_pmss.methods.pmss.selection import SELECTORS, select_skeleton
 
 TARGETS: dict[str, str | list[str]] = {
@@ -43,7 +44,8 @@ PEFT: dict[str, Callable[..., Any]] = {
     "miss": lambda peft, rank, **more: peft.MissConfig(r=rank, **more),
     "psoft": lambda peft, rank, **more: peft.PsoftConfig(r=rank, psoft_alpha=rank, **more),
 }
-METHODS = ("pmss", *PEFT, "full", "base")
+OURS = {f"our {name}": method.config_class for name, method in OUR_METHODS.items() if name != "pmss"}
+METHODS = ("pmss", *OURS, *PEFT, "full", "base")
 
 
 def callbacks(method: Mapping[str, Any], seed: int, folder: Path, calibration: Any) -> list[Callback]:
@@ -60,13 +62,16 @@ def callbacks(method: Mapping[str, Any], seed: int, folder: Path, calibration: A
     targets = TARGETS[options.pop("targets", "all")]
     if name in ("full", "base"):
         return []
+    quiet: dict[str, Any] = {"merge_on_save": None, "log_throughput": False, "output_dir": folder}
+    if name in OURS:
+        chosen: Any = OURS[name]
+        return [AdapterCallback(chosen(target_modules=targets, seed=seed, **options), **quiet)]
     if name in PEFT:
         return [PeftCallback(name, target_modules=targets, **options)]
     skeleton, reselect, frame = (options.pop(key, None) for key in ("skeleton", "reselect", "frame"))
     core, sides, layer_scales = (options.pop(key, None) for key in ("core", "sides", "layer_scales"))
     options.setdefault("scale", 1.0)  # a run is what its file says, whatever the library's defaults become
     options.setdefault("coordinates", "orthonormal")
-    quiet: dict[str, Any] = {"merge_on_save": None, "log_throughput": False, "output_dir": folder}
     found: list[Callback] = [PMSSCallback(target_modules=targets, seed=seed, **quiet, **options)]
     if skeleton is not None:
         file = folder / "skeleton.safetensors"
@@ -145,7 +150,7 @@ class WeightedFrame(Callback):
         for layer in pmss_layers(pl_module).values():
             rows, columns = layer.slices()
             left, right = _factor(columns, self.left), _factor(rows.T, self.right).T.contiguous()
-            layer.core.set_frame(Frame(left, right))
+            layer.core.set_frozen(Frame(left, right).present())
 
 
 def _factor(columns: Tensor, power: float) -> Tensor:
@@ -213,6 +218,6 @@ class Reselection(Callback):
                 layer.rows.copy_(rows.sort().values)
                 layer.cols.copy_(cols.sort().values)
                 layer.core.weight.zero_()
-                layer.refresh_frame(name)
+                layer.rederive(name)
                 for value in state[layer.core.weight].values():
                     value.zero_()

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.methods.pmss.layer import pmss_layers
 
 KINDS = ("left", "right", "both", "both and scales", "rows")
 

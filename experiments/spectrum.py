@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lightning_pmss.methods.pmss.layer import PMSSLinear
+from lightning_pmss import AdaptedLinear
 
 SHARES = (0.5, 0.9, 0.99)
 
@@ -58,11 +58,10 @@ def _changes(model: Any, folder: str) -> Any:
             before = layer.float().get_base_layer().weight.detach().clone()
             layer.merge()  # as each method defines it
             yield name.removeprefix("base_model.model."), layer.get_base_layer().weight - before
-    elif any(isinstance(layer, PMSSLinear) for layer in layers.values()):
+    elif any(isinstance(layer, AdaptedLinear) for layer in layers.values()):
         for name, layer in layers.items():
-            if isinstance(layer, PMSSLinear):
-                update = layer.core_update().float()
-                yield name, layer.weight_columns().float() @ update @ layer.weight_rows().float()
+            if isinstance(layer, AdaptedLinear):
+                yield name, layer.update().delta(layer.base_weight(), dtype=torch.float32).detach()
     else:
         base = dict(AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).named_modules())
         for name, layer in layers.items():

@@ -1,16 +1,25 @@
-from .callbacks import PMSSCallback
+from .callbacks import AdapterCallback, PMSSCallback
 from .conversion.convert import convert
 from .conversion.report import ConversionReport
 from .distributed.model_built import model_built
 from .distributed.sharding import PMSSWrapPolicy
 from .files import export_lora, load_adapter, save_adapter
+from .layers.adapted import AdaptedLinear
 from .merging import merge, merged, unmerge
+from .methods import METHODS
+from .methods.config import AdapterConfig
+from .methods.lora import LoRAConfig
 from .methods.pmss.config import PMSSConfig
 from .methods.pmss.layer import PMSSLinear
 from .version import __version__
 
 __all__ = [
+    "METHODS",
+    "AdaptedLinear",
+    "AdapterCallback",
+    "AdapterConfig",
     "ConversionReport",
+    "LoRAConfig",
     "PMSSCallback",
     "PMSSConfig",
     "PMSSLinear",

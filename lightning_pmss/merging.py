@@ -15,15 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.conversion.roots import below, canonical_modules
 from lightning_pmss.distributed.gathering import whole_tensors, whole_update
+from lightning_pmss.layers.adapted import AdaptedLinear
+from lightning_pmss.layers.convertible import canonical_shape
 from lightning_pmss.layers.guard import refuse_disabled
-from lightning_pmss.layers.merged_layer import LayerDrift, rounded_sum
+from lightning_pmss.layers.merged_layer import LayerDrift, merge_update
 from lightning_pmss.layers.parts import clean_name, clean_state, is_sharded
 from lightning_pmss.layers.plain_state import plain_state_dicts
 from lightning_pmss.layers.quantised import can_requantise, quantisation_of, value_dtype
-from lightning_pmss.methods.pmss.layer import PMSSLinear, canonical_shape, merge_sum
+from lightning_pmss.store import not_finite
 
 
 @dataclass
@@ -57,29 +59,6 @@ class MergeReport:
         )
 
 
-def merge_weight(
-    weight: Tensor, rows: Tensor, cols: Tensor, update: Tensor, name: str, dtype: torch.dtype | None = None
-) -> tuple[Tensor, LayerDrift]:
-    """``W + W[:, cols] @ update @ W[rows]`` with one rounding.
-
-    Args:
-        weight: The pristine W ``[out, in]``, any floating dtype.
-        rows: ``[r]`` int64.
-        cols: ``[c]`` int64.
-        update: ``s U [c, r]``.
-        name: Module name for errors.
-        dtype: Of the result; default: W's.
-
-    Returns:
-        W' in this dtype, computed in float32 (float64 for a float64 W), and what the rounding cost.
-
-    Raises:
-        ValueError: W' is not finite; nothing was changed.
-    """
-    exact, change = merge_sum(weight, rows, cols, update)
-    return rounded_sum(exact, change, dtype or weight.dtype, name)
-
-
 @torch.no_grad()
 def merge(model: nn.Module, *, dequantise: bool = False, requantise: bool = False) -> MergeReport:
     """Put W' into every converted layer, so that the model runs at the base's cost.
@@ -104,8 +83,10 @@ def merge(model: nn.Module, *, dequantise: bool = False, requantise: bool = Fals
             f"`{done[0]}` is merged already; merging starts from the pristine weights only: `unmerge` first."
         )
     for name, layer in layers.items():
-        if not torch.isfinite(layer.core_update()).all():
-            raise ValueError(f"`{name}`: U holds NaN or infinite values; the run diverged. Nothing was merged.")
+        if broken := not_finite(layer.update().numbers()):
+            raise ValueError(
+                f"`{name}`: {broken[0]} holds NaN or infinite values; the run diverged. Nothing was merged."
+            )
     drift = {}
     try:
         for name, layer in layers.items():
@@ -167,7 +148,7 @@ def merged_state(
         if under is None or below(clean_name(name), under)
     }
     # Also those that the model's own conversion has left alone.
-    layers = {n: x for n, x in canonical_modules(model).items() if isinstance(x, PMSSLinear) and id(x) in asked}
+    layers = {n: x for n, x in canonical_modules(model).items() if isinstance(x, AdaptedLinear) and id(x) in asked}
     if not is_sharded(model):
         with plain_state_dicts(model, asked) as cost:
             full = clean_state(model)
@@ -183,19 +164,19 @@ def merged_state(
     names = {id(layer): name for name, layer in layers.items()}
     for full_name, layer in model.named_modules(remove_duplicate=False):
         if id(layer) in names and (under is None or below(clean_name(full_name), under)):
-            assert isinstance(layer, PMSSLinear)
+            assert isinstance(layer, AdaptedLinear)
             name = names[id(layer)]
             start = f"{clean_name(full_name)}." if clean_name(full_name) else ""
             for key in [k for k in state if k.startswith(start) and layer.adapter_key(k.removeprefix(start))]:
                 del state[key]
             weight = state[f"{start}weight"]
             canonical = weight.T if layer.transposed else weight
-            value, drift[name] = merge_weight(canonical, layer.rows.cpu(), layer.cols.cpu(), updates[name].cpu(), name)
+            value, drift[name] = merge_update(canonical, updates[name].to("cpu"), canonical.dtype, name)
             state[f"{start}weight"] = value.T.contiguous() if layer.transposed else value
     return state, drift
 
 
-def _unsharded_layers(model: nn.Module) -> dict[str, PMSSLinear]:
+def _unsharded_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     if is_sharded(model):
         raise ValueError(
             "a sharded model cannot be merged in place; write the adapter and merge it into the base on disk"
@@ -204,18 +185,18 @@ def _unsharded_layers(model: nn.Module) -> dict[str, PMSSLinear]:
     return _layers(model)
 
 
-def _layers(model: nn.Module) -> dict[str, PMSSLinear]:
-    if not (layers := pmss_layers(model)):
+def _layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+    if not (layers := adapted_layers(model)):
         raise ValueError(f"{type(model).__name__} has no converted layer; `convert` or `load_adapter` comes first.")
     return layers
 
 
-def _restore(layers: dict[str, PMSSLinear]) -> None:
+def _restore(layers: dict[str, AdaptedLinear]) -> None:
     for layer in layers.values():
         layer.put_pristine()
 
 
-def refuse_quantised(layers: dict[str, PMSSLinear], dequantise: bool, requantise: bool) -> None:
+def refuse_quantised(layers: dict[str, AdaptedLinear], dequantise: bool, requantise: bool) -> None:
     quantised = {name: layer for name, layer in layers.items() if layer.quantised}
     if dequantise and requantise:
         raise ValueError("dequantise=True and requantise=True exclude one another; type one of them.")

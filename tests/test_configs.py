@@ -16,7 +16,8 @@ from lightning_pmss.cli.estimate import add_arguments
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 OVERLAYS = sorted((FOLDER / "strategy").glob("*.yaml"))
 MUON = FOLDER / "optimizer" / "muon.yaml"
-CONFIGS = sorted(set(FOLDER.rglob("*.yaml")) - {*OVERLAYS, MUON})
+METHODS = sorted((FOLDER / "method").glob("*.yaml"))
+CONFIGS = sorted(set(FOLDER.rglob("*.yaml")) - {*OVERLAYS, *METHODS, MUON})
 SMALL = sorted((FOLDER / "smollm2").glob("*.yaml"))  # on one CPU core; these are run
 RECIPES = [path for path in CONFIGS if path.parent != FOLDER and path not in SMALL]
 
@@ -90,6 +91,17 @@ STRATEGIES = {
     "zero3": "DeepSpeedStrategy",
     "zero3_offload": "DeepSpeedStrategy",
 }
+
+
+@pytest.mark.parametrize("method", METHODS, ids=_name)
+@pytest.mark.parametrize("recipe", CONFIGS, ids=_name)
+def test_methods_behind_recipes_and_strategies(recipe: Path, method: Path, parser: Any) -> None:
+    files = [recipe, method, FOLDER / "strategy" / "fsdp2.yaml"]
+    both = parser.parse_args([part for file in files for part in ("--config", str(file))])
+    alone = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    assert both.pmss.target_modules == alone["pmss"]["target_modules"]
+    assert both.adapter.class_path.endswith("LoRAConfig")
+    assert both.adapter.init_args.rank == 16
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=_name)

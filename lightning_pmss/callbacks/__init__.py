@@ -1,5 +1,6 @@
 """Lightning callbacks."""
 
+from lightning_pmss.callbacks.adapter import AdapterCallback
 from lightning_pmss.callbacks.pmss import PMSSCallback
 
-__all__ = ["PMSSCallback"]
+__all__ = ["AdapterCallback", "PMSSCallback"]

@@ -18,13 +18,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.distributed.sharding import Engine
+from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.layers.indices import index_tensors
 from lightning_pmss.layers.parts import clean_name, clean_state
 from lightning_pmss.messages import some
-from lightning_pmss.methods.pmss.coordinates import PMSSCore
-from lightning_pmss.methods.pmss.layer import PMSSLinear
 
 
 class TrainedCopy(nn.Module):
@@ -68,9 +67,8 @@ class TrainedCopy(nn.Module):
                 yield buffer if own is None else own
 
     def has_mean(self, buffer: Tensor) -> bool:
-        """Whether a mean of values of this buffer means anything: not of whole numbers, nor of the coordinates of a core."""
-        frames = {id(b) for m in self.of.modules() if isinstance(m, PMSSCore) for b in m.buffers()}
-        return buffer.is_floating_point() and id(buffer) not in frames
+        """Whether a mean of values of this buffer means anything: not of whole numbers."""
+        return buffer.is_floating_point()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -178,8 +176,10 @@ def refuse_copies(module: L.LightningModule) -> None:
         MisconfigurationException: There are some; the message names them.
     """
     averaged = {id(x) for m in module.modules() if isinstance(m, AveragedModel) for x in m.modules()}
-    own = {id(layer) for layer in pmss_layers(module).values()} - averaged
-    if copies := [clean_name(n) for n, m in module.named_modules() if isinstance(m, PMSSLinear) and id(m) not in own]:
+    own = {id(layer) for layer in adapted_layers(module).values()} - averaged
+    if copies := [
+        clean_name(n) for n, m in module.named_modules() if isinstance(m, AdaptedLinear) and id(m) not in own
+    ]:
         raise MisconfigurationException(
             f"{some(copies)} are converted layers in a copy of the model that is part of the module: an average or a teacher."
             " The adapter and the checkpoints are of one model and would mix the two. For an average of what is trained put"

@@ -11,15 +11,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from lightning_pmss.conversion.convert import conversion_of, pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers, conversion_of
 from lightning_pmss.conversion.report import ConversionReport
 from lightning_pmss.conversion.roots import canonical_modules, hugging_face_models
 from lightning_pmss.distributed.sharding import Engine
 from lightning_pmss.files.fresh import fresh_tensors, fresh_warnings, frozen_beside, untrained
+from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.layers.fingerprint import same_base
 from lightning_pmss.layers.parts import clean_name
 from lightning_pmss.messages import some
-from lightning_pmss.methods.pmss.layer import PMSSLinear
 from lightning_pmss.store import not_finite
 
 
@@ -43,21 +43,26 @@ def agree_on_indices(trainer: L.Trainer, module: L.LightningModule) -> None:
     """Rank 0's rows and columns count: freshly initialised weights may still differ between ranks here."""
     if trainer.world_size == 1:
         return
-    layers = pmss_layers(module)
-    chosen = {name: (layer.rows.cpu(), layer.cols.cpu()) for name, layer in layers.items() if not layer.rows.is_meta}
-    for name, (rows, cols) in trainer.strategy.broadcast(chosen).items():
+    layers = adapted_layers(module)
+    chosen = {
+        name: {part: index.cpu() for part, index in layer.indices().items()}
+        for name, layer in layers.items()
+        if not any(index.is_meta for index in layer.indices().values())
+    }
+    for name, indices in trainer.strategy.broadcast(chosen).items():
         layer = layers[name]
-        if layer.rows.is_meta:
+        own = layer.indices()
+        if any(index.is_meta for index in own.values()):
             continue
-        moved = not (torch.equal(layer.rows.cpu(), rows) and torch.equal(layer.cols.cpu(), cols))
+        moved = any(not torch.equal(own[part].cpu(), index) for part, index in indices.items())
         flags = [moved]
         if hasattr(layer.weight, "ds_id"):  # gathering is a collective, so all ranks take part or none
             flags = [False] * trainer.world_size
             torch.distributed.all_gather_object(flags, moved)
         if any(flags):
-            layer.rows.copy_(rows)
-            layer.cols.copy_(cols)
-            layer.refresh_frame(name)
+            for part, index in indices.items():
+                own[part].copy_(index)
+            layer.rederive(name)
 
 
 def say_what_was_converted(report: ConversionReport, precision: str) -> None:
@@ -67,7 +72,7 @@ def say_what_was_converted(report: ConversionReport, precision: str) -> None:
         rank_zero_warn(warning)
 
 
-def refuse_merged(layers: Mapping[str, PMSSLinear]) -> None:
+def refuse_merged(layers: Mapping[str, AdaptedLinear]) -> None:
     """A merged layer does not use U.
 
     Raises:
@@ -83,8 +88,8 @@ def check_bases(trainer: L.Trainer, module: L.LightningModule) -> None:
     Raises:
         MisconfigurationException: They are not.
     """
-    unproven = {n: layer for n, layer in pmss_layers(module).items() if layer.on_trust}
-    if strangers := [n for n, x in unproven.items() if x.fingerprint and not same_base(x.fingerprint, *x.slices())]:
+    unproven = {n: layer for n, layer in adapted_layers(module).items() if layer.on_trust}
+    if strangers := [n for n, x in unproven.items() if x.fingerprint and not same_base(x.fingerprint, *x.reads())]:
         raise MisconfigurationException(
             f"The skeleton file belongs to another base model: the rows and columns of {some(strangers)} are not those it was"
             " made from, or the weights were not loaded after the model got its memory."
@@ -99,10 +104,9 @@ def check_optimizers(trainer: L.Trainer, pl_module: L.LightningModule, also_trai
     Raises:
         MisconfigurationException: The optimizer lacks U, or is none for its coordinates, or something else trains.
     """
-    layers = pmss_layers(pl_module)
+    layers = adapted_layers(pl_module)
     trained = {clean_name(n): p for n, p in pl_module.named_parameters() if p.requires_grad}
-    cores = {id(layer.core.weight): name for name, layer in layers.items()}  # type: ignore[union-attr, attr-defined]
-    allowed = set(cores)
+    allowed = {id(p) for layer in layers.values() for p in layer.core.trained().values()}
     for name, module in pl_module.named_modules():
         clean = clean_name(name)
         if any(clean == a or clean.endswith(f".{a}") for a in also_train):
@@ -120,13 +124,10 @@ def check_optimizers(trainer: L.Trainer, pl_module: L.LightningModule, also_trai
             " `configure_optimizers` from `[p for p in self.parameters() if p.requires_grad]`; with LightningCLI pass"
             " `auto_configure_optimizers=False`."
         )
-    if any(type(o).__name__ == "Muon" for o in trainer.optimizers) and (
-        turned := [name for name, layer in layers.items() if layer.coordinates == "rotation"]
-    ):
-        raise MisconfigurationException(
-            f"Muon orthogonalises matrices, and what rotation coordinates train in `{turned[0]}` is a packed"
-            " triangle, no matrix; take coordinates='orthonormal', or another optimizer."
-        )
+    if any(type(o).__name__ == "Muon" for o in trainer.optimizers):
+        for name, layer in layers.items():
+            if reason := layer.method.why_no_matrix():
+                raise MisconfigurationException(f"Muon orthogonalises matrices, and `{name}` {reason}")
 
 
 def _held(trainer: L.Trainer) -> set[int]:
@@ -191,7 +192,7 @@ def wake(pl_module: L.LightningModule) -> None:
 
     `from_pretrained` leaves eval mode, in which dropout and transformers' activation checkpointing are off.
     """
-    report, ours = conversion_of(pl_module), {id(layer) for layer in pmss_layers(pl_module).values()}
+    report, ours = conversion_of(pl_module), {id(layer) for layer in adapted_layers(pl_module).values()}
     named = canonical_modules(pl_module)
     asleep = [named[name] for name in (report.asleep if report else ()) if name in named]
     asleep = [module for module in asleep if not module.training]

@@ -13,8 +13,8 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.messages import some
-from lightning_pmss.methods.pmss.layer import PMSSLinear
 
 _ROUNDING = 1e-5
 _SAMPLES = 1024  # of each weight: whoever averages a model changes far more than one number in a thousand
@@ -27,10 +27,10 @@ class FrozenWatch:
         layers: Canonical name -> converted layer, whole on this device; those that are kept in codes are left out.
     """
 
-    def __init__(self, layers: Mapping[str, PMSSLinear]) -> None:
+    def __init__(self, layers: Mapping[str, AdaptedLinear]) -> None:
         self.layers = {name: layer for name, layer in layers.items() if not layer.quantised}
         self._before = {name: _sample(layer.weight) for name, layer in self.layers.items()}
-        self._indices = {name: torch.cat([x.rows, x.cols]).cpu() for name, x in layers.items()}
+        self._indices = {name: _on_cpu(layer.indices()) for name, layer in layers.items()}
         self._prints = {name: layer.fingerprint for name, layer in self.layers.items()}
 
     def changes(self) -> dict[str, float]:
@@ -39,8 +39,9 @@ class FrozenWatch:
         for name, layer in self.layers.items():
             now = _sample(layer.weight)
             before = self._before[name].to(now.dtype)  # a cast is no change
-            if not torch.equal(torch.cat([layer.rows, layer.cols]).cpu(), self._indices[name]):
-                changes[name] = float("inf")  # U is of other rows and columns now
+            indices = self._indices[name]
+            if any(not torch.equal(index, indices[part]) for part, index in _on_cpu(layer.indices()).items()):
+                changes[name] = float("inf")  # the update is of other rows and columns now
             elif not torch.allclose(now, before, rtol=0, atol=0, equal_nan=True):
                 norm = float(before.double().norm())
                 changes[name] = float((now.double() - before.double()).norm()) / norm if norm else float("inf")
@@ -80,3 +81,7 @@ class FrozenWatch:
 def _sample(weight: Tensor) -> Tensor:
     flat = weight.detach().flatten()
     return flat[:: max(1, flat.numel() // _SAMPLES)].cpu().clone()
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}

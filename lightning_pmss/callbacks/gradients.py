@@ -10,8 +10,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.messages import some
-from lightning_pmss.methods.pmss.layer import PMSSLinear
 
 
 class GradientCheck:
@@ -25,7 +25,7 @@ class GradientCheck:
     """
 
     def __init__(
-        self, layers: Mapping[str, PMSSLinear], *, infinities_are_normal: bool = False, sharded: bool = False
+        self, layers: Mapping[str, AdaptedLinear], *, infinities_are_normal: bool = False, sharded: bool = False
     ) -> None:
         self.layers = dict(layers)
         self.infinities_are_normal = infinities_are_normal
@@ -41,8 +41,8 @@ class GradientCheck:
         """Whether the gradient of U is finite, None where there is none."""
         if self._passed is not None:
             return self._passed.get(name)
-        grad = self.layers[name].core.weight.grad
-        return None if grad is None else bool(torch.isfinite(grad).all())
+        grads = [p.grad for p in self.layers[name].core.trained().values() if p.grad is not None]
+        return all(bool(torch.isfinite(grad).all()) for grad in grads) if grads else None
 
     def check(self, where: str) -> bool:
         """Look at the gradients after a backward pass; True when there is nothing more to look at.
@@ -109,11 +109,12 @@ class GradientCheck:
     def _watching(self, name: str) -> Any:
         def note(grad: Tensor) -> None:
             assert self._passed is not None
-            self._passed[name] = bool(torch.isfinite(grad).all())
+            self._passed[name] = bool(torch.isfinite(grad).all()) and self._passed.get(name, True)
 
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            if output.requires_grad:
-                output.register_hook(note)
+        def hook(module: nn.Module, args: Any, output: dict[str, Tensor]) -> None:
+            for value in output.values():
+                if value.requires_grad:
+                    value.register_hook(note)
 
         return hook
 

@@ -20,10 +20,13 @@ from torch import Tensor
 from lightning_pmss.conversion.convert import conversion_of, convert
 from lightning_pmss.conversion.report import ConversionReport
 from lightning_pmss.conversion.roots import canonical_modules, choose_root
+from lightning_pmss.layers.adapted import frozen_key, trained_key
+from lightning_pmss.layers.convertible import canonical_shape, is_linear
 from lightning_pmss.layers.parts import clean_name
-from lightning_pmss.methods.pmss.config import PMSSConfig
-from lightning_pmss.methods.pmss.layer import Frame
-from lightning_pmss.methods.pmss.skeleton import Skeleton, SkeletonLayer
+from lightning_pmss.methods import method_of
+from lightning_pmss.methods.config import AdapterConfig
+from lightning_pmss.methods.given import Given, GivenLayer
+from lightning_pmss.methods.method import Kind, Method
 
 _RECOVER = "_recover_results_in_main_process"
 _BEFORE = "before_results"  # of a callback: what is called here before Lightning loads the state dict
@@ -78,7 +81,7 @@ def follow_launchers() -> None:
     setattr(_MultiProcessingLauncher, _RECOVER, recover)
 
 
-def convert_like(trainer: L.Trainer, state: Mapping[str, Tensor], config: PMSSConfig) -> ConversionReport:
+def convert_like(trainer: L.Trainer, state: Mapping[str, Tensor], config: AdapterConfig) -> ConversionReport:
     """Build and convert the Trainer's module so that a state dict of the converted module fits it.
 
     Args:
@@ -95,17 +98,23 @@ def convert_like(trainer: L.Trainer, state: Mapping[str, Tensor], config: PMSSCo
         module.load_state_dict(state, strict=False)
         named = {id(m): f"{clean_name(name)}.".lstrip(".") for name, m in module.named_modules()}
         clean = {clean_name(key): value for key, value in state.items()}
-        layers = {
-            name: _stored(clean, named[id(m)])
-            for name, m in canonical_modules(module, choose_root(module, config.root)).items()
-            if f"{named[id(m)]}rows" in clean
-        }
-        report = convert(module, config, skeleton=Skeleton(layers, config.coordinates, "the result of `fit`"))
+        root = choose_root(module, config.root)
+        layers = {}
+        for name, layer in canonical_modules(module, root).items():
+            if is_linear(layer) and (
+                found := _stored(clean, named[id(layer)], method_of(config), canonical_shape(layer))
+            ):
+                layers[name] = found
+        report = convert(module, config, given=Given(layers, "the result of `fit`", complete=True))
     module.strict_loading = False
     trainer.save_checkpoint = _no_checkpoint  # type: ignore[method-assign]
     return report
 
 
-def _stored(state: Mapping[str, Tensor], prefix: str) -> SkeletonLayer:
-    frame = Frame(*(state.get(f"{prefix}core.frame.{part}") for part in Frame._fields))
-    return SkeletonLayer(state[f"{prefix}rows"], state[f"{prefix}cols"], frame)
+def _stored(state: Mapping[str, Tensor], prefix: str, method: Method[Any], shape: tuple[int, int]) -> GivenLayer | None:
+    """Frozen and index tensors of a layer in the state dict of the converted module; None: it was not converted."""
+    kinds = {name: spec.kind for name, spec in method.specs(shape, 1).items()}
+    if not any(f"{prefix}{trained_key(name)}" in state for name, kind in kinds.items() if kind is Kind.TRAINED):
+        return None
+    keys = {n: n if kind is Kind.INDEX else frozen_key(n) for n, kind in kinds.items() if kind is not Kind.TRAINED}
+    return GivenLayer({name: state[f"{prefix}{key}"] for name, key in keys.items()})

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from lightning_pmss.callbacks.statistics import RunningStatistics
 from lightning_pmss.distributed.sharding import Engine
+from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.layers.parts import clean_name, own_part
 from lightning_pmss.messages import some
-from lightning_pmss.methods.pmss.layer import PMSSLinear
 
 ON_NONFINITE = ("stop", "skip")
 _RANK = 1 << 20  # more than batches in a step
@@ -58,7 +58,7 @@ class NonFiniteCheck:
         action: str,
         trainer: L.Trainer,
         module: nn.Module,
-        layers: Mapping[str, PMSSLinear],
+        layers: Mapping[str, AdaptedLinear],
         engine: Engine,
         begin_step: Callable[[], None] | None = None,
     ) -> None:
@@ -213,9 +213,10 @@ class NonFiniteCheck:
         epoch = f" in epoch {batches[-1][0]}"
         return f"{what} of {told}{epoch} are NaN or infinite (or above 1e19), though the loss is finite ({where})"
 
-    def _watch(self, core: nn.Module, args: Any, output: Tensor) -> None:
-        if output.requires_grad:
-            output.register_hook(lambda grad: self._passed.append(grad.isfinite().all()))
+    def _watch(self, core: nn.Module, args: Any, output: dict[str, Tensor]) -> None:
+        for value in output.values():
+            if value.requires_grad:
+                value.register_hook(lambda grad: self._passed.append(grad.isfinite().all()))
 
 
 def _gradients(optimizer: Any) -> Iterator[Tensor]:

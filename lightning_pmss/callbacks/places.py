@@ -20,6 +20,7 @@ from lightning_pmss.conversion.convert import conversion_of
 from lightning_pmss.distributed.ranks import together
 from lightning_pmss.files.base import base_of
 from lightning_pmss.files.model_folder import refuse_overlap
+from lightning_pmss.layers.adapter import Adapter
 from lightning_pmss.layers.parts import is_sharded, whole_size
 from lightning_pmss.store.atomic import check_target
 from lightning_pmss.store.disk import clean_folder
@@ -134,7 +135,8 @@ def _warn_about_space(module: L.LightningModule, folder: Path, checkpoints: dict
     report = conversion_of(module)
     if report is None:
         return
-    model = sum(whole_size(p) * p.element_size() for n, p in module.named_parameters() if ".core." not in n)
+    ours = {id(p) for m in module.modules() if isinstance(m, Adapter) for p in m.parameters()}
+    model = sum(whole_size(p) * p.element_size() for p in module.parameters() if id(p) not in ours)
     parts = [(folder, report.adapter_bytes, "the adapter")]
     parts += [(folder, model, "the merged model")] if merge else []
     # A checkpoint holds what is trained and Adam's two moments; the new one is complete before an old one goes.

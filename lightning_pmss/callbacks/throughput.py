@@ -10,9 +10,10 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.distributed.gathering import whole_update
 from lightning_pmss.files.process_memory import peak_memory
+from lightning_pmss.methods.method import Update
 
 # What a progress bar has room for.
 SHORT = {"pmss/tokens_per_second": "tok/s", "pmss/peak_memory_gb": "peak GB"}
@@ -47,10 +48,15 @@ class StepClock:
 
 
 def log_u_norms(trainer: L.Trainer, module: L.LightningModule) -> None:
-    """Log the Frobenius norm of each layer's ``s U``, in the steps that Lightning logs."""
+    """Log the Frobenius norm of what each layer's update is stored as (``s U``), in the steps that Lightning logs."""
     if trainer.fit_loop.epoch_loop._batches_that_stepped % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-        norms = {f"pmss/u_norm/{name}": whole_update(module, x).norm() for name, x in pmss_layers(module).items()}
+        updates = {name: whole_update(module, layer) for name, layer in adapted_layers(module).items()}
+        norms = {f"pmss/u_norm/{name}": _norm(update) for name, update in updates.items()}
         module.log_dict(norms, on_step=True, on_epoch=False, batch_size=1)
+
+
+def _norm(update: Update) -> Tensor:
+    return torch.stack([torch.linalg.vector_norm(value) for value in update.numbers().values()]).norm()
 
 
 def peak_memory_gb(device: torch.device) -> float | None:

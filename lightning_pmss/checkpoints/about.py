@@ -8,16 +8,16 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from lightning_pmss.checkpoints.record import FORMAT_VERSION
-from lightning_pmss.conversion.convert import conversion_of, pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers, conversion_of
 from lightning_pmss.conversion.roots import adapted_root, canonical_modules, noted_root
 from lightning_pmss.files.adapter import class_path, linear_left_out, other_names
 from lightning_pmss.files.base import base_of
 from lightning_pmss.files.fresh import live_tensors, settings_of, untrained
 from lightning_pmss.files.plain import quantisation_settings
+from lightning_pmss.layers.convertible import canonical_shape
 from lightning_pmss.layers.fingerprint import fingerprint
 from lightning_pmss.layers.parts import clean_name
 from lightning_pmss.layers.quantised import quantisation_of
-from lightning_pmss.methods.pmss.layer import canonical_shape
 
 
 class FullName(NamedTuple):
@@ -68,7 +68,7 @@ def describe(
         trained: Keys and shapes of the tensors that the checkpoint keeps.
         full: Of `full_names`.
     """
-    report, layers = conversion_of(module), pmss_layers(module)
+    report, layers = conversion_of(module), adapted_layers(module)
     assert report is not None
     names = {id(m): clean_name(name) for name, m in module.named_modules()}
     modules = {
@@ -76,8 +76,9 @@ def describe(
             "key": names[id(layer)],
             "shape": list(canonical_shape(layer)),
             "layout": "conv1d" if layer.transposed else "linear",
-            "frame_dtype": None if layer.frame_dtype is None else str(layer.frame_dtype).removeprefix("torch."),
-            "fingerprint": dict(layer.fingerprint or fingerprint(*layer.slices())),
+            "frame_dtype": None if layer.derived_dtype is None else str(layer.derived_dtype).removeprefix("torch."),
+            "fingerprint": dict(layer.fingerprint or fingerprint(*layer.reads())) or None,
+            "rank": layer.rank,
         }
         for name, layer in layers.items()
     }
@@ -85,6 +86,7 @@ def describe(
     root, base = adapted_root(module)[0], base_of(module)
     return {
         "format_version": FORMAT_VERSION,
+        "method": report.config.method,
         "config": report.config.to_dict(),
         "base": {
             "name": base.name,

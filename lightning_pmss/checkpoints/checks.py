@@ -11,18 +11,17 @@ from torch import Tensor, nn
 
 from lightning_pmss.checkpoints.reading import DAMAGED
 from lightning_pmss.checkpoints.record import CheckpointRecord, CheckpointRecord1, check_layer
-from lightning_pmss.conversion.convert import conversion_of, pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers, conversion_of
 from lightning_pmss.conversion.converted import frozen_but_fresh
+from lightning_pmss.layers.adapted import AdaptedLinear, trained_key
+from lightning_pmss.layers.convertible import canonical_shape
 from lightning_pmss.layers.fingerprint import same_base
 from lightning_pmss.layers.parts import clean_name, is_sharded, own_part
+from lightning_pmss.layers.products import core_dtype
 from lightning_pmss.messages import some
-from lightning_pmss.methods.pmss.coordinates import PMSSCore, coordinate_frame, is_finite
-from lightning_pmss.methods.pmss.layer import PMSSLinear, canonical_shape
 from lightning_pmss.store import misfit, not_finite, refuse_odd_type
 
 Record = CheckpointRecord1 | CheckpointRecord
-# What V means; a checkpoint with other values than the run's must not be loaded. Shapes tell the rest.
-_MEANING = ("coordinates", "scale")
 
 
 def check(
@@ -46,10 +45,11 @@ def check(
     Raises:
         ValueError: It lacks trained tensors, holds foreign ones, has other shapes, or another meaning.
     """
-    if not any(key in stored for key in trained if key.endswith("core.weight")):
+    config = conversion_of(module).config  # type: ignore[union-attr]
+    if not any(key in stored for key in _adapter_keys(module)):
         raise ValueError(
-            f"{where} holds no PMSS adapter (no `*.core.weight` key). To start from its weights, load them into the model"
-            " before the Trainer runs, and drop ckpt_path."
+            f"{where} holds no {config.label()} adapter of this model's layers. To start from its weights, load them into the"
+            " model before the Trainer runs, and drop ckpt_path."
         )
     problems = []
     lacking = set(trained) - set(stored)
@@ -67,11 +67,12 @@ def check(
     if shapes:
         k = shapes[0]
         problems.append(f"holds `{k}` of shape {tuple(stored[k])} where this run has {trained[k]} ({len(shapes)} such)")
-    config = conversion_of(module).config.to_dict()  # type: ignore[union-attr]
-    for field in _MEANING:
-        if field in made.config and made.config[field] != config[field]:
-            problems.append(f"was made with {field}={made.config[field]!r}, this run has {config[field]!r}")
-    if lost := sorted(set(pmss_layers(module)) - set(made.prints)):
+    if made.method != config.method:
+        problems.append(f"was made by the method {made.method!r}, this run has {config.method!r}")
+    for field, value in config.meaning().items():  # shapes tell the rest
+        if made.method == config.method and field in made.config and made.config[field] != value:
+            problems.append(f"was made with {field}={made.config[field]!r}, this run has {value!r}")
+    if lost := sorted(set(adapted_layers(module)) - set(made.prints)):
         problems.append(f"says nothing of {some(lost)}")
     if problems:
         raise ValueError(
@@ -94,13 +95,18 @@ def check_state(module: nn.Module, made: Record, state: Mapping[str, Any], where
     """
     prefixes = {id(m): clean_name(n) for n, m in module.named_modules()}
     strangers, broken = [], []
-    for name, layer in pmss_layers(module).items():
-        v, rows, cols = check_layer(state, canonical_shape(layer), layer.coordinates, prefixes[id(layer)], where)
+    for name, layer in adapted_layers(module).items():
+        prefix, shape = prefixes[id(layer)], canonical_shape(layer)
+        stored = check_layer(state, shape, layer.method, prefix, where, layer.rank if layer.index_names == () else None)
         w = layer.base_weight()
-        rows, cols = rows.to(w.device), cols.to(w.device)
-        if not same_base(made.prints[name], w[rows], w[:, cols]):
+        indices = {part: index.to(w.device) for part, index in stored.indices.items()}
+        if not same_base(made.prints[name], *layer.reads_of(w, indices)):
             strangers.append(name)
-        elif not is_finite(_core(layer, w, rows, cols, name), v.to(w.device), layer.scale):
+            continue
+        own = {part: value.to(w.device) for part, value in stored.trained.items()}
+        with torch.no_grad():
+            update = layer.method.update_of(own | _derived(layer, w, indices, name), layer.scale)
+        if not_finite(update.numbers()):
             broken.append(name)
     refuse_strangers(strangers, where)
     trained = {clean_name(n): p for n, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
@@ -142,12 +148,22 @@ def refuse_nonfinite(
         )
 
 
-def _core(layer: PMSSLinear, weight: Tensor, rows: Tensor, cols: Tensor, name: str) -> PMSSCore:
-    """The layer's own core where it has these rows and columns, else one with their coordinates."""
-    if torch.equal(layer.rows.to(rows.device), rows) and torch.equal(layer.cols.to(cols.device), cols):
-        return layer.core
-    frame = coordinate_frame(weight[:, cols], weight[rows], layer.coordinates, name, weight=weight)
-    return PMSSCore(len(cols), len(rows), frame, layer.core.weight.dtype, weight.device)
+def _derived(layer: AdaptedLinear, weight: Tensor, indices: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Frozen and index tensors of a layer with these indices: its own where it has them, else derived from W."""
+    if all(torch.equal(own.to(weight.device), indices[part]) for part, own in layer.indices().items()):
+        return layer.core.frozen() | dict(indices)
+    found = layer.method.derive(weight, layer.rank, name, indices)
+    return {part: t.to(core_dtype(weight.dtype)) if t.is_floating_point() else t for part, t in found.items()}
+
+
+def _adapter_keys(module: nn.Module) -> list[str]:
+    """Keys of the trained tensors of all converted layers."""
+    return [
+        clean_name(f"{name}.{trained_key(part)}".lstrip("."))
+        for name, layer in module.named_modules()
+        if isinstance(layer, AdaptedLinear)
+        for part in layer.core.trained()
+    ]
 
 
 def refuse_strangers(strangers: list[str], where: str) -> None:
@@ -165,6 +181,8 @@ def refuse_strangers(strangers: list[str], where: str) -> None:
 
 def same_print(here: Mapping[str, str], there: Mapping[str, str]) -> bool:
     """Whether two fingerprints agree in the coarser of their dtypes."""
+    if not here or not there:  # of an update that is not bound to its base
+        return not here and not there
     names = {here["dtype"], there["dtype"]}
     narrow = names - {"float32"} or names
     return any(here[n] == there[n] for n in narrow)

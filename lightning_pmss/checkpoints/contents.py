@@ -51,7 +51,7 @@ from lightning_pmss.checkpoints.reading import (
 )
 from lightning_pmss.checkpoints.record import METADATA, CheckpointRecord, read_record
 from lightning_pmss.checkpoints.training_state import check_progress, check_training_state, loading_optimizers
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.conversion.converted import frozen_but_fresh
 from lightning_pmss.distributed.gathering import gathered, load_trained_state, trained_state
 from lightning_pmss.distributed.optimizer_names import finding_states
@@ -90,9 +90,9 @@ def trained_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def record_fingerprints(module: nn.Module) -> None:
     """Take the fingerprints of the base while its weights can be reached; a collective where they are kept in parts."""
-    for layer in pmss_layers(module).values():
+    for layer in adapted_layers(module).values():
         if layer.fingerprint is None and not layer.weight.is_meta:
-            layer.fingerprint = fingerprint(*layer.slices())
+            layer.fingerprint = fingerprint(*layer.reads())
 
 
 class CheckpointSeam:
@@ -326,7 +326,10 @@ class CheckpointSeam:
             parts = made.files
             together(self.strategy, lambda: refuse_changed_parts(path, parts) if self.strategy.is_global_zero else None)
         check(self.module, self.trained, self.known, stored, made, where)
-        before = {n: (layer.rows.clone(), layer.cols.clone()) for n, layer in pmss_layers(self.module).items()}
+        before = {
+            n: {part: index.clone() for part, index in layer.indices().items()}
+            for n, layer in adapted_layers(self.module).items()
+        }
         self._metadata = {}
         fitting = stage is TrainerFn.FITTING
         with finding_states(self.engine, self.module, path, fitting=fitting), self._only_trained():
@@ -334,7 +337,7 @@ class CheckpointSeam:
         if path.is_file():
             self._load_by_clean_names(path)
         self._follow_indices(before)
-        here = {n: x.fingerprint or fingerprint(*x.slices()) for n, x in pmss_layers(self.module).items()}
+        here = {n: x.fingerprint or fingerprint(*x.reads()) for n, x in adapted_layers(self.module).items()}
         refuse_strangers([n for n in here if not same_print(here[n], made.prints[n])], where)
         if self.check_loaded is not None:
             self.check_loaded(loaded, where)
@@ -351,15 +354,15 @@ class CheckpointSeam:
             if name in places:
                 fill(places[name], state[name])
 
-    def _follow_indices(self, before: Mapping[str, tuple[Any, Any]]) -> None:
+    def _follow_indices(self, before: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Where other hardware had selected otherwise than the run that is resumed, its indices count."""
         root: Any = self.strategy.model
-        for name, layer in pmss_layers(self.module).items():
-            pair = zip(before[name], (layer.rows, layer.cols), strict=True)
-            if any(not torch.equal(a.to(b.device), b) for a, b in pair):
+        for name, layer in adapted_layers(self.module).items():
+            now = layer.indices()
+            if any(not torch.equal(old.to(now[part].device), now[part]) for part, old in before[name].items()):
                 with gathered(root, layer, write=True):
-                    layer.refresh_frame(name)
-                    layer.fingerprint = fingerprint(*layer.slices())
+                    layer.rederive(name)
+                    layer.fingerprint = fingerprint(*layer.reads())
 
     @contextmanager
     def _only_trained(self) -> Iterator[None]:

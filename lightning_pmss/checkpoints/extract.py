@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from lightning_pmss.checkpoints.names import Found, FoundLayer, described, from_keys
 from lightning_pmss.checkpoints.reading import DAMAGED, read_checkpoint
-from lightning_pmss.checkpoints.record import METADATA, CheckpointRecord, check_layer, read_record
+from lightning_pmss.checkpoints.record import METADATA, CheckpointRecord, check_layer, options_of, read_record
 from lightning_pmss.files.adapter_file import AdapterFile, AdapterModule, write_adapter
 from lightning_pmss.files.fresh import rows_to_keep
 from lightning_pmss.files.merged import merge_files
@@ -28,8 +28,9 @@ from lightning_pmss.files.model_folder import FileMergeReport, refuse_overlap
 from lightning_pmss.files.naming import Wording, match_names, refuse_misfits
 from lightning_pmss.layers.fingerprint import same_base
 from lightning_pmss.layers.parts import clean_name
-from lightning_pmss.methods.pmss.config import PMSSConfig
-from lightning_pmss.methods.pmss.coordinates import PMSSCore, coordinate_frame, core_dtype
+from lightning_pmss.layers.products import core_dtype
+from lightning_pmss.methods import method_of
+from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.store import not_finite, refuse_odd_type
 from lightning_pmss.store.atomic import check_target
 from lightning_pmss.store.kinds import ADAPTER, MERGED
@@ -133,7 +134,7 @@ def adapter_of_checkpoint(ckpt: Path, base: Path, *, progress: bool = True) -> t
         refuse_odd_type(value, key, where, DAMAGED)
     state: dict[str, Tensor] = {clean_name(key): value for key, value in content["state_dict"].items()}
     record = read_record(content.get(METADATA), where)
-    options = PMSSConfig.from_file(record.config, where, DAMAGED)
+    options = options_of(record, where)
     with open_shards(base) as reader:
         if isinstance(record, CheckpointRecord):
             found = described(record, options, state, where)
@@ -171,36 +172,42 @@ def adapter_of_checkpoint(ckpt: Path, base: Path, *, progress: bool = True) -> t
         settings=found.settings,
     )
     refuse_misfits(adapter, reader, rename)
-    if not wrong and (broken := not_finite({n: m.U for n, m in modules.items()} | adapter.also_train)):
+    if not wrong and (broken := not_finite(_numbers(modules) | adapter.also_train)):
         raise ValueError(f"{where}: {few(broken)} would be NaN or infinite. {DAMAGED}")
     if wrong:
         raise ValueError(adapter.wrong_base(wrong, str(base)))
     return adapter, content.get("global_step")
 
 
+def _numbers(modules: Mapping[str, AdapterModule]) -> dict[str, Tensor]:
+    return {f"{name}.{part}": value for name, m in modules.items() for part, value in m.update.numbers().items()}
+
+
 def _module(
-    layer: FoundLayer, stored: Tensor, state: Mapping[str, Tensor], options: PMSSConfig, name: str, where: str
+    layer: FoundLayer, stored: Tensor, state: Mapping[str, Tensor], options: AdapterConfig, name: str, where: str
 ) -> AdapterModule | None:
     """One layer of the adapter; None where the base's weight is not the one that it was trained on."""
-    layouts = ("linear", "conv1d") if layer.layout is None else (layer.layout,)
+    layouts, method = ("linear", "conv1d") if layer.layout is None else (layer.layout,), method_of(options)
     for number, layout in enumerate(layouts):
         weight = stored.T if layout == "conv1d" else stored
         shape = (weight.shape[0], weight.shape[1])
         try:
-            v, rows, cols = check_layer(state, shape, options.coordinates, layer.key, where)
+            found = check_layer(state, shape, method, layer.key, where, layer.rank)
         except ValueError:
             if number < len(layouts) - 1:  # format 1 does not say the layout: in the other one the indices may fit
                 continue
             raise
-        if not same_base(layer.fingerprint, weight[rows], weight[:, cols]):
+        cls = method.update_class
+        if cls.bound_to_base and not same_base(layer.fingerprint, *cls.reads(weight, found.indices)):
             continue
-        # As it was when the run computed the coordinates; a cast to the dtype of the file changes nothing.
+        # As it was when the run derived frozen tensors from it; a cast to the dtype of the file changes nothing.
         weight = weight.to(_DTYPES[layer.frame_dtype]) if layer.frame_dtype is not None else weight
-        frame = coordinate_frame(weight[:, cols], weight[rows], options.coordinates, name, weight=weight)
-        core = PMSSCore(len(cols), len(rows), frame, core_dtype(weight.dtype), weight.device)
-        core.weight.copy_(v)
-        update = core(options.scale_of(len(cols))).clone()
-        return AdapterModule(shape, layout, layer.fingerprint, update, rows.clone(), cols.clone())
+        dtype = core_dtype(weight.dtype)
+        derived = method.derive(weight, found.rank, name, found.indices)
+        derived = {part: t.to(dtype) if t.is_floating_point() else t for part, t in derived.items()}
+        trained = {part: t.to(dtype) for part, t in found.trained.items()}
+        update = method.update_of(trained | derived, options.scale_of(found.rank))
+        return AdapterModule(shape, layout, layer.fingerprint, update.stored().cloned())
     return None
 
 

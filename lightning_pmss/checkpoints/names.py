@@ -11,11 +11,12 @@ from torch import Tensor
 
 from lightning_pmss.checkpoints.reading import DAMAGED
 from lightning_pmss.checkpoints.record import CheckpointRecord, FreshRecord
+from lightning_pmss.layers.adapted import trained_key
 from lightning_pmss.messages import some
-from lightning_pmss.methods.pmss.config import PMSSConfig
+from lightning_pmss.methods import method_of
+from lightning_pmss.methods.config import AdapterConfig
+from lightning_pmss.methods.method import Kind
 from lightning_pmss.store.shards import few
-
-_CORE = "core.weight"
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,11 @@ class FoundLayer:
 
     Attributes:
         key: Of the layer in the state dict.
-        fingerprint: Of W's selected rows and columns.
+        fingerprint: Of what the update reads of W.
         shape: (out, in) of W.
         layout: ``"linear"`` or ``"conv1d"``.
-        frame_dtype: Of W when the coordinates were computed; None: as the base's file has it.
+        frame_dtype: Of W when frozen tensors were derived from it; None: as the base's file has it.
+        rank: None: the number of its indices says it.
     """
 
     key: str
@@ -35,6 +37,7 @@ class FoundLayer:
     shape: tuple[int, int] | None = None
     layout: str | None = None
     frame_dtype: str | None = None
+    rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Found:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def described(record: CheckpointRecord, options: PMSSConfig, state: Mapping[str, Tensor], where: str) -> Found:
+def described(record: CheckpointRecord, options: AdapterConfig, state: Mapping[str, Tensor], where: str) -> Found:
     """By what the checkpoint says of itself, in format 2.
 
     Raises:
@@ -105,16 +108,17 @@ def described(record: CheckpointRecord, options: PMSSConfig, state: Mapping[str,
         raise ValueError(f"{where} is damaged: {some(strange)} are no names of what it holds. {DAMAGED}")
     if len(set(keys)) != len(keys):
         raise ValueError(f"{where} is damaged: two of its layers have one key. {DAMAGED}")
-    if undescribed := sorted(_layers(state) - set(keys)):
+    if undescribed := sorted(_layers(state, options) - set(keys)):
         raise ValueError(f"{where} says nothing of its layers {some(undescribed)}. {DAMAGED}")
     return Found(
         layers={
             name: FoundLayer(
                 layer.key,
-                layer.fingerprint.model_dump(),
+                record.prints[name],
                 (layer.shape[0], layer.shape[1]),
                 layer.layout,
                 layer.frame_dtype,
+                layer.rank,
             )
             for name, layer in record.modules.items()
         },
@@ -133,7 +137,7 @@ def described(record: CheckpointRecord, options: PMSSConfig, state: Mapping[str,
 
 
 def from_keys(
-    prints: Mapping[str, dict[str, str]], options: PMSSConfig, state: Mapping[str, Tensor], where: str, base: str
+    prints: Mapping[str, dict[str, str]], options: AdapterConfig, state: Mapping[str, Tensor], where: str, base: str
 ) -> Found:
     """By the fingerprints and the keys of the state dict, for format 1, which says no more.
 
@@ -142,7 +146,7 @@ def from_keys(
     Raises:
         ValueError: The names do not fit the keys, or it cannot be said which modules were trained in full.
     """
-    keys = _layers(state)
+    keys = _layers(state, options)
     first = next(iter(prints))
     prefixes = sorted((key.removesuffix(first) for key in keys if key == first or key.endswith(f".{first}")), key=len)
     for prefix in prefixes:
@@ -161,7 +165,7 @@ def from_keys(
 
 
 def _full(
-    options: PMSSConfig, keys: list[str], prefix: str, state: Mapping[str, Tensor], where: str
+    options: AdapterConfig, keys: list[str], prefix: str, state: Mapping[str, Tensor], where: str
 ) -> tuple[dict[str, FoundTensor], list[str]]:
     """The tensors of the modules trained in full, and these; a checkpoint also holds buffers of others."""
     names = {key.removeprefix(prefix): key for key in keys}
@@ -194,5 +198,8 @@ def _tied(name: str, names: Mapping[str, str], state: Mapping[str, Tensor]) -> l
     ]
 
 
-def _layers(keys: Iterable[str]) -> set[str]:
-    return {key.removesuffix(_CORE).removesuffix(".") for key in keys if f".{key}".endswith(f".{_CORE}")}
+def _layers(keys: Iterable[str], options: AdapterConfig) -> set[str]:
+    """Keys of the layers with trained tensors of this method."""
+    specs = method_of(options).specs((1, 1), 1)
+    own = [trained_key(name) for name, spec in specs.items() if spec.kind is Kind.TRAINED]
+    return {key.removesuffix(end).removesuffix(".") for key in keys for end in own if f".{key}".endswith(f".{end}")}

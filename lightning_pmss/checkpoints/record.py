@@ -7,17 +7,19 @@ options and the fingerprints alone; names are then read from the keys.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from lightning_pmss.checkpoints.reading import DAMAGED
+from lightning_pmss.layers.adapted import trained_key
 from lightning_pmss.layers.convertible import FLOATS
 from lightning_pmss.layers.fingerprint import FingerprintRecord
 from lightning_pmss.messages import one_line, some
-from lightning_pmss.methods.pmss.config import PMSSConfig
-from lightning_pmss.methods.pmss.coordinates import trained_shape
+from lightning_pmss.methods import METHODS
+from lightning_pmss.methods.config import AdapterConfig
+from lightning_pmss.methods.method import Kind, Method
 from lightning_pmss.store import Record, check_index, checked, not_finite
 from lightning_pmss.store.records import FileRecord, Setting, Shape, Size, shown
 
@@ -32,15 +34,17 @@ class LayerRecord(Record):
         key: Its name in the state dict, without the last dot; "" where it is the LightningModule itself.
         shape: (out, in) of W.
         layout: ``"linear"``: the base stores W; ``"conv1d"``: it stores W transposed.
-        frame_dtype: Of W when the coordinates were computed; None: they were read from a skeleton file.
-        fingerprint: Of W's selected rows and columns.
+        frame_dtype: Of W when frozen tensors were derived from it; None: they were read from a skeleton file.
+        fingerprint: Of what the update reads of W; None where it reads nothing.
+        rank: Of the layer; None in earlier files, where the number of rows says it.
     """
 
     key: str
     shape: Annotated[list[Size], Field(min_length=2, max_length=2)]
     layout: Literal["linear", "conv1d"]
     frame_dtype: Literal["float64", "float32", "bfloat16", "float16"] | None
-    fingerprint: FingerprintRecord
+    fingerprint: FingerprintRecord | None
+    rank: Size | None = None
 
 
 class FullRecord(Record):
@@ -83,6 +87,7 @@ class CheckpointRecord1(Record):
     model_config = ConfigDict(extra="ignore")
 
     format_version: Literal[1]
+    method: Literal["pmss"] = "pmss"
     config: dict[str, Any]
     fingerprints: Annotated[dict[str, FingerprintRecord], Field(min_length=1)]
     tensors: dict[str, Shape] | None = None  # beside a folder: keys and shapes of the trained tensors
@@ -98,6 +103,7 @@ class CheckpointRecord(Record):
 
     Attributes:
         format_version: 2.
+        method: Name of the method.
         config: The options.
         base: Of the model.
         root: Full name of the module that the others are relative to, where the conversion had to choose.
@@ -112,6 +118,7 @@ class CheckpointRecord(Record):
     """
 
     format_version: Literal[2]
+    method: str = "pmss"
     config: dict[str, Any]
     base: BaseRecord
     root: str | None
@@ -126,8 +133,9 @@ class CheckpointRecord(Record):
 
     @property
     def prints(self) -> dict[str, dict[str, str]]:
-        """The fingerprints by canonical module name."""
-        return {name: layer.fingerprint.model_dump() for name, layer in self.modules.items()}
+        """The fingerprints by canonical module name; empty where an update reads nothing of its base."""
+        found = {name: layer.fingerprint for name, layer in self.modules.items()}
+        return {name: {} if record is None else record.model_dump() for name, record in found.items()}
 
 
 _RECORDS: dict[int, type[CheckpointRecord1] | type[CheckpointRecord]] = {1: CheckpointRecord1, 2: CheckpointRecord}
@@ -157,37 +165,90 @@ def read_record(entry: Any, where: str) -> CheckpointRecord1 | CheckpointRecord:
             " the version that made the checkpoint."
         )
     record: CheckpointRecord1 | CheckpointRecord = checked(_RECORDS[version], entry, where, DAMAGED, under=METADATA)
-    PMSSConfig.from_file(record.config, where, DAMAGED)
+    options_of(record, where)
     return record
 
 
+def options_of(record: CheckpointRecord1 | CheckpointRecord, where: str) -> AdapterConfig:
+    """The options of the conversion.
+
+    Args:
+        record: Of the checkpoint.
+        where: The checkpoint, for messages.
+
+    Raises:
+        ValueError: They do not fit this version.
+    """
+    if record.method not in METHODS:
+        raise ValueError(f"{where} is of the method {record.method!r}, which this version does not know: upgrade it.")
+    return METHODS[record.method].config_class.from_file(record.config, where, DAMAGED)
+
+
+class StoredLayer(NamedTuple):
+    """Trained and index tensors of one layer of a checkpoint.
+
+    Attributes:
+        rank: Of the layer.
+        trained: By name.
+        indices: By name, int64.
+    """
+
+    rank: int
+    trained: dict[str, Tensor]
+    indices: dict[str, Tensor]
+
+
 def check_layer(
-    tensors: Mapping[str, Tensor], shape: tuple[int, int], coordinates: str, key: str, where: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """V ``[c, r]`` (or the numbers of a rotation), rows and columns (int64) of one layer, checked.
+    tensors: Mapping[str, Tensor],
+    shape: tuple[int, int],
+    method: Method[Any],
+    key: str,
+    where: str,
+    rank: int | None = None,
+) -> StoredLayer:
+    """The tensors of one layer, checked.
 
     Args:
         tensors: The state dict of the checkpoint.
         shape: (out, in) of W.
-        coordinates: Of V.
+        method: Of the layer.
         key: Of the layer in the state dict.
         where: The checkpoint, for messages.
+        rank: Of the layer; None: the number of its indices.
 
     Raises:
-        ValueError: One is missing, is no index vector or not of its shape, or V is not finite.
+        ValueError: One is missing, is no index vector or not of its shape, or is not finite.
     """
-    names = {part: f"{key}.{part}" if key else part for part in ("core.weight", "rows", "cols")}
+    start = f"{key}." if key else ""
+    kinds = {name: spec.kind for name, spec in method.specs(shape, 1).items()}
+    names = {
+        n: f"{start}{trained_key(n) if kind is Kind.TRAINED else n}"
+        for n, kind in kinds.items()
+        if kind is not Kind.FROZEN
+    }
     if missing := [name for name in names.values() if name not in tensors]:
         raise ValueError(f"{where} lacks {some(missing)}. {DAMAGED}")
-    v, rows, cols = (tensors[name] for name in names.values())
-    for index, size, part in ((rows, shape[0], "rows"), (cols, shape[1], "cols")):
-        check_index(index, size, names[part], where, DAMAGED)
-    expected = trained_shape(coordinates, len(rows)) if len(rows) == len(cols) else (len(cols), len(rows))
-    if v.dtype not in FLOATS or tuple(v.shape) != expected:
-        raise ValueError(
-            f"{where}: `{names['core.weight']}` is {v.dtype} {list(v.shape)}; by its indices it must be float32"
-            f" {list(expected)}. {DAMAGED}"
-        )
-    if not_finite({"v": v}):
-        raise ValueError(f"{where}: NaN or infinite values in `{names['core.weight']}`. {DAMAGED}")
-    return v, rows.long(), cols.long()
+    own = {name: tensors[full] for name, full in names.items()}
+    indices = {name: tensor for name, tensor in own.items() if kinds[name] is Kind.INDEX}
+    for name, index in indices.items():
+        check_index(index, method.specs(shape, 1)[name].below, names[name], where, DAMAGED)
+    if rank is None:
+        if not indices:
+            raise ValueError(f"{where} does not say the rank of `{key}`. {DAMAGED}")
+        rank = len(next(iter(indices.values())))
+    trained = {}
+    for name, spec in method.specs(shape, rank).items():
+        if spec.kind is Kind.FROZEN:
+            continue
+        tensor = own[name]
+        wrong = tensor.dtype not in FLOATS if spec.kind is Kind.TRAINED else False
+        if wrong or tuple(tensor.shape) != spec.shape:
+            raise ValueError(
+                f"{where}: `{names[name]}` is {tensor.dtype} {list(tensor.shape)}; for rank {rank} it must be"
+                f" {'float32' if spec.kind is Kind.TRAINED else 'int32'} {list(spec.shape)}. {DAMAGED}"
+            )
+        if spec.kind is Kind.TRAINED:
+            trained[name] = tensor
+    if broken := not_finite({names[name]: tensor for name, tensor in trained.items()}):
+        raise ValueError(f"{where}: NaN or infinite values in `{broken[0]}`. {DAMAGED}")
+    return StoredLayer(rank, trained, {name: index.long() for name, index in indices.items()})

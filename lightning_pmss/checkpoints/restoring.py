@@ -18,15 +18,23 @@ from torch import Tensor
 from lightning_pmss.checkpoints.checks import check, check_state
 from lightning_pmss.checkpoints.contents import trained_shapes
 from lightning_pmss.checkpoints.names import described, from_keys
-from lightning_pmss.checkpoints.reading import DAMAGED, check_content
-from lightning_pmss.checkpoints.record import METADATA, CheckpointRecord, CheckpointRecord1, check_layer, read_record
+from lightning_pmss.checkpoints.reading import check_content
+from lightning_pmss.checkpoints.record import (
+    METADATA,
+    CheckpointRecord,
+    CheckpointRecord1,
+    check_layer,
+    options_of,
+    read_record,
+)
 from lightning_pmss.conversion.convert import conversion_of, convert
 from lightning_pmss.conversion.roots import canonical_modules, choose_root
 from lightning_pmss.conversion.targets import Names
 from lightning_pmss.layers.parts import clean_name, clean_state, own_keys
 from lightning_pmss.messages import some
-from lightning_pmss.methods.pmss.config import PMSSConfig
-from lightning_pmss.methods.pmss.skeleton import Skeleton, SkeletonLayer
+from lightning_pmss.methods import method_of
+from lightning_pmss.methods.config import AdapterConfig
+from lightning_pmss.methods.given import Given, GivenLayer
 
 _ENTRY = "_instantiator"
 _SOURCE = "the checkpoint"
@@ -79,9 +87,9 @@ def restore(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
     record = read_record(checkpoint.get(METADATA), _SOURCE)
     state = {clean_name(key): value for key, value in checkpoint["state_dict"].items()}
     if conversion_of(module) is None:
-        options = PMSSConfig.from_file(record.config, _SOURCE, DAMAGED)
-        skeleton, names = _found(module, record, options, state)
-        convert(module, options, skeleton=skeleton, names=names)
+        options = options_of(record, _SOURCE)
+        given, names = _found(module, record, options, state)
+        convert(module, options, given=given, names=names)
     trained = trained_shapes(module)
     own = clean_state(module)
     check(module, trained, set(own), {key: tuple(value.shape) for key, value in state.items()}, record, _SOURCE)
@@ -93,19 +101,20 @@ def restore(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
 def _found(
     module: L.LightningModule,
     record: CheckpointRecord1 | CheckpointRecord,
-    options: PMSSConfig,
+    options: AdapterConfig,
     state: dict[str, Tensor],
-) -> tuple[Skeleton, Names]:
+) -> tuple[Given, Names]:
     """The rows and columns in the state dict, whose base is asked for later, and what is converted."""
     if isinstance(record, CheckpointRecord):
         found = described(record, options, state, _SOURCE)
     else:
         found = from_keys(record.prints, options, state, _SOURCE, "")
-    layers = {}
+    layers, ranks, method = {}, {}, method_of(options)
     for name, layer in found.layers.items():
         shape = layer.shape or (_ANY_SIZE, _ANY_SIZE)  # format 1 does not say it; `check_state` knows the module's
-        _, rows, cols = check_layer(state, shape, options.coordinates, layer.key, _SOURCE)
-        layers[name] = SkeletonLayer(rows.cpu(), cols.cpu())
+        stored = check_layer(state, shape, method, layer.key, _SOURCE, layer.rank)
+        layers[name] = GivenLayer({part: index.cpu() for part, index in stored.indices.items()})
+        ranks[name] = stored.rank
     # Keys are full names, and the others relative to the root; where all are equal, it is chosen as it was then.
     roots = {layer.key.removesuffix(name).removesuffix(".") for name, layer in found.layers.items()} - {""}
     root = next(iter(roots)) if roots else choose_root(module, options.root)
@@ -115,7 +124,7 @@ def _found(
         raise ValueError(
             f"{_SOURCE} has {some(absent)}, which this {type(module).__name__} has not: it is of another module."
         )
-    return Skeleton(layers, source=_SOURCE), Names(root, list(layers), found.full_modules)
+    return Given(layers, source=_SOURCE), Names(root, list(layers), found.full_modules, ranks)
 
 
 def _converting(module: Any) -> Any:

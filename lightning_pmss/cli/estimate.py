@@ -11,8 +11,8 @@ from typing import Any
 from lightning_pmss.cli.words import patterns, rank_entry
 from lightning_pmss.estimate.quantised import QUANTISATIONS
 from lightning_pmss.estimate.strategies import OPTIMIZERS, STRATEGIES, ZeroSettings
-from lightning_pmss.methods.pmss.config import PMSSConfig
-from lightning_pmss.methods.pmss.layer import COORDINATES, MEMORY_MODES
+from lightning_pmss.methods.pmss.config import MEMORY_MODES, PMSSConfig
+from lightning_pmss.methods.pmss.coordinates import COORDINATES
 from lightning_pmss.store import read_json
 from lightning_pmss.store.disk import atomic_file
 

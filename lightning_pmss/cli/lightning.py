@@ -5,15 +5,18 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import lightning as L
+from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 # Imported so that their classes can be named without their module: `--data GSM8KDataModule`.
 import lightning_pmss.datamodules
 import lightning_pmss.metrics
 import lightning_pmss.modules  # noqa: F401
+from lightning_pmss.callbacks.adapter import AdapterCallback
 from lightning_pmss.callbacks.loss_curve import LossCurve  # noqa: F401
 from lightning_pmss.callbacks.pmss import PMSSCallback
 from lightning_pmss.checkpoints.contents import read_description
@@ -22,6 +25,9 @@ from lightning_pmss.cli.config_files import check_classes, check_file, deny_impo
 from lightning_pmss.cli.debugging import debugging
 from lightning_pmss.cli.errors import refuse, refusing
 from lightning_pmss.cli.tools import PROGRAM, TOOLS
+from lightning_pmss.methods import METHODS  # noqa: F401  so that their configurations can be named
+from lightning_pmss.methods.config import AdapterConfig
+from lightning_pmss.methods.pmss.config import PMSSConfig
 from lightning_pmss.methods.pmss.skeleton import read_skeleton
 from lightning_pmss.version import __version__
 
@@ -62,6 +68,9 @@ class PMSSCLI(LightningCLI):
         tools = "; ".join(f"{name}: {summary}" for name, (_, summary) in TOOLS.items())
         debugging()  # before jsonargparse reads the variable
         deny_imports()
+        set_parsing_settings(
+            subclasses_enabled=[AdapterConfig]
+        )  # else jsonargparse takes a dataclass for one fixed class
         words = (sys.argv[1:] if args is None else args) if run else []
         self._words = words if isinstance(words, list) else []
         command = next((word for word in self._words if word in self.subcommands()), "")
@@ -85,8 +94,15 @@ class PMSSCLI(LightningCLI):
             )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``--pmss.*`` and let the tokenizer follow the model."""
+        """Add ``--pmss.*`` and ``--adapter.*``, and let the tokenizer follow the model."""
         parser.add_lightning_class_args(PMSSCallback, "pmss")
+        parser.add_subclass_arguments(
+            AdapterConfig,
+            "adapter",
+            required=False,
+            help="Another method in the place of PMSS, such as LoRAConfig. Of --pmss.* it takes output_dir and the like, and"
+            " which layers are meant where --adapter.* does not say it.",
+        )
         parser.link_arguments("model.init_args.model_name_or_path", "data.init_args.tokenizer")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -117,8 +133,9 @@ class PMSSCLI(LightningCLI):
         """Make Trainer, model and data."""
         super().instantiate_classes()
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, PMSSCallback) and callback.config.skeleton_file is not None:
-                read_skeleton(callback.config.skeleton_file)  # a damaged one shows before the model is loaded
+            config = getattr(callback, "config", None)
+            if isinstance(config, PMSSConfig) and config.skeleton_file is not None:
+                read_skeleton(config.skeleton_file)  # a damaged one shows before the model is loaded
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Make the Trainer; whatever Lightning raises there is about the options."""
@@ -126,11 +143,31 @@ class PMSSCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except (TypeError, RuntimeError) as error:
             raise ValueError(str(error)) from error
+        if (chosen := self._get(self.config_init, "adapter")) is not None:
+            trainer.callbacks = [_with_method(c, chosen) for c in trainer.callbacks]  # type: ignore[attr-defined]
         if trainer.accumulate_grad_batches < 1:
             raise ValueError(
                 f"accumulate_grad_batches={trainer.accumulate_grad_batches} must be at least 1, a batch per step."
             )
         return trainer
+
+
+def _with_method(callback: L.Callback, config: AdapterConfig) -> L.Callback:
+    """The callback of ``--pmss.*`` with another method; others as they are."""
+    if not isinstance(callback, PMSSCallback):
+        return callback
+    usual, meant = type(config)(), {}
+    for name in ("target_modules", "exclude_modules", "also_train", "root"):
+        if getattr(config, name) == getattr(usual, name):
+            meant[name] = getattr(callback.config, name)
+    return AdapterCallback(
+        replace(config, **meant),
+        callback.output_dir,
+        callback.merge_on_save,
+        callback.on_nonfinite,
+        callback.log_throughput,
+        callback.log_u_norm,
+    )
 
 
 def run(given: list[str], from_process: bool) -> PMSSCLI:

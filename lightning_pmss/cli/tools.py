@@ -58,7 +58,7 @@ def _extract(args: Sequence[str]) -> None:
 def _select(args: Sequence[str]) -> None:
     from lightning_pmss.files.select import select_files
     from lightning_pmss.methods.pmss.config import PMSSConfig
-    from lightning_pmss.methods.pmss.layer import COORDINATES
+    from lightning_pmss.methods.pmss.coordinates import COORDINATES
     from lightning_pmss.methods.pmss.selection import ROW_MODES, SELECTORS
 
     usual = PMSSConfig()
@@ -130,6 +130,20 @@ def _export(args: Sequence[str]) -> None:
     print(export_files(**given, announce=lambda line: print(line, flush=True)))
 
 
+def _import(args: Sequence[str]) -> None:
+    parser = _parser("import")
+    parser.add_argument("--format", required=True, help="peft: a LoRA folder, as peft writes it")
+    parser.add_argument("--input", required=True, metavar="LORA_DIR", help="folder to read")
+    parser.add_argument("--base", required=True, metavar="MODEL_DIR", help=_BASE)
+    parser.add_argument("--output", required=True, metavar="ADAPTER_DIR", help="adapter folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
+    given = vars(parser.parse_args(args))
+
+    from lightning_pmss.files.lora_import import import_files
+
+    print(import_files(**given))
+
+
 def _inspect(args: Sequence[str]) -> None:
     parser = _parser("inspect")
     parser.add_argument("adapter", metavar="ADAPTER_DIR", help="adapter folder")
@@ -166,6 +180,7 @@ TOOLS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "merge": (_merge, "write base + adapter, or base + checkpoint, as a plain model folder, shard by shard"),
     "extract": (_extract, "write a checkpoint's adapter folder, without the program that trained it"),
     "export": (_export, "write an adapter as a LoRA that peft loads onto the base, without approximation"),
+    "import": (_import, "write a LoRA folder of peft as an adapter folder of this library"),
     "inspect": (_inspect, "what an adapter changes, layer by layer: norms, effective ranks, singular values"),
     "report": (
         _report,

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from lightning_pmss.conversion.converted import adapted_layers as adapted_layers
 from lightning_pmss.conversion.converted import changed_fields, is_complete, layers_to_keep, record
 from lightning_pmss.conversion.converted import conversion_of as conversion_of
-from lightning_pmss.conversion.converted import pmss_layers as pmss_layers
 from lightning_pmss.conversion.left_out import LeftOut
 from lightning_pmss.conversion.report import ConversionReport, LayerReport
 from lightning_pmss.conversion.roots import (
@@ -32,29 +34,32 @@ from lightning_pmss.conversion.targets import (
     ranks_of,
     refuse_unconvertible,
 )
+from lightning_pmss.layers.adapted import AdaptedLinear
+from lightning_pmss.layers.adapter import FrozenTensors
+from lightning_pmss.layers.convertible import canonical_shape, is_transposed
 from lightning_pmss.layers.fingerprint import same_base
 from lightning_pmss.layers.parts import clean_name, outside_zero_init, whole_size
+from lightning_pmss.layers.products import core_dtype
 from lightning_pmss.layers.quantised import hidden_values, prepare, quantisation_of, value_dtype, whole_weight
 from lightning_pmss.messages import some
-from lightning_pmss.methods.pmss.config import PMSSConfig
-from lightning_pmss.methods.pmss.coordinates import PMSSCore, core_dtype
-from lightning_pmss.methods.pmss.layer import Frame, PMSSLinear, canonical_shape, coordinate_frame, is_transposed
-from lightning_pmss.methods.pmss.number_range import why_out_of_range
-from lightning_pmss.methods.pmss.rounding import LIMIT, LOW_PRECISION, fitting_rank, rounding_error
-from lightning_pmss.methods.pmss.selection import projection_residual, select_skeleton
-from lightning_pmss.methods.pmss.skeleton import Skeleton, SkeletonLayer, read_skeleton
+from lightning_pmss.methods import method_of
+from lightning_pmss.methods.config import AdapterConfig
+from lightning_pmss.methods.given import Given, GivenLayer
+from lightning_pmss.methods.method import Kind, Method, Update, file_bytes
+from lightning_pmss.methods.pmss.rounding import LOW_PRECISION
+from lightning_pmss.store import why_no_index
 
 
 def convert(
     model: nn.Module,
-    config: PMSSConfig,
+    config: AdapterConfig,
     *,
-    skeleton: Skeleton | None = None,
-    updates: Mapping[str, Tensor] | None = None,
+    given: Given | None = None,
+    updates: Mapping[str, Update] | None = None,
     compute_dtype: torch.dtype | None = None,
     names: Names | None = None,
 ) -> ConversionReport:
-    """Convert the targeted linear layers of a model in place and freeze everything but U and ``also_train``.
+    """Convert the targeted linear layers of a model in place and freeze everything but the adapter and ``also_train``.
 
     Everything is checked and computed before the first layer is touched: after an error the model is as it was. What was
     converted before as a model of its own is kept, with what it has learned, where the config is the same.
@@ -63,8 +68,8 @@ def convert(
         model: Any module. Names are taken relative to ``config.root``, else to the Hugging Face model inside it, where there
             is exactly one that is not frozen and in eval mode as a whole.
         config: What to convert and how.
-        skeleton: Rows and columns per module, used instead of selecting (as when an adapter is loaded).
-        updates: ``s U [c, r]`` per module to start from, in place of zero.
+        given: Frozen and index tensors per module, used instead of deriving them (as when an adapter is loaded).
+        updates: Updates per module to start from, in place of none.
         compute_dtype: In which the layers will compute under autocast; default: the dtype of their weights.
         names: What to convert, in place of the config's patterns; the ranks are then the skeleton's.
 
@@ -77,10 +82,11 @@ def convert(
             update leaves the range of the dtype), the model was converted with another config, or an update that its
             coordinates cannot hold.
     """
+    method = method_of(config)
     root = None if config.root is None or names is not None else choose_root(model, config.root)
     if (done := conversion_of(model, root)) is not None:
         changed = changed_fields(done.config, config, inside=adapted_root(model, root)[0] is model)
-        if changed or skeleton is not None:
+        if changed or given is not None:
             what = f"another config (differs in {', '.join(changed)})" if changed else "its own selection"
             raise ValueError(f"the model is already converted with {what}; build a fresh model and convert that one.")
         if is_complete(model, done, root):
@@ -88,52 +94,43 @@ def convert(
             return done
     root = choose_root(model, config.root) if names is None else names.root
     modules = canonical_modules(model, root)
-    if config.skeleton_file is not None and skeleton is None:
-        skeleton = read_skeleton(config.skeleton_file)
+    selected = (
+        given is None
+    )  # by this conversion, or by `select` for this config: not by an adapter that brings its own update
+    if given is None:
+        given = method.read_given()
     if names is None:
         also_train = match_modules(config.also_train, modules, "also_train", owners=canonical_owners(model, root))
         targets, left_out = find_targets(model, config, modules, also_train, root)
         ranks = ranks_of(config, targets, modules)
     else:
-        assert skeleton is not None
+        assert given is not None
         also_train = list(names.also_train)
         targets, left_out = named_targets(model, names, modules)
-        ranks = {name: len(skeleton.layers[name].cols) for name in targets}
+        ranks = dict(names.ranks)
     kept = layers_to_keep(model, config, modules, ranks, left_out)
     fresh = [name for name in targets if name not in kept]
     if done is not None and not fresh:
         settle_root(model, root)
         return done
-    refuse_unconvertible(fresh, modules, config, skeleton)
+    refuse_unconvertible(fresh, modules, method, given)
 
     prepare(model)
     with outside_zero_init():
-        plans = _plan(fresh, modules, config, skeleton, ranks, compute_dtype)
-        starts = {
-            name: _numbers(plans[name], modules[name], update, config, name) for name, update in (updates or {}).items()
-        }
-        from_file = skeleton is not None and skeleton.coordinates == config.coordinates
+        plans = dict(_plan(fresh, modules, method, given, ranks, compute_dtype, selected))
+        starts = {name: _start(plans[name], modules[name], method, name, updates) for name in fresh}
         for name, plan in plans.items():
-            layer = PMSSLinear.adopt(
-                modules[name],
-                plan.rows,
-                plan.cols,
-                plan.frame or Frame(),
-                scale=config.scale_of(len(plan.cols)),
-                coordinates=config.coordinates,
-                dropout=config.dropout,
-                edit=config.edit,
-                memory=config.memory,
+            layer = AdaptedLinear.adopt(
+                modules[name], method, plan.rank, starts[name], plan.tensors, config.scale_of(plan.rank)
             )
             layer.fingerprint = plan.fingerprint
-            layer.frame_dtype = None if from_file else value_dtype(layer)
-            if name in starts:
-                layer.core.weight.data.copy_(starts[name])
-        layers = kept | {name: _report(name, modules[name], ranks[name], plan) for name, plan in plans.items()}
+            layer.derived_dtype = None if given is not None and given.complete else value_dtype(layer)
+        layers = kept | {name: _report(modules[name], ranks[name], plan) for name, plan in plans.items()}
     notes = [*_leave_fast_paths(model), *_several(model, root, left_out, modules)]
     model.requires_grad_(False)
     for name in targets:
-        modules[name].core.weight.requires_grad_(True)  # type: ignore[union-attr, operator]
+        for parameter in modules[name].core.parameters(recurse=False):  # type: ignore[union-attr, operator]
+            parameter.requires_grad_(True)
     for name in also_train:
         modules[name].requires_grad_(True)
     done = ConversionReport(
@@ -142,7 +139,7 @@ def convert(
         left_out=left_out.reasons,
         also_train=sorted(also_train),
         trainable=sum(whole_size(p) for p in model.parameters() if p.requires_grad),
-        total=sum(whole_size(p) for n, p in model.named_parameters() if ".core.frame." not in n) + hidden_values(model),
+        total=sum(whole_size(p) for p in _without_frozen(model)) + hidden_values(model),
         also_train_bytes=sum(t.nbytes for name in also_train for t in modules[name].state_dict().values()),
         notes=notes,
         unowned=left_out.unowned,
@@ -160,94 +157,106 @@ def convert(
     return done
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What a layer is going to be.
+
+    Attributes:
+        rank: After clipping.
+        shape: (out, in) of W.
+        tensors: Frozen and index tensors.
+        fingerprint: Where it came from a file.
+        figures: For the report.
+    """
+
+    name: str
+    rank: int
+    shape: tuple[int, int]
+    tensors: Mapping[str, Tensor]
+    fingerprint: Mapping[str, str] | None
+    figures: Mapping[str, Any]
+
+
 def _plan(
     targets: list[str],
     modules: Mapping[str, nn.Module],
-    config: PMSSConfig,
-    skeleton: Skeleton | None,
+    method: Method[Any],
+    given: Given | None,
     ranks: Mapping[str, int],
     compute_dtype: torch.dtype | None,
-) -> dict[str, SkeletonLayer]:
-    """Rows, columns and frame of every target; nothing is touched. A collective where weights are kept in parts."""
-    plans: dict[str, SkeletonLayer] = {}
+    selected: bool,
+) -> Iterator[tuple[str, _Plan]]:
+    """Frozen and index tensors of every target; nothing is touched. A collective where weights are kept in parts."""
     strangers = []
     others = (
         torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0
     )
     # None: no bar where the output is no terminal.
-    for name in tqdm(targets, desc="selecting rows and columns", unit="layer", disable=True if others else None):
+    for name in tqdm(targets, desc=method.doing, unit="layer", disable=True if others else None):
         layer, shape = modules[name], canonical_shape(modules[name])
-        if skeleton is not None:
-            stored = skeleton.layers[name]
-            _check_stored(stored, shape, min(ranks[name], *shape), name, skeleton.source)
+        rank = method.rank_of(shape, ranks[name])
+        known = GivenLayer() if given is None else given.layers[name]
+        if given is not None:
+            _check_given(known, method, shape, rank, name, given.source)
         with whole_weight(layer) if not layer.weight.is_meta else nullcontext() as weight:  # type: ignore[union-attr]
             weight = weight.T if weight is not None and is_transposed(layer) else weight
-            if skeleton is None:
-                assert weight is not None  # meta weights without a skeleton were refused
-                rows, cols = select_skeleton(
-                    weight,
-                    min(ranks[name], *shape),
-                    selection=config.selection,
-                    row_mode=config.row_mode,
-                    oversample=config.oversample,
-                    seed=config.seed,
-                    name=name,
-                )
-                # Ascending: gathers of every pass read memory in order, two to five times faster.
-                stored = SkeletonLayer(rows.sort().values, cols.sort().values)
-            frame = stored.frame if skeleton is not None and skeleton.coordinates == config.coordinates else None
-            residual = stored.residual
-            if weight is not None:
-                rows, cols = stored.rows.to(weight.device), stored.cols.to(weight.device)
-                if stored.fingerprint is not None and not same_base(stored.fingerprint, weight[rows], weight[:, cols]):
-                    strangers.append(name)
-                    continue
-                slices = weight[:, cols], weight[rows]
-                frame = frame or coordinate_frame(*slices, config.coordinates, name, weight=weight)
-                if skeleton is None or config.skeleton_file is not None:  # not where an adapter brings its own U
-                    dtype, scale = compute_dtype or value_dtype(layer), config.scale_of(len(cols))
-                    if reason := why_out_of_range(weight, slices, frame, config.coordinates, scale, dtype):
-                        raise ValueError(f"`{name}` {reason}")
-                residual = projection_residual(weight, cols) if residual is None else residual
-        plans[name] = SkeletonLayer(stored.rows, stored.cols, frame, stored.fingerprint, shape, residual)
-    if strangers and skeleton is not None:
+            own = dict(known.tensors) if weight is None else {n: t.to(weight.device) for n, t in known.tensors.items()}
+            proven = weight is None or known.fingerprint is None
+            if not proven and not same_base(known.fingerprint or {}, *method.update_class.reads(weight, own)):  # type: ignore[arg-type]
+                strangers.append(name)
+                continue
+            tensors = method.derive(weight, rank, name, own)
+            dtype = value_dtype(layer)
+            if weight is not None and selected:  # not where an adapter brings its own update
+                scale = method.config.scale_of(rank)
+                if reason := method.why_untrainable(weight, tensors, scale, compute_dtype or dtype):
+                    raise ValueError(f"`{name}` {reason}")
+            figures = method.figures(weight, tensors, dtype) | dict(known.figures)
+        kept = {n: known.tensors.get(n, t) for n, t in tensors.items()}
+        yield name, _Plan(name, rank, shape, kept, known.fingerprint, figures)
+    if strangers and given is not None:
         remedy = "Make it anew with `python -m lightning_pmss select --model <this base>`."
         if kind := quantisation_of(modules[strangers[0]]):
             remedy = f"These are quantised ({kind}), and files are read as stored: leave skeleton_file out."
         raise ValueError(
-            f"{skeleton.source} belongs to another base model: the rows and columns of {some(strangers)} are not those it"
+            f"{given.source} belongs to another base model: the rows and columns of {some(strangers)} are not those it"
             f" was made from. {remedy}"
         )
-    return plans
 
 
-def _numbers(plan: SkeletonLayer, layer: nn.Module, update: Tensor, config: PMSSConfig, name: str) -> Tensor:
-    """What the layer's trained tensor starts from."""
+def _start(
+    plan: _Plan, layer: nn.Module, method: Method[Any], name: str, updates: Mapping[str, Update] | None
+) -> dict[str, Tensor]:
+    """What the layer's trained tensors start from."""
+    if updates is None or name not in updates:
+        return method.start(plan.shape, plan.rank, name)
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    columns, rows = len(plan.cols), len(plan.rows)
-    core = PMSSCore(columns, rows, plan.frame or Frame(), core_dtype(weight.dtype), weight.device)
-    return core.numbers_of(update, config.scale_of(columns), name)
+    update = updates[name].to(weight.device)
+    dtype = core_dtype(weight.dtype)
+    frozen = {n: t.to(weight.device, dtype) for n, t in plan.tensors.items() if t.is_floating_point()}
+    numbers = method.numbers(update, frozen, method.config.scale_of(plan.rank), name)
+    return {n: value.to(dtype) for n, value in numbers.items()}
 
 
-def _report(name: str, layer: nn.Module, requested: int, plan: SkeletonLayer) -> LayerReport:
-    assert isinstance(layer, PMSSLinear)
-    dtype = value_dtype(layer)
-    low = dtype if dtype in LOW_PRECISION else torch.bfloat16  # in which autocast may compute
-    frame = plan.frame or Frame()
-    error = rounding_error(frame, low)
+def _report(layer: nn.Module, requested: int, plan: _Plan) -> LayerReport:
+    assert isinstance(layer, AdaptedLinear)
     return LayerReport(
-        name=name,
-        shape=canonical_shape(layer),
-        rank=len(layer.cols),
+        name=plan.name,
+        shape=plan.shape,
+        rank=layer.rank,
         requested_rank=requested,
-        edit=layer.edit,
-        trainable=whole_size(layer.core.weight),
-        residual=plan.residual,
-        kept_bytes_per_token=len(layer.rows) * dtype.itemsize,
-        file_bytes=layer.file_bytes,
-        rounding_error=error,
-        fitting_rank=fitting_rank(frame, low) if error > LIMIT else None,
+        trainable=sum(whole_size(t) for t in layer.core.trained().values()),
+        kept_bytes_per_token=layer.method.kept_per_token(plan.shape, layer.rank) * value_dtype(layer).itemsize,
+        file_bytes=file_bytes(layer.method, plan.shape, layer.rank, core_dtype(layer.weight.dtype)),
+        edit=getattr(layer, "edit", ""),
+        **plan.figures,
     )
+
+
+def _without_frozen(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The model's parameters, each once, but for those that a method derived from its weights."""
+    ours = {id(p) for m in model.modules() if isinstance(m, FrozenTensors) for p in m.parameters()}
+    return (p for p in model.parameters() if id(p) not in ours)
 
 
 def _children(model: nn.Module, targets: Sequence[str], modules: Mapping[str, nn.Module]) -> dict[str, int]:
@@ -287,7 +296,7 @@ def _leave_fast_paths(model: nn.Module) -> list[str]:
     """Keep torch's fused encoder kernel from running on the bare weights of converted layers in evaluation."""
     notes = []
     for name, module in model.named_modules():
-        if not any(isinstance(m, PMSSLinear) for m in module.modules()):
+        if not any(isinstance(m, AdaptedLinear) for m in module.modules()):
             continue
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # torch's own switch: without a known activation the plain path runs
@@ -299,20 +308,20 @@ def _leave_fast_paths(model: nn.Module) -> list[str]:
     return notes
 
 
-def _check_stored(stored: SkeletonLayer, shape: tuple[int, int], rank: int, name: str, source: str) -> None:
-    if stored.shape is not None and stored.shape != shape:
+def _check_given(
+    given: GivenLayer, method: Method[Any], shape: tuple[int, int], rank: int, name: str, source: str
+) -> None:
+    if given.shape is not None and given.shape != shape:
         raise ValueError(
-            f"{source}: `{name}` was {stored.shape} there and is {shape} in this model; it is another base."
+            f"{source}: `{name}` was {given.shape} there and is {shape} in this model; it is another base."
         )
-    for what, index, size in (("rows", stored.rows, shape[0]), ("cols", stored.cols, shape[1])):
-        if (
-            index.dim() != 1
-            or len(index) == 0
-            or len(index.unique()) != len(index)
-            or not 0 <= int(index.min()) <= int(index.max()) < size
-        ):
+    for part, spec in method.specs(shape, rank).items():
+        if spec.kind is not Kind.INDEX or part not in given.tensors:
+            continue
+        index = given.tensors[part]
+        if why_no_index(index, spec.below):
             raise ValueError(
-                f"{source}: the {what} of `{name}` are not distinct indices below {size}; the file is for another model."
+                f"{source}: the {part} of `{name}` are not distinct indices below {spec.below}; the file is for another model."
             )
         if len(index) != rank:
             raise ValueError(

@@ -12,11 +12,11 @@ from lightning_pmss.conversion.left_out import ASLEEP, EXCLUDED, IN_METRIC, Left
 from lightning_pmss.conversion.report import ConversionReport, LayerReport
 from lightning_pmss.conversion.roots import adapted_root, below, canonical_modules, canonical_owners
 from lightning_pmss.conversion.targets import outside_of
-from lightning_pmss.layers.convertible import is_linear
+from lightning_pmss.layers.adapted import AdaptedLinear
+from lightning_pmss.layers.convertible import canonical_shape, is_linear
 from lightning_pmss.layers.parts import clean_name
 from lightning_pmss.messages import some
-from lightning_pmss.methods.pmss.config import PMSSConfig
-from lightning_pmss.methods.pmss.layer import PMSSLinear, canonical_shape
+from lightning_pmss.methods.config import AdapterConfig
 
 _REPORT = "pmss_report"
 _ONCE = "Build a fresh model and convert it as a whole, once; rank_pattern={...} gives some layers another rank."
@@ -26,7 +26,7 @@ class _Known(NamedTuple):
     """A converted layer and the conversion that it went through."""
 
     part: str
-    config: PMSSConfig
+    config: AdapterConfig
     report: LayerReport
 
 
@@ -39,15 +39,15 @@ def conversion_of(model: nn.Module, root: str | None = None) -> ConversionReport
     return report
 
 
-def pmss_layers(model: nn.Module) -> dict[str, PMSSLinear]:
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     """The converted layers under their canonical names: those of the model's conversion, where it went through one."""
-    layers = {name: m for name, m in canonical_modules(model).items() if isinstance(m, PMSSLinear)}
+    layers = {name: m for name, m in canonical_modules(model).items() if isinstance(m, AdaptedLinear)}
     if (report := conversion_of(model)) is None:
         return layers
     return {layer.name: layers[layer.name] for layer in report.layers if layer.name in layers}
 
 
-def converted(model: nn.Module, purpose: str) -> tuple[ConversionReport, dict[str, PMSSLinear]]:
+def converted(model: nn.Module, purpose: str) -> tuple[ConversionReport, dict[str, AdaptedLinear]]:
     """The report and the layers of a converted model.
 
     Args:
@@ -57,7 +57,7 @@ def converted(model: nn.Module, purpose: str) -> tuple[ConversionReport, dict[st
     Raises:
         ValueError: The model as a whole was not converted.
     """
-    report, layers = conversion_of(model), pmss_layers(model)
+    report, layers = conversion_of(model), adapted_layers(model)
     if report is not None and layers:
         return report, layers
     kind = type(model).__name__
@@ -120,7 +120,7 @@ def record(model: nn.Module, report: ConversionReport) -> None:
     adapted_root(model)[0].__dict__[_REPORT] = report
 
 
-def changed_fields(old: PMSSConfig, new: PMSSConfig, *, inside: bool = False) -> list[str]:
+def changed_fields(old: AdapterConfig, new: AdapterConfig, *, inside: bool = False) -> list[str]:
     """In which fields two configs differ.
 
     A root may be named later than the conversion of that module, and means nothing to the module itself.
@@ -130,6 +130,8 @@ def changed_fields(old: PMSSConfig, new: PMSSConfig, *, inside: bool = False) ->
         new: Of the one to come.
         inside: Whether it is asked for by the root itself.
     """
+    if type(old) is not type(new):
+        return ["method"]
     there, here = old.to_dict(), new.to_dict()
     if inside or old.root is None:
         there["root"] = here["root"]
@@ -154,7 +156,7 @@ def is_converted(model: nn.Module) -> bool:
 
 def layers_to_keep(
     model: nn.Module,
-    config: PMSSConfig,
+    config: AdapterConfig,
     modules: Mapping[str, nn.Module],
     ranks: Mapping[str, int],
     left_out: LeftOut,
@@ -175,7 +177,7 @@ def layers_to_keep(
     before = {
         name: layer
         for name, layer in modules.items()
-        if isinstance(layer, PMSSLinear) and left_out.reasons.get(name) not in aside
+        if isinstance(layer, AdaptedLinear) and left_out.reasons.get(name) not in aside
     }
     known = _known_layers(model)
     kept = {}
@@ -195,7 +197,7 @@ def layers_to_keep(
         if name not in ranks:
             reason = left_out.reasons.get(name, "not a target")
             raise ValueError(f"{what}, and now its `{name}` would be left out ({reason}). {_ONCE}")
-        if report.rank != min(ranks[name], *canonical_shape(layer)):
+        if report.rank != layer.method.rank_of(canonical_shape(layer), ranks[name]):
             raise ValueError(f"{what}, with rank {report.rank} of `{name}`, which is to have {ranks[name]}. {_ONCE}")
         if layer.merged:
             raise ValueError(f"{what}, and is merged: call `unmerge` on it first.")

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_pmss.conversion.left_out import HEAD
 from lightning_pmss.messages import kind_of
-from lightning_pmss.methods.pmss.config import PMSSConfig
+from lightning_pmss.methods.config import AdapterConfig
 
 UNOWNED_LIMIT = 0.1  # share of the model in weights that cannot be converted, above which a user is warned
 
@@ -20,13 +20,13 @@ class LayerReport:
     Attributes:
         name: Canonical module name.
         shape: ``(out, in)`` of W.
-        rank: Number of selected columns and rows, after clipping.
+        rank: After clipping.
         requested_rank: The rank asked for.
-        edit: ``"input"`` or ``"output"``.
-        trainable: Elements of U.
-        residual: ``||W - C C^+ W||_F / ||W||_F``, or None where W was not at hand.
-        kept_bytes_per_token: Bytes of h that the layer keeps for the backward pass per token, in the base's dtype.
-        file_bytes: Bytes of U and both index vectors in the adapter file.
+        trainable: Numbers that are trained.
+        kept_bytes_per_token: Bytes that the adapter keeps for the backward pass per token, in the base's dtype.
+        file_bytes: Bytes of the layer's tensors in the adapter file.
+        edit: Of PMSS: which product of the layer carries the update.
+        residual: Of PMSS: ``||W - C C^+ W||_F / ||W||_F``; None where W was not at hand.
         rounding_error: Share of an update that is lost where the layer computes in bfloat16 (float16 on such a base), see
             `lightning_pmss.methods.pmss.rounding`.
         fitting_rank: A rank at which little is lost, where that is too much at this one; else None.
@@ -36,11 +36,11 @@ class LayerReport:
     shape: tuple[int, int]
     rank: int
     requested_rank: int
-    edit: str
     trainable: int
-    residual: float | None
     kept_bytes_per_token: int
     file_bytes: int
+    edit: str = ""
+    residual: float | None = None
     rounding_error: float = 0.0
     fitting_rank: int | None = None
 
@@ -67,7 +67,7 @@ class ConversionReport:
         notes: Anything else a user should know.
     """
 
-    config: PMSSConfig
+    config: AdapterConfig
     layers: list[LayerReport]
     left_out: dict[str, str]
     also_train: list[str]
@@ -143,6 +143,10 @@ class ConversionReport:
             residual = "" if not known else f"{min(known):.3f}" + (f"-{max(known):.3f}" if len(known) > 1 else "")
             trainable = f"{sum(layer.trainable for layer in group):,}"
             rows.append((kind, str(len(group)), f"{shape[0]} x {shape[1]}", clipped, edit, trainable, residual))
+        used = [
+            i for i, name in enumerate(rows[0]) if name not in ("edit", "residual") or any(row[i] for row in rows[1:])
+        ]
+        rows = [tuple(row[i] for i in used) for row in rows]  # type: ignore[misc]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "-" * max(map(len, lines)))

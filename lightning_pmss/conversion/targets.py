@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -27,9 +28,9 @@ from lightning_pmss.layers.parts import clean_name, is_dtensor, whole_shape
 from lightning_pmss.layers.quantised import why_unusable
 from lightning_pmss.layers.shared_memory import is_expanded, shares_memory
 from lightning_pmss.messages import some
-from lightning_pmss.methods.pmss.config import PMSSConfig
-from lightning_pmss.methods.pmss.layer import can_output_edit, why_no_weight_edit
-from lightning_pmss.methods.pmss.skeleton import Skeleton
+from lightning_pmss.methods.config import AdapterConfig
+from lightning_pmss.methods.given import Given
+from lightning_pmss.methods.method import Method
 
 # Names by which models that are no Hugging Face model usually call their output head.
 HEAD_NAMES = ("lm_head", "head", "heads", "classifier", "score", "qa_outputs", "embed_out")
@@ -43,16 +44,18 @@ class Names:
         root: Full name of the module that the others are relative to; see `adapted_root`.
         targets: Canonical names of the layers.
         also_train: Canonical names of the modules trained in full.
+        ranks: Of the layers, by name.
     """
 
     root: str
     targets: Sequence[str]
     also_train: Sequence[str]
+    ranks: Mapping[str, int]
 
 
 def find_targets(
     model: nn.Module,
-    config: PMSSConfig,
+    config: AdapterConfig,
     modules: Mapping[str, nn.Module],
     also_train: Sequence[str],
     root: str | None = None,
@@ -280,7 +283,7 @@ def _remedy(pattern: str, modules: Mapping[str, nn.Module], linear: bool) -> str
 
 
 def refuse_unconvertible(
-    targets: list[str], modules: Mapping[str, nn.Module], config: PMSSConfig, skeleton: Skeleton | None
+    targets: list[str], modules: Mapping[str, nn.Module], method: Method[Any], given: Given | None
 ) -> None:
     owners: dict[int, list[str]] = {}
     for name, module in modules.items():
@@ -325,31 +328,15 @@ def refuse_unconvertible(
                 f"`{name}` is already sharded; convert before `fully_shard`: call `model_built(self)` in `configure_model`"
                 " (PMSSCallback converts there), or `convert(model, config)`."
             )
-        if weight.is_meta and skeleton is None:
+        if given is not None and name not in given.layers:
             raise ValueError(
-                f"`{name}` is on the meta device: its rows and columns cannot be chosen; load the weights first or give"
-                " skeleton_file=."
+                f"{given.source} has no rows and columns for `{name}`; it holds {some(sorted(given.layers))}."
             )
-        if skeleton is not None and name not in skeleton.layers:
-            raise ValueError(
-                f"{skeleton.source} has no rows and columns for `{name}`; it holds {some(sorted(skeleton.layers))}."
-            )
-        if weight.is_meta and config.coordinates != "raw" and skeleton.coordinates != config.coordinates:  # type: ignore[union-attr]
-            stored = skeleton.coordinates or "no"  # type: ignore[union-attr]
-            raise ValueError(
-                f"`{name}` is on the meta device and coordinates={config.coordinates!r} need W, but {skeleton.source} holds"  # type: ignore[union-attr]
-                f" {stored} coordinates. Make it with `python -m lightning_pmss select --coordinates {config.coordinates}`, or"
-                " load the weights first."
-            )
+        if weight.is_meta and (reason := method.why_underived(given, name)):
+            raise ValueError(f"`{name}` {reason}")
         if name.endswith("out_proj") and isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
             raise ValueError(f"`{name}` belongs to nn.MultiheadAttention, which never calls its forward; exclude it.")
-        if config.edit == "output" and not can_output_edit(layer):
-            raise ValueError(
-                f"`{name}`: edit='output' needs the product without its bias, which {type(layer).__name__} hides; use"
-                " edit='auto'."
-            )
-        if config.edit == "weight" and (reason := why_no_weight_edit(layer, config.dropout)):
-            raise ValueError(f"`{name}`: edit='weight' {reason}")
+        method.refuse(layer, name)
 
 
 def _parameters_used(module: nn.Module) -> list[Tensor]:
@@ -360,7 +347,7 @@ def _parameters_used(module: nn.Module) -> list[Tensor]:
     return own
 
 
-def ranks_of(config: PMSSConfig, targets: list[str], modules: Mapping[str, nn.Module]) -> dict[str, int]:
+def ranks_of(config: AdapterConfig, targets: list[str], modules: Mapping[str, nn.Module]) -> dict[str, int]:
     ranks: dict[str, int] = {}
     for pattern, rank in config.rank_pattern.items():
         expression = Expression(pattern, "rank_pattern")

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from lightning_pmss.conversion.roots import below
+from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.layers.indices import index_tensors
 from lightning_pmss.layers.parts import clean_name, is_fsdp1, is_sharded, own_keys, whole
-from lightning_pmss.methods.pmss.layer import PMSSCore, PMSSLinear
+from lightning_pmss.methods.method import Update
 
 
 @contextmanager
-def gathered(model: nn.Module, layer: PMSSLinear, *, write: bool = False) -> Iterator[None]:
-    """Inside, ``layer.slices()`` and the frame's ``set`` work, also under FSDP1; do not call modules inside.
+def gathered(model: nn.Module, layer: AdaptedLinear, *, write: bool = False) -> Iterator[None]:
+    """Inside, ``layer.reads()`` and the frame's ``set`` work, also under FSDP1; do not call modules inside.
 
     Args:
         model: The whole model (under FSDP1 the wrapped root, or the module that it wraps).
@@ -39,19 +40,18 @@ def gathered(model: nn.Module, layer: PMSSLinear, *, write: bool = False) -> Ite
         yield
 
 
-def whole_update(model: nn.Module, layer: PMSSLinear) -> Tensor:
-    """``s U [c, r]`` of one layer, whole and detached, on every rank."""
+def whole_update(model: nn.Module, layer: AdaptedLinear) -> Update:
+    """The update of one layer, whole and detached, on every rank."""
     core = layer.core
-    if not is_sharded(core):
-        return layer.core_update().detach()
-    tensors: dict[str, Tensor] = {}
-    with gathered(model, layer):
-        for name, parameter in core.named_parameters():
-            with whole(parameter) as value:
-                tensors[clean_name(name)] = value.clone()
     with torch.no_grad():
-        update: Tensor = PMSSCore.of_tensors(tensors, len(layer.cols), len(layer.rows))(layer.scale)
-    return update
+        if not is_sharded(core):
+            return layer.update()
+        tensors: dict[str, Tensor] = {}
+        with gathered(model, layer):
+            for name, parameter in core.named_parameters():
+                with whole(parameter) as value:
+                    tensors[clean_name(name).rpartition(".")[2]] = value.clone()
+        return layer.method.update_of(tensors | layer.indices(), layer.scale)
 
 
 def whole_tensors(

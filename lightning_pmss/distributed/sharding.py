@@ -19,9 +19,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.distributed.fsdp.wrap import CustomPolicy, _Policy
 
+from lightning_pmss.layers.adapter import Adapter, FrozenTensors
 from lightning_pmss.layers.parts import clean_name, is_fsdp1
 from lightning_pmss.layers.quantised import quantisation_of
-from lightning_pmss.methods.pmss.layer import CoreFrame, PMSSCore
 
 Engine = Literal["plain", "fsdp1", "fsdp2", "zero"]
 
@@ -31,8 +31,8 @@ class PMSSWrapPolicy(CustomPolicy):
 
     FSDP1 flattens each unit into one tensor. Frozen and trained parameters in one unit would make the frozen ones require
     gradients: a weight gradient for every frozen layer, sharded but as large as the model, and the inputs kept for it. So
-    the decoder blocks are units, and inside them each `PMSSCore` (V), each frame and each module of ``also_train``. V and
-    the frame keep float32 also under ``bf16-mixed``.
+    the decoder blocks are units, and inside them each `Adapter`, its frozen tensors and each module of ``also_train``. Adapters
+    keep float32 also under ``bf16-mixed``.
 
     Args:
         layers: Class names of the blocks to shard as units, such as ``[LlamaDecoderLayer]``; by default those that the
@@ -74,7 +74,7 @@ class PMSSWrapPolicy(CustomPolicy):
         for module in root_module.modules():
             if module is root_module or module in ignored_modules:
                 continue
-            if isinstance(module, (PMSSCore, CoreFrame)):
+            if isinstance(module, (Adapter, FrozenTensors)):
                 units[module] = root_kwargs | {"mixed_precision": None}
             elif any(p.requires_grad for p in module.parameters(recurse=False)):
                 units[module] = dict(root_kwargs)

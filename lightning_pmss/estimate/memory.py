@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.conversion.roots import canonical_modules
 from lightning_pmss.conversion.targets import match_modules
 from lightning_pmss.estimate.depth import estimate_step
@@ -34,6 +34,10 @@ from lightning_pmss.estimate.strategies import (
     place,
     reserve,
 )
+from lightning_pmss.layers.adapted import AdaptedLinear
+from lightning_pmss.layers.convertible import canonical_shape
+from lightning_pmss.layers.products import core_dtype
+from lightning_pmss.methods.method import file_bytes
 from lightning_pmss.methods.pmss.config import PMSSConfig
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
@@ -234,11 +238,9 @@ def _estimate(run: Run, config: Any, loaded: torch.dtype, methods: tuple[str, ..
             continue  # codes are not trained
         rank: int | None = None
         if method == "pmss":
-            model, rank = architecture.pmss(run.config), run.config.rank
+            model, rank = architecture.adapted(run.config), run.config.rank
         elif method == "lora":
-            # peft keeps its matrices in float32 beside bfloat16 weights; ``bf16-true`` and DeepSpeed cast them too.
-            cast = deepspeed or run.precision == "bf16-true"
-            model, rank = architecture.lora(run.config, trains if cast else torch.float32)
+            model, rank = architecture.lora(run.config)
         else:
             model = architecture.full()
         pieces = engine_dtype(inventory(model), run.strategy, run.precision)
@@ -281,7 +283,7 @@ def _estimate(run: Run, config: Any, loaded: torch.dtype, methods: tuple[str, ..
             activations_other=None if other is None else other.peak,
             host=host_bytes(of_base, where, run.strategy, run.devices),
             checkpoint=_checkpoint_bytes(pieces, run),
-            adapter=_adapter_bytes(model, run.config) if method == "pmss" else _trained_bytes(pieces),
+            adapter=_trained_bytes(pieces) if method == "full" else _adapter_bytes(model, run.config),
         )
     return Estimate(run, type(base).__name__, parameters, str(loaded).removeprefix("torch."), results)
 
@@ -316,7 +318,11 @@ def _adapter_bytes(model: nn.Module, config: PMSSConfig) -> int:
     modules = canonical_modules(model)
     full = (modules[name] for name in match_modules(config.also_train, modules, "also_train"))
     extra = sum(value.nbytes for module in full for value in module.state_dict().values())
-    return extra + sum(layer.file_bytes for layer in pmss_layers(model).values())
+    return extra + sum(map(_file_bytes, adapted_layers(model).values()))
+
+
+def _file_bytes(layer: AdaptedLinear) -> int:
+    return file_bytes(layer.method, canonical_shape(layer), layer.rank, core_dtype(layer.weight.dtype))
 
 
 def with_options(run: Run, **changes: Any) -> Run:

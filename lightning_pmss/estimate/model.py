@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_pmss.conversion.roots import canonical_modules
 from lightning_pmss.conversion.targets import find_targets, match_modules, ranks_of, refuse_unconvertible
+from lightning_pmss.layers.adapted import AdaptedLinear
+from lightning_pmss.layers.adapter import Adapter
+from lightning_pmss.layers.convertible import canonical_shape
 from lightning_pmss.layers.indices import index_tensors
+from lightning_pmss.layers.products import core_dtype
 from lightning_pmss.messages import reason
-from lightning_pmss.methods.pmss.config import PMSSConfig
-from lightning_pmss.methods.pmss.coordinates import trained_shape
-from lightning_pmss.methods.pmss.layer import Frame, PMSSLinear, canonical_shape, core_dtype
+from lightning_pmss.methods import method_of
+from lightning_pmss.methods.config import AdapterConfig
+from lightning_pmss.methods.lora import LoRAConfig
+from lightning_pmss.methods.method import Kind, Spec
 from lightning_pmss.store.model_config import read_model_config
 
 METHODS = ("pmss", "lora", "full")
@@ -40,9 +45,10 @@ class Piece:
         name: Full name in the model.
         shape: Its shape.
         itemsize: Bytes of one element.
-        kind: ``"base"``, ``"trained"``, ``"factor"`` (frozen and made by PMSS) or ``"index"`` (rows and columns).
+        kind: ``"base"``, ``"trained"``, ``"factor"`` (frozen and derived by the method) or ``"index"`` (rows and columns).
         block: Name of the decoder layer it is in; "" outside of them.
         buffer: Whether it is no parameter: replicated by every strategy.
+        adapter: Name of the `Adapter` that owns it; "" for others.
     """
 
     name: str
@@ -51,6 +57,7 @@ class Piece:
     kind: str
     block: str
     buffer: bool = False
+    adapter: str = ""
 
     @property
     def numel(self) -> int:
@@ -120,86 +127,56 @@ class Architecture:
             raise ValueError(f"no causal language model can be built of this {kind} config: {reason(error)}") from error
         return model.train()
 
-    def pmss(self, config: PMSSConfig) -> nn.Module:
-        """Converted, with indices and factors of the right size and no values.
+    def adapted(self, config: AdapterConfig) -> nn.Module:
+        """Converted, with tensors of the right size and no values.
 
         Raises:
             ValueError: As `lightning_pmss.convert`: patterns that match nothing, layers that cannot be converted.
         """
         model, ranks, also_train = self._targets(config)
-        modules = canonical_modules(model)
+        method, modules = method_of(config), canonical_modules(model)
         model.requires_grad_(False)
         with self.mode:
             for name, rank in ranks.items():
-                layer = modules[name]
-                weight: Tensor = layer.weight  # type: ignore[assignment]
-                index = torch.arange(rank)
-                PMSSLinear.adopt(
-                    layer,
-                    index,
-                    index.clone(),
-                    _frame(config.coordinates, rank, core_dtype(weight.dtype)),
-                    scale=config.scale_of(rank),
-                    coordinates=config.coordinates,
-                    dropout=config.dropout,
-                    edit=config.edit,
-                    memory=config.memory,
-                )
-                layer.core.weight.requires_grad_(True)  # type: ignore[union-attr, operator]
+                layer, shape = modules[name], canonical_shape(modules[name])
+                dtype = core_dtype(layer.weight.dtype)  # type: ignore[arg-type, union-attr]
+                made = {n: _empty(spec, dtype) for n, spec in method.specs(shape, rank).items()}
+                kinds = {n: spec.kind for n, spec in method.specs(shape, rank).items()}
+                start = {n: t for n, t in made.items() if kinds[n] is Kind.TRAINED}
+                derived = {n: t for n, t in made.items() if kinds[n] is not Kind.TRAINED}
+                adapted = AdaptedLinear.adopt(layer, method, rank, start, derived, config.scale_of(rank))
+                for parameter in adapted.core.parameters(recurse=False):
+                    parameter.requires_grad_(True)
         for name in also_train:
             modules[name].requires_grad_(True)
         return model
 
-    def lora(self, config: PMSSConfig, dtype: torch.dtype, rank: int | None = None) -> tuple[nn.Module, int]:
-        """With LoRA on the same layers, by default at the rank whose parameters come nearest to PMSS's; that rank too."""
-        model, ranks, also_train = self._targets(config)
-        modules = canonical_modules(model)
+    def lora(self, config: AdapterConfig, rank: int | None = None) -> tuple[nn.Module, int]:
+        """With LoRA on the same layers, by default at the rank whose parameters come nearest to the config's; that rank too."""
+        model, ranks, _ = self._targets(config)
+        modules, method = canonical_modules(model), method_of(config)
         shapes = {name: canonical_shape(modules[name]) for name in ranks}
-        wanted = sum(math.prod(trained_shape(config.coordinates, r)) for r in ranks.values()) / sum(
+        specs = [spec for n, r in ranks.items() for spec in method.specs(shapes[n], r).values()]
+        wanted = sum(math.prod(spec.shape) for spec in specs if spec.kind is Kind.TRAINED) / sum(
             map(sum, shapes.values())
         )
         rank = rank or max(1, round(wanted))
-        model.requires_grad_(False)
-        with self.mode:
-            for name in ranks:
-                parent, _, child = name.rpartition(".")
-                setattr(
-                    modules[parent] if parent else model, child, LoRALinear(modules[name], shapes[name], rank, dtype)
-                )
-        for name in also_train:
-            modules[name].requires_grad_(True)
-        return model, rank
+        kept = {f.name: getattr(config, f.name) for f in fields(AdapterConfig)} | {"rank": rank, "rank_pattern": {}}
+        return self.adapted(LoRAConfig(**kept)), rank
 
     def full(self) -> nn.Module:
         """With every parameter trained."""
         return self.base().requires_grad_(True)
 
-    def _targets(self, config: PMSSConfig) -> tuple[nn.Module, dict[str, int], list[str]]:
+    def _targets(self, config: AdapterConfig) -> tuple[nn.Module, dict[str, int], list[str]]:
         model = self.base()
         modules = canonical_modules(model)
         also_train = match_modules(config.also_train, modules, "also_train")
         targets, _ = find_targets(model, config, modules, also_train)
-        refuse_unconvertible(targets, modules, config, None)
+        method = method_of(config)
+        refuse_unconvertible(targets, modules, method, None)
         ranks = ranks_of(config, targets, modules)
-        return model, {n: min(r, *canonical_shape(modules[n])) for n, r in ranks.items()}, also_train
-
-
-class LoRALinear(nn.Module):
-    """What peft's LoRA layer computes without dropout, ``base(x) + B(A(x)) * scale``, to count what it keeps.
-
-    peft is no dependency of this library; a test compares the two where it is installed.
-    """
-
-    def __init__(self, base: nn.Module, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.base_layer = base
-        self.lora_A = nn.Linear(shape[1], rank, bias=False, dtype=dtype)
-        self.lora_B = nn.Linear(rank, shape[0], bias=False, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        result = self.base_layer(x)
-        update: Tensor = self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype))) * 2.0
-        return (result + update).to(result.dtype)
+        return model, {n: method.rank_of(canonical_shape(modules[n]), r) for n, r in ranks.items()}, also_train
 
 
 def inventory(model: nn.Module) -> list[Piece]:
@@ -209,13 +186,15 @@ def inventory(model: nn.Module) -> list[Piece]:
     def block_of(name: str) -> str:
         return next((block for block in blocks if name.startswith(f"{block}.")), "")
 
+    owners = {id(p): n for n, m in model.named_modules() if isinstance(m, Adapter) for p in m.parameters()}
     pieces = []
     for name, parameter in model.named_parameters():
-        kind = "trained" if parameter.requires_grad else "factor" if ".core." in f".{name}" else "base"
-        pieces.append(Piece(name, tuple(parameter.shape), parameter.element_size(), kind, block_of(name)))
+        adapter = owners.get(id(parameter), "")
+        kind = "trained" if parameter.requires_grad else "factor" if adapter else "base"
+        shape = tuple(parameter.shape)
+        pieces.append(Piece(name, shape, parameter.element_size(), kind, block_of(name), adapter=adapter))
     for name, buffer in model.named_buffers():
-        kind = "factor" if ".core." in name else "base"
-        pieces.append(Piece(name, tuple(buffer.shape), buffer.element_size(), kind, block_of(name), buffer=True))
+        pieces.append(Piece(name, tuple(buffer.shape), buffer.element_size(), "base", block_of(name), buffer=True))
     for name, index in index_tensors(model).items():
         pieces.append(Piece(name, tuple(index.shape), index.element_size(), "index", block_of(name), buffer=True))
     return pieces
@@ -246,13 +225,9 @@ def count(pieces: list[Piece]) -> Counter[str]:
     return numbers
 
 
-def _frame(coordinates: str, rank: int, dtype: torch.dtype) -> Frame:
-    square = torch.empty(rank, rank, dtype=dtype)
-    if coordinates == "orthonormal":
-        return Frame(square, square.clone())
-    if coordinates == "rotation":
-        return Frame(square, square.clone(), torch.empty((), dtype=dtype), square.clone())
-    return Frame(gain=torch.empty((), dtype=dtype)) if coordinates == "spectral" else Frame()
+def _empty(spec: Spec, dtype: torch.dtype) -> Tensor:
+    """A tensor of this kind; indices have values, since nobody may take them twice."""
+    return torch.arange(spec.shape[0]) if spec.kind is Kind.INDEX else torch.empty(spec.shape, dtype=dtype)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from lightning_pmss.estimate.model import Piece
-from lightning_pmss.methods.pmss.layer import canonical_shape
+from lightning_pmss.layers.convertible import canonical_shape
 
 QUANTISATIONS = ("nf4", "fp4")
 STRATEGIES = ("single", "ddp")  # codes cannot be kept in parts

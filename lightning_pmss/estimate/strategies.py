@@ -173,9 +173,10 @@ def _gathered_by_fsdp(pieces: list[Piece], *, flat: bool) -> int:
     for piece in pieces:
         if piece.buffer:
             continue
-        owner = next((piece.name.partition(mark)[0] for mark in (".core.", ".lora_") if mark in piece.name), None)
-        if flat and owner is not None:
-            adapters[owner] = adapters.get(owner, 0) + piece.nbytes * (2 if piece.kind == "trained" else 1)
+        if flat and piece.adapter:
+            adapters[piece.adapter] = adapters.get(piece.adapter, 0) + piece.nbytes * (
+                2 if piece.kind == "trained" else 1
+            )
             continue
         units[piece.block] = units.get(piece.block, 0) + piece.nbytes
         if piece.kind == "trained":

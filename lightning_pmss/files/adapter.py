@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_pmss.conversion.convert import conversion_of, convert, pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers, conversion_of, convert
 from lightning_pmss.conversion.converted import converted
 from lightning_pmss.conversion.report import ConversionReport
 from lightning_pmss.conversion.roots import adapted_root, below, canonical_modules, choose_root, noted_root
@@ -32,14 +32,14 @@ from lightning_pmss.files.fresh import (
     untrained,
 )
 from lightning_pmss.files.plain import quantisation_settings
-from lightning_pmss.layers.convertible import is_linear, is_supported
-from lightning_pmss.layers.fingerprint import fingerprint, same_base
+from lightning_pmss.layers.adapted import AdaptedLinear
+from lightning_pmss.layers.convertible import canonical_shape, is_linear, is_supported, is_transposed
+from lightning_pmss.layers.fingerprint import fingerprint
 from lightning_pmss.layers.guard import refuse_disabled
 from lightning_pmss.layers.parts import clean_name, clean_state, is_sharded
 from lightning_pmss.layers.quantised import quantisation_of, whole_weight
 from lightning_pmss.messages import kind_of, one_line
-from lightning_pmss.methods.pmss.layer import PMSSLinear, canonical_shape, is_transposed
-from lightning_pmss.methods.pmss.skeleton import Skeleton, SkeletonLayer
+from lightning_pmss.methods.given import Given, GivenLayer
 from lightning_pmss.store import misfit
 from lightning_pmss.store.atomic import check_target
 from lightning_pmss.store.kinds import ADAPTER
@@ -92,10 +92,8 @@ def save_adapter(
         modules[name] = AdapterModule(
             shape=canonical_shape(layer),
             layout="conv1d" if layer.transposed else "linear",
-            fingerprint=dict(layer.fingerprint or fingerprint(*layer.slices())),
-            U=update.to("cpu", torch.float64 if update.dtype == torch.float64 else torch.float32),
-            rows=layer.rows.cpu(),
-            cols=layer.cols.cpu(),
+            fingerprint=dict(layer.fingerprint or fingerprint(*layer.reads())),
+            update=update.stored(),
         )
     named = canonical_modules(model)
     sharded = is_sharded(model)
@@ -160,13 +158,13 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Conversion
     """
     adapter = read_adapter(folder)
     report = conversion_of(model)
-    refuse_disabled(pmss_layers(model).values(), "loaded")
+    refuse_disabled(adapted_layers(model).values(), "loaded")
     names = None if report is not None else names_in(adapter, model)
     modules = canonical_modules(model, None if names is None else names.root)
-    if merged := [name for name, layer in pmss_layers(model).items() if layer.merged]:
+    if merged := [name for name, layer in adapted_layers(model).items() if layer.merged]:
         raise ValueError(f"{few(merged, 3)}: the model is merged. Call unmerge(model), then load {adapter.folder}.")
     also_train = report.also_train if names is None else list(names.also_train)  # type: ignore[union-attr]
-    check_modules(adapter, modules, None if report is None else set(pmss_layers(model)), type(model).__name__)
+    check_modules(adapter, modules, None if report is None else set(adapted_layers(model)), type(model).__name__)
     live = live_tensors(model, adapter.fresh, None if names is None else names.root)
     check_fresh(adapter, live, model)
     check_base(adapter, modules, type(model).__name__)
@@ -179,16 +177,16 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Conversion
         for name, place in new_rows(live, adapter.fresh).items():
             place.copy_(adapter.fresh[name].value)
     if report is None:
-        layers = {name: SkeletonLayer(stored.rows, stored.cols) for name, stored in adapter.modules.items()}
-        skeleton = Skeleton(layers, source=str(adapter.folder))
-        updates = {n: m.U for n, m in adapter.modules.items()}
-        report = convert(model, adapter.options, skeleton=skeleton, updates=updates, names=names)
+        layers = {name: GivenLayer(stored.update.indices()) for name, stored in adapter.modules.items()}
+        given = Given(layers, source=str(adapter.folder))
+        updates = {n: m.update for n, m in adapter.modules.items()}
+        report = convert(model, adapter.options, given=given, updates=updates, names=names)
     else:
-        converted = pmss_layers(model)
-        numbers = {n: x.core.numbers_of(adapter.modules[n].U, x.scale, n) for n, x in converted.items()}
-        with torch.no_grad():
-            for name, layer in converted.items():
-                layer.core.weight.copy_(numbers[name])
+        converted = adapted_layers(model)
+        own = {n: adapter.modules[n].update.to(x.weight.device) for n, x in converted.items()}
+        numbers = {n: layer.numbers_of(own[n], n) for n, layer in converted.items()}
+        for name, layer in converted.items():
+            layer.set_numbers(numbers[name])
     with torch.no_grad():
         for key, place in places.items():
             place.copy_(adapter.also_train[key])
@@ -198,7 +196,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Conversion
 
 def linear_left_out(model: nn.Module) -> list[str]:
     """The linear layers of a converted model that are not, for whatever reason: so the file knows the architecture."""
-    return [n for n, m in canonical_modules(model).items() if is_linear(m) and not isinstance(m, PMSSLinear)]
+    return [n for n, m in canonical_modules(model).items() if is_linear(m) and not isinstance(m, AdaptedLinear)]
 
 
 def names_in(adapter: AdapterFile, model: nn.Module) -> Names:
@@ -207,7 +205,7 @@ def names_in(adapter: AdapterFile, model: nn.Module) -> Names:
     wanted = adapter.options.root if adapter.options.root in known else None
     root = adapter.root if adapter.root is not None and adapter.root in known else choose_root(model, wanted)
     modules = canonical_modules(model, root)
-    if converted := [name for name, module in modules.items() if isinstance(module, PMSSLinear)]:
+    if converted := [name for name, module in modules.items() if isinstance(module, AdaptedLinear)]:
         raise ValueError(f"{few(converted, 3)}: converted already. Load {adapter.folder} into a fresh model.")
     stored = set(adapter.also_train)
     owners = {name.rpartition(".")[0] for name in stored} & set(modules)
@@ -216,7 +214,10 @@ def names_in(adapter: AdapterFile, model: nn.Module) -> Names:
     }:
         owners |= parents
     return Names(
-        root, list(adapter.modules), sorted(o for o in owners if not below(o.rpartition(".")[0], list(owners)))
+        root,
+        list(adapter.modules),
+        sorted(o for o in owners if not below(o.rpartition(".")[0], list(owners))),
+        {name: stored.update.rank for name, stored in adapter.modules.items()},
     )
 
 
@@ -242,9 +243,9 @@ def check_modules(adapter: AdapterFile, modules: Mapping[str, nn.Module], wanted
         )
     for name, stored in adapter.modules.items():
         module = modules[name]
-        if not isinstance(module, PMSSLinear) and not is_supported(module):
+        if not isinstance(module, AdaptedLinear) and not is_supported(module):
             kind = type(module).__name__
-            raise ValueError(f"{folder}: {name} is a {kind} in this model, not a layer that PMSS can convert.")
+            raise ValueError(f"{folder}: {name} is a {kind} in this model, not a layer that can be converted.")
         if canonical_shape(module) != stored.shape:
             raise ValueError(
                 f"{folder}: {name} was trained on W [out, in] = {list(stored.shape)}, and is "
@@ -257,7 +258,7 @@ def check_modules(adapter: AdapterFile, modules: Mapping[str, nn.Module], wanted
         differ = [
             name
             for name, stored in adapter.modules.items()
-            if isinstance(layer := modules[name], PMSSLinear) and not _same_indices(layer, stored)
+            if isinstance(layer := modules[name], AdaptedLinear) and not _same_indices(layer, stored)
         ]
         if more or less or differ:
             raise ValueError(
@@ -290,8 +291,10 @@ def _where_else(absent: list[str], modules: Mapping[str, nn.Module]) -> str:
     return f" Its module `{owners[0]}` has them: load_adapter(model.{owners[0]}, folder)." if owners else ""
 
 
-def _same_indices(layer: PMSSLinear, stored: AdapterModule) -> bool:
-    return torch.equal(layer.rows.cpu(), stored.rows) and torch.equal(layer.cols.cpu(), stored.cols)
+def _same_indices(layer: AdaptedLinear, stored: AdapterModule) -> bool:
+    own, theirs = layer.indices(), stored.update.indices()
+    same = type(stored.update) is layer.method.update_class and stored.update.rank == layer.rank
+    return same and all(torch.equal(own[name].cpu(), index) for name, index in theirs.items())
 
 
 def check_base(adapter: AdapterFile, modules: Mapping[str, nn.Module], model: str) -> None:
@@ -299,27 +302,22 @@ def check_base(adapter: AdapterFile, modules: Mapping[str, nn.Module], model: st
     wrong, large = [], []
     for name, stored in adapter.modules.items():
         layer, own = modules[name], adapter.fresh.get(f"{name}.weight")
-        if isinstance(layer, PMSSLinear) and _same_indices(layer, stored):
-            rows, columns = layer.slices()
-        elif own is not None and not isinstance(layer, PMSSLinear):  # this weight comes with the adapter
-            canonical = own.value.T if stored.layout == "conv1d" else own.value
-            rows, columns = canonical[stored.rows], canonical[:, stored.cols]
-        else:
-            weight: Tensor = layer.weight  # type: ignore[assignment]
-            if weight.is_meta:
-                raise ValueError(f"{name} is on the meta device; load the base's weights before {adapter.folder}.")
-            if isinstance(layer, PMSSLinear):
-                canonical = layer.base_weight()
+        with ExitStack() as stack:
+            if own is not None and not isinstance(layer, AdaptedLinear):  # this weight comes with the adapter
+                weight = stored.canonical(own.value)
             else:
-                with whole_weight(layer) as found:
-                    canonical = found.T if is_transposed(layer) else found
-            rows = canonical[stored.rows.to(weight.device)]
-            columns = canonical[:, stored.cols.to(weight.device)]
-        if not same_base(stored.fingerprint, rows, columns):
-            wrong.append(name)
-        # No entry of C U R is larger than this product.
-        elif not math.prod(float(part.double().norm()) for part in (columns, stored.U, rows)) <= _LARGEST:
-            large.append(name)
+                live: Tensor = layer.weight  # type: ignore[assignment]
+                if live.is_meta:
+                    raise ValueError(f"{name} is on the meta device; load the base's weights before {adapter.folder}.")
+                if isinstance(layer, AdaptedLinear):
+                    found = stack.enter_context(whole_weight(layer, layer.stored_weight))
+                else:
+                    found = stack.enter_context(whole_weight(layer))
+                weight = found.T if is_transposed(layer) else found
+            if not stored.is_of(weight):
+                wrong.append(name)
+            elif not stored.update.to(weight.device).bound(weight) <= _LARGEST:
+                large.append(name)
     if wrong:
         raise ValueError(adapter.wrong_base(wrong, f"the given {model}"))
     if large:

@@ -9,38 +9,43 @@ from typing import Any
 
 import yaml
 
+from lightning_pmss.methods.config import AdapterConfig
+
 CARD_FILE = "README.md"
 _FRONT = 2**16  # letters in which the front matter of a card ends
 
 
 def adapter_card(
-    config: Mapping[str, Any], run: Mapping[str, Any] | None = None, base_folder: Path | None = None
+    config: Mapping[str, Any],
+    options: AdapterConfig,
+    run: Mapping[str, Any] | None = None,
+    base_folder: Path | None = None,
 ) -> str:
     """The card's text.
 
     Args:
         config: What ``adapter_config.json`` holds.
+        options: Of the conversion.
         run: What is known of the training, printed as it comes: name -> number, text, or mapping of these.
         base_folder: Where the base's files are, if its name does not say it (a snapshot in the hub's cache).
     """
     base = config["base_model_name_or_path"]
     revision = config["revision"]
     kinds = ", ".join(config.get("quantisation") or ())
-    front: dict[str, Any] = {"library_name": "lightning-pmss", "tags": ["pmss", "lightning"]}
+    front: dict[str, Any] = {"library_name": "lightning-pmss", "tags": [options.method, "lightning"]}
     if base and is_hub_id(base):  # a path is no id, and the hub refuses a card that names one
         front["base_model"] = base
         front["tags"].append(f"base_model:adapter:{base}")
     if licence := _licence(base_folder or base):
         front["license"] = licence
-    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", "# PMSS adapter", ""]
+    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {options.label()} adapter", ""]
     lines += [
-        "`W' = W + C (s U) R`: C and R are columns and rows of the base's own weights, stored as indices; U was trained"
-        " (PMSS, arXiv 2409.16722, with lightning-pmss). It means nothing on other weights, and loading on them is refused.",
+        options.card,
         "",
         f"- Base: {base or 'not recorded'}{f', revision {revision}' if revision else ''}, unmerged"
         f"{f', quantised ({kinds})' if kinds else ''}.",
         f"- Licence of the base: {licence or 'not found in its folder; see its page'}.",
-        f"- {_options(config)}",
+        f"- {_options(config, options)}",
         f"- Versions: {', '.join(f'{name} {version}' for name, version in config['versions'].items())}.",
         "",
         "## Load",
@@ -63,16 +68,12 @@ def adapter_card(
     return "\n".join([*lines, ""])
 
 
-def _options(config: Mapping[str, Any]) -> str:
-    options = config["config"]
+def _options(config: Mapping[str, Any], options: AdapterConfig) -> str:
     modules = config["modules"]
     kinds = sorted({name.rsplit(".", 1)[-1] for name in modules})
     ranks = sorted({str(module["rank"]) for module in modules.values()}, key=lambda rank: (len(rank), rank))
     trained = f"; trained in full: {', '.join(config['also_train'])}" if config["also_train"] else ""
-    return (
-        f"{len(modules)} layers ({', '.join(kinds)}), rank {', '.join(ranks)}, selection {options['selection']},"
-        f" {options['coordinates']} coordinates, scale {options['scale']}{trained}."
-    )
+    return f"{len(modules)} layers ({', '.join(kinds)}), rank {', '.join(ranks)}, {options.summary()}{trained}."
 
 
 def _load(config: Mapping[str, Any]) -> list[str]:

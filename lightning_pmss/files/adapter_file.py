@@ -3,14 +3,14 @@
 Tensors, under the module names of the outermost Hugging Face model where there is one (so that what was trained in a
 LightningModule loads into the plain model), else of the model that was saved:
 
-    <module>.U      s U [c, r], float32 (float64 on a float64 base): scale and coordinates folded in
-    <module>.rows   int32 [r], rows of W in the canonical layout [out, in]
-    <module>.cols   int32 [c], columns
+    <module>.<part> fields of the method's `Update`, with scale and coordinates folded in; numbers are float32 (float64 on a
+                    float64 base), indices int32. PMSS: U [c, r], rows [r], cols [c]. LoRA: A [r, in], B [out, r]
     <name>          parameters and buffers of the modules trained in full (`also_train`), and of those frozen ones that no
                     file of the base holds (`fresh`): all of it, or the rows that were added
 
-so the file means ``W' = W + W[:, cols] U W[rows]`` and nothing else. The config has a checksum of each tensor (format 2;
-format 1 had none). Loading is strict both ways and checks everything before it touches the model.
+in the canonical layout [out, in]. For PMSS the file means ``W' = W + W[:, cols] U W[rows]`` and nothing else. The config has
+a checksum of each tensor (format 2; format 1 had none). Loading is strict both ways and checks everything before it touches
+the model.
 """
 
 from __future__ import annotations
@@ -30,17 +30,19 @@ from torch import Tensor
 from lightning_pmss.files.adapter_card import CARD_FILE, adapter_card
 from lightning_pmss.files.adapter_record import (
     FORMAT_VERSION,
-    PEFT_TYPE,
     RECORDS,
     AdapterRecord1,
     FreshRecord,
     LayerRecord,
+    peft_type,
 )
 from lightning_pmss.files.processing import save_processing
+from lightning_pmss.layers.fingerprint import same_base
 from lightning_pmss.messages import one_line
-from lightning_pmss.methods.pmss.config import PMSSConfig
+from lightning_pmss.methods import METHODS
+from lightning_pmss.methods.config import AdapterConfig
+from lightning_pmss.methods.method import Update
 from lightning_pmss.store import (
-    check_index,
     check_sums,
     checked,
     describe_tensors,
@@ -54,7 +56,7 @@ from lightning_pmss.store.shards import few, save_tensors
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
-_PARTS = ("U", "rows", "cols")
+_KINDS = {peft_type(method.config_class()): method for method in METHODS.values()}
 _AGAIN = "Copy the folder again, or use an earlier adapter."
 
 
@@ -65,18 +67,22 @@ class AdapterModule:
     Attributes:
         shape: (out, in) of W.
         layout: ``"linear"``: the base stores W; ``"conv1d"``: it stores W transposed.
-        fingerprint: see `lightning_pmss.layers.fingerprint`.
-        U: ``s U [c, r]``.
-        rows: int64 [r].
-        cols: int64 [c].
+        fingerprint: See `lightning_pmss.layers.fingerprint`; empty where the update is not bound to a base.
+        update: The change of W.
     """
 
     shape: tuple[int, int]
     layout: str
     fingerprint: dict[str, str]
-    U: Tensor
-    rows: Tensor
-    cols: Tensor
+    update: Update
+
+    def canonical(self, stored: Tensor) -> Tensor:
+        """W ``[out, in]`` from what the base stores."""
+        return stored.T if self.layout == "conv1d" else stored
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether W ``[out, in]`` is the one that the layer was trained on, as far as that matters to the update."""
+        return same_base(self.fingerprint, *self.update.read(weight))
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,7 @@ class AdapterFile:
     """
 
     folder: Path
-    options: PMSSConfig
+    options: AdapterConfig
     base_model: str | None
     revision: str | None
     modules: dict[str, AdapterModule]
@@ -184,11 +190,13 @@ def write_adapter(
     """
     tensors: dict[str, Tensor] = {}
     for name, module in adapter.modules.items():
-        tensors[f"{name}.U"] = module.U
-        tensors |= {f"{name}.rows": module.rows.to(torch.int32), f"{name}.cols": module.cols.to(torch.int32)}
+        tensors |= {f"{name}.{part}": value for part, value in module.update.numbers().items()}
+        tensors |= {f"{name}.{part}": value.to(torch.int32) for part, value in module.update.indices().items()}
     extra = adapter.also_train | {name: kept.value for name, kept in adapter.fresh.items()}
     if clash := sorted(set(tensors) & set(extra)):
-        raise ValueError(f"also_train has tensors under the names of PMSS's own: {few(clash)}. Rename these modules.")
+        raise ValueError(
+            f"also_train has tensors under the names of the adapter's own: {few(clash)}. Rename these modules."
+        )
     tensors.update(extra)
     if broken := not_finite(tensors):
         raise ValueError(
@@ -199,7 +207,7 @@ def write_adapter(
         "written_by": WRITTEN_BY,
         "files": [],
         "format_version": FORMAT_VERSION,
-        "peft_type": PEFT_TYPE,
+        "peft_type": peft_type(adapter.options),
         "base_model_name_or_path": adapter.base_model,
         "revision": adapter.revision,
         "model_class": adapter.model_class,
@@ -226,16 +234,15 @@ def write_adapter(
         config["files"] = sorted({CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, *files_below(temporary)})
         save_tensors(tensors, temporary / WEIGHTS_FILE)
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (temporary / CARD_FILE).write_text(adapter_card(config, run, base), encoding="utf-8")
+        (temporary / CARD_FILE).write_text(adapter_card(config, adapter.options, run, base), encoding="utf-8")
 
 
 def _entry(module: AdapterModule) -> dict[str, Any]:
-    columns, rows = module.U.shape
     return {
         "shape": list(module.shape),
-        "rank": rows if rows == columns else [columns, rows],
+        "rank": module.update.ranks,
         "layout": module.layout,
-        "fingerprint": module.fingerprint,
+        "fingerprint": module.fingerprint or None,
     }
 
 
@@ -254,15 +261,17 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
     if missing:
         raise FileNotFoundError(f"{folder} lacks {' and '.join(missing)}: not a complete adapter folder.")
     config = _read_config(folder / CONFIG_FILE)
-    options = PMSSConfig.from_file(config.config, str(folder / CONFIG_FILE), _AGAIN)
+    method = _KINDS[config.peft_type]
+    options = method.config_class.from_file(config.config, str(folder / CONFIG_FILE), _AGAIN)
     file = folder / WEIGHTS_FILE
     tensors = read_tensors(file, _AGAIN)
-    of_layers = {f"{name}.{part}" for name in config.modules for part in _PARTS}
-    _check_names(file, config, of_layers, set(tensors))
+    parts = method.update_class.names()
+    of_layers = {f"{name}.{part}" for name in config.modules for part in parts}
+    _check_names(file, config, of_layers, len(parts), set(tensors))
     if broken := not_finite(tensors):
         raise ValueError(f"{file}: NaN or infinite values in {few(broken)}. Use an earlier adapter or checkpoint.")
     modules = {
-        name: _checked_module(file, name, entry, *(tensors[f"{name}.{part}"] for part in _PARTS))
+        name: _checked_module(file, name, entry, method.update_class, {p: tensors[f"{name}.{p}"] for p in parts})
         for name, entry in config.modules.items()
     }
     entries: dict[str, FreshRecord] = getattr(config, "fresh", {})
@@ -309,10 +318,11 @@ def _read_config(file: Path) -> AdapterRecord1:
     """The config, with every part that is relied on later checked."""
     config = read_json(file, _AGAIN)
     found = config.get("format_version") if isinstance(config, dict) else None
-    if not isinstance(found, int) or isinstance(found, bool) or config.get("peft_type") != PEFT_TYPE:
+    named = config.get("peft_type") if isinstance(config, dict) else None
+    if not isinstance(found, int) or isinstance(found, bool) or not isinstance(named, str) or named not in _KINDS:
         kind = f" (peft_type {config['peft_type']})" if isinstance(config, dict) and "peft_type" in config else ""
-        other = " peft loads it: PeftModel.from_pretrained(base, folder)." if kind and PEFT_TYPE not in kind else ""
-        raise ValueError(f"{file} does not describe a PMSS adapter{one_line(kind)}.{other}")
+        other = " peft loads it: PeftModel.from_pretrained(base, folder)." if kind and "PMSS" not in kind else ""
+        raise ValueError(f"{file} does not describe an adapter of lightning-pmss{one_line(kind)}.{other}")
     if found > FORMAT_VERSION:
         raise ValueError(
             f"{file} has format version {one_line(found)}, and this lightning-pmss reads up to {FORMAT_VERSION}: upgrade it. "
@@ -323,10 +333,10 @@ def _read_config(file: Path) -> AdapterRecord1:
     return checked(RECORDS[found], config, str(file), _AGAIN)
 
 
-def _check_names(file: Path, config: AdapterRecord1, of_layers: set[str], present: set[str]) -> None:
+def _check_names(file: Path, config: AdapterRecord1, of_layers: set[str], parts: int, present: set[str]) -> None:
     """Every tensor must be known, and every known one there."""
     also_train, fresh = set(config.also_train), set(getattr(config, "fresh", {}))
-    if len(of_layers) != len(_PARTS) * len(config.modules) or of_layers & (also_train | fresh) or also_train & fresh:
+    if len(of_layers) != parts * len(config.modules) or of_layers & (also_train | fresh) or also_train & fresh:
         raise ValueError(f"{file.with_name(CONFIG_FILE)} gives two of its tensors one name. {_AGAIN}")
     expected = of_layers | also_train | fresh
     lost, foreign = sorted(expected - present), sorted(present - expected)
@@ -341,21 +351,20 @@ def _check_names(file: Path, config: AdapterRecord1, of_layers: set[str], presen
         )
 
 
-def _checked_module(file: Path, name: str, entry: LayerRecord, u: Tensor, rows: Tensor, cols: Tensor) -> AdapterModule:
+def _checked_module(
+    file: Path, name: str, entry: LayerRecord, update: type[Update], tensors: dict[str, Tensor]
+) -> AdapterModule:
     out_features, in_features = entry.shape
-    for part, indices, size in (("rows", rows, out_features), ("cols", cols, in_features)):
-        check_index(indices, size, f"{name}.{part}", str(file), f"W is {entry.shape}. {_AGAIN}")
-    if u.dtype not in (torch.float32, torch.float64) or tuple(u.shape) != (len(cols), len(rows)):
+    if reason := update.why_not((out_features, in_features), tensors):
+        raise ValueError(f"{file}: {one_line(name)}.{reason}. {_AGAIN}")
+    if update.bound_to_base and entry.fingerprint is None:
+        raise ValueError(f"{file.with_name(CONFIG_FILE)}: {one_line(name)} has no fingerprint of its base. {_AGAIN}")
+    values = {part: value if value.is_floating_point() else value.long() for part, value in tensors.items()}
+    prints = {} if entry.fingerprint is None or not update.bound_to_base else entry.fingerprint.model_dump()
+    made = update(**values)
+    if made.ranks != entry.rank:
         raise ValueError(
-            f"{file}: {one_line(name)}.U is {u.dtype} {list(u.shape)}; by its indices it must be float32 or float64 "
-            f"[{len(cols)}, {len(rows)}]. {_AGAIN}"
+            f"{file}: {one_line(name)} has the rank {made.ranks}, and {CONFIG_FILE} says rank {entry.rank}. The two files do"
+            " not belong together; copy the folder again."
         )
-    ranks = entry.rank if isinstance(entry.rank, list) else [entry.rank, entry.rank]
-    if ranks != list(u.shape):
-        raise ValueError(
-            f"{file}: {one_line(name)}.U is {list(u.shape)}, and {CONFIG_FILE} says rank {entry.rank}. The two files do not"
-            " belong together; copy the folder again."
-        )
-    return AdapterModule(
-        (out_features, in_features), entry.layout, entry.fingerprint.model_dump(), u, rows.long(), cols.long()
-    )
+    return AdapterModule((out_features, in_features), entry.layout, prints, made)

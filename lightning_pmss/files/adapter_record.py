@@ -7,11 +7,16 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from lightning_pmss.layers.fingerprint import FingerprintRecord
+from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.store import Record, TensorRecord
 from lightning_pmss.store.records import Setting, Shape, Size
 
 FORMAT_VERSION = 2
-PEFT_TYPE = "PMSS"  # so that peft says at once that this is none of its own
+
+
+def peft_type(options: AdapterConfig) -> str:
+    """The method's name as the file has it: never one that peft knows (``LORA``), whose files have other tensors."""
+    return "PMSS" if options.method == "pmss" else options.method
 
 
 class LayerRecord(Record):
@@ -20,7 +25,7 @@ class LayerRecord(Record):
     shape: Annotated[list[Size], Field(min_length=2, max_length=2)]
     rank: Size | Annotated[list[Size], Field(min_length=2, max_length=2)]
     layout: Literal["linear", "conv1d"]
-    fingerprint: FingerprintRecord
+    fingerprint: FingerprintRecord | None
 
 
 class FullRecord(Record):

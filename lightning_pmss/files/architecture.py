@@ -12,10 +12,11 @@ from torch import nn
 from lightning_pmss.conversion.roots import canonical_modules
 from lightning_pmss.conversion.targets import find_targets, match_modules, ranks_of, refuse_unconvertible
 from lightning_pmss.files.naming import Wording, match_names
+from lightning_pmss.layers.convertible import canonical_shape, is_transposed
 from lightning_pmss.messages import reason
+from lightning_pmss.methods import method_of
+from lightning_pmss.methods.given import Given, GivenLayer
 from lightning_pmss.methods.pmss.config import PMSSConfig
-from lightning_pmss.methods.pmss.layer import canonical_shape, is_transposed
-from lightning_pmss.methods.pmss.skeleton import Skeleton, SkeletonLayer
 from lightning_pmss.store.model_config import read_model_config
 from lightning_pmss.store.shards import ShardReader, few
 
@@ -127,10 +128,9 @@ def find_matrices(model: nn.Module, config: PMSSConfig, reader: ShardReader) -> 
     """
     modules = canonical_modules(model)
     names, left_out = find_targets(model, config, modules, match_modules(config.also_train, modules, "also_train"))
-    nothing = torch.empty(0, dtype=torch.int64)
     # The meta device is refused without a skeleton: this stands for the one that is about to be made.
-    coming = Skeleton(dict.fromkeys(names, SkeletonLayer(nothing, nothing)), config.coordinates)
-    refuse_unconvertible(names, modules, config, coming)
+    coming = Given(dict.fromkeys(names, GivenLayer()), coordinates=config.coordinates)
+    refuse_unconvertible(names, modules, method_of(config), coming)
     ranks = ranks_of(config, names, modules)
     shapes = {name: canonical_shape(modules[name]) for name in names}
     stored = {name: shape[::-1] if is_transposed(modules[name]) else shape for name, shape in shapes.items()}

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.conversion.roots import adapted_root
 from lightning_pmss.files.hub_cache import Snapshot, snapshot_at, snapshot_of, snapshots
+from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.layers.fingerprint import fingerprint, same_base
-from lightning_pmss.methods.pmss.layer import PMSSLinear
 from lightning_pmss.store.shards import open_shards
 
 _COMPARED = 3  # layers by which two snapshots of one repository are told apart
@@ -52,11 +52,11 @@ def _loaded(name: str, model: nn.Module) -> Snapshot | None:
     candidates = snapshots(name)
     if len(candidates) < 2:
         return candidates[0] if candidates else None
-    layers = dict(islice(pmss_layers(model).items(), _COMPARED))
+    layers = dict(islice(adapted_layers(model).items(), _COMPARED))
     return next((snapshot for snapshot in candidates if _holds(snapshot.folder, layers)), None)
 
 
-def _holds(folder: Path, layers: dict[str, PMSSLinear]) -> bool:
+def _holds(folder: Path, layers: dict[str, AdaptedLinear]) -> bool:
     """Whether a folder's weights are those of the layers."""
     if not layers:
         return False
@@ -69,8 +69,9 @@ def _holds(folder: Path, layers: dict[str, PMSSLinear]) -> bool:
                     return False
                 stored = reader.read(key)
                 canonical = stored.T if layer.transposed else stored
-                known = layer.fingerprint or fingerprint(*layer.slices())
-                if not same_base(known, canonical[layer.rows.cpu()], canonical[:, layer.cols.cpu()]):
+                known = layer.fingerprint or fingerprint(*layer.reads())
+                cpu = {name: index.cpu() for name, index in layer.indices().items()}
+                if not same_base(known, *layer.reads_of(canonical, cpu)):
                     return False
     except (OSError, ValueError, TypeError):  # no safetensors, damaged, or codes: then it cannot be told
         return False

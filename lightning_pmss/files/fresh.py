@@ -20,10 +20,11 @@ from lightning_pmss.files.adapter_file import AdapterFile, FreshTensor
 from lightning_pmss.files.architecture import names_in_the_model
 from lightning_pmss.files.base import base_of
 from lightning_pmss.files.model_folder import OF_A_HEAD
+from lightning_pmss.layers.adapted import AdaptedLinear
+from lightning_pmss.layers.adapter import Adapter, FrozenTensors
 from lightning_pmss.layers.parts import clean_name, is_fsdp1, whole_shape
 from lightning_pmss.layers.quantised import quantisation_of
 from lightning_pmss.messages import one_line
-from lightning_pmss.methods.pmss.layer import CoreFrame, PMSSCore, PMSSLinear
 from lightning_pmss.store import misfit
 from lightning_pmss.store.shards import ShardReader, TensorInfo, few, open_shards
 
@@ -80,7 +81,7 @@ def live_tensors(model: nn.Module, names: Iterable[str], at: str | None = None) 
         owner, _, key = name.rpartition(".")
         module = owners.get(owner)
         value = None if module is None else module._parameters.get(key, module._buffers.get(key))
-        if isinstance(module, PMSSLinear) and key == "weight" and module.pristine is not None:
+        if isinstance(module, AdaptedLinear) and key == "weight" and module.pristine is not None:
             value = module.pristine
         if value is not None:
             found[name] = value
@@ -256,7 +257,7 @@ def _tensors(model: nn.Module, root: nn.Module, at: str | None) -> Iterator[tupl
     """(name in the root, canonical name, owner, tensor) of what is the base's to hold: not what a conversion added."""
     canonical = {id(module): name for name, module in canonical_owners(model, at)}
     for full, module in canonical_owners(root, ""):
-        if isinstance(module, (PMSSCore, CoreFrame)):
+        if isinstance(module, (Adapter, FrozenTensors)):
             continue
         held: list[tuple[str, Tensor]] = [(k, p) for k, p in module._parameters.items() if p is not None]
         held += [

@@ -1,8 +1,8 @@
-"""Export an adapter as a LoRA of peft's format: ``lora_A = R``, ``lora_B = C (s U)``, no approximation.
+"""Export an adapter as a LoRA of peft's format, without approximation where the update is a product of thin matrices.
 
-``W' = W + C (s U) R`` is a product of two thin matrices already, so peft, vLLM and every other reader of LoRA compute W' from
-the untouched base. The file is larger than the adapter's: ``r (in + out)`` numbers per layer in place of ``r^2``. A smaller
-rank is had by cutting singular values, and the report says what that costs each layer.
+``W' = W + C (s U) R`` of PMSS is one: ``lora_A = R``, ``lora_B = C (s U)``. So peft, vLLM and every other reader of LoRA
+compute W' from the untouched base. The file is larger than PMSS's own: ``r (in + out)`` numbers per layer in place of ``r^2``.
+A smaller rank is had by cutting singular values, and the report says what that costs each layer.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from lightning_pmss.files.lora_report import ExportedLayer, LoraReport, write_ca
 from lightning_pmss.files.lora_source import Source, file_source, model_source, refuse_fresh_layers
 from lightning_pmss.files.model_folder import refuse_overlap
 from lightning_pmss.files.naming import parse_dtype
+from lightning_pmss.methods.method import Factors
 from lightning_pmss.store import not_finite
 from lightning_pmss.store.atomic import atomic_folder, check_target
 from lightning_pmss.store.kinds import LORA
@@ -109,24 +110,18 @@ def export_files(
         return _write(file_source(trained, reader), target, rank, wanted, overwrite, progress, announce)
 
 
-def lora_pair(
-    update: Tensor, rows: Tensor, columns: Tensor, rank: int | None = None
-) -> tuple[Tensor, Tensor, float | None]:
-    """``lora_A [k, in]`` and ``lora_B [out, k]`` with ``lora_B @ lora_A = C (s U) R``.
+def lora_pair(factors: Factors, rank: int | None = None) -> tuple[Tensor, Tensor, float | None]:
+    """``lora_A [k, in]`` and ``lora_B [out, k]`` with ``lora_B @ lora_A`` the update.
 
     Args:
-        update: ``s U [c, r]``.
-        rows: R ``[r, in]``, any floating dtype.
-        columns: C ``[out, c]``.
-        rank: Largest k; where it is smaller than ``min(c, r)``, the best approximation of that rank (Eckart and Young),
-            the singular values shared evenly by both factors.
+        factors: Of the update, float64.
+        rank: Largest k; where it is smaller than theirs, the best approximation of that rank (Eckart and Young), the singular
+            values shared evenly by both factors.
 
     Returns:
         Both factors in float64, and the share of the update's Frobenius norm that was cut off; None where nothing was.
     """
-    r, c, u = rows.double(), columns.double(), update.double().to(rows.device)
-    # R and C themselves where they are the thinner side: R is then a copy of the base's own numbers.
-    a, b = (r, c @ u) if len(r) <= c.shape[1] else (u @ r, c)
+    a, b = factors
     if rank is None or rank >= len(a):
         return a, b, None
     q_b, t_b = torch.linalg.qr(b)
@@ -176,7 +171,7 @@ def _write(
         revision=source.revision,
         model_class=source.model_class,
     )
-    source.parts(next(iter(source.layers)))  # another base is refused before anything is said or written
+    source.factors(next(iter(source.layers)))  # another base is refused before anything is said or written
     if announce is not None:
         announce(report.announcement())
     with atomic_folder(target, LORA, overwrite=overwrite) as folder:
@@ -208,7 +203,7 @@ def _tensors(
             continue
         name = name.rsplit(".lora_", 1)[0]
         if not pair:
-            a, b, error = lora_pair(*source.parts(name), ranks[name])
+            a, b, error = lora_pair(source.factors(name), ranks[name])
             if error is not None:
                 errors[name] = error
             pair = {f"{_PREFIX}{name}.lora_{side}.weight": t.to(info.dtype) for side, t in (("A", a), ("B", b))}

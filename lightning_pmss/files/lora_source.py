@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,26 +15,12 @@ from lightning_pmss.files.adapter_file import AdapterFile, FreshTensor
 from lightning_pmss.files.base import base_of
 from lightning_pmss.files.fresh import fresh_tensors, live_tensors, untrained
 from lightning_pmss.files.naming import Wording, match_names, refuse_misfits, stored_shapes
-from lightning_pmss.layers.fingerprint import same_base
+from lightning_pmss.layers.convertible import canonical_shape
 from lightning_pmss.layers.guard import refuse_disabled
 from lightning_pmss.layers.parts import clean_name, is_sharded
-from lightning_pmss.methods.pmss.layer import canonical_shape
+from lightning_pmss.methods.method import Factors, Update
 from lightning_pmss.store import not_finite
 from lightning_pmss.store.shards import ShardReader, few
-
-
-class Parts(NamedTuple):
-    """The numbers of one layer's update: ``C (s U) R``, of the pristine W.
-
-    Attributes:
-        update: ``s U [c, r]``.
-        rows: R ``[r, in]``.
-        columns: C ``[out, c]``.
-    """
-
-    update: Tensor
-    rows: Tensor
-    columns: Tensor
 
 
 @dataclass(frozen=True)
@@ -45,7 +30,7 @@ class Layer:
     Attributes:
         shape: (out, in) of W.
         transposed: Whether the base stores W^T (``Conv1D``).
-        rank: ``min(c, r)``.
+        rank: Of the update.
     """
 
     shape: tuple[int, int]
@@ -59,7 +44,8 @@ class Source:
 
     Attributes:
         layers: By canonical name.
-        parts: The numbers of a layer; ValueError where they are another base's.
+        factors: Of a layer's update, float64; ValueError where they are another base's, or it is no product of thin matrices.
+        update: Of a layer.
         weight: The pristine W of a layer, canonical, [out, in].
         also_train: Tensors of the modules trained in full, and of those that no file of the base holds.
         tied: Other names of an ``also_train`` tensor.
@@ -71,7 +57,8 @@ class Source:
     """
 
     layers: Mapping[str, Layer]
-    parts: Callable[[str], Parts]
+    factors: Callable[[str], Factors]
+    update: Callable[[str], Update]
     weight: Callable[[str], Tensor]
     also_train: Mapping[str, Tensor]
     tied: Mapping[str, list[str]]
@@ -105,23 +92,22 @@ def model_source(model: nn.Module) -> Source:
     fresh = untrained(fresh_tensors(model) if report.fresh is None else report.fresh, report)
     refuse_fresh_layers(fresh, layers)
     extra = tensors_of(report.also_train, modules) | live_tensors(model, fresh)
-    if broken := not_finite({f"{n}.U": layer.core_update() for n, layer in layers.items()} | extra):
+    numbers = {f"{n}.{part}": t for n, x in layers.items() for part, t in x.update().numbers().items()}
+    if broken := not_finite(numbers | extra):
         raise ValueError(
             f"NaN or infinite values in {few(broken)}: the training has diverged, and such an adapter is not exported. "
             "Go back to an earlier checkpoint."
         )
     known = base_of(model)
     return Source(
-        layers={
-            n: Layer(canonical_shape(layer), layer.transposed, min(len(layer.cols), len(layer.rows)))
-            for n, layer in layers.items()
-        },
-        parts=lambda name: Parts(layers[name].core_update(), *layers[name].slices()),
+        layers={n: Layer(canonical_shape(layer), layer.transposed, layer.update().rank) for n, layer in layers.items()},
+        factors=lambda name: thin(layers[name].update(), layers[name].base_weight(), name),
+        update=lambda name: layers[name].update(),
         weight=lambda name: layers[name].base_weight(),
         also_train={key: value.detach() for key, value in extra.items()},
         tied=other_names(extra, model),
         modules=list(modules),
-        double=any(layer.core.weight.dtype == torch.float64 for layer in layers.values()),
+        double=any(value.dtype == torch.float64 for value in numbers.values()),
         base_model=known.name,
         revision=known.revision,
         model_class=class_path(root),
@@ -143,15 +129,14 @@ def file_source(adapter: AdapterFile, reader: ShardReader) -> Source:
     modules -= {rename(name) for name in adapter.modules}
     modules |= set(adapter.modules)
     return Source(
-        layers={
-            n: Layer(m.shape, m.layout == "conv1d", min(len(m.cols), len(m.rows))) for n, m in adapter.modules.items()
-        },
-        parts=lambda name: _parts(adapter, reader, rename, name),
+        layers={n: Layer(m.shape, m.layout == "conv1d", m.update.rank) for n, m in adapter.modules.items()},
+        factors=lambda name: _factors(adapter, reader, rename, name),
+        update=lambda name: adapter.modules[name].update,
         weight=lambda name: _weight(adapter, reader, rename, name),
         also_train=adapter.also_train | {n: _whole(n, fresh, adapter, reader, rename) for n, fresh in beside.items()},
         tied=adapter.tied,
         modules=sorted(modules),
-        double=any(module.U.dtype == torch.float64 for module in adapter.modules.values()),
+        double=any(t.dtype == torch.float64 for m in adapter.modules.values() for t in m.update.numbers().values()),
         base_model=adapter.base_model,
         revision=adapter.revision,
         model_class=adapter.model_class,
@@ -187,25 +172,35 @@ def _whole(
     return torch.cat([before, fresh.value.to(before.dtype)])
 
 
-def _parts(adapter: AdapterFile, reader: ShardReader, rename: Callable[[str], str], name: str) -> Parts:
-    found = _slices(adapter, reader, rename, name)
-    if not same_base(adapter.modules[name].fingerprint, found.rows, found.columns):
-        # Look at some more layers, so that the message says whether it is one or all.
-        others = {n: _slices(adapter, reader, rename, n) for n in [n for n in adapter.modules if n != name][:20]}
-        wrong = [n for n, o in others.items() if not same_base(adapter.modules[n].fingerprint, o.rows, o.columns)]
-        raise ValueError(adapter.wrong_base([name, *wrong], str(reader.folder)))
+def thin(update: Update, weight: Tensor, name: str) -> Factors:
+    """An update as a product of thin matrices, float64.
+
+    Raises:
+        ValueError: It is none.
+    """
+    device = next(iter(update.tensors().values())).device
+    if (found := update.factors(weight.to(device), torch.float64)) is None:
+        raise ValueError(
+            f"the update of {name} is no product of two thin matrices, so no LoRA is equal to it. Merge instead:"
+            " `python -m lightning_pmss merge`."
+        )
     return found
 
 
-def _slices(adapter: AdapterFile, reader: ShardReader, rename: Callable[[str], str], name: str) -> Parts:
-    module, weight = adapter.modules[name], _weight(adapter, reader, rename, name)
-    return Parts(module.U, weight[module.rows], weight[:, module.cols])
+def _factors(adapter: AdapterFile, reader: ShardReader, rename: Callable[[str], str], name: str) -> Factors:
+    weight = _weight(adapter, reader, rename, name)
+    if not adapter.modules[name].is_of(weight):
+        # Look at some more layers, so that the message says whether it is one or all.
+        others = [n for n in adapter.modules if n != name][:20]
+        wrong = [n for n in others if not adapter.modules[n].is_of(_weight(adapter, reader, rename, n))]
+        raise ValueError(adapter.wrong_base([name, *wrong], str(reader.folder)))
+    return thin(adapter.modules[name].update, weight, name)
 
 
 def _weight(adapter: AdapterFile, reader: ShardReader, rename: Callable[[str], str], name: str) -> Tensor:
     own = adapter.fresh.get(f"{name}.weight")
     stored = reader.read(f"{rename(name)}.weight") if own is None else own.value
-    return stored.T if adapter.modules[name].layout == "conv1d" else stored
+    return adapter.modules[name].canonical(stored)
 
 
 def _names(adapter: AdapterFile, reader: ShardReader) -> Callable[[str], str]:

@@ -7,7 +7,6 @@ plus one matrix and its merged copy, beside the adapter itself.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,8 +33,7 @@ from lightning_pmss.files.model_folder import (
 from lightning_pmss.files.naming import parse_dtype, refuse_misfits, resolve_names
 from lightning_pmss.files.processing import copy_processing, save_processing
 from lightning_pmss.layers.convertible import FLOATS
-from lightning_pmss.layers.fingerprint import same_base
-from lightning_pmss.layers.merged_layer import LayerDrift
+from lightning_pmss.layers.merged_layer import merge_update
 from lightning_pmss.layers.plain_state import without_quantiser
 from lightning_pmss.merging import merged_state
 from lightning_pmss.store.atomic import atomic_folder, check_target
@@ -55,31 +53,6 @@ from lightning_pmss.store.shards import (
 )
 
 OUTSIDE_FILE = "other_modules.safetensors"
-_BLOCK = 2**20  # elements of W merged at a time, so that the half dozen wide copies stay small beside the matrix
-
-
-class _Sums:
-    """Squared norms gathered block by block, in float64."""
-
-    def __init__(self) -> None:
-        self.max_error = self.error = self.weight = self.update = 0.0
-
-    def add(self, update: Tensor, exact: Tensor, error: Tensor) -> None:
-        self.max_error = max(self.max_error, *(abs(float(extreme)) for extreme in torch.aminmax(error)))
-        self.error += _square(error)
-        self.weight += _square(exact)
-        self.update += _square(update)
-
-    def drift(self) -> LayerDrift:
-        def ratio(part: float, whole: float) -> float:
-            return math.sqrt(part / whole) if whole else 0.0
-
-        return LayerDrift(self.max_error, ratio(self.error, self.weight), ratio(self.error, self.update))
-
-
-def _square(matrix: Tensor) -> float:
-    """Squared Frobenius norm: the long sums in float64, without a float64 copy."""
-    return float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
 
 
 def merge_files(
@@ -154,33 +127,6 @@ def merge_files(
             write_index(folder, dict(zip(names, shards, strict=True)), reader.metadata)
             write_report(folder, report, base_model=trained.base_model, revision=trained.revision)
     return report
-
-
-def merged_tensor(weight: Tensor, module: AdapterModule, dtype: torch.dtype) -> tuple[Tensor, _Sums]:
-    """``W + C (s U) R`` in the stored layout, and the errors of its one rounding to `dtype`.
-
-    Args:
-        weight: as stored, [out, in], or [in, out] for the layout ``conv1d``.
-        module: U, rows and cols of this layer, in the canonical layout.
-        dtype: of the result.
-    """
-    canonical = weight.T if module.layout == "conv1d" else weight
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    columns = canonical[:, module.cols].to(wide)
-    rows = canonical[module.rows].to(wide)
-    right = module.U.to(wide) @ rows
-    result = torch.empty(weight.shape, dtype=dtype)
-    view = result.T if module.layout == "conv1d" else result
-    sums = _Sums()
-    step = max(1, _BLOCK // canonical.shape[1])
-    for start in range(0, canonical.shape[0], step):
-        block = slice(start, start + step)
-        update = columns[block] @ right
-        exact = canonical[block].to(wide, copy=True).add_(update)  # a copy: `weight` maps the base's file
-        rounded = exact.to(dtype)
-        view[block] = rounded
-        sums.add(update, exact, rounded.to(wide, copy=True).sub_(exact))
-    return result, sums
 
 
 @torch.no_grad()
@@ -343,15 +289,13 @@ def _output_tensor(plan: _Plan, info: TensorInfo, report: FileMergeReport) -> Te
     name = plan.modules[info.key]
     if not _matches(plan.adapter.modules[name], stored):
         _refuse_wrong_base(plan, name)
-    value, sums = merged_tensor(stored, plan.adapter.modules[name], info.dtype)
-    # NaN and infinity are among the extremes, which are found many times faster than by looking at every value.
-    if not math.isfinite(sums.weight) or not all(bool(extreme.isfinite()) for extreme in torch.aminmax(value)):
-        reason = "The adapter is broken, or its update too large for this dtype: try dtype='float32'."
-        if not bool(stored.isfinite().all()):
-            reason = "The base's own weights are not finite."
-        raise ValueError(f"merging {name} gives NaN or infinite weights in {info.dtype}; nothing is written. {reason}")
-    report.merged[name] = sums.drift()
-    return value
+    module = plan.adapter.modules[name]
+    try:
+        value, report.merged[name] = merge_update(module.canonical(stored), module.update, info.dtype, name)
+    except ValueError as error:
+        remedy = "" if bool(stored.isfinite().all()) else " The base's own weights are not finite."
+        raise ValueError(f"merging {name} in {info.dtype}: {error} Try dtype='float32'.{remedy}") from error
+    return value.T.contiguous() if module.layout == "conv1d" else value
 
 
 def _cast(value: Tensor, info: TensorInfo) -> Tensor:
@@ -365,8 +309,7 @@ def _cast(value: Tensor, info: TensorInfo) -> Tensor:
 
 
 def _matches(module: AdapterModule, stored: Tensor) -> bool:
-    canonical = stored.T if module.layout == "conv1d" else stored
-    return same_base(module.fingerprint, canonical[module.rows], canonical[:, module.cols])
+    return module.is_of(module.canonical(stored))
 
 
 def _refuse_wrong_base(plan: _Plan, first: str, limit: int = 20) -> None:

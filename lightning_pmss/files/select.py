@@ -27,8 +27,9 @@ from lightning_pmss.files.process_memory import peak_memory
 from lightning_pmss.files.select_report import SelectedLayer, SelectReport
 from lightning_pmss.files.skeleton_file import refuse_others
 from lightning_pmss.layers.fingerprint import fingerprint, same_base
+from lightning_pmss.layers.products import core_dtype
 from lightning_pmss.methods.pmss.config import PMSSConfig
-from lightning_pmss.methods.pmss.layer import coordinate_frame, core_dtype
+from lightning_pmss.methods.pmss.coordinates import coordinate_frame
 from lightning_pmss.methods.pmss.number_range import why_out_of_range
 from lightning_pmss.methods.pmss.selection import projection_residual, select_skeleton
 from lightning_pmss.methods.pmss.skeleton import FORMAT_VERSION, METADATA

@@ -9,8 +9,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lightning_pmss.conversion.converted import converted
+from lightning_pmss.layers.convertible import canonical_shape
 from lightning_pmss.layers.fingerprint import fingerprint
-from lightning_pmss.methods.pmss.layer import Frame, canonical_shape
+from lightning_pmss.methods.pmss.layer import PMSSLinear
 from lightning_pmss.methods.pmss.skeleton import FORMAT_VERSION, METADATA
 from lightning_pmss.store import describe_tensors, open_tensors
 from lightning_pmss.store.disk import atomic_path
@@ -33,15 +34,15 @@ def save_skeleton(model: nn.Module, file: str | os.PathLike[str]) -> Path:
     """
     target = Path(file).expanduser()
     refuse_others(target)
-    report, layers = converted(model, "save the skeleton of")
+    report, found = converted(model, "save the skeleton of")
+    layers = {name: layer for name, layer in found.items() if isinstance(layer, PMSSLinear)}
+    if len(layers) < len(found):
+        raise ValueError(f"{report.config.label()} selects no rows and columns; a skeleton file is for PMSS.")
     residuals = {layer.name: layer.residual for layer in report.layers}
     tensors: dict[str, Tensor] = {}
     modules = {}
     for name, layer in layers.items():
-        own = {"rows": layer.rows.int(), "cols": layer.cols.int()}
-        for part in Frame._fields if layer.core.frame is not None else ():
-            if (factor := getattr(layer.core.frame, part)) is not None:
-                own[part] = factor
+        own = {part: index.int() for part, index in layer.indices().items()} | layer.core.frozen()
         tensors |= {f"{name}.{part}": value for part, value in own.items()}
         modules[name] = {
             "shape": list(canonical_shape(layer)),
@@ -52,7 +53,7 @@ def save_skeleton(model: nn.Module, file: str | os.PathLike[str]) -> Path:
     about = {
         "format_version": FORMAT_VERSION,
         "options": report.config.to_dict(),
-        "coordinates": report.config.coordinates,
+        "coordinates": next(iter(layers.values())).coordinates,
         "base": None,
         "modules": modules,
     }

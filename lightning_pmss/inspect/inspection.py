@@ -1,11 +1,12 @@
 """What an adapter does to each layer, read from its folder and, where it is at hand, the base's.
 
-The update ``C (s U) R`` is never formed: with thin QR ``C = Q_C T_C`` and ``R^T = Q_R T_R`` its singular values are those of
-the small matrix ``T_C (s U) T_R^T [c, r]``.
+The update ``B A`` is never formed: with thin QR ``B = Q_B T_B`` and ``A^T = Q_A T_A`` its singular values are those of the
+small matrix ``T_B T_A^T``.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,8 @@ from tqdm.auto import tqdm
 
 from lightning_pmss.files.adapter_file import WEIGHTS_FILE, AdapterFile, AdapterModule, read_adapter
 from lightning_pmss.files.lora_source import file_source
+from lightning_pmss.methods import method_of
+from lightning_pmss.methods.method import Factors, Kind
 from lightning_pmss.store.shards import open_shards
 
 _BLOCK = 2**20  # elements of W made wide at a time
@@ -31,15 +34,15 @@ class InspectedLayer:
     Attributes:
         name: Canonical module name.
         shape: (out, in) of W.
-        rank: ``min(c, r)``, the rank that the update can have.
-        u_norm: Frobenius norm of ``s U``, as stored; depends on the size of the base's rows and columns.
-        update_norm: Frobenius norm of ``C (s U) R``.
+        rank: The rank that the update can have.
+        u_norm: Frobenius norm of what is stored (of PMSS: ``s U``, which depends on the size of the base's rows and columns).
+        update_norm: Frobenius norm of the update.
         relative_norm: The same over W's.
         singular_values: Of the update, all ``rank`` of them, largest first.
         effective_rank: ``exp`` of the entropy of the singular values as shares of their sum (Roy and Vetterli, "The effective
             rank", 2007): ``rank`` where all are equal, 1 where one is alone; 0 for no update.
-        skeleton_energy: ``||P_C W P_R||^2 / ||W||^2`` with the projections on the spans of the chosen columns and rows: the
-            share of the weight's energy in the subspace that the update moves in.
+        skeleton_energy: Of PMSS: ``||P_C W P_R||^2 / ||W||^2`` with the projections on the spans of the chosen columns and
+            rows: the share of the weight's energy in the subspace that the update moves in.
     """
 
     name: str
@@ -63,8 +66,10 @@ class Inspection:
         base_model: Id or path of the base that the adapter names.
         revision: Its commit.
         bytes: Size of the weights file.
-        config: Options of the conversion (`PMSSConfig`).
+        config: Options of the conversion (`AdapterConfig`).
         layers: One entry per converted layer.
+        options: The most important ones in a few words.
+        trained: Numbers that were trained in the layers.
         also_train: Name -> shape of the tensors trained in full.
         fresh: Name -> shape of the frozen tensors that no file of the base holds.
     """
@@ -76,6 +81,8 @@ class Inspection:
     bytes: int
     config: dict[str, Any]
     layers: list[InspectedLayer]
+    options: str
+    trained: int
     also_train: dict[str, list[int]] = field(default_factory=dict)
     fresh: dict[str, list[int]] = field(default_factory=dict)
 
@@ -134,25 +141,23 @@ def inspect_adapter(
         bytes=(trained.folder / WEIGHTS_FILE).stat().st_size,
         config=trained.config,
         layers=layers,
+        options=f"rank {trained.options.rank}, {trained.options.summary()}",
+        trained=_trained(trained),
         also_train={name: list(value.shape) for name, value in trained.also_train.items()},
         fresh={name: list(kept.shape) for name, kept in trained.fresh.items()},
     )
 
 
-def update_spectrum(update: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """All ``min(c, r)`` singular values of ``C (s U) R`` in float64, largest first, without forming it.
-
-    Args:
-        update: ``s U [c, r]``.
-        rows: R ``[r, in]``.
-        columns: C ``[out, c]``.
-    """
-    t_c, t_r = (torch.linalg.qr(part.double(), mode="r").R for part in (columns, rows.T))
-    return _spectrum(update, t_c, t_r)
+def _trained(adapter: AdapterFile) -> int:
+    method = method_of(adapter.options)
+    specs = [s for m in adapter.modules.values() for s in method.specs(m.shape, m.update.width).values()]
+    return sum(math.prod(spec.shape) for spec in specs if spec.kind is Kind.TRAINED)
 
 
-def _spectrum(update: Tensor, t_c: Tensor, t_r: Tensor) -> Tensor:
-    return torch.linalg.svdvals(t_c @ update.double() @ t_r.T)
+def update_spectrum(factors: Factors) -> Tensor:
+    """All singular values of an update in float64, largest first, without forming it."""
+    t_b, t_a = (torch.linalg.qr(part.double(), mode="r").R for part in (factors.b, factors.a.T))
+    return torch.linalg.svdvals(t_b @ t_a.T)
 
 
 def effective_rank(singular: Tensor) -> float:
@@ -196,8 +201,11 @@ def _spanned(triangle: Tensor) -> Tensor:
 
 
 def _without_base(name: str, module: AdapterModule) -> InspectedLayer:
-    norm = float(torch.linalg.matrix_norm(module.U.double()))
-    return InspectedLayer(name, module.shape, min(module.U.shape), norm)
+    update = module.update
+    norm = math.sqrt(
+        sum(float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2 for t in update.numbers().values())
+    )
+    return InspectedLayer(name, module.shape, update.rank, norm)
 
 
 @torch.no_grad()
@@ -206,10 +214,13 @@ def _with_base(adapter: AdapterFile, base: Path, progress: bool) -> list[Inspect
     with open_shards(base) as reader:
         source = file_source(adapter, reader)
         for name in tqdm(adapter.modules, desc="inspecting", unit="layer", disable=not progress):
-            parts = source.parts(name)
-            of_c, of_r = (torch.linalg.qr(part.double()) for part in (parts.columns, parts.rows.T))
-            energy, size = _energy(source.weight(name), of_c, of_r)
-            singular = _spectrum(parts.update, of_c[1], of_r[1])
+            factors, weight = source.factors(name), source.weight(name)
+            singular = update_spectrum(factors)
+            energy = None
+            if reads := source.update(name).read(weight):
+                energy, size = _energy(weight, *(torch.linalg.qr(part.double()) for part in (reads[1], reads[0].T)))
+            else:
+                size = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
             norm = float(torch.linalg.vector_norm(singular))
             known = _without_base(name, adapter.modules[name])
             layers.append(
@@ -232,7 +243,7 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
-_OPTIONS = ("rank", "scale", "selection", "row_mode", "coordinates", "target_modules", "also_train")
+_OPTIONS = ("rank", "scale", "alpha", "selection", "row_mode", "coordinates", "target_modules", "also_train")
 _COLUMNS: list[tuple[str, Callable[[InspectedLayer], str]]] = [
     ("module", lambda layer: layer.name),
     ("out x in", lambda layer: f"{layer.shape[0]} x {layer.shape[1]}"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ import lightning_pmss.inspect.pictures as pictures
 from lightning_pmss.inspect.inspection import Inspection, inspect_adapter
 from lightning_pmss.inspect.run import ADAPTER_CONFIG, Curve, Run, read_run
 from lightning_pmss.messages import one_line
-from lightning_pmss.methods.pmss.coordinates import trained_shape
 from lightning_pmss.store.disk import atomic_file
 from lightning_pmss.store.shards import open_shards
 
@@ -130,8 +128,7 @@ def _inspection(run: Run, base: str | Path | None) -> tuple[Inspection | None, s
 def _subtitle(run: Run, inspection: Inspection | None) -> str:
     parts = [f"base {one_line(name)}" for name in [run.about.base_model_name_or_path] if name]
     if inspection is not None:
-        config = inspection.config
-        parts.append(f"rank {config['rank']}, {config['selection']}, {config['coordinates']} coordinates")
+        parts.append(inspection.options)
     return "; ".join(parts)
 
 
@@ -144,8 +141,7 @@ def _figures(run: Run, inspection: Inspection | None) -> list[tuple[str, str]]:
         value = run.last(name)
         found.append((f"{name}, last", None if value is None else f"{value:.4f}"))
     if inspection is not None:
-        shapes = [trained_shape(inspection.config["coordinates"], layer.rank) for layer in inspection.layers]
-        found.append(("trained parameters in U", f"{sum(map(math.prod, shapes)):,}"))
+        found.append(("trained parameters in the adapter", f"{inspection.trained:,}"))
     if "adapter" in run.sizes:
         found.append(("adapter", f"{run.sizes['adapter'] / 1e6:.1f} MB"))
     if speed := run.curves.get("pmss/tokens_per_second"):

@@ -23,7 +23,7 @@ def is_linear(layer: nn.Module) -> bool:
 
 
 def is_supported(layer: nn.Module) -> bool:
-    """Whether `PMSSLinear.adopt` can convert this layer: a floating-point ``nn.Linear`` (or subclass) or ``Conv1D``."""
+    """Whether `AdaptedLinear.adopt` can convert this layer: a floating-point ``nn.Linear`` (or subclass) or ``Conv1D``."""
     if not is_linear(layer) or isinstance(layer, nn.modules.lazy.LazyModuleMixin):
         return False
     if is_quantised(layer) or why_unusable(layer):
@@ -76,3 +76,15 @@ def _is_plain(weight: Tensor) -> bool:
     own = type(weight).__torch_dispatch__
     fake = any(c.__name__ == "FakeTensor" for c in type(weight).__mro__)
     return fake or own is Tensor.__torch_dispatch__ or own is nn.Parameter.__torch_dispatch__
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether the layer stores W^T ``[in, out]``."""
+    return is_conv1d(layer)
+
+
+def canonical_shape(layer: nn.Module) -> tuple[int, int]:
+    """``(out, in)`` from the layer's attributes, never from ``weight.shape``, which sharding engines empty."""
+    if is_conv1d(layer):
+        return int(layer.nf), int(layer.nx)  # type: ignore[arg-type]
+    return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]

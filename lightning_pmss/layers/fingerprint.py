@@ -12,7 +12,7 @@ bfloat16, while other weights, even by one unit in the last place of the coarser
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -35,41 +35,42 @@ class FingerprintRecord(Record):
     float16: _Hash
 
 
-def fingerprint(rows_of_w: Tensor, columns_of_w: Tensor) -> dict[str, str]:
-    """Hash the selected slices of W.
+def fingerprint(*parts: Tensor) -> dict[str, str]:
+    """Hash the parts of W that an update reads.
 
     Args:
-        rows_of_w: ``W[rows]``, shape [r, in], any floating dtype (float64 counts as float32), any device.
-        columns_of_w: ``W[:, cols]``, shape [out, c], same dtype.
+        parts: Such as ``W[rows] [r, in]`` and ``W[:, cols] [out, c]``; any floating dtype (float64 is taken as float32), the
+            same for all, any device.
 
     Returns:
-        ``{"dtype": <the dtype of W>, "float32": <hash>, "bfloat16": <hash>, "float16": <hash>}``; 32 hex digits each.
+        ``{"dtype": <the dtype of W>, "float32": <hash>, "bfloat16": <hash>, "float16": <hash>}``; 32 hex digits each. Empty
+        where an update reads nothing of W.
     """
-    record = {"dtype": dtype_name(rows_of_w.dtype)}
-    for name in _DTYPES:
-        record[name] = _hash(rows_of_w, columns_of_w, name)
-    return record
+    if not parts:
+        return {}
+    return {"dtype": dtype_name(parts[0].dtype)} | {name: _hash(parts, name) for name in _DTYPES}
 
 
-def same_base(record: Mapping[str, str], rows_of_w: Tensor, columns_of_w: Tensor) -> bool:
-    """Whether the slices are those that `record` was made from, compared in the coarser of the two dtypes.
+def same_base(record: Mapping[str, str], *parts: Tensor) -> bool:
+    """Whether the parts of W are those that `record` was made from, compared in the coarser of the two dtypes.
 
     bfloat16 and float16 are each the coarser for some numbers. A cast from one to the other happened only on one
     side, so either hash may be the one that agrees, and either is proof enough.
 
     Args:
-        record: what `fingerprint` returned when the adapter was saved.
-        rows_of_w: shape [r, in], of the base at hand.
-        columns_of_w: shape [out, c], of the base at hand.
+        record: What `fingerprint` returned when the adapter was saved.
+        parts: Of the base at hand.
     """
-    now, then = dtype_name(rows_of_w.dtype), record["dtype"]
+    if not record or not parts:
+        return not record and not parts
+    now, then = dtype_name(parts[0].dtype), record["dtype"]
     if now == "float32":
         candidates = [then]
     elif then == "float32":
         candidates = [now]
     else:
         candidates = list(dict.fromkeys((now, then)))
-    return any(record.get(name) == _hash(rows_of_w, columns_of_w, name) for name in candidates)
+    return any(record.get(name) == _hash(parts, name) for name in candidates)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -86,9 +87,9 @@ def dtype_name(dtype: torch.dtype) -> str:
     raise TypeError(f"no fingerprint of {dtype} weights: only float64, float32, bfloat16 and float16 are known")
 
 
-def _hash(rows_of_w: Tensor, columns_of_w: Tensor, name: str) -> str:
+def _hash(parts: Sequence[Tensor], name: str) -> str:
     digest = hashlib.sha256()
-    for part in (rows_of_w, columns_of_w):
+    for part in parts:
         # The cast is done on the CPU, where its rounding is the same on every machine.
         values = part.detach().cpu().to(_DTYPES[name]).contiguous()
         digest.update(repr(tuple(values.shape)).encode())

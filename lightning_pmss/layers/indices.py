@@ -38,7 +38,7 @@ class IndexTensors(nn.Module):
     def indices_on(self, device: torch.device) -> tuple[Tensor, ...]:
         """The index tensors on the device of the input: some engines move only parameters and buffers there."""
         own = tuple(getattr(self, name) for name in self.index_names)
-        if own[0].device == device:
+        if not own or own[0].device == device:
             return own
         moved = tuple(tensor.to(device) for tensor in own)
         if device.type != "meta":

@@ -8,16 +8,23 @@ pristine W and is merged again.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from lightning_pmss.layers.products import without_autocast
 from lightning_pmss.layers.quantised import dequantised, quantisation_of, requantised, value_dtype
+
+if TYPE_CHECKING:
+    from lightning_pmss.methods.method import Update
+
+_BLOCK = 2**20  # elements of W merged at a time
 
 
 @dataclass
@@ -50,9 +57,13 @@ class MergedLayer(nn.Module):
     quantised: bool
     transposed: bool
 
+    def of_one_device(self) -> tuple[Tensor, Update]:
+        """The pristine W ``[out, in]`` and the update, on the device of the update."""
+        raise NotImplementedError
+
     def merged_sum(self) -> tuple[Tensor, Tensor]:
         """(W', W' - W) in canonical layout, in float32 (float64 for a float64 base), from the pristine W."""
-        raise NotImplementedError
+        return exact_sum(*self.of_one_device())
 
     def merged_from(self, state: Mapping[str, Tensor], prefix: str) -> Tensor:
         """W' as the base stores it, from the layer's tensors in a state dict; the layer's own stay out of it.
@@ -90,7 +101,8 @@ class MergedLayer(nn.Module):
         Raises:
             ValueError: W' is not finite; the message names the layer.
         """
-        rounded, drift = rounded_sum(*self.merged_sum(), self._dense_dtype(), name)
+        weight, update = self.of_one_device()
+        rounded, drift = merge_update(weight, update, self._dense_dtype(), name)
         return (rounded.T.contiguous() if self.transposed else rounded), drift
 
     @torch.no_grad()
@@ -192,20 +204,79 @@ def merge_again(layer: MergedLayer, keys: Any) -> None:
             layer._show(rounded.T.contiguous() if layer.transposed else rounded)
 
 
-def rounded_sum(exact: Tensor, update: Tensor, dtype: torch.dtype, name: str) -> tuple[Tensor, LayerDrift]:
-    """A wide W' in the dtype of the weights, and what that cost.
+def exact_sum(weight: Tensor, update: Update) -> tuple[Tensor, Tensor]:
+    """W' and what is added to W, in float32 (float64 for a float64 W).
+
+    Args:
+        weight: The pristine W ``[out, in]``, any floating dtype.
+        update: Of it, on the same device.
+    """
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    with without_autocast(weight):  # a caller's autocast would round the product
+        change = update.delta(weight, dtype=wide)
+    return weight.to(wide) + change, change
+
+
+@torch.no_grad()
+def merge_update(weight: Tensor, update: Update, dtype: torch.dtype, name: str = "") -> tuple[Tensor, LayerDrift]:
+    """W' with one rounding: the one merge of models in memory and on disk.
+
+    Computed in float32 (float64 for a float64 W) in blocks of rows, so that the half dozen wide copies stay small beside W.
+
+    Args:
+        weight: The pristine W ``[out, in]``, any floating dtype; not changed.
+        update: Of it, on the same device.
+        dtype: Of the result.
+        name: Module name for errors.
 
     Raises:
-        ValueError: It is not finite.
+        ValueError: W' is not finite.
     """
-    rounded = exact.to(dtype)
-    if not bool(rounded.isfinite().all()):
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    merged = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    sums = _Sums()
+    step = max(1, _BLOCK // weight.shape[1])
+    with without_autocast(weight):
+        factors = update.factors(weight, wide)
+        for start in range(0, weight.shape[0], step):
+            block = slice(start, start + step)
+            change = update.delta(weight, block, wide) if factors is None else factors.b[block] @ factors.a
+            exact = weight[block].to(wide, copy=True).add_(change)  # a copy: `weight` may map the base's file
+            rounded = exact.to(dtype)
+            merged[block] = rounded
+            sums.add(change, exact, rounded.to(wide, copy=True).sub_(exact))
+    # NaN and infinity are among the extremes, which are found many times faster than by looking at every value.
+    if not math.isfinite(sums.weight) or not all(bool(extreme.isfinite()) for extreme in torch.aminmax(merged)):
         raise ValueError(
-            f"`{name}`: the merged weight is not finite (largest change {float(update.abs().max()):.3g}, dtype {dtype});"
-            " the run diverged or the dtype is too narrow. Nothing was merged."
+            f"`{name}`: the merged weight is not finite (largest change {sums.largest:.3g}, dtype {dtype}); the run diverged,"
+            " the base's own weights are not finite, or the dtype is too narrow. Nothing was merged."
         )
-    # U may come in float32 while W is narrower: the error is taken against the wide sum, not against itself.
-    return rounded, drift_of(rounded.to(exact.dtype) - exact, exact, update)
+    return merged, sums.drift()
+
+
+class _Sums:
+    """Squared norms gathered block by block, in float64."""
+
+    def __init__(self) -> None:
+        self.max_error = self.error = self.weight = self.update = self.largest = 0.0
+
+    def add(self, update: Tensor, exact: Tensor, error: Tensor) -> None:
+        self.max_error = max(self.max_error, *(abs(float(extreme)) for extreme in torch.aminmax(error)))
+        self.largest = max(self.largest, *(abs(float(extreme)) for extreme in torch.aminmax(update)))
+        self.error += _square(error)
+        self.weight += _square(exact)
+        self.update += _square(update)
+
+    def drift(self) -> LayerDrift:
+        def ratio(part: float, whole: float) -> float:
+            return math.sqrt(part / whole) if whole else 0.0
+
+        return LayerDrift(self.max_error, ratio(self.error, self.weight), ratio(self.error, self.update))
+
+
+def _square(matrix: Tensor) -> float:
+    """Squared Frobenius norm: the long sums in float64, without a float64 copy."""
+    return float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
 
 
 def drift_of(error: Tensor, exact: Tensor, update: Tensor) -> LayerDrift:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchmetrics import Metric
 
 from lightning_pmss.distributed.model_built import model_built
@@ -24,11 +24,7 @@ from lightning_pmss.evaluation.journal import Existing, Journal
 from lightning_pmss.evaluation.likelihood import IGNORED
 from lightning_pmss.evaluation.run import TextEvaluation, select
 from lightning_pmss.layers.parts import is_sharded
-from lightning_pmss.modules.buffers import (
-    computed_buffers_kept,
-    keep_buffers_under_fsdp1,
-    recompute_buffers_after_zero_init,
-)
+from lightning_pmss.modules import buffers
 from lightning_pmss.modules.chunked_loss import check_chunk, check_model, chunked_losses
 from lightning_pmss.modules.hub import announce_zero3, checkpoint_activations, load_causal_lm, load_tokenizer
 from lightning_pmss.modules.packed import check_packing
@@ -43,10 +39,9 @@ from lightning_pmss.modules.token_weighted import TokenWeighted
 class CausalLMModule(Reloading, TokenWeighted):
     """Fine-tunes a causal language model on the responses of prompt and response pairs.
 
-    The model and its tokenizer are loaded in `configure_model`, so that a strategy can shard what is loaded and a
-    callback can change it afterwards. Under FSDP2 rank 0 alone loads, and every rank gets its shards; under ZeRO-3
-    transformers partitions while it loads. All parameters that require grad are trained: all of them, unless someone froze
-    some.
+    `configure_model` loads the model and its tokenizer, so that a strategy can shard and a callback can change it afterwards.
+    Under FSDP2 rank 0 alone loads, and every rank gets its shards; under ZeRO-3 transformers partitions while it loads. All
+    parameters that require grad are trained.
 
     A training batch is a dict of ``input_ids``, ``attention_mask`` and ``labels``, int64 [B, T], right padded, with the
     label -100 on prompt and padding; packed batches have ``position_ids`` in place of the mask, which restart where an
@@ -168,20 +163,20 @@ class CausalLMModule(Reloading, TokenWeighted):
         elif isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
             self._zero3 = announce_zero3(strategy)
             self.model = self._load()
-            recompute_buffers_after_zero_init(self.model)
+            buffers.recompute_buffers_after_zero_init(self.model)
         else:
             self.model = self._load()
         if isinstance(strategy, FSDPStrategy):
             # On the instance: DeepSpeed warns about every class that overrides this hook.
             self.configure_gradient_clipping = self._clip_sharded  # type: ignore[method-assign]
-            keep_buffers_under_fsdp1(strategy)
+            buffers.keep_buffers_under_fsdp1(strategy)
         if self.loss_chunk is not None:
             check_model(self.model)
         if self.gradient_checkpointing:
             checkpoint_activations(self.model)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CausalLMModule:
-        with computed_buffers_kept(self.model):
+        with buffers.computed_buffers_kept(self.model):
             return super()._apply(fn, recurse)
 
     def _load(self) -> nn.Module:

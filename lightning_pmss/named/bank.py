@@ -8,15 +8,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lightning_pmss.conversion.convert import conversion_of, pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers, conversion_of
 from lightning_pmss.conversion.roots import adapted_root, canonical_modules
 from lightning_pmss.files.adapter import tensors_of
 from lightning_pmss.files.adapter_file import FreshTensor
 from lightning_pmss.files.fresh import live_tensors, new_rows
+from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.layers.parts import is_sharded
 from lightning_pmss.messages import some
-from lightning_pmss.methods.pmss.coordinates import Frame
-from lightning_pmss.named.states import LayerState
 
 _ATTRIBUTE = "pmss_adapters"
 
@@ -26,12 +25,12 @@ class NamedAdapter:
     """One adapter.
 
     Attributes:
-        layers: Its part of each layer it has.
+        layers: Of each layer it has, the trained, frozen and index tensors, in the rank of the live layer.
         extra: The tensors of the modules it trains in full.
         fresh: Those that it was trained beside and that no file of the base holds.
     """
 
-    layers: dict[str, LayerState]
+    layers: dict[str, dict[str, Tensor]]
     extra: dict[str, Tensor]
     fresh: dict[str, FreshTensor] = field(default_factory=dict)
 
@@ -81,15 +80,9 @@ def bank_of(model: nn.Module) -> Bank:
 def take(model: nn.Module, bank: Bank) -> None:
     """Keep the live values under the active adapter's name: they may have been trained."""
     active = bank.adapters[bank.active]
-    for name, layer in pmss_layers(model).items():
-        if name in active.layers:
-            active.layers[name].v.copy_(layer.core.weight)
-        elif bool(layer.core.weight.any()):  # a layer that this adapter did not have before
-            frame = layer.core.frame
-            kept = [getattr(frame, part, None) for part in ("left", "right", "gain")]
-            copies = [None if part is None else part.detach().clone() for part in kept]
-            rows, cols, v = (t.detach().clone() for t in (layer.rows, layer.cols, layer.core.weight))
-            active.layers[name] = LayerState(rows, cols, v, Frame(*copies))
+    for name, layer in adapted_layers(model).items():
+        if name in active.layers or has_update(layer):  # else a layer that this adapter does not have
+            active.layers[name] = {n: t.detach().clone() for n, t in layer.tensors().items()}
     live = places(model)
     for key, value in bank.base.items():
         if key in active.extra or not torch.equal(live[key], value):
@@ -100,19 +93,25 @@ def take(model: nn.Module, bank: Bank) -> None:
 def put(model: nn.Module, bank: Bank, name: str) -> None:
     """Copy an adapter into the live layers and modules."""
     adapter = bank.adapters[name]
-    for layer_name, layer in pmss_layers(model).items():
+    for layer_name, layer in adapted_layers(model).items():
         state = adapter.layers.get(layer_name)
         if state is None:
-            layer.core.weight.zero_()
+            for trained in layer.core.trained().values():
+                trained.zero_()
         else:
-            layer.rows.copy_(state.rows)
-            layer.cols.copy_(state.cols)
-            layer.core.set_frame(state.frame)
-            layer.core.weight.copy_(state.v)
+            for index_name, index in layer.indices().items():
+                index.copy_(state[index_name])
+            layer.core.set_frozen(state)
+            layer.set_numbers(state)
         layer.fingerprint = None  # of other rows and columns; taken anew where it is needed
     fill(places(model), bank.base | adapter.extra)
     fill_fresh(model, adapter.fresh)
     bank.active = name
+
+
+def has_update(layer: AdaptedLinear) -> bool:
+    """Whether every number of the layer's update is there: one factor that is zero makes it nothing."""
+    return all(bool(value.any()) for value in layer.update().numbers().values())
 
 
 def places(model: nn.Module) -> dict[str, Tensor]:
@@ -162,5 +161,5 @@ def refuse_used(bank: Bank, name: str) -> None:
 
 def refuse_merged(model: nn.Module) -> None:
     """A merged weight holds one adapter."""
-    if any(layer.merged for layer in pmss_layers(model).values()):
+    if any(layer.merged for layer in adapted_layers(model).values()):
         raise ValueError("the model is merged: unmerge(model) first.")

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from lightning_pmss.conversion.convert import conversion_of, pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.layers.guard import refuse_disabled
 from lightning_pmss.messages import some
+from lightning_pmss.methods.method import Update
 from lightning_pmss.named.bank import NamedAdapter, bank_of, different, refuse_unknown, refuse_used, take
-from lightning_pmss.named.states import Update, layer_state, same_skeleton, update_of, weighted
 
 
 @dataclass(frozen=True)
@@ -72,32 +72,32 @@ def combine_adapters(model: nn.Module, name: str, weights: Mapping[str, float]) 
             raise ValueError(
                 f"{first!r} and {part!r} were trained beside other values of {some(differ)}: no sum serves both."
             )
-    refuse_disabled(pmss_layers(model).values(), "set or combined")
+    refuse_disabled(adapted_layers(model).values(), "set or combined")
     take(model, bank)
-    report, layers = conversion_of(model), pmss_layers(model)
-    assert report is not None
+    layers = adapted_layers(model)
     done = Combination(name, {part: float(weight) for part, weight in weights.items()})
     sums: dict[str, Update] = {}
     for layer_name, layer in layers.items():
         owners = {
             part: bank.adapters[part].layers[layer_name] for part in weights if layer_name in bank.adapters[part].layers
         }
-        parts = {part: update_of(state, layer.scale) for part, state in owners.items()}
+        parts = {part: layer.method.update_of(state, layer.scale).trimmed() for part, state in owners.items()}
         if not parts:
             continue
-        sums[layer_name] = weighted([(done.weights[part], update) for part, update in parts.items()])
-        if same_skeleton(list(parts.values())):
+        total = layer.method.update_class.weighted([(done.weights[part], update) for part, update in parts.items()])
+        sums[layer_name] = total
+        if all(update.ranks == total.ranks for update in parts.values()):
             done.agreeing.append(layer_name)
         else:
-            done.joined[layer_name] = max(sums[layer_name].u.shape)
-    if narrow := [n for n, size in done.joined.items() if size > len(layers[n].rows)]:
+            done.joined[layer_name] = total.width
+    if narrow := [n for n, size in done.joined.items() if size > layers[n].rank]:
         raise ValueError(
             f"the adapters {some(list(weights))} have other rows and columns in {some(narrow)}, and their sum has rank"
             f" {max(done.joined[n] for n in narrow)}, more than these layers have here. Load them by load_adapters(model, ...,"
             f" rank={max(done.joined.values())}), or train them on one skeleton (skeleton_file=)."
         )
     states = {
-        n: layer_state(layers[n].base_weight(), update, len(layers[n].rows), report.config.coordinates, layers[n].scale)
+        n: layers[n].method.fitted(layers[n].base_weight(), update, layers[n].rank, layers[n].scale, n)
         for n, update in sums.items()
     }
     bank.adapters[name] = NamedAdapter(states, {}, dict(bank.adapters[first].fresh))

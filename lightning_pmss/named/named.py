@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_pmss.conversion.convert import conversion_of, convert, pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers, conversion_of, convert
 from lightning_pmss.conversion.converted import converted
 from lightning_pmss.conversion.report import ConversionReport
 from lightning_pmss.conversion.roots import canonical_modules
@@ -21,12 +21,15 @@ from lightning_pmss.conversion.targets import Names
 from lightning_pmss.files.adapter import check_also_train, check_base, check_modules, names_in, tensors_of
 from lightning_pmss.files.adapter_file import AdapterFile, read_adapter
 from lightning_pmss.files.fresh import check_fresh, live_tensors
+from lightning_pmss.layers.adapted import AdaptedLinear
+from lightning_pmss.layers.convertible import canonical_shape, is_transposed
 from lightning_pmss.layers.guard import refuse_disabled
 from lightning_pmss.layers.quantised import whole_weight
 from lightning_pmss.messages import some
-from lightning_pmss.methods.pmss.config import PMSSConfig
-from lightning_pmss.methods.pmss.layer import PMSSLinear, canonical_shape, is_transposed
-from lightning_pmss.methods.pmss.skeleton import Skeleton, SkeletonLayer
+from lightning_pmss.methods import method_of
+from lightning_pmss.methods.config import AdapterConfig
+from lightning_pmss.methods.given import Given, GivenLayer
+from lightning_pmss.methods.method import Kind, Method
 from lightning_pmss.named.bank import (
     Bank,
     NamedAdapter,
@@ -41,7 +44,6 @@ from lightning_pmss.named.bank import (
     refuse_used,
     take,
 )
-from lightning_pmss.named.states import LayerState, Update, layer_state
 from lightning_pmss.store import misfit
 
 _AT_ONCE = "Load all adapters at once into a fresh model: load_adapters(model, {'name': folder, ...})."
@@ -69,13 +71,14 @@ def load_adapters(
     """
     if not folders:
         raise ValueError("no adapters given: load_adapters(model, {'name': folder, ...}).")
-    if pmss_layers(model):
+    if adapted_layers(model):
         raise ValueError("the model is converted already: add_adapter(model, name, folder), or build a fresh model.")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank={rank!r} is not a rank; type a whole number of at least 1.")
     read = {name: read_adapter(folder) for name, folder in folders.items()}
-    given = {name: names_in(adapter, model) for name, adapter in read.items()}
-    root, *others = sorted({names.root for names in given.values()})
+    _refuse_several_methods(read)
+    found = {name: names_in(adapter, model) for name, adapter in read.items()}
+    root, *others = sorted({names.root for names in found.values()})
     if others:
         raise ValueError(
             f"these adapters are of several models inside this {type(model).__name__}: {some([root, *others])}."
@@ -85,14 +88,14 @@ def load_adapters(
         check_modules(adapter, modules, None, type(model).__name__)
         check_fresh(adapter, live_tensors(model, adapter.fresh, root), model)
         check_base(adapter, modules, type(model).__name__)
-        check_also_train(adapter, tensors_of(list(given[name].also_train), modules), model)
+        check_also_train(adapter, tensors_of(list(found[name].also_train), modules), model)
     _refuse_other_weights(read)
     sizes: dict[str, int] = {}
     for adapter in read.values():
         for name, stored in adapter.modules.items():
-            sizes[name] = max(sizes.get(name, 0), rank or 0, *stored.U.shape)
+            sizes[name] = max(sizes.get(name, 0), rank or 0, stored.update.width)
     sizes = {name: min(sizes[name], *canonical_shape(modules[name])) for name in modules if name in sizes}
-    also_train = sorted({module for names in given.values() for module in names.also_train})
+    also_train = sorted({module for names in found.values() for module in names.also_train})
     config = _config(next(iter(read.values())).options, sizes, also_train)
     for adapter in read.values():  # before any weight is read: that of a converted layer may be among them
         fill_fresh(model, adapter.fresh, root)
@@ -100,13 +103,13 @@ def load_adapters(
         name: NamedAdapter(_states(adapter, modules, sizes, config), dict(adapter.also_train), dict(adapter.fresh))
         for name, adapter in read.items()
     }
-    first: dict[str, LayerState] = {}
+    first: dict[str, dict[str, Tensor]] = {}
     for named in states.values():  # copies: the live layers keep the tensors they are made of
         first |= {n: copy.deepcopy(state) for n, state in named.layers.items() if n not in first}
-    skeleton = Skeleton(
-        {name: SkeletonLayer(state.rows, state.cols, state.frame) for name, state in first.items()}, config.coordinates
-    )
-    report = convert(model, config, skeleton=skeleton, names=Names(root, list(sizes), also_train))
+    method = method_of(config)
+    given = {n: GivenLayer(_derived(method, canonical_shape(modules[n]), sizes[n], t)) for n, t in first.items()}
+    names = Names(root, list(sizes), also_train, sizes)
+    report = convert(model, config, given=Given(given, complete=True), names=names)
     base = {key: value.detach().clone() for key, value in tensors_of(report.also_train, modules).items()}
     active = next(iter(states))
     bank = Bank(states, base, active)
@@ -130,13 +133,16 @@ def add_adapter(model: nn.Module, name: str, folder: str | os.PathLike[str]) -> 
     bank = bank_of(model)
     refuse_used(bank, name)
     adapter = read_adapter(folder)
-    modules, layers = canonical_modules(model), pmss_layers(model)
+    modules, layers = canonical_modules(model), adapted_layers(model)
+    if (report := conversion_of(model)) is not None and type(report.config) is not type(adapter.options):
+        kinds = adapter.options.label(), report.config.label()
+        raise ValueError(f"{adapter.folder} is an adapter of {kinds[0]}, and this model's are of {kinds[1]}.")
     check_modules(adapter, modules, None, type(model).__name__)
     if more := sorted(set(adapter.modules) - set(layers)):
         raise ValueError(f"{adapter.folder} has layers that are not converted: {some(more)}. {_AT_ONCE}")
-    sizes = {n: len(layer.rows) for n, layer in layers.items()}
-    if wide := [n for n, m in adapter.modules.items() if max(m.U.shape) > sizes[n]]:
-        ranks = f"{max(max(adapter.modules[n].U.shape) for n in wide)}"
+    sizes = {n: layer.rank for n, layer in layers.items()}
+    if wide := [n for n, m in adapter.modules.items() if m.update.width > sizes[n]]:
+        ranks = f"{max(adapter.modules[n].update.width for n in wide)}"
         raise ValueError(
             f"{adapter.folder} has a larger rank than {some(wide)} here. {_AT_ONCE} Or give rank={ranks} there."
         )
@@ -144,7 +150,6 @@ def add_adapter(model: nn.Module, name: str, folder: str | os.PathLike[str]) -> 
         raise ValueError(f"{adapter.folder} has {some(strange)} trained in full, which no adapter here has. {_AT_ONCE}")
     check_fresh(adapter, live_tensors(model, adapter.fresh), model)
     check_base(adapter, modules, type(model).__name__)
-    report = conversion_of(model)
     assert report is not None
     for key, value in adapter.also_train.items():
         if value.shape != bank.base[key].shape:
@@ -168,7 +173,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
     bank = bank_of(model)
     refuse_unknown(bank, name)
     refuse_merged(model)
-    refuse_disabled(pmss_layers(model).values(), "set or combined")
+    refuse_disabled(adapted_layers(model).values(), "set or combined")
     take(model, bank)
     put(model, bank, name)
 
@@ -207,7 +212,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: No converted layer, a merged model, or modules trained in full whose base values nobody kept.
     """
-    if not pmss_layers(model):
+    if not adapted_layers(model):
         raise ValueError(f"{type(model).__name__} has no converted layer, so there is no adapter to disable.")
     report, layers = converted(model, "disable the adapters of")
     refuse_merged(model)
@@ -280,20 +285,15 @@ def _refuse_other_weights(read: Mapping[str, AdapterFile]) -> None:
                 )
 
 
-def _config(first: PMSSConfig, sizes: Mapping[str, int], also_train: list[str]) -> PMSSConfig:
-    """The first adapter's options, for exactly these layers and ranks.
-
-    Each adapter has a rotation of its own part of W, so together they are kept in orthonormal coordinates.
-    """
+def _config(first: AdapterConfig, sizes: Mapping[str, int], also_train: list[str]) -> AdapterConfig:
+    """The first adapter's options, for exactly these layers and ranks."""
     return replace(
-        first,
-        coordinates="orthonormal" if first.coordinates == "rotation" else first.coordinates,
+        method_of(first).for_several(),
         target_modules="|".join(_exactly(name) for name in sizes),
         exclude_modules=(),
         rank=max(sizes.values()),
         rank_pattern={_exactly(name): size for name, size in sizes.items()},
         also_train="|".join(_exactly(name) for name in also_train) if also_train else (),
-        skeleton_file=None,
     )
 
 
@@ -304,16 +304,31 @@ def _exactly(name: str) -> str:
 
 @torch.no_grad()
 def _states(
-    adapter: AdapterFile, modules: Mapping[str, nn.Module], sizes: Mapping[str, int], config: PMSSConfig
-) -> dict[str, LayerState]:
-    states = {}
+    adapter: AdapterFile, modules: Mapping[str, nn.Module], sizes: Mapping[str, int], config: AdapterConfig
+) -> dict[str, dict[str, Tensor]]:
+    method, states = method_of(config), {}
     for name, stored in adapter.modules.items():
         layer = modules[name]
-        if isinstance(layer, PMSSLinear):
+        if isinstance(layer, AdaptedLinear):
             weight = layer.base_weight()
         else:
             with whole_weight(layer) as found:
                 weight = found.T if is_transposed(layer) else found
-        update = Update(stored.U, stored.rows, stored.cols)
-        states[name] = layer_state(weight, update, sizes[name], config.coordinates, config.scale_of(sizes[name]), name)
+        states[name] = method.fitted(weight, stored.update, sizes[name], config.scale_of(sizes[name]), name)
     return states
+
+
+def _derived(
+    method: Method[Any], shape: tuple[int, int], rank: int, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Those of a layer's tensors that are not trained."""
+    specs = method.specs(shape, rank)
+    return {name: tensor for name, tensor in tensors.items() if specs[name].kind is not Kind.TRAINED}
+
+
+def _refuse_several_methods(read: Mapping[str, AdapterFile]) -> None:
+    methods = {adapter.options.label() for adapter in read.values()}
+    if len(methods) > 1:
+        raise ValueError(
+            f"these adapters are of several methods ({', '.join(sorted(methods))}); load those of one at a time."
+        )

@@ -16,6 +16,7 @@ from lightning_pmss.store.tensors import (
     open_tensors,
     read_tensors,
     refuse_odd_type,
+    why_no_index,
 )
 from lightning_pmss.store.unreadable import refuse_unreadable
 
@@ -36,4 +37,5 @@ __all__ = [
     "read_tensors",
     "refuse_odd_type",
     "refuse_unreadable",
+    "why_no_index",
 ]

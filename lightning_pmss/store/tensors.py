@@ -167,11 +167,14 @@ def check_index(index: Tensor, size: int, name: str, where: str, remedy: str) ->
     Raises:
         ValueError: Another dtype or shape, none, one that is out of range, or one twice.
     """
+    if reason := why_no_index(index, size):
+        raise ValueError(f"{where}: {one_line(name)} {reason}. {remedy}")
+
+
+def why_no_index(index: Tensor, size: int) -> str | None:
+    """Why a tensor is no vector of distinct indices below `size`, to be put behind its name; None if it is."""
     if index.dtype not in (torch.int32, torch.int64) or index.dim() != 1 or not len(index):
-        raise ValueError(
-            f"{where}: {one_line(name)} is {index.dtype} {list(index.shape)}, and an index vector was expected. {remedy}"
-        )
+        return f"is {index.dtype} {list(index.shape)}, and an index vector was expected"
     if int(index.min()) < 0 or int(index.max()) >= size:
-        raise ValueError(f"{where}: {one_line(name)} holds indices outside 0..{size - 1}. {remedy}")
-    if len(index.unique()) != len(index):
-        raise ValueError(f"{where}: {one_line(name)} holds an index twice. {remedy}")
+        return f"holds indices outside 0..{size - 1}"
+    return "holds an index twice" if len(index.unique()) != len(index) else None

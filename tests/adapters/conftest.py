@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_pmss.conversion.convert import convert, pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers, convert
 from lightning_pmss.files import save_adapter
 from lightning_pmss.methods.pmss.config import PMSSConfig
 
@@ -58,7 +58,7 @@ def save(fresh: Callable[..., Any], tmp_path: Path) -> Save:
         model = fresh(dtype)
         report = convert(model, PMSSConfig(**{"rank": 6, **config}))
         generator = torch.Generator().manual_seed(seed)
-        for layer in pmss_layers(model).values():
+        for layer in adapted_layers(model).values():
             v = torch.randn(layer.core.weight.shape, generator=generator)
             layer.core.weight.data.copy_(v)
             rows, columns = (part.float() for part in layer.slices())

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
+from lightning_pmss.methods.pmss.method import PMSSUpdate
 from lightning_pmss.named import active_adapter, add_adapter, combine_adapters, load_adapters, set_adapter
-from lightning_pmss.named.states import Update, same_skeleton, weighted
 
 from .conftest import Save, logits
 
@@ -20,7 +20,7 @@ Fresh = Callable[..., Any]
 
 def _dense(model: Any) -> dict[str, Tensor]:
     found = {}
-    for name, layer in pmss_layers(model).items():
+    for name, layer in adapted_layers(model).items():
         weight = layer.base_weight().double()
         found[name] = weight[:, layer.cols] @ layer.core_update().detach().double() @ weight[layer.rows]
     return found
@@ -44,7 +44,7 @@ def test_on_one_skeleton_u_adds(fresh: Fresh, save: Save) -> None:
     weights = {"a": 0.7, "b": -1.5}
     done = combine_adapters(model, "both", weights)
     assert active_adapter(model) == "a"
-    assert len(done.agreeing) == len(pmss_layers(model))
+    assert len(done.agreeing) == len(adapted_layers(model))
     assert done.joined == {}
     assert str(done) == "both = 0.7 a + -1.5 b: 8 layers with the same rows and columns, U added"
     _check_sum(model, weights, "both")
@@ -80,7 +80,7 @@ def test_a_difference_with_itself_is_the_base(fresh: Fresh, save: Save) -> None:
     torch.testing.assert_close(logits(model), logits(fresh()))
     # What was trained of the active one counts.
     set_adapter(model, "a")
-    for layer in pmss_layers(model).values():
+    for layer in adapted_layers(model).values():
         layer.core.weight.data.mul_(3.0)
     combine_adapters(model, "a again", {"a": 1.0})
     wanted = logits(model)
@@ -92,20 +92,18 @@ def test_sum_of_updates() -> None:
     torch.manual_seed(0)
     weight = torch.randn(7, 9, dtype=torch.float64)
     updates = [
-        Update(torch.randn(2, 3, dtype=torch.float64), torch.tensor([5, 0, 2]), torch.tensor([8, 1])),
-        Update(torch.randn(3, 2, dtype=torch.float64), torch.tensor([2, 6]), torch.tensor([1, 0, 8])),
+        PMSSUpdate(torch.randn(2, 3, dtype=torch.float64), torch.tensor([5, 0, 2]), torch.tensor([8, 1])),
+        PMSSUpdate(torch.randn(3, 2, dtype=torch.float64), torch.tensor([2, 6]), torch.tensor([1, 0, 8])),
     ]
 
-    def dense(update: Update) -> Tensor:
-        return weight[:, update.cols] @ update.u @ weight[update.rows]
+    def dense(update: PMSSUpdate) -> Tensor:
+        return weight[:, update.cols] @ update.U @ weight[update.rows]
 
-    total = weighted([(2.0, updates[0]), (-1.0, updates[1])])
+    total = PMSSUpdate.weighted([(2.0, updates[0]), (-1.0, updates[1])])
     torch.testing.assert_close(dense(total), 2 * dense(updates[0]) - dense(updates[1]))
     assert (len(total.rows), len(total.cols)) == (4, 3)
-    assert not same_skeleton(updates)
-    turned = Update(updates[0].u[:, [1, 0, 2]], updates[0].rows[[1, 0, 2]], updates[0].cols)
-    assert same_skeleton([updates[0], turned])
-    torch.testing.assert_close(dense(weighted([(1.0, updates[0]), (1.0, turned)])), 2 * dense(updates[0]))
+    turned = PMSSUpdate(updates[0].U[:, [1, 0, 2]], updates[0].rows[[1, 0, 2]], updates[0].cols)
+    torch.testing.assert_close(dense(PMSSUpdate.weighted([(1.0, updates[0]), (1.0, turned)])), 2 * dense(updates[0]))
 
 
 def test_refusals(fresh: Fresh, save: Save) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from lightning_pmss.conversion.convert import convert, pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers, convert
 from lightning_pmss.files import export_lora, load_adapter, read_adapter, save_adapter
 from lightning_pmss.layers.fingerprint import fingerprint
 from lightning_pmss.merging import merge, unmerge
@@ -172,7 +172,7 @@ def test_hot_swap_compiles_nothing_again(fresh: Fresh, save: Save, expected: Exp
 def test_add_and_delete(fresh: Fresh, save: Save, expected: Expected) -> None:
     model = fresh()
     load_adapters(model, {"a": save("a")}, rank=10)
-    assert {len(layer.rows) for layer in pmss_layers(model).values()} == {10}
+    assert {len(layer.rows) for layer in adapted_layers(model).values()} == {10}
     add_adapter(model, "b", save("b", seed=2, rank=9, selection="random"))
     _close(logits(model), expected("a"))
     set_adapter(model, "b")
@@ -200,12 +200,12 @@ def test_other_bases_are_refused_before_anything_is_touched(fresh: Fresh, save: 
     layer = model.transformer.h[1].mlp.c_fc
     places = {name: read_adapter(f).modules["transformer.h.1.mlp.c_fc"] for name, f in (("a", first), ("b", second))}
     # The changed weight lies in b's skeleton only.
-    row = next(int(r) for r in places["b"].rows if r not in places["a"].rows)
+    row = next(int(r) for r in places["b"].update.rows if r not in places["a"].update.rows)
     col = next(c for c in range(24) if c not in places["a"].cols)
     layer.weight.data[col, row] *= 1.01  # Conv1D: stored [in, out]
     with pytest.raises(ValueError, match=r"b belongs to another base: the weights of transformer.h.1.mlp.c_fc in"):
         load_adapters(model, {"a": first, "b": second})
-    assert not pmss_layers(model)
+    assert not adapted_layers(model)
     load_adapters(model, {"a": first})
     with pytest.raises(ValueError, match=r"b belongs to another base: the weights of transformer.h.1.mlp.c_fc in"):
         add_adapter(model, "b", second)
@@ -217,7 +217,7 @@ def test_what_can_be_done_with_the_active_one(fresh: Fresh, save: Save, expected
     model = fresh()
     load_adapters(model, {"a": save("a", rank=8), "b": save("b", seed=2, rank=5, selection="random")})
     for name in "ba":
-        for layer in pmss_layers(model).values():  # as a checkpoint leaves it behind: of the adapter before
+        for layer in adapted_layers(model).values():  # as a checkpoint leaves it behind: of the adapter before
             layer.fingerprint = fingerprint(*layer.slices())
         set_adapter(model, name)
         save_adapter(model, tmp_path / f"again-{name}")

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_pmss import PMSSCallback
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 from tests.callbacks.toys import Numbers, Toy, trainer
 from tests.leaving import leave
 
@@ -43,7 +43,7 @@ def run(folder: Path, checkpoint: str | None) -> tuple[Toy, L.Trainer]:
 if __name__ == "__main__":
     folder, checkpoint = Path(sys.argv[1]), sys.argv[2] or None
     module, runner = run(folder, checkpoint)
-    layers = pmss_layers(module)
+    layers = adapted_layers(module)
     record = {
         "indices": {n: [layer.rows.tolist(), layer.cols.tolist()] for n, layer in layers.items()},
         "u": {n: layer.core.weight.tolist() for n, layer in layers.items()},

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from lightning_pmss import PMSSCallback, load_adapter
 from lightning_pmss.callbacks.averaging import refuse_averages
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 from tests.callbacks.toys import LateToy, Numbers, Toy, inputs, make_net, plain_loader, trainer
 
 DECAY = 0.8
@@ -47,7 +47,7 @@ class Recorder(L.Callback):
 
 
 def values(module: Any) -> dict[str, Tensor]:
-    return {n: layer.core.weight.detach().clone() for n, layer in pmss_layers(module).items()}
+    return {n: layer.core.weight.detach().clone() for n, layer in adapted_layers(module).items()}
 
 
 def averaging(kind: str) -> L.Callback:
@@ -87,7 +87,7 @@ def run(
 def test_results_are_of_the_average(tmp_path: Path, kind: str, first: bool, late: bool) -> None:
     module, recorder = run(tmp_path, kind, first, LateToy() if late else Toy())
     mean, base, x = expected(kind, recorder), make_net(), inputs().tensors[0]
-    for name, layer in pmss_layers(module).items():
+    for name, layer in adapted_layers(module).items():
         torch.testing.assert_close(layer.core.weight.double(), mean[name], rtol=1e-5, atol=1e-6)
         assert (layer.core.weight - recorder.steps[-1][name]).norm() > 0.05 * layer.core.weight.norm()
         assert torch.equal(layer.weight, base.get_submodule(name.removeprefix("net.")).weight)
@@ -96,7 +96,7 @@ def test_results_are_of_the_average(tmp_path: Path, kind: str, first: bool, late
     state = load_file(tmp_path / "out" / "merged" / "model.safetensors")
     plain.load_state_dict({k.removeprefix("net."): v for k, v in state.items()})
     with torch.no_grad():
-        for name, layer in pmss_layers(fresh).items():
+        for name, layer in adapted_layers(fresh).items():
             layer.core.weight.copy_(mean[name])
         reference = fresh.net(x)
         load_adapter(fresh, tmp_path / "out" / "adapter")
@@ -216,7 +216,7 @@ def test_an_average_of_ones_own_is_written_and_its_rounding_reported(tmp_path: P
         runner.fit(module, plain_loader())
     fresh = Toy()
     load_adapter(fresh, tmp_path / "out" / "adapter")  # it belongs to the base as it was
-    for name, layer in pmss_layers(fresh).items():
+    for name, layer in adapted_layers(fresh).items():
         torch.testing.assert_close(layer.core.weight, own.mean[f"{name}.core.weight"], rtol=1e-4, atol=1e-6)
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, LambdaCallback, Weig
 from torch import Tensor
 
 from lightning_pmss import PMSSCallback, load_adapter
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 from tests.callbacks.toys import Toy, plain_loader, trainer
 
 
@@ -65,7 +65,7 @@ def test_the_adapter_of_a_loaded_average_belongs_to_the_base_as_it_was(tmp_path:
         run(tmp_path, Toy(), average)
     fresh = Toy()
     load_adapter(fresh, tmp_path / "out" / "adapter")
-    for name, layer in pmss_layers(fresh).items():
+    for name, layer in adapted_layers(fresh).items():
         torch.testing.assert_close(layer.core.weight, average.mean[f"{name}.core.weight"], rtol=1e-4, atol=1e-6)
 
 

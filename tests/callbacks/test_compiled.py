@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lightning_pmss import PMSSCallback, PMSSConfig, convert, load_adapter, save_adapter
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.files import write_merged
 from lightning_pmss.layers.parts import clean_name, clean_state, own_keys
 from lightning_pmss.merging import merged_state_dict
@@ -100,7 +100,7 @@ def test_checkpoints_go_on_in_the_other_form(tmp_path: Path, plain: tuple[Path, 
         fit(folder, toy(way))
     module = fit(tmp_path, toy(None if back else way), folder / "saved" / "epoch=1.ckpt")
     assert module.losses == reference.losses[-len(module.losses) :]
-    for ours, theirs in zip(pmss_layers(module).values(), pmss_layers(reference).values(), strict=True):
+    for ours, theirs in zip(adapted_layers(module).values(), adapted_layers(reference).values(), strict=True):
         assert torch.equal(ours.core.weight, theirs.core.weight)
 
 
@@ -146,7 +146,7 @@ def test_folders_of_a_hugging_face_model_with_a_compiled_part(tmp_path: Path, ti
     parent, _, name = part.rpartition(".")
     setattr(model.get_submodule(parent), name, compiled(model.get_submodule(part)))
     convert(model, PMSSConfig(rank=4))
-    for layer in pmss_layers(model).values():
+    for layer in adapted_layers(model).values():
         nn.init.normal_(layer.core.weight, std=0.3)
     ids = torch.arange(12)[None]
     expected = model(ids).logits

@@ -20,7 +20,7 @@ from tests.callbacks.toys import Numbers, Toy, make_net, plain_loader, trainer
 
 
 def _callback(folder: Path) -> PMSSCallback:
-    return PMSSCallback(["0"], rank=5, also_train=["2"], output_dir=folder, merge_on_save=None)
+    return PMSSCallback(target_modules=["0"], rank=5, also_train=["2"], output_dir=folder, merge_on_save=None)
 
 
 @pytest.fixture(scope="module")

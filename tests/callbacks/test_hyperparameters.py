@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from lightning_pmss import PMSSCallback, PMSSConfig
+from lightning_pmss import AdapterCallback, PMSSCallback, PMSSConfig
 from lightning_pmss.callbacks.hyperparameters import log_hyperparameters
 from tests.callbacks.toys import Numbers, Toy, trainer
 
@@ -76,7 +77,8 @@ def test_every_logger_has_the_options_and_the_modules_own(tmp_path: Path, module
     more = {"pmss/merge_on_save": None, "pmss/on_nonfinite": "stop", "pmss/converted_layers": 2}
     for kept in (stored, *(keeper.kept for keeper in keepers)):
         assert {**options, **figures, **more, **own, "fold": 3}.items() <= kept.items()
-        named = set(inspect.signature(PMSSCallback.__init__).parameters) - {"self"}
+        named = set(inspect.signature(AdapterCallback.__init__).parameters) - {"self", "config"}
+        named |= {field.name for field in dataclasses.fields(PMSSConfig)}
         assert {f"pmss/{name}" for name in named} <= set(kept)
         assert kept["pmss/output_dir"] == str(tmp_path / "out")
     assert dict(module.hparams) == own

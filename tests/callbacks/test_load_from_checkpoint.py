@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_pmss import PMSSCallback
-from lightning_pmss.conversion.convert import conversion_of, pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers, conversion_of
 from lightning_pmss.datamodules import ArithmeticDataModule
 from lightning_pmss.modules import CausalLMModule
 from tests.callbacks.toys import LateToy, Toy, inputs, make_net, plain_loader, trainer
@@ -79,7 +79,7 @@ def test_a_module_of_anyone(tmp_path: Path, kind: type[Toy], strict: bool | None
 def test_hyper_parameters_stay_those_of_the_module(tmp_path: Path) -> None:
     _, ckpt = _fit(tmp_path, Sized(0.5, name="first"))
     again = Sized.load_from_checkpoint(ckpt, name="typed")
-    assert (again.factor, again.name, len(pmss_layers(again))) == (0.5, "typed", 2)
+    assert (again.factor, again.name, len(adapted_layers(again))) == (0.5, "typed", 2)
     assert dict(again.hparams) == {"factor": 0.5, "name": "typed"}
     _, ckpt = _fit(tmp_path / "boxed", Boxed({"a": 1}))
     assert torch.load(ckpt)["hyper_parameters"] == {"a": 1}
@@ -96,7 +96,7 @@ def test_hyper_parameters_that_lightning_cli_has_saved(tmp_path: Path) -> None:
         == "lightning_pmss.checkpoints.restoring.instantiate_by_cli"
     )
     again = Sized.load_from_checkpoint(ckpt)
-    assert (again.factor, again.name, len(pmss_layers(again))) == (0.5, "none", 2)
+    assert (again.factor, again.name, len(adapted_layers(again))) == (0.5, "none", 2)
 
 
 def test_another_base_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_pmss import PMSSCallback
 from lightning_pmss.callbacks.nonfinite import NonFiniteCheck
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 from tests.callbacks.toys import Toy, plain_loader, trainer
 
 
@@ -196,7 +196,7 @@ def test_nan_in_a_module_that_trains_in_full(tmp_path: Path) -> None:
 
 def test_overflows_of_a_scaler_are_its_own_affair() -> None:
     runner: Any = trainer(Path(), None)
-    check = NonFiniteCheck("stop", runner, Toy(), pmss_layers(Toy()), "plain")
+    check = NonFiniteCheck("stop", runner, Toy(), adapted_layers(Toy()), "plain")
     check._scaled = True
     parameter = nn.Parameter(torch.zeros(2))
     parameter.grad = torch.tensor([float("inf"), 0.0])

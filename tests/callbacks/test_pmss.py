@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_pmss import PMSSCallback, PMSSConfig, PMSSLinear, convert, load_adapter, merge
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 from tests.callbacks.toys import LateToy, Toy, make_net, plain_loader, trainer
 
 
@@ -120,7 +120,7 @@ class Muon(Toy):
 def test_muon_trains_whole_cores_and_refuses_packed_ones(tmp_path: Path) -> None:
     module = Muon()
     trainer(tmp_path, callback(tmp_path)).fit(module, plain_loader())
-    for layer in pmss_layers(module).values():
+    for layer in adapted_layers(module).values():
         # Whatever the gradient's singular values, the first steps move V alike in all directions.
         values = torch.linalg.svdvals(layer.core.weight.detach())
         assert values[-1] > 0.1 * values[0]
@@ -277,7 +277,7 @@ def test_misfit_checkpoint_is_refused_before_loading(tmp_path: Path, change: Any
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, callback(tmp_path)).fit(module, plain_loader(), ckpt_path=str(tmp_path / "bad.ckpt"))
     assert not module.losses
-    assert all((layer.core.weight == 0).all() for layer in pmss_layers(module).values())
+    assert all((layer.core.weight == 0).all() for layer in adapted_layers(module).values())
 
 
 def test_checkpoint_of_another_base_is_refused(tmp_path: Path) -> None:
@@ -373,9 +373,28 @@ def test_bf16_true_keeps_u_in_float32(tmp_path: Path) -> None:
 
 def test_callback_takes_every_field_of_the_config() -> None:
     import dataclasses
-    import inspect
 
-    parameters = inspect.signature(PMSSCallback).parameters
-    for field in dataclasses.fields(PMSSConfig):
-        assert field.name in parameters
+    others = {
+        "rank": 3,
+        "rank_pattern": {"a": 2},
+        "root": "policy",
+        "seed": 5,
+        "dropout": 0.5,
+        "scale": 2.0,
+        "oversample": 1,
+    }
+    others |= {"selection": "norm", "row_mode": "nested", "coordinates": "raw", "edit": "input", "memory": "keep"}
+    others |= {"target_modules": ["a"], "exclude_modules": ["b"], "also_train": ["c"], "skeleton_file": "file"}
+    assert others.keys() == {field.name for field in dataclasses.fields(PMSSConfig)}
+    assert PMSSCallback(**others).config == PMSSConfig(**others)  # type: ignore[arg-type]
     assert PMSSCallback().config == PMSSConfig()
+    with pytest.raises(TypeError, match="rnak"):
+        PMSSCallback(rnak=3)
+
+
+def test_each_option_is_written_once_and_shown_wherever_it_can_be_given() -> None:
+    for cls in (PMSSCallback, PMSSConfig):
+        for option in ("target_modules", "also_train", "coordinates", "memory"):
+            assert cls.__doc__.count(f"\n        {option}: ") == 1, option  # type: ignore[union-attr]
+    assert "\n        merge_on_save: " in (PMSSCallback.__doc__ or "")
+    assert "\n        rank: Rows and columns" in (PMSSConfig.__doc__ or "")

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM
 
 from lightning_pmss import PMSSCallback, load_adapter
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.datamodules import ArithmeticDataModule
 from lightning_pmss.evaluation.identity import model_hash
 from lightning_pmss.layers.quantised import is_quantised
@@ -67,9 +67,9 @@ def test_fit_writes_an_adapter_and_a_dense_model_and_resumes(
 ) -> None:
     module, losses, trainer, data = run(tmp_path / "whole", tiny_llama, quantisation)
     assert len(losses) == 6
-    assert all(is_quantised(layer) for layer in pmss_layers(module).values())
-    assert len(pmss_layers(module)) == 14
-    assert sum(float(layer.core.weight.detach().norm()) > 0 for layer in pmss_layers(module).values()) == 14
+    assert all(is_quantised(layer) for layer in adapted_layers(module).values())
+    assert len(adapted_layers(module)) == 14
+    assert sum(float(layer.core.weight.detach().norm()) > 0 for layer in adapted_layers(module).values()) == 14
 
     checkpoint = tmp_path / "whole" / "checkpoints" / "step=3.ckpt"
     state = torch.load(checkpoint)["state_dict"]
@@ -78,12 +78,12 @@ def test_fit_writes_an_adapter_and_a_dense_model_and_resumes(
 
     batch = torch.tensor([[1, 5, 9, 60, 3, 8]])
     with torch.no_grad():
-        for layer in pmss_layers(module).values():
+        for layer in adapted_layers(module).values():
             layer.dropout = 0.0
         expected = module.model.train()(input_ids=batch).logits  # in evaluation mode int8 quantises the activations too
         again = load_causal_lm(tiny_llama, quantisation=quantisation)
         load_adapter(again, tmp_path / "whole" / "out" / "adapter")
-        for layer in pmss_layers(again).values():
+        for layer in adapted_layers(again).values():
             layer.dropout = 0.0
         torch.testing.assert_close(again.train()(input_ids=batch).logits, expected, rtol=1e-4, atol=1e-5)
         dense = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "out" / "merged")
@@ -114,7 +114,7 @@ def test_bf16_true_and_gradient_checkpointing(quantisation: str, tiny_llama: str
         enable_progress_bar=False, enable_model_summary=False, callbacks=[PMSSCallback(rank=8, merge_on_save=None)],
     )  # fmt: skip
     trainer.fit(module, data)
-    for layer in pmss_layers(module).values():
+    for layer in adapted_layers(module).values():
         assert is_quantised(layer)
         assert layer.core.weight.dtype == torch.float32
         assert float(layer.core.weight.detach().norm()) > 0

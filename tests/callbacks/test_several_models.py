@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_pmss import PMSSCallback, PMSSConfig, PMSSLinear, convert, export_lora, load_adapter, save_adapter
 from lightning_pmss.cli import PMSSCLI
-from lightning_pmss.conversion.convert import conversion_of, pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers, conversion_of
 from lightning_pmss.files import merge_files, read_adapter
 from lightning_pmss.named import load_adapters
 from tests.callbacks.toys import Toy, inputs, make_net, plain_loader, trainer
@@ -142,7 +142,7 @@ def test_root_of_a_module_whose_models_are_all_awake(tiny_llama: str, tmp_path: 
     module = Preference(tiny_llama, rest=False)
     callback = PMSSCallback(rank=4, root="policy", output_dir=tmp_path / "out")
     trainer(tmp_path, callback, max_epochs=1).fit(module, plain_loader())
-    assert set(pmss_layers(module)) == set(pmss_layers(module.policy))
+    assert set(adapted_layers(module)) == set(adapted_layers(module.policy))
     report = conversion_of(module)
     assert report is not None
     assert report.left_out["reference.model.layers.0.mlp.up_proj"] == "outside of root='policy'"
@@ -176,7 +176,7 @@ def test_what_was_left_out_stays_in_eval_mode(tiny_llama: str, tmp_path: Path) -
     assert module.model.training
     assert module.model.model.layers[1].training
     assert not any(m.training for m in module.model.model.layers[0].modules())
-    assert {n.split(".")[2] for n in pmss_layers(module)} == {"1"}
+    assert {n.split(".")[2] for n in adapted_layers(module)} == {"1"}
     # The adapter names its layers: it does not depend on what is frozen where it is loaded.
     plain = AutoModelForCausalLM.from_pretrained(tiny_llama)
     load_adapter(plain, tmp_path / "out" / "adapter")
@@ -200,7 +200,7 @@ def test_root_of_a_plain_module_and_a_critic_beside_it(tmp_path: Path) -> None:
     module = Critic()
     callback = PMSSCallback(rank=4, root="policy", also_train=["critic"], output_dir=tmp_path / "out")
     trainer(tmp_path, callback, max_epochs=3).fit(module, plain_loader())
-    assert set(pmss_layers(module)) == {"0", "2"}
+    assert set(adapted_layers(module)) == {"0", "2"}
     x = inputs()[:4][0]
     expected, judged = module.policy(x), module.critic(module.policy(x))
     again = Critic()
@@ -216,7 +216,7 @@ def test_root_of_a_plain_module_and_a_critic_beside_it(tmp_path: Path) -> None:
 def test_root_alone_loads_into_the_plain_policy(tmp_path: Path) -> None:
     module = Critic()
     convert(module, PMSSConfig(rank=4, root="policy"))
-    for layer in pmss_layers(module).values():
+    for layer in adapted_layers(module).values():
         nn.init.normal_(layer.core.weight)
     save_adapter(module, tmp_path / "adapter")
     save_adapter(module.policy, tmp_path / "same")
@@ -234,7 +234,7 @@ def test_a_root_that_was_converted_before_by_itself(tmp_path: Path) -> None:
     module = Critic()
     report = convert(module.policy, PMSSConfig(rank=4))
     assert convert(module, PMSSConfig(rank=4, root="policy")) is report
-    assert set(pmss_layers(module)) == {"0", "2"}
+    assert set(adapted_layers(module)) == {"0", "2"}
     save_adapter(module, tmp_path / "adapter")
     load_adapter(make_net(), tmp_path / "adapter")
 
@@ -243,7 +243,7 @@ def test_a_copy_of_the_policy_made_after_the_conversion_is_not_part_of_the_adapt
     module = Critic()
     convert(module, PMSSConfig(rank=4, root="policy"))
     module.old = copy.deepcopy(module.policy)
-    assert set(pmss_layers(module)) == {"0", "2"}
+    assert set(adapted_layers(module)) == {"0", "2"}
     save_adapter(module, tmp_path / "adapter")
     load_adapter(make_net(), tmp_path / "adapter")
 
@@ -259,13 +259,13 @@ def test_a_copy_of_the_policy_made_after_the_conversion_is_not_part_of_the_adapt
 def test_another_root_is_refused(first: dict[str, Any], second: dict[str, Any], message: str) -> None:
     module = Critic()
     convert(module, PMSSConfig(rank=4, **first))
-    before = set(pmss_layers(module))
+    before = set(adapted_layers(module))
     if second == {"root": "old"}:  # another model in the same module: a conversion of its own
         assert set(convert(module, PMSSConfig(rank=4, **second)).children) == {"old"}
         return
     with pytest.raises(ValueError, match=message):
         convert(module, PMSSConfig(rank=4, **second))
-    assert set(pmss_layers(module)) == before
+    assert set(adapted_layers(module)) == before
 
 
 def test_a_root_that_is_no_module_is_refused(tmp_path: Path) -> None:

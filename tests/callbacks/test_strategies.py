@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy, size_based_auto_wrap_policy
 
 from lightning_pmss import PMSSConfig, PMSSWrapPolicy, convert
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.distributed import sharding
 from lightning_pmss.distributed.sharding import engine_of, prepare_strategy
 from tests.callbacks.toys import Toy
@@ -78,7 +78,7 @@ def test_the_policy_makes_a_unit_of_everything_that_trains() -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), nn.LayerNorm(4), nn.Linear(4, 2))
     convert(model, PMSSConfig(["0.0", "0.1"], rank=2, also_train=["2"]))
     units = PMSSWrapPolicy(layers=[])._run_policy(model, set(), {"mixed_precision": "bf16"})
-    cores = [layer.core for layer in pmss_layers(model).values()]
+    cores = [layer.core for layer in adapted_layers(model).values()]
     assert set(units) == {*cores, *(core.frame for core in cores), model[2]}
     assert all(units[core]["mixed_precision"] is None for core in cores)
     assert units[model[2]] == {"mixed_precision": "bf16"}

@@ -116,6 +116,29 @@ def test_fit_trains_u_and_writes_results(tiny_llama: str, tmp_path: Path) -> Non
     assert load_file(output / "model.safetensors")["model.embed_tokens.weight"].dtype == torch.bfloat16
 
 
+def test_another_method_in_the_place_of_pmss(tiny_llama: str, tmp_path: Path) -> None:
+    from lightning_pmss.files import read_adapter
+
+    more = [
+        "--adapter",
+        "LoRAConfig",
+        "--adapter.rank=4",
+        "--adapter.alpha=8",
+        "--pmss.target_modules=[q_proj, v_proj]",
+    ]
+    main(["fit", *small(tiny_llama, tmp_path, *more)])
+    run = tmp_path / "runs" / "quickstart" / "version_0"
+    adapter = read_adapter(run / "adapter")
+    assert (adapter.options.method, adapter.options.rank) == ("lora", 4)
+    assert sorted({name.rpartition(".")[2] for name in adapter.modules}) == ["q_proj", "v_proj"]
+    assert all(bool(module.update.B.any()) for module in adapter.modules.values())  # type: ignore[attr-defined]
+    assert (run / "merged" / "model.safetensors").exists()
+    again = small(tiny_llama, tmp_path, *more)
+    main(["test", *again, f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"])
+    main(["test", *small(tiny_llama, tmp_path, *more, "--adapter.target_modules=[q_proj, v_proj]")])
+    main(["inspect", str(run / "adapter"), "--base", tiny_llama])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

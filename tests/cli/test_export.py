@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_pmss.cli import main
-from lightning_pmss.conversion.convert import convert, pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers, convert
 from lightning_pmss.files import export_lora, merge_files, save_adapter
 from lightning_pmss.merging import merge
 from lightning_pmss.methods.pmss.config import PMSSConfig
@@ -26,7 +26,7 @@ def _model(folder: str) -> torch.nn.Module:
     model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     convert(model, PMSSConfig(rank=20))
     generator = torch.Generator().manual_seed(0)
-    for layer in pmss_layers(model).values():
+    for layer in adapted_layers(model).values():
         layer.core.weight.data.copy_(torch.randn(layer.core.weight.shape, generator=generator))
     return model
 
@@ -123,10 +123,10 @@ def test_live_refusals(tiny_llama: str, tmp_path: Path) -> None:
     model = _model(tiny_llama)
     with pytest.raises(ValueError, match="rank=8.5 is not a rank"):
         export_lora(model, tmp_path / "lora", rank=8.5)  # type: ignore[arg-type]
-    pmss_layers(model)["model.layers.0.mlp.up_proj"].core.weight.data.mul_(1e6)
+    adapted_layers(model)["model.layers.0.mlp.up_proj"].core.weight.data.mul_(1e6)
     with pytest.raises(ValueError, match="update is too large for this dtype"):
         export_lora(model, tmp_path / "lora", dtype="float16", progress=False)
-    pmss_layers(model)["model.layers.0.mlp.up_proj"].core.weight.data[0, 0] = float("nan")
+    adapted_layers(model)["model.layers.0.mlp.up_proj"].core.weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"NaN or infinite values in model.layers.0.mlp.up_proj.U"):
         export_lora(model, tmp_path / "lora", progress=False)
     assert list(tmp_path.iterdir()) == []

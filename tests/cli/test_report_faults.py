@@ -80,7 +80,7 @@ def test_each_fault_is_one_sentence(folder: Path, name: str, text: str, message:
         ("config.yaml", "\xff", "Configuration", "config.yaml is no text", 6),
         ("summary-test.json", "[]", "Scores: test", "summary-test.json holds no JSON object", 6),
         ("adapter/adapter_config.json", "[", "The update", "is not readable JSON", 4),
-        ("adapter/adapter_config.json", "{}", "The update", "does not describe a PMSS adapter", 4),
+        ("adapter/adapter_config.json", "{}", "The update", "does not describe an adapter of lightning-pmss", 4),
         ("adapter/adapter_model.safetensors", "x", "The update", "is not a complete safetensors file", 4),
     ],
 )

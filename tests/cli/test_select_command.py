@@ -44,7 +44,7 @@ def test_every_option_reaches_the_file(tiny_llama: str, tmp_path: Path, capsys: 
         "seed": 7,
         "coordinates": "spectral",
     }
-    assert {name: len(layer.rows) for name, layer in skeleton.layers.items()} == {
+    assert {name: len(layer.tensors["rows"]) for name, layer in skeleton.layers.items()} == {
         "model.layers.0.self_attn.q_proj": 6,
         "model.layers.0.mlp.up_proj": 4,
     }

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_pmss.methods.pmss.layer import PMSSLinear, coordinate_frame
+from lightning_pmss import PMSSConfig
+from lightning_pmss.layers.adapted import AdaptedLinear
+from lightning_pmss.methods.pmss.layer import PMSSLinear
+from lightning_pmss.methods.pmss.method import PMSS
 from lightning_pmss.methods.pmss.selection import select_skeleton
 
 KINDS = ("linear", "conv1d")
@@ -61,13 +64,18 @@ def pmss_layer(
     )
 
 
-def adopted(layer: nn.Module, rank: int, coordinates: str = "orthonormal", **adopt: Any) -> PMSSLinear:
+def adopted(
+    layer: nn.Module, rank: int, coordinates: str = "orthonormal", scale: float = 1.0, **options: Any
+) -> PMSSLinear:
     """Convert one layer as it stands; U is zero."""
     stored = layer.weight.detach()  # type: ignore[union-attr, operator]
     weight = stored.T if type(layer).__name__ == "Conv1D" else stored
     rows, cols = select_skeleton(weight, rank)
-    frame = coordinate_frame(weight[:, cols], weight[rows], coordinates, weight=weight)
-    converted = PMSSLinear.adopt(layer, rows, cols, frame, coordinates=coordinates, **adopt)
+    method = PMSS(PMSSConfig(rank=rank, coordinates=coordinates, **options))
+    derived = method.derive(weight, rank, "", {"rows": rows, "cols": cols})
+    start = method.start((weight.shape[0], weight.shape[1]), rank, "")
+    converted = AdaptedLinear.adopt(layer, method, rank, start, derived, scale)
+    assert isinstance(converted, PMSSLinear)
     converted.requires_grad_(False)
     converted.core.weight.requires_grad_(True)
     return converted

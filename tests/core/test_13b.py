@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from lightning_pmss import PMSSConfig, convert
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.layers.fingerprint import fingerprint
 
 ARCHITECTURE = Path(__file__).parents[1] / "fixtures" / "architectures" / "llama-2-13b.json"
@@ -63,5 +63,5 @@ def test_parameter_counts_are_those_of_the_table(
     assert report.trainable == pytest.approx(trained, rel=5e-3)
     assert report.total == TOTAL + report.trainable
     assert 100 * report.trainable / TOTAL == pytest.approx(percent, abs=6e-4)
-    assert all(layer.weight.is_meta for layer in pmss_layers(model).values())
+    assert all(layer.weight.is_meta for layer in adapted_layers(model).values())
     assert all(p.is_meta for p in model.parameters())

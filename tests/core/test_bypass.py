@@ -7,7 +7,7 @@ import torch
 from dense import random_like, train, update
 from torch import Tensor, nn
 
-from lightning_pmss.conversion.convert import convert, pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers, convert
 from lightning_pmss.methods.pmss.config import PMSSConfig
 
 OPTIONS = {"d_model": 16, "nhead": 2, "dim_feedforward": 32, "dropout": 0.0, "batch_first": True}
@@ -28,7 +28,7 @@ def _pair(kind: str, activation: str = "relu", norm_first: bool = False) -> tupl
     model, dense = _encoder(kind, activation, norm_first), _encoder(kind, activation, norm_first)
     convert(model, PMSSConfig(rank=6))
     plain = dict(dense.named_modules())
-    for i, (name, layer) in enumerate(pmss_layers(model).items()):
+    for i, (name, layer) in enumerate(adapted_layers(model).items()):
         train(layer, seed=i)
         plain[name].weight.data += update(layer)  # type: ignore[union-attr, operator]
     return model, dense
@@ -86,7 +86,7 @@ def test_encoder_trains_and_says_what_was_switched_off() -> None:
     )
     assert sum("fused inference path" in note for note in report.notes) == 2
     model.train()(random_like(3, 5, 16)).square().sum().backward()
-    for name, layer in pmss_layers(model).items():
+    for name, layer in adapted_layers(model).items():
         assert layer.core.weight.grad is not None, name
         assert torch.count_nonzero(layer.core.weight.grad) > 0, name
 

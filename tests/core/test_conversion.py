@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from lightning_pmss import PMSSConfig, PMSSLinear, convert
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 
 
 class Block(nn.Module):
@@ -262,12 +262,14 @@ def test_skeleton_file_replaces_the_selection(tmp_path: Path) -> None:
     chosen = Net()
     convert(chosen, PMSSConfig(rank=4, selection="random", seed=7))
     file = tmp_path / "skeleton.safetensors"
-    save_file({f"{n}.{k}": getattr(x, k).int() for n, x in pmss_layers(chosen).items() for k in ("rows", "cols")}, file)
+    save_file(
+        {f"{n}.{k}": getattr(x, k).int() for n, x in adapted_layers(chosen).items() for k in ("rows", "cols")}, file
+    )
     model = Net()
     convert(model, PMSSConfig(rank=4, skeleton_file=str(file)))
-    for name, layer in pmss_layers(model).items():
-        assert torch.equal(layer.cols, pmss_layers(chosen)[name].cols)
-        assert torch.equal(layer.rows, pmss_layers(chosen)[name].rows)
+    for name, layer in adapted_layers(model).items():
+        assert torch.equal(layer.cols, adapted_layers(chosen)[name].cols)
+        assert torch.equal(layer.rows, adapted_layers(chosen)[name].rows)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         convert(Net(), PMSSConfig(rank=4, skeleton_file=str(tmp_path / "none")))
     with pytest.raises(ValueError, match=r"no rows and columns for `head`"):
@@ -325,7 +327,7 @@ def test_scale_auto_falls_with_the_rank_of_each_layer() -> None:
     """One learning rate for all ranks: Adam's steps on V make an update that grows with the rank."""
     model = nn.Sequential(nn.Linear(96, 128), nn.Linear(128, 20))
     convert(model, PMSSConfig(rank=80, rank_pattern={"1": 40}))
-    assert [layer.scale for layer in pmss_layers(model).values()] == [64 / 80, 64 / 20]  # of the rank after clipping
+    assert [layer.scale for layer in adapted_layers(model).values()] == [64 / 80, 64 / 20]  # of the rank after clipping
     fixed = nn.Sequential(nn.Linear(96, 128), nn.Linear(128, 20))
     convert(fixed, PMSSConfig(rank=80, scale=0.5))
-    assert [layer.scale for layer in pmss_layers(fixed).values()] == [0.5, 0.5]
+    assert [layer.scale for layer in adapted_layers(fixed).values()] == [0.5, 0.5]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_pmss import PMSSConfig, convert
-from lightning_pmss.methods.pmss.layer import COORDINATES
+from lightning_pmss.methods.pmss.coordinates import COORDINATES
 
 
 @pytest.mark.parametrize("coordinates", COORDINATES)

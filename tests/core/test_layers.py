@@ -24,8 +24,10 @@ from dense import (
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_pmss.methods.pmss.coordinates import coordinate_frame
 from lightning_pmss.methods.pmss.edits import InputEdit, LinearInputEdit, LinearOutputEdit, OutputEdit
-from lightning_pmss.methods.pmss.layer import PMSSLinear, coordinate_frame
+from lightning_pmss.methods.pmss.layer import PMSSLinear
+from lightning_pmss.methods.pmss.method import PMSSUpdate
 
 SHAPES = {  # (out, in), rank
     "tall": ((24, 10), 6),
@@ -322,15 +324,15 @@ def test_set_update_is_the_inverse_of_core_update(coordinates: str) -> None:
             with pytest.raises(
                 ValueError, match="not a rotation of the weight .* load it with coordinates='orthonormal'"
             ):
-                layer.set_update(wanted)
+                layer.set_update(PMSSUpdate(wanted, layer.rows, layer.cols))
             other = copy.deepcopy(layer)
             other.core.weight.data.copy_(random_like(*trained.shape, seed=8))
             wanted = other.core_update().detach().double()
-        layer.set_update(wanted)
+        layer.set_update(PMSSUpdate(wanted, layer.rows, layer.cols))
         assert relative(layer.core_update(), wanted) < tolerance
         assert relative(layer.core.weight, trained) > 0.1
         layer.core.weight.data.copy_(trained)
-        layer.set_update(layer.core_update().detach())
+        layer.set_update(layer.update())
         assert relative(layer.core.weight, trained) < tolerance
 
 

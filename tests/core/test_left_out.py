@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from lightning_pmss import PMSSConfig, PMSSLinear, convert
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -41,7 +41,7 @@ EXPERTS: dict[str, Callable[[], nn.Module]] = {
 
 def frozen_matrices(model: nn.Module) -> set[str]:
     """Frozen parameters of two and more dimensions outside of converted layers."""
-    inside = {id(p) for layer in pmss_layers(model).values() for p in layer.parameters()}
+    inside = {id(p) for layer in adapted_layers(model).values() for p in layer.parameters()}
     return {n for n, p in model.named_parameters() if p.dim() > 1 and not p.requires_grad and id(p) not in inside}
 
 
@@ -72,7 +72,7 @@ def test_a_parameter_that_is_named_is_answered_as_one(pattern: Any) -> None:
         r"also_train=\['model\.layers\.0\.mlp\.experts'\]",
     ):
         convert(model, PMSSConfig(rank=4, target_modules=pattern))
-    assert not pmss_layers(model)
+    assert not adapted_layers(model)
 
 
 class Mixed(nn.Module):
@@ -182,7 +182,7 @@ class Several(nn.Module):
 def test_frozen_networks_in_eval_mode_and_metrics_are_left_out(targets: Any) -> None:
     model = Several()
     report = convert(model, PMSSConfig(rank=4, target_modules=targets))
-    assert set(pmss_layers(model)) == {"policy.0", "policy.2"}
+    assert set(adapted_layers(model)) == {"policy.0", "policy.2"}
     asleep, metric = "frozen and in eval mode", "inside a torchmetrics Metric"
     assert {n: why for n, why in report.left_out.items() if n.startswith("teacher")} == {
         "teacher.0": asleep,
@@ -201,21 +201,21 @@ def test_frozen_networks_in_eval_mode_and_metrics_are_left_out(targets: Any) -> 
 def test_a_full_name_is_meant_as_it_stands() -> None:
     model = Several()
     convert(model, PMSSConfig(rank=4, target_modules=["teacher.0"]))
-    assert set(pmss_layers(model)) == {"teacher.0"}
+    assert set(adapted_layers(model)) == {"teacher.0"}
 
 
 @pytest.mark.parametrize("change", [lambda m: m.eval(), lambda m: m.requires_grad_(False)])
 def test_frozen_alone_and_eval_alone_are_converted(change: Callable[[nn.Module], nn.Module]) -> None:
     model = nn.ModuleDict({"policy": body(), "other": change(body())})
     convert(model, PMSSConfig(rank=4))
-    assert len(pmss_layers(model)) == 4
+    assert len(adapted_layers(model)) == 4
 
 
 def test_a_tower_inside_the_model_is_left_out() -> None:
     """As in a vision language model whose image encoder is kept."""
     model = nn.Sequential(body(), nn.ModuleDict({"tower": rest(body()), "text": body()}))
     report = convert(model, PMSSConfig(rank=4))
-    assert set(pmss_layers(model)) == {"0.0", "0.2", "1.text.0", "1.text.2"}
+    assert set(adapted_layers(model)) == {"0.0", "0.2", "1.text.0", "1.text.2"}
     assert report.asleep == ["1.tower"]
 
 
@@ -234,7 +234,7 @@ def test_nothing_left_to_convert_says_why_and_what_to_do() -> None:
         convert(model, PMSSConfig(rank=4))
     assert not any(isinstance(m, PMSSLinear) for m in model.modules())
     convert(model, PMSSConfig(rank=4, root="features"))
-    assert set(pmss_layers(model)) == {"0", "2"}
+    assert set(adapted_layers(model)) == {"0", "2"}
 
 
 def test_a_network_that_a_metric_only_looks_at_is_converted() -> None:

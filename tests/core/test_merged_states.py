@@ -16,7 +16,7 @@ from dense import COORDINATES, KINDS, adopted, base_layer, dense_weight, pmss_la
 from torch import Tensor, nn
 
 from lightning_pmss import PMSSCallback, PMSSConfig, convert, merge, merged, unmerge
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.merging import merged_state_dict
 from lightning_pmss.methods.pmss.layer import PMSSLinear
 from tests.callbacks.toys import Toy, plain_loader, trainer
@@ -53,7 +53,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 
 def merged_by_hand(net: nn.Module) -> dict[str, Tensor]:
-    return {n: dense_weight(x, x.core.weight.detach()) for n, x in pmss_layers(net).items()}
+    return {n: dense_weight(x, x.core.weight.detach()) for n, x in adapted_layers(net).items()}
 
 
 @pytest.mark.parametrize("coordinates", COORDINATES)
@@ -84,9 +84,9 @@ def test_loading_into_a_merged_model(part: str, kind: str, assign: bool) -> None
     net, other, twin = Net(kind), Net(kind, seed=9), Net(kind)
     of = PARTS[part]
     with torch.no_grad():  # other indices than those of selection, too
-        for layer in pmss_layers(other).values():
+        for layer in adapted_layers(other).values():
             layer.set_indices(layer.weight.device, rows=layer.rows.flip(0), cols=layer.cols.flip(0))
-            layer.refresh_frame()
+            layer.rederive()
     state = clones(of(other))
     given = {key: value.clone() for key, value in state.items()}
     of(twin).load_state_dict(given)
@@ -95,8 +95,8 @@ def test_loading_into_a_merged_model(part: str, kind: str, assign: bool) -> None
     result = of(net).load_state_dict(state, assign=assign)
     assert not result.missing_keys
     assert not result.unexpected_keys
-    assert all(layer.merged for layer in pmss_layers(net).values())
-    for name, layer in pmss_layers(net).items():
+    assert all(layer.merged for layer in adapted_layers(net).values())
+    for name, layer in adapted_layers(net).items():
         weight = layer.weight.detach().T if layer.transposed else layer.weight.detach()
         assert relative(weight, exact[name]) < 1e-13
     assert relative(net(X), twin(X)) < 1e-12
@@ -164,7 +164,7 @@ def test_casts_of_a_merged_model(kind: str, dtype: torch.dtype) -> None:
     assert (
         relative(net(X.to(dtype)), expected) < {torch.float16: 0.01, torch.bfloat16: 0.05, torch.float64: 1e-5}[dtype]
     )
-    for layer, other in zip(pmss_layers(net).values(), pmss_layers(plain).values(), strict=True):
+    for layer, other in zip(adapted_layers(net).values(), adapted_layers(plain).values(), strict=True):
         assert torch.equal(layer.base_weight(), other.base_weight())
     unmerge(net)
     assert same(clones(net), clones(plain))
@@ -186,7 +186,7 @@ def test_copies_of_a_merged_model_unmerge_on_their_own(way: str) -> None:
     assert same(clones(other), before)
     unmerge(other)
     assert same(clones(other), before)
-    assert all(layer.merged for layer in pmss_layers(net).values())
+    assert all(layer.merged for layer in adapted_layers(net).values())
     assert relative(net(X), expected) < 1e-12
     merge(other)
     other.load_state_dict(clones(Net(seed=3)))  # loading merges again in a copy too
@@ -260,7 +260,7 @@ def test_merged_weights_are_not_taken_for_the_base(kind: str, dtype: torch.dtype
         with merged(net), pytest.raises(ValueError, match="`block.0.weight` of the state dict"):
             net.load_state_dict(state, strict=False)
     # with U taken away beside it, W' is a base like any other
-    zero = {f"{name}.core.weight": torch.zeros_like(x.core.weight) for name, x in pmss_layers(net).items()}
+    zero = {f"{name}.core.weight": torch.zeros_like(x.core.weight) for name, x in adapted_layers(net).items()}
     net.load_state_dict(plain | zero, strict=False)
     assert all(torch.equal(v, plain[k]) for k, v in net.state_dict().items() if k in plain)
 

@@ -11,7 +11,7 @@ import torch
 from dense import KINDS, dense_weight, pmss_layer, random_like, relative, train, update
 from torch import Tensor, nn
 
-from lightning_pmss.conversion.convert import convert, pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers, convert
 from lightning_pmss.files import save_adapter
 from lightning_pmss.merging import merge, merged, merged_state_dict, unmerge
 from lightning_pmss.methods.pmss.config import PMSSConfig
@@ -53,11 +53,11 @@ def test_merged_model_gives_the_same_output(kind: str, dtype: torch.dtype, toler
     state, expected = _state(model), model(x)
     with torch.no_grad():
         bare = copy.deepcopy(model)
-        for layer in pmss_layers(bare).values():
+        for layer in adapted_layers(bare).values():
             layer.core.weight.zero_()
         assert relative(bare(x), expected) > 0.1
     report = merge(model)
-    assert all(layer.merged for layer in pmss_layers(model).values())
+    assert all(layer.merged for layer in adapted_layers(model).values())
     assert relative(model(x), expected) < tolerance
     assert set(report.layers) == {"0", "2"}
     unmerge(model)
@@ -106,7 +106,7 @@ def test_merged_block_restores_also_after_an_exception() -> None:
     with pytest.raises(KeyError, match="from within"), merged(model):
         raise KeyError("from within")
     assert _same(model, state)
-    assert not any(layer.merged for layer in pmss_layers(model).values())
+    assert not any(layer.merged for layer in adapted_layers(model).values())
 
 
 def test_refusals() -> None:
@@ -135,7 +135,7 @@ def test_a_diverged_update_is_refused_and_nothing_changes(value: float, place: i
     with pytest.raises(ValueError, match=f"`{place}`: U holds NaN or infinite values"):
         merge(model)
     assert _same(model, state)
-    assert not any(layer.merged for layer in pmss_layers(model).values())
+    assert not any(layer.merged for layer in adapted_layers(model).values())
     with pytest.raises(ValueError, match=f"`{place}`: the merged weight is not finite"):
         merged_state_dict(model)
 
@@ -147,7 +147,7 @@ def test_overflow_of_a_narrow_dtype_is_refused_and_restored() -> None:
     with pytest.raises(ValueError, match="`2`: the merged weight is not finite .*torch.float16"):
         merge(model)
     assert _same(model, state)
-    assert not any(layer.merged for layer in pmss_layers(model).values()), "the first layer was merged before"
+    assert not any(layer.merged for layer in adapted_layers(model).values()), "the first layer was merged before"
 
 
 def test_any_failure_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,12 +165,12 @@ def test_any_failure_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(error, match="stop"):
             merge(model)
         assert _same(model, state)
-        assert not any(layer.merged for layer in pmss_layers(model).values())
+        assert not any(layer.merged for layer in adapted_layers(model).values())
 
 
 def test_everything_reads_the_pristine_weight_while_merged(tmp_path: Path) -> None:
     model = nn.ModuleDict({"a": _model(torch.float32)})
-    convert_free = pmss_layers(model)
+    convert_free = adapted_layers(model)
 
     def read() -> dict[str, Tensor]:
         found = {}
@@ -189,7 +189,7 @@ def test_everything_reads_the_pristine_weight_while_merged(tmp_path: Path) -> No
         during = read()
         frames = [layer.core.frame.left.clone() for layer in convert_free.values() if layer.core.frame.left is not None]
         for layer in convert_free.values():
-            layer.refresh_frame()
+            layer.rederive()
         assert all(
             torch.equal(f, layer.core.frame.left)  # type: ignore[arg-type]
             for f, layer in zip(frames, convert_free.values(), strict=True)
@@ -204,7 +204,7 @@ def test_an_adapter_saved_while_merged_is_the_same(tiny_llama: str, tmp_path: Pa
 
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     convert(model, PMSSConfig(rank=4))
-    for i, layer in enumerate(pmss_layers(model).values()):
+    for i, layer in enumerate(adapted_layers(model).values()):
         train(layer, seed=i)
     save_adapter(model, tmp_path / "before")
     with merged(model):
@@ -274,7 +274,7 @@ def test_merged_state_dict_loads_into_a_plain_model(which: str, tiny_llama: str)
     model, fresh = (_llama(tiny_llama) if which == "llama" else _gpt2() for _ in range(2))
     keys = list(model.state_dict())
     convert(model, PMSSConfig(rank=6))
-    for i, layer in enumerate(pmss_layers(model).values()):
+    for i, layer in enumerate(adapted_layers(model).values()):
         train(layer, seed=i)
     state = _state(model)
     ids = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))

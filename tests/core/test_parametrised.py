@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize, prune, remove_weight_norm, spectral_norm
 from torch.testing._internal.two_tensor import TwoTensor
 
 from lightning_pmss import PMSSConfig, PMSSLinear, convert, load_adapter, merge, save_adapter
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 
 SIZE = 16
 
@@ -108,7 +108,7 @@ def test_left_out_with_the_reason(name: str, target: str) -> None:
     with torch.no_grad():
         before = model(x)
     report = convert(model, PMSSConfig(rank=4, target_modules=target))
-    assert [layer.name for layer in report.layers] == list(pmss_layers(model)) == ["0", "2"]
+    assert [layer.name for layer in report.layers] == list(adapted_layers(model)) == ["0", "2"]
     with pytest.raises(AssertionError, match=reason):  # the reason is the whole of the entry
         raise AssertionError(report.left_out["1"])
     with torch.no_grad():
@@ -168,13 +168,13 @@ def test_adapter_and_merge_of_a_model_that_has_such_a_layer(
 ) -> None:
     model = net(form).double()
     convert(model, PMSSConfig(rank=4))
-    for layer in pmss_layers(model).values():
+    for layer in adapted_layers(model).values():
         nn.init.normal_(layer.core.weight)
     x = torch.randn(5, SIZE, dtype=torch.float64)
     plain = net(form).double()
     with torch.no_grad():
         trained = model(x)
-        for name, layer in pmss_layers(model).items():
+        for name, layer in adapted_layers(model).items():
             w = layer.weight
             plain[int(name)].weight.copy_(w + w[:, layer.cols] @ layer.core_update() @ w[layer.rows])
         torch.testing.assert_close(plain(x), trained)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lightning_pmss import PMSSConfig, PMSSLinear, convert, export_lora, load_adapter, merge, save_adapter, unmerge
-from lightning_pmss.conversion.convert import conversion_of, pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers, conversion_of
 from lightning_pmss.files import write_merged
 from lightning_pmss.files.skeleton_file import save_skeleton
+from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.named import disable_adapter, load_adapters
 
 CONFIG = PMSSConfig(rank=4)
@@ -35,7 +36,7 @@ def body() -> nn.Sequential:
 
 
 def train(model: nn.Module) -> None:
-    for layer in pmss_layers(model).values():
+    for layer in adapted_layers(model).values():
         nn.init.normal_(layer.core.weight)
 
 
@@ -66,7 +67,7 @@ def test_a_part_and_then_the_whole_converts_the_rest_and_keeps_what_was_learned(
     train(model)
     plain = Whole()
     with torch.no_grad():
-        for name, layer in pmss_layers(model).items():
+        for name, layer in adapted_layers(model).items():
             plain.get_submodule(name).weight.copy_(dense(layer))
         expected = model(X)
         torch.testing.assert_close(plain(X), expected)
@@ -168,7 +169,7 @@ def test_a_part_that_the_whole_would_leave_out_is_refused() -> None:
         ValueError, match=r"`head` was converted before.*now its `head\.0` would be left out \(output head\)"
     ):
         convert(model, CONFIG)
-    assert not pmss_layers(model["body"])
+    assert not adapted_layers(model["body"])
 
 
 def test_a_part_that_is_excluded_is_left_alone() -> None:
@@ -177,7 +178,7 @@ def test_a_part_that_is_excluded_is_left_alone() -> None:
     train(model.encoder)
     before = model(X)
     report = convert(model, PMSSConfig(rank=4, exclude_modules=["encoder"]))
-    assert [layer.name for layer in report.layers] == list(pmss_layers(model)) == ["decoder.0", "decoder.2"]
+    assert [layer.name for layer in report.layers] == list(adapted_layers(model)) == ["decoder.0", "decoder.2"]
     torch.testing.assert_close(model(X), before)
     assert conversion_of(model.encoder) is part
 
@@ -238,7 +239,7 @@ def test_adopting_twice_is_refused() -> None:
     layer = model.encoder[0]
     assert isinstance(layer, PMSSLinear)
     with pytest.raises(ValueError, match="converted already"):
-        PMSSLinear.adopt(layer, layer.rows, layer.cols, None)  # type: ignore[arg-type]
+        AdaptedLinear.adopt(layer, layer.method, 4, {}, {}, 1.0)
     assert type(layer).__mro__.count(PMSSLinear) == 1
 
 

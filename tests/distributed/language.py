@@ -14,7 +14,7 @@ import lightning as L
 import torch
 
 from lightning_pmss import PMSSCallback
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.datamodules import GSM8KDataModule
 from lightning_pmss.metrics import GSM8KAccuracy
 from lightning_pmss.modules import CausalLMModule
@@ -93,7 +93,7 @@ def run(task: dict[str, Any]) -> None:
         "texts": module.texts,
         "metrics": {k: float(v) for k, v in trainer.callback_metrics.items()},
         "frozen_gradients": module.frozen_gradients,
-        "indices": {n: [x.rows.tolist(), x.cols.tolist()] for n, x in pmss_layers(module).items()},
+        "indices": {n: [x.rows.tolist(), x.cols.tolist()] for n, x in adapted_layers(module).items()},
         "trained_dtypes": sorted(kinds[True]),
         "stepped_dtypes": sorted({str(p.dtype) for p in stepped}),
         "frozen_dtypes": sorted(kinds[False]),

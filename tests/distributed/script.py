@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_pmss import PMSSCallback, model_built
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss import METHODS, AdapterCallback, PMSSCallback, model_built
+from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.datamodules.sampler import LengthGroupedSampler, ResumableDataLoader, TrainerProgress
 from lightning_pmss.distributed.gathering import gathered, whole_update
 from lightning_pmss.layers.parts import clean_name
@@ -37,7 +37,8 @@ DEFAULTS: dict[str, Any] = {
     "steps": 4,
     "lr": 0.02,
     "checkpoint": None,
-    "callback": {},  # options of PMSSCallback
+    "method": "pmss",
+    "callback": {},  # options of the method's configuration, and of PMSSCallback
     "precision": "32-true",
     "inference_mode": False,
     "late": True,  # the model is built in configure_model
@@ -217,7 +218,12 @@ def run(task: dict[str, Any]) -> None:
     torch.manual_seed(1 + (task["checkpoint"] is not None))
     module = Module(task)
     also = {"also_train": ["head"]} if task["head"] else {}
-    callback = PMSSCallback(**{"rank": 8, "output_dir": folder / "out"} | also | task["callback"])
+    options = {"rank": 8} | also | task["callback"]
+    callback: AdapterCallback
+    if task["method"] == "pmss":
+        callback = PMSSCallback(output_dir=folder / "out", **options)
+    else:
+        callback = AdapterCallback(METHODS[task["method"]].config_class(**options), output_dir=folder / "out")
     saver = ModelCheckpoint(
         folder / "saved",
         "last" if task["one_file"] else "{step}",
@@ -246,7 +252,8 @@ def run(task: dict[str, Any]) -> None:
         else:
             trainer.fit(module, Sentences(), ckpt_path=task["checkpoint"])
             root: Any = trainer.strategy.model
-            record["updates"] = {n: whole_update(root, x).tolist() for n, x in pmss_layers(module).items()}
+            updates = {n: whole_update(root, layer).numbers() for n, layer in adapted_layers(module).items()}
+            record["updates"] = {n: list(numbers.values())[-1].tolist() for n, numbers in updates.items()}
             record["sums"] = _sums(root, module)
         module.scores.clear() if task["then"] else None
         if task["then"] == "validate":
@@ -266,7 +273,7 @@ def run(task: dict[str, Any]) -> None:
         "trained": sorted(module.trained()),
         "parts": module.parts,
         "norms": {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("pmss/u_norm/")},
-        "indices": {n: [x.rows.tolist(), x.cols.tolist()] for n, x in pmss_layers(module).items()},
+        "indices": {n: [i.tolist() for i in x.indices().values()] for n, x in adapted_layers(module).items()},
     }
     (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(record))
 
@@ -274,9 +281,9 @@ def run(task: dict[str, Any]) -> None:
 def _sums(root: Any, module: Module) -> dict[str, float]:
     """The sum of each layer's rows and columns, read through `gathered`."""
     sums = {}
-    for name, layer in pmss_layers(module).items():
+    for name, layer in adapted_layers(module).items():
         with gathered(root, layer):
-            sums[name] = sum(float(part.double().sum()) for part in layer.slices())
+            sums[name] = sum(float(part.double().sum()) for part in layer.reads())
     return sums
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lightning_pmss import load_adapter
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.files import read_adapter
 from tests.distributed.fresh import TOKENS, build
 from tests.distributed.launch import launch, require
@@ -33,7 +33,7 @@ def test_adapter_and_merged_model_hold_them(name: str, tiny_llama: str, tmp_path
         assert set(read_adapter(out / "adapter").fresh) == names
         model = build(kind, tiny_llama, seed=2)
         load_adapter(model, out / "adapter")
-        assert any(bool(layer.core.weight.any()) for layer in pmss_layers(model).values())
+        assert any(bool(layer.core.weight.any()) for layer in adapted_layers(model).values())
         own = build(kind, tiny_llama, seed=1)
         for key in names:
             assert torch.equal(model.get_parameter(key), own.get_parameter(key))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_pmss import load_adapter, merge
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 from tests.distributed.launch import launch, ranks, require
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -89,7 +89,7 @@ def test_clipped_by_norm_and_merged_folder_equals_adapter(runs: Any, name: str, 
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     load_adapter(model, out / "adapter")
     # Three SGD steps of lr * clip = 0.1 each; unclipped gradients would have gone much further.
-    moved = sum(float(layer.core.weight.detach().square().sum()) for layer in pmss_layers(model).values()) ** 0.5
+    moved = sum(float(layer.core.weight.detach().square().sum()) for layer in adapted_layers(model).values()) ** 0.5
     assert 0.05 < moved <= 0.3001
     tokens = torch.arange(24).view(2, 12)
     merge(model)

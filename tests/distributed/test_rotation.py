@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_pmss import load_adapter
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 from tests.distributed.launch import launch, ranks, require
 from tests.distributed.script import base_model
 
@@ -82,7 +82,7 @@ def test_adapter_and_merged_model_are_ddps(runs: Any, name: str) -> None:
     model = torch.nn.Module()
     model.net = base_model()
     load_adapter(model, runs(name) / "whole" / "out" / "adapter")  # refuses what is no rotation of the base
-    for layer, module in pmss_layers(model).items():
+    for layer, module in adapted_layers(model).items():
         update = torch.tensor(ranks(runs(name) / "whole")[0]["updates"][layer])
         assert update.norm() > 1e-3
         torch.testing.assert_close(module.core_update().detach(), update, rtol=1e-3, atol=1e-5)

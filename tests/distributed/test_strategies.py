@@ -14,7 +14,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from lightning_pmss import load_adapter, merge
 from lightning_pmss.checkpoints.extract import extract_files
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 from tests.distributed.launch import launch, ranks, require
 from tests.distributed.script import EXAMPLES, LENGTH, VOCABULARY, base_model
 from tests.distributed.strategies import NAMES
@@ -171,7 +171,7 @@ def test_adapter_and_merged_model(runs: Any, name: str, tmp_path: Path) -> None:
     model = torch.nn.Module()
     model.net = base_model()
     load_adapter(model, folder / "out" / "adapter")
-    for layer, module in pmss_layers(model).items():
+    for layer, module in adapted_layers(model).items():
         torch.testing.assert_close(module.core_update(), torch.tensor(ranks(folder)[0]["updates"][layer]))
     with torch.no_grad():
         adapted = model.net(tokens())
@@ -255,7 +255,7 @@ def test_layers_can_be_read_whole(runs: Any, name: str) -> None:
     model = torch.nn.Module()
     model.net = base_model()
     load_adapter(model, runs(name) / "whole" / "out" / "adapter")
-    for layer, module in pmss_layers(model).items():
+    for layer, module in adapted_layers(model).items():
         expected = sum(float(part.double().sum()) for part in module.slices())
         assert ranks(runs(name) / "whole")[1]["sums"][layer] == pytest.approx(expected)
 

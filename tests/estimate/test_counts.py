@@ -40,7 +40,7 @@ COUNTS: list[tuple[str, int, Any, int, int]] = [
 @pytest.mark.parametrize(("name", "parameters", "targets", "rank", "trained"), COUNTS)
 def test_parameters(name: str, parameters: int, targets: Any, rank: int, trained: int, fixtures: Path) -> None:
     config = read_config(fixtures / "architectures" / f"{name}.json")
-    pieces = inventory(Architecture(config, torch.bfloat16).pmss(PMSSConfig(target_modules=targets, rank=rank)))
+    pieces = inventory(Architecture(config, torch.bfloat16).adapted(PMSSConfig(target_modules=targets, rank=rank)))
     numbers = count(pieces)
     assert numbers["base"] == parameters
     assert numbers["trained"] == trained
@@ -52,10 +52,10 @@ def test_lora_at_equal_parameters(fixtures: Path) -> None:
     config = read_config(fixtures / "architectures" / "llama-2-7b.json")
     architecture = Architecture(config, torch.bfloat16)
     for rank, lora in ((256, 8), (512, 32), (1024, 128)):
-        model, found = architecture.lora(PMSSConfig(target_modules=QV, rank=rank), torch.bfloat16)
+        model, found = architecture.lora(PMSSConfig(target_modules=QV, rank=rank))
         assert found == lora
         assert count(inventory(model))["trained"] == 64 * rank**2
-    everything, _ = architecture.lora(PMSSConfig(), torch.bfloat16, 32)
+    everything, _ = architecture.lora(PMSSConfig(), 32)
     assert count(inventory(everything))["trained"] == 32 * 32 * (4 * 8192 + 3 * 15104)
 
 

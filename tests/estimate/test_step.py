@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_pmss import PMSSConfig
+from lightning_pmss import LoRAConfig, PMSSConfig, convert
 from lightning_pmss.estimate import Run, estimate, memory
 from lightning_pmss.estimate.depth import estimate_step
 from lightning_pmss.estimate.model import Architecture, read_config
@@ -82,7 +82,7 @@ def test_deep_models_from_shallow_ones(fixtures: Path) -> None:
     config = read_config(fixtures / "architectures" / "llama-3.2-3b.json")
     config.num_hidden_layers = 9
     architecture = Architecture(config, torch.bfloat16)
-    for model in (architecture.pmss(PMSSConfig(rank=64)), architecture.full()):
+    for model in (architecture.adapted(PMSSConfig(rank=64)), architecture.full()):
         layers = len(model.model.layers)  # type: ignore[union-attr, arg-type]
         for checkpointing in (False, True):
             options = {"micro_batch": 1, "sequence_length": 300, "gradient_checkpointing": checkpointing}
@@ -99,9 +99,9 @@ def test_layers_that_differ_are_all_played_through(tmp_path: Path) -> None:
     architecture = Architecture(config, torch.float32)
     options = {"micro_batch": 1, "sequence_length": 64, "gradient_checkpointing": False}
     pattern = PMSSConfig(rank=16, rank_pattern={r".*layers\.7\..*": 128})
-    found = estimate_step(architecture, architecture.pmss(pattern), **options)
-    alike = estimate_step(architecture, architecture.pmss(PMSSConfig(rank=16)), **options)
-    assert found.kept == simulate_step(architecture, architecture.pmss(pattern), **options).kept  # type: ignore[arg-type]
+    found = estimate_step(architecture, architecture.adapted(pattern), **options)
+    alike = estimate_step(architecture, architecture.adapted(PMSSConfig(rank=16)), **options)
+    assert found.kept == simulate_step(architecture, architecture.adapted(pattern), **options).kept  # type: ignore[arg-type]
     assert found.kept > alike.kept
 
 
@@ -116,7 +116,7 @@ def test_other_architectures(name: str) -> None:
     config = AutoConfig.for_model(name, **(special if name == "gpt2" else sizes | more | experts))
     # Experts are one grouped product, whose fake form PyTorch has in bfloat16 only.
     architecture = Architecture(config, torch.bfloat16)
-    model = architecture.pmss(PMSSConfig(rank=8))
+    model = architecture.adapted(PMSSConfig(rank=8))
     step = estimate_step(architecture, model, micro_batch=2, sequence_length=32, gradient_checkpointing=False)
     assert 0 < step.kept <= step.head
 
@@ -129,27 +129,23 @@ def test_a_step_that_needs_values_is_refused() -> None:
             return x if x.sum() > 0 else -x
 
     architecture = Architecture(LlamaConfig(**SIZES), torch.float32)
-    model = architecture.pmss(PMSSConfig(rank=8))
+    model = architecture.adapted(PMSSConfig(rank=8))
     model.model.norm = Looks()  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="LlamaForCausalLM cannot be played through without values"):
         simulate_step(architecture, model, micro_batch=1, sequence_length=8, gradient_checkpointing=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lora_is_counted_as_peft_does_it(dtype: torch.dtype, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    rank = 8
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = small_model(dtype, None)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=16, target_modules=targets))
+def test_lora_keeps_what_is_counted(dtype: torch.dtype, tmp_path: Path) -> None:
+    rank, model = 8, small_model(dtype, None)
+    convert(model, LoRAConfig(rank=rank))
     architecture = Architecture(read_config(write_config(tmp_path)), dtype)
-    fake, used = architecture.lora(PMSSConfig(), torch.float32, rank)
+    fake, used = architecture.lora(PMSSConfig(), rank)
     assert used == rank
     mine = sum(p.numel() for p in fake.parameters() if p.requires_grad)
-    assert mine == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert mine == sum(p.numel() for p in model.parameters() if p.requires_grad)
     step = simulate_step(architecture, fake, gradient_checkpointing=False, **OPTIONS)
-    measured = kept_at_the_head(adapted.get_base_model(), loss_of(adapted.get_base_model()))
-    report = near({"kept": measured}, {"kept": step.kept})
+    report = near({"kept": kept_at_the_head(model, loss_of(model))}, {"kept": step.kept})
     assert not [line for line in report if "OFF" in line], report
 
 

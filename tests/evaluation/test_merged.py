@@ -11,7 +11,7 @@ import torch
 
 from lightning_pmss import PMSSCallback, merge
 from lightning_pmss.callbacks.results import write_merged_model
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.datamodules import GSM8KDataModule
 from lightning_pmss.evaluation import compare_files, read_records
 from lightning_pmss.modules import CausalLMModule
@@ -32,7 +32,7 @@ def test_merged_and_unmerged_give_the_same_answers(shared: Path, fixtures: Path,
     trainer.test(module, data, verbose=False)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for layer in pmss_layers(module).values():
+        for layer in adapted_layers(module).values():
             layer.core.weight.copy_(0.02 * torch.randn(layer.core.weight.shape, generator=generator))
     module.predictions_dir = str(tmp_path / "unmerged")
     trainer.test(module, data, verbose=False)

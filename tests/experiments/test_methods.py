@@ -25,7 +25,7 @@ from experiments.rotating import KINDS, RotatingFrame
 from experiments.run import Places, run
 from experiments.spectrum import spectra, summary
 from lightning_pmss import PMSSConfig, convert
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 
 
 def _held(vectors: Tensor, target: Tensor, chosen: Any) -> float:
@@ -102,7 +102,7 @@ def test_a_weighted_frame_is_the_svd_with_powers(tiny_llama: str, left: float, r
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     convert(model, PMSSConfig(rank=4, scale=1.0))
     WeightedFrame(left, right).on_fit_start(None, model)  # type: ignore[arg-type]
-    layer = pmss_layers(model)["model.layers.0.mlp.up_proj"]
+    layer = adapted_layers(model)["model.layers.0.mlp.up_proj"]
     v = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
     layer.core.weight.data.copy_(v)
     found = layer.weight_columns() @ layer.core_update() @ layer.weight_rows()
@@ -144,11 +144,11 @@ def test_selecting_anew_changes_the_skeleton_and_not_the_function(tiny_llama: st
         loop.optimizers[0].step()
         loop.optimizers[0].zero_grad()
     before = module.model(**batch).logits
-    indices = {name: layer.rows.clone() for name, layer in pmss_layers(module).items()}
+    indices = {name: layer.rows.clone() for name, layer in adapted_layers(module).items()}
     Reselection(every=2, by=by).on_train_batch_end(loop, module, None, batch, 1)  # type: ignore[arg-type]
     torch.testing.assert_close(module.model(**batch).logits, before, rtol=1e-4, atol=1e-5)
-    assert any(not torch.equal(layer.rows, indices[name]) for name, layer in pmss_layers(module).items())
-    for layer in pmss_layers(module).values():
+    assert any(not torch.equal(layer.rows, indices[name]) for name, layer in adapted_layers(module).items())
+    for layer in adapted_layers(module).values():
         assert not layer.core.weight.any()
         assert not loop.optimizers[0].state[layer.core.weight]["exp_avg"].any()
 
@@ -204,7 +204,7 @@ def test_layer_scales_multiply_the_update(tiny_llama: str) -> None:
         module.model = AutoModelForCausalLM.from_pretrained(tiny_llama)
         convert(module, PMSSConfig(rank=4, scale=2.0))
         LayerScales(by).on_fit_start(None, module)  # type: ignore[arg-type]
-        layers[by] = pmss_layers(module)
+        layers[by] = adapted_layers(module)
     mlp, kv = "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.k_proj"  # [32, 64] and [16, 32]
     ratio = {by: found[mlp].scale / found[kv].scale for by, found in layers.items()}
     norms = [float(layers["norm"][name].base_weight().norm()) for name in (mlp, kv)]
@@ -265,7 +265,7 @@ def test_a_missing_model_is_named(tmp_path: Path) -> None:
 def test_the_spectrum_is_that_of_the_dense_change(tiny_llama: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     convert(model, PMSSConfig(rank=4, scale=1.0))
-    layer = pmss_layers(model)["model.layers.0.mlp.up_proj"]
+    layer = adapted_layers(model)["model.layers.0.mlp.up_proj"]
     with torch.no_grad():
         layer.core.weight.normal_(generator=torch.Generator().manual_seed(0))
     found = spectra(model, tiny_llama)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_pmss.conversion.convert import convert, pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers, convert
 from lightning_pmss.methods.pmss.config import PMSSConfig
 
 Train = Callable[..., nn.Module]
@@ -23,7 +23,7 @@ def train() -> Train:
     def trained(model: nn.Module, *, size: float = 0.3, seed: int = 1, **config: Any) -> nn.Module:
         convert(model, PMSSConfig(**{"rank": 6, **config}))
         generator = torch.Generator().manual_seed(seed)
-        for layer in pmss_layers(model).values():
+        for layer in adapted_layers(model).values():
             with torch.no_grad():
                 layer.core.weight.copy_(torch.randn(layer.core.weight.shape, generator=generator))
                 share = size * layer.base_weight().float().norm() / _update(layer).norm()

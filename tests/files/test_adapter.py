@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lightning_pmss.conversion.convert import convert, pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers, convert
 from lightning_pmss.files import load_adapter, read_adapter, save_adapter
 from lightning_pmss.merging import merge, unmerge
 from lightning_pmss.methods.pmss.config import PMSSConfig
@@ -64,13 +64,13 @@ def test_the_file_means_c_u_r_and_nothing_else(tiny_llama: str, tmp_path: Path, 
     tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
     plain = _base(tiny_llama)
     merge(model)
-    for name, layer in pmss_layers(model).items():
+    for name, layer in adapted_layers(model).items():
         weight, rows, cols = (plain.get_submodule(name).weight, tensors[f"{name}.rows"], tensors[f"{name}.cols"])
         assert rows.dtype == cols.dtype == torch.int32
         assert tensors[f"{name}.U"].dtype == torch.float32
         expected = weight + weight[:, cols] @ tensors[f"{name}.U"] @ weight[rows]
         torch.testing.assert_close(layer.weight, expected)
-    assert len(tensors) == 3 * len(pmss_layers(model))
+    assert len(tensors) == 3 * len(adapted_layers(model))
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("some/model", "abc")
     assert config["modules"][Q]["shape"] == [32, 32]
@@ -102,7 +102,7 @@ def test_float64_stays_float64(tmp_path: Path, train: Train) -> None:
     load_adapter(again, tmp_path / "a")
     x = torch.randn(5, 8, dtype=torch.float64)
     torch.testing.assert_close(again(x), model(x), rtol=1e-12, atol=1e-12)
-    assert read_adapter(tmp_path / "a").modules["0"].U.dtype == torch.float64
+    assert read_adapter(tmp_path / "a").modules["0"].update.U.dtype == torch.float64
 
 
 @pytest.mark.parametrize(("trained", "loaded"), [("float32", "bfloat16"), ("bfloat16", "float32")])
@@ -249,14 +249,17 @@ def test_bad_tensors(tiny_llama: str, tmp_path: Path, train: Train, case: str) -
     model = _base(tiny_llama)
     with pytest.raises(ValueError, match=f"adapter_model.safetensors.*{message}"):
         load_adapter(model, tmp_path / "a")
-    assert not pmss_layers(model)
+    assert not adapted_layers(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 BAD_CONFIG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "newer": (lambda c: c.update(format_version=99), "format version 99.*upgrade"),
-    "no version": (lambda c: c.pop("format_version"), "does not describe a PMSS adapter"),
-    "lora": (lambda c: c.update(peft_type="LORA"), r"does not describe a PMSS adapter \(peft_type LORA\)"),
+    "no version": (lambda c: c.pop("format_version"), "does not describe an adapter of lightning-pmss"),
+    "lora": (
+        lambda c: c.update(peft_type="LORA"),
+        r"does not describe an adapter of lightning-pmss \(peft_type LORA\)",
+    ),
     "no modules": (lambda c: c.pop("modules"), "damaged or was edited by hand"),
     "empty": (lambda c: c.update(modules={}), "damaged or was edited by hand"),
     "layout": (lambda c: c["modules"][Q].update(layout="meta"), "damaged or was edited by hand"),
@@ -275,7 +278,7 @@ def test_bad_config(tiny_llama: str, tmp_path: Path, train: Train, case: str) ->
     model = _base(tiny_llama)
     with pytest.raises(ValueError, match=message):
         load_adapter(model, tmp_path / "a")
-    assert not pmss_layers(model)
+    assert not adapted_layers(model)
 
 
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
@@ -301,12 +304,12 @@ def test_missing_files(tiny_llama: str, tmp_path: Path, train: Train, file: str)
 def test_wrong_base_is_named(tiny_llama: str, tmp_path: Path, train: Train) -> None:
     save_adapter(train(_base(tiny_llama)), tmp_path / "a", base="org/base", revision="r1")
     other = _base(tiny_llama)
-    rows = read_adapter(tmp_path / "a").modules[DOWN].rows
+    rows = read_adapter(tmp_path / "a").modules[DOWN].update.rows
     with torch.no_grad():
         other.get_submodule(DOWN).weight[rows[0], 0] *= 1.0001
     with pytest.raises(ValueError, match=rf"another base: the weights of {DOWN} in.*org/base, revision r1"):
         load_adapter(other, tmp_path / "a")
-    assert not pmss_layers(other)
+    assert not adapted_layers(other)
     # Also on a model that is converted to the same indices by chance.
     save_adapter(train(_base(tiny_llama)), tmp_path / "b")
     converted = train(_base(tiny_llama))
@@ -332,7 +335,7 @@ def test_other_architectures(tiny_llama: str, tiny_gpt2: str, tmp_path: Path, tr
     ))  # fmt: skip
     with pytest.raises(ValueError, match=r"select other layers.*model.layers.2"):
         load_adapter(deeper, tmp_path / "a")
-    assert not pmss_layers(deeper)
+    assert not adapted_layers(deeper)
 
 
 def test_saving_refuses(tiny_llama: str, tmp_path: Path, train: Train) -> None:
@@ -390,7 +393,7 @@ def test_one_of_several_alike_layers(tmp_path: Path, train: Train) -> None:
     model = train(build(), rank=3, target_modules=["0"], also_train=["2"])
     again = build()
     load_adapter(again, save_adapter(model, tmp_path / "a"))
-    assert set(pmss_layers(again)) == {"0"}
+    assert set(adapted_layers(again)) == {"0"}
     deeper = nn.Sequential(*build(), nn.Linear(8, 8))
     with pytest.raises(ValueError, match="its options select other layers in this model than the ones stored: 5"):
         load_adapter(deeper, tmp_path / "a")

@@ -87,7 +87,7 @@ def test_hub_id_and_licence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_without_a_run_there_is_no_figure() -> None:
     options = PMSSConfig().to_dict()
     described = {"base_model_name_or_path": None, "revision": None, "config": options, "modules": {}}
-    card = adapter_card(described | {"also_train": {"head.weight": {}}, "versions": {"torch": "2"}})
+    card = adapter_card(described | {"also_train": {"head.weight": {}}, "versions": {"torch": "2"}}, PMSSConfig())
     assert "not recorded" in card
     assert "trained in full: head.weight" in card
     assert "## Training" not in card
@@ -125,7 +125,9 @@ def test_names_from_a_file_are_no_code() -> None:
         "versions": {},
     }
     for model_class in (about["model_class"], "transformers.models.llama.LlamaForCausalLM"):
-        code = re.search(r"```python\n(.*?)```", adapter_card(about | {"model_class": model_class}), re.DOTALL)
+        code = re.search(
+            r"```python\n(.*?)```", adapter_card(about | {"model_class": model_class}, PMSSConfig()), re.DOTALL
+        )
         assert code
         assert not re.search(r"^[^\"#]*import os", code[1], re.MULTILINE)
         compile(code[1], "card", "exec")

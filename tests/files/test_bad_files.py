@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_pmss.cli import main
-from lightning_pmss.conversion.convert import convert, pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers, convert
 from lightning_pmss.files import load_adapter, read_adapter, save_adapter, save_skeleton
 from lightning_pmss.methods.pmss.config import PMSSConfig
 from lightning_pmss.methods.pmss.skeleton import METADATA, read_skeleton
@@ -72,8 +72,8 @@ VALUES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "format 0": (lambda c: c.update(format_version=0), "has format version 0, which does not exist"),
     "format -1": (lambda c: c.update(format_version=-1), "has format version -1, which does not exist"),
     "format 99": (lambda c: c.update(format_version=99), "has format version 99, .* reads up to 2: upgrade"),
-    "format true": (lambda c: c.update(format_version=True), "does not describe a PMSS adapter"),
-    "format text": (lambda c: c.update(format_version="2"), "does not describe a PMSS adapter"),
+    "format true": (lambda c: c.update(format_version=True), "does not describe an adapter of lightning-pmss"),
+    "format text": (lambda c: c.update(format_version="2"), "does not describe an adapter of lightning-pmss"),
     "no modules": (lambda c: c.update(modules={}), "`modules` should have at least 1 item"),
     "a list": (lambda c: c.update(modules=[1]), r"`modules` should be a valid dictionary, not \[1\]"),
     "shape": (lambda c: c["modules"]["0"].update(shape=[-10, 8]), "`modules.0.shape.0` should be greater than or equal to 1"),
@@ -96,9 +96,9 @@ VALUES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "dropout": (lambda c: c["config"].update(dropout="0.1"), "`config.dropout` should be a valid number, not '0.1'"),
     "targets": (lambda c: c["config"].update(target_modules=[["q"]]), "`config.target_modules.0|`config.target_modules`"),
     "pattern": (lambda c: c["config"].update(rank_pattern={"a": 2.5}), "`config.rank_pattern.a` should be a valid integer"),
-    "rank": (lambda c: c["modules"]["0"].update(rank=4), "0.U is .3, 3., and adapter_config.json says rank 4"),
+    "rank": (lambda c: c["modules"]["0"].update(rank=4), "0 has the rank 3, and adapter_config.json says rank 4"),
     "size": (lambda c: c.update(settings={"vocab_size": -1}), "`settings.vocab_size` should be greater than or equal to 0"),
-    "kind": (lambda c: c.update(peft_type="a" * 5000), r"does not describe a PMSS adapter \(peft_type a{200,300}\.\.\."),
+    "kind": (lambda c: c.update(peft_type="a" * 5000), r"adapter of lightning-pmss \(peft_type a{200,300}\.\.\."),
     "collision": (
         lambda c: c["also_train"].update({"0.U": {"shape": [3, 3], "tied": []}}), "gives two of its tensors one name"
     ),
@@ -112,7 +112,7 @@ def test_an_adapter_config(adapter: Path, case: str, capsys: pytest.CaptureFixtu
     model = _net()
     with pytest.raises(ValueError, match=f"{adapter}/.*{message}"):
         load_adapter(model, adapter)
-    assert not pmss_layers(model)
+    assert not adapted_layers(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
     with pytest.raises(SystemExit) as left:
         main(["inspect", str(adapter)])
@@ -146,7 +146,7 @@ def test_tensors_that_their_checksums_vouch_for(adapter: Path, case: str) -> Non
     model = _net()
     with pytest.raises(ValueError, match=f"{adapter}.*{message}"):
         load_adapter(model, adapter)
-    assert not pmss_layers(model)
+    assert not adapted_layers(model)
 
 
 def test_unsorted_indices_mean_what_they_say(adapter: Path) -> None:
@@ -237,7 +237,7 @@ def test_a_skeleton_file(tmp_path: Path, case: str, version: int) -> None:
     fresh = _net()
     with pytest.raises(ValueError, match=f"s.safetensors.*{message}"):
         convert(fresh, PMSSConfig(**config.to_dict() | {"skeleton_file": str(file)}))
-    assert not pmss_layers(fresh)
+    assert not adapted_layers(fresh)
     assert all(parameter.requires_grad for parameter in fresh.parameters())
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lightning_pmss.cli import main
-from lightning_pmss.conversion.convert import convert, pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers, convert
 from lightning_pmss.files import export_files, load_adapter, merge_files, read_adapter, save_adapter, save_skeleton
 from lightning_pmss.inspect.inspection import inspect_adapter
 from lightning_pmss.methods.pmss.config import PMSSConfig
@@ -92,7 +92,7 @@ def test_by_every_reader(tiny_llama: str, tmp_path: Path, train: Train, capsys: 
         with pytest.raises(ValueError, match=message):
             act()
     assert not output.exists()
-    assert not pmss_layers(model)
+    assert not adapted_layers(model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     for command in (
         ["inspect", str(bad)],

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lightning_pmss import PMSSCallback
 from lightning_pmss.checkpoints.extract import extract_files
 from lightning_pmss.cli import main
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.files import load_adapter, merge_files, read_adapter, save_skeleton
 from lightning_pmss.merging import merge
 from tests.callbacks.toys import Toy, make_net, plain_loader, trainer
@@ -89,7 +89,7 @@ def test_any_step_of_any_module(tmp_path: Path, coordinates: str) -> None:
     _same(tmp_path / "a", short / "adapter")
     net = nn.ModuleDict({"net": make_net()})
     load_adapter(net, tmp_path / "a")
-    assert set(pmss_layers(net)) == {"net.0"}
+    assert set(adapted_layers(net)) == {"net.0"}
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_format_1_is_read_from_its_keys(tmp_path: Path) -> None:
     assert set(read_adapter(tmp_path / "a").also_train) == {"net.head.weight", "net.head.bias"}
     load_adapter(module, tmp_path / "a")
     state = torch.load(FORMAT_1 / "checkpoint.ckpt")["state_dict"]
-    for name, layer in pmss_layers(module).items():
+    for name, layer in adapted_layers(module).items():
         torch.testing.assert_close(layer.core.weight, state[f"{name}.core.weight"], rtol=1e-4, atol=1e-5)
         assert torch.equal(layer.rows, state[f"{name}.rows"].long())
     assert torch.equal(module.net.head.weight, state["net.head.weight"])

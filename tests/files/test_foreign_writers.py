@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lightning_pmss import PMSSConfig, convert, merged
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.files import export_lora, load_adapter, save_adapter, write_merged
 from lightning_pmss.merging import merge, merged_state_dict, unmerge
 from lightning_pmss.named import disable_adapter
@@ -224,7 +224,7 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_written(model: Any,
         pytest.raises(ValueError, match="no adapter can be written or merged; leave the block"),
     ):
         model.save_pretrained(tmp_path / "out")
-    next(iter(pmss_layers(model).values())).core.weight.data.fill_(float("nan"))
+    next(iter(adapted_layers(model).values())).core.weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="q_proj`: the merged weight is not finite"):
         model.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()

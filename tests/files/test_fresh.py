@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from lightning_pmss import PMSSConfig, convert, export_lora, load_adapter, save_adapter
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.files import merge_files, read_adapter, write_merged
 from lightning_pmss.files.fresh import fresh_tensors
 from lightning_pmss.inspect.inspection import inspect_adapter
@@ -181,7 +181,7 @@ def test_a_model_without_them_is_refused_and_untouched(
         with pytest.raises(ValueError, match=message):
             load()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert not pmss_layers(model)
+    assert not adapted_layers(model)
 
 
 @pytest.mark.parametrize("name", ["tokens added", "head"])
@@ -271,7 +271,7 @@ def test_a_converted_layer_whose_weight_is_fresh(tmp_path: Path) -> None:
     base, load = bert(tmp_path / "base"), BertForSequenceClassification.from_pretrained
     torch.manual_seed(5)
     model = trained(load(base))
-    assert "bert.pooler.dense" in pmss_layers(model)
+    assert "bert.pooler.dense" in adapted_layers(model)
     save_adapter(model, tmp_path / "adapter")
     assert set(read_adapter(tmp_path / "adapter").fresh) == {
         "bert.pooler.dense.weight",

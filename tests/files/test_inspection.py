@@ -15,9 +15,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lightning_pmss.cli import main
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.files import save_adapter
 from lightning_pmss.inspect.inspection import effective_rank, inspect_adapter, skeleton_energy, update_spectrum
+from lightning_pmss.methods.method import Factors
 
 Train = Callable[..., Any]
 
@@ -33,8 +34,8 @@ def test_against_the_dense_update(base: str, tmp_path: Path, train: Train, reque
     model = train(_model(folder, dtype), rank=20, scale=0.7)
     save_adapter(model, tmp_path / "a")
     found = inspect_adapter(tmp_path / "a", folder)
-    assert [layer.name for layer in found.layers] == list(pmss_layers(model))
-    for told, layer in zip(found.layers, pmss_layers(model).values(), strict=True):
+    assert [layer.name for layer in found.layers] == list(adapted_layers(model))
+    for told, layer in zip(found.layers, adapted_layers(model).values(), strict=True):
         weight, update = layer.base_weight().double(), layer.core_update().detach().double()
         dense = weight[:, layer.cols] @ update @ weight[layer.rows]
         singular = torch.linalg.svdvals(dense)
@@ -62,7 +63,7 @@ def test_unequal_sides_and_dependent_slices() -> None:
     rows, cols = torch.tensor([0, 4, 5, 7, 8]), torch.tensor([0, 1, 3, 6])
     update = torch.randn(4, 5, dtype=torch.float64, generator=generator)
     r, c = weight[rows], weight[:, cols]
-    singular = update_spectrum(update, r, c)
+    singular = update_spectrum(Factors(update @ r, c))
     torch.testing.assert_close(singular, torch.linalg.svdvals(c @ update @ r)[:4], rtol=1e-10, atol=1e-10)
     energy, norm = skeleton_energy(weight, r, c)
     left, right = c @ torch.linalg.pinv(c), r.T @ torch.linalg.pinv(r.T)
@@ -92,7 +93,7 @@ def test_without_the_base(tiny_llama: str, tmp_path: Path, train: Train) -> None
 
 def test_an_untrained_adapter(tiny_llama: str, tmp_path: Path, train: Train) -> None:
     model = train(_model(tiny_llama))
-    for layer in pmss_layers(model).values():
+    for layer in adapted_layers(model).values():
         layer.core.weight.data.zero_()
     save_adapter(model, tmp_path / "a")
     for layer in inspect_adapter(tmp_path / "a", tiny_llama).layers:

@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.files import export_files, export_lora, load_adapter, merge_files, save_adapter
 from lightning_pmss.files.lora import lora_pair
 from lightning_pmss.merging import merge, merged_state_dict, unmerge
+from lightning_pmss.methods.pmss.method import PMSSUpdate
 
 peft = pytest.importorskip("peft")
 Train = Callable[..., Any]
@@ -206,9 +207,9 @@ def test_full_rank_of_a_badly_conditioned_square(bases: dict[str, Path], tmp_pat
     """U then has large entries that cancel: the factors are formed in float64, so the LoRA is nearer to the truth than PMSS."""
     model = train(_base(bases["bert"]), rank=33)
     exact = train(_base(bases["bert"], torch.float64), rank=33)
-    assert {len(layer.rows) for layer in pmss_layers(model).values()} == {32}
-    for one, other in zip(pmss_layers(exact).values(), pmss_layers(model).values(), strict=True):
-        one.set_update(other.core_update().detach())
+    assert {len(layer.rows) for layer in adapted_layers(model).values()} == {32}
+    for one, other in zip(adapted_layers(exact).values(), adapted_layers(model).values(), strict=True):
+        one.set_update(other.update())
         assert torch.equal(one.rows, other.rows)
     export_lora(model, tmp_path / "lora", progress=False)
     lora = _in_peft(_base(bases["bert"]), tmp_path / "lora")
@@ -221,7 +222,7 @@ def test_lora_a_is_a_copy_of_the_base(bases: dict[str, Path], tmp_path: Path, tr
     model = _trained(bases, "llama", train)
     export_lora(model, tmp_path / "lora", progress=False)
     tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
-    for name, layer in pmss_layers(model).items():
+    for name, layer in adapted_layers(model).items():
         assert torch.equal(tensors[f"base_model.model.{name}.lora_A.weight"], layer.weight[layer.rows])
 
 
@@ -239,7 +240,7 @@ def test_cut_to_a_smaller_rank(bases: dict[str, Path], tmp_path: Path, train: Tr
     export_lora(model, tmp_path / "exact", progress=False)
     report = export_lora(model, tmp_path / "cut", rank=8, progress=False)
     exact, cut = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("exact", "cut"))
-    assert set(report.errors) == set(pmss_layers(model))
+    assert set(report.errors) == set(adapted_layers(model))
     for name, error in report.errors.items():
         keys = [f"base_model.model.{name}.lora_{side}.weight" for side in "BA"]
         full, less = (t[keys[0]].double() @ t[keys[1]].double() for t in (exact, cut))
@@ -260,7 +261,7 @@ def test_cut_to_a_smaller_rank(bases: dict[str, Path], tmp_path: Path, train: Tr
 
 def test_an_untrained_adapter_exports_to_zero(bases: dict[str, Path], tmp_path: Path, train: Train) -> None:
     model = train(_base(bases["llama"]), size=0.0)
-    for layer in pmss_layers(model).values():
+    for layer in adapted_layers(model).values():
         layer.core.weight.data.zero_()
     report = export_lora(model, tmp_path / "lora", rank=4, progress=False)
     assert set(report.errors.values()) == {0.0}
@@ -270,8 +271,13 @@ def test_an_untrained_adapter_exports_to_zero(bases: dict[str, Path], tmp_path: 
 @pytest.mark.parametrize(("rows", "columns"), [(5, 7), (7, 5), (6, 6)])
 def test_pair_of_unequal_sides(rows: int, columns: int) -> None:
     torch.manual_seed(0)
-    update, r, c = torch.randn(columns, rows), torch.randn(rows, 11), torch.randn(9, columns)
-    a, b, error = lora_pair(update, r, c)
+    update, r = torch.randn(columns, rows), torch.randn(rows, 11)
+    weight = torch.randn(9, 11)
+    where = torch.arange(rows), torch.arange(columns)
+    weight[where[0]] = r
+    c = weight[:, where[1]]
+    factors = PMSSUpdate(update, *where).factors(weight, torch.float64)
+    a, b, error = lora_pair(factors)
     assert (len(a), b.shape[1], error) == (min(rows, columns), min(rows, columns), None)
     torch.testing.assert_close(b @ a, c.double() @ update.double() @ r.double())
 
@@ -369,7 +375,7 @@ def test_from_a_base_in_shards_and_bfloat16(
     original = ShardReader.read
     monkeypatch.setattr(ShardReader, "read", lambda self, key: (read.add(key), original(self, key))[1])
     export_files(sharded_llama, tmp_path / "adapter", tmp_path / "lora", progress=False)
-    assert read == {f"{name}.weight" for name in pmss_layers(model)}
+    assert read == {f"{name}.weight" for name in adapted_layers(model)}
     lora = _in_peft(_base(Path(sharded_llama), torch.bfloat16), tmp_path / "lora")
     merged = merge_files(sharded_llama, tmp_path / "adapter", tmp_path / "merged", progress=False)
     plain = _base(Path(merged.output), torch.bfloat16).state_dict()

@@ -16,9 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.files import merge_files, save_adapter
-from lightning_pmss.merging import merge, merge_weight
+from lightning_pmss.layers import merged_layer
+from lightning_pmss.layers.merged_layer import merge_update
+from lightning_pmss.merging import merge
+from lightning_pmss.methods.pmss.method import PMSSUpdate
 from tests import forks
 from tests.files.edits import edit_tensors, seal
 
@@ -55,7 +58,7 @@ def test_loads_plainly_and_computes_the_same(tiny_llama: str, tmp_path: Path, tr
     assert "lm_head.weight" not in load_file(tmp_path / "merged" / "model.safetensors")
     assert merged.lm_head.weight.data_ptr() == merged.model.embed_tokens.weight.data_ptr()
     AutoTokenizer.from_pretrained(tmp_path / "merged")
-    assert set(report.merged) == set(pmss_layers(model))
+    assert set(report.merged) == set(adapted_layers(model))
     assert "tokenizer.json" in report.copied_files
     assert report.total.max_error == 0  # float32 to float32
 
@@ -66,7 +69,7 @@ def test_equals_the_merge_in_memory(sharded_llama: str, tmp_path: Path, train: T
     streamed = _merge(sharded_llama, tmp_path / "adapter", tmp_path / "merged")
     in_memory = merge(model)
     merged = _base(tmp_path / "merged")
-    for name, layer in pmss_layers(model).items():
+    for name, layer in adapted_layers(model).items():
         # The order of a float32 sum may differ: at most one unit in the last place of bfloat16.
         torch.testing.assert_close(merged.get_submodule(name).weight, layer.weight, rtol=2**-7, atol=0)
         assert (merged.get_submodule(name).weight == layer.weight).float().mean() > 0.99
@@ -259,7 +262,9 @@ def test_bases_that_cannot_be_streamed(tiny_llama: str, sharded_llama: str, adap
 def test_results_that_are_not_finite(tiny_llama: str, adapter: Path, tmp_path: Path) -> None:
     edit_tensors(adapter, lambda tensors: tensors["model.layers.1.mlp.up_proj.U"].mul_(1e20))
     seal(adapter)
-    with pytest.raises(ValueError, match=r"merging model.layers.1.mlp.up_proj gives NaN or inf.*float16.*float32"):
+    with pytest.raises(
+        ValueError, match=r"merging model.layers.1.mlp.up_proj in torch.float16: .* is not finite.*float32"
+    ):
         _merge(tiny_llama, adapter, tmp_path / "merged", dtype="float16")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
 
@@ -349,16 +354,12 @@ def test_real_model(shared: Path, tmp_path: Path, train: Train) -> None:
 
 
 def test_blocks_of_rows_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_pmss.files import merged as module
-    from lightning_pmss.files.adapter import AdapterModule
-
     weight = torch.randn(37, 20).to(torch.bfloat16)
-    rows, cols, update = torch.tensor([3, 36, 0]), torch.tensor([7, 1]), torch.randn(2, 3)
-    expected, drift = merge_weight(weight, rows, cols, update, "w")
-    for layout, stored in (("linear", weight), ("conv1d", weight.T.contiguous())):
-        part = AdapterModule((37, 20), layout, {}, update, rows, cols)
-        monkeypatch.setattr(module, "_BLOCK", 5 * 20)
-        result, sums = module.merged_tensor(stored, part, torch.bfloat16)
-        result = result.T if layout == "conv1d" else result
-        torch.testing.assert_close(result, expected, rtol=2**-7, atol=0)
-        assert sums.drift().relative_error == pytest.approx(drift.relative_error, rel=1e-3)
+    update = PMSSUpdate(torch.randn(2, 3), torch.tensor([3, 36, 0]), torch.tensor([7, 1]))
+    expected, drift = merge_update(weight, update, torch.bfloat16)
+    exact = weight.double() + weight[:, update.cols].double() @ update.U.double() @ weight[update.rows].double()
+    torch.testing.assert_close(expected, exact.to(torch.bfloat16), rtol=2**-7, atol=0)
+    monkeypatch.setattr(merged_layer, "_BLOCK", 5 * 20)
+    result, again = merge_update(weight, update, torch.bfloat16)
+    torch.testing.assert_close(result, expected, rtol=2**-7, atol=0)
+    assert again.relative_error == pytest.approx(drift.relative_error, rel=1e-3)

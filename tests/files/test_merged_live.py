@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.files import write_merged
 from lightning_pmss.merging import merge
 
@@ -45,7 +45,7 @@ def test_live_hugging_face_model(
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     torch.testing.assert_close(logits(_base(tmp_path / "merged")), expected, rtol=1e-4, atol=1e-5)
     AutoTokenizer.from_pretrained(tmp_path / "merged")  # from the folder the model was loaded from
-    assert set(report.merged) == set(pmss_layers(model))
+    assert set(report.merged) == set(adapted_layers(model))
     keys = set(load_file(tmp_path / "merged" / "model.safetensors"))
     assert keys == set(load_file(Path(tiny_llama) / "model.safetensors"))
     with pytest.raises(FileExistsError, match="overwrite=True"):

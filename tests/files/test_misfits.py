@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_pmss import load_adapter, save_adapter
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.files.lora import export_files
 from lightning_pmss.files.merged import merge_files
 from lightning_pmss.named import add_adapter, load_adapters
@@ -63,7 +63,7 @@ def test_wherever_it_is_given(adapter: Path, tmp_path: Path, train: Train, chang
     for act in acts:
         with pytest.raises(ValueError, match=f"{adapter}: 2.weight {message}"):
             act()
-    assert not pmss_layers(fresh)
+    assert not adapted_layers(fresh)
     assert not output.exists()
 
 

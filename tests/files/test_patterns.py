@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lightning_pmss.conversion import expression
-from lightning_pmss.conversion.convert import conversion_of, convert, pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers, conversion_of, convert
 from lightning_pmss.files import export_files, load_adapter, merge_files, read_adapter, save_adapter
 from lightning_pmss.inspect.inspection import inspect_adapter
 from lightning_pmss.methods.pmss.config import PMSSConfig
@@ -64,13 +64,13 @@ def test_a_file_s_patterns_are_not_run(
 
     model = _base(tiny_llama)
     report = load_adapter(model, adapter)
-    assert {name.rsplit(".", 1)[-1] for name in pmss_layers(model)} == {"q_proj", "up_proj"}
+    assert {name.rsplit(".", 1)[-1] for name in adapted_layers(model)} == {"q_proj", "up_proj"}
     assert report.also_train == ["model.norm"]
     torch.testing.assert_close(logits(model), expected)
     load_adapter(model, adapter)  # onto a converted one
     assert conversion_of(model) is report
     save_adapter(model, tmp_path / "again")
-    assert set(read_adapter(tmp_path / "again").modules) == set(pmss_layers(model))
+    assert set(read_adapter(tmp_path / "again").modules) == set(adapted_layers(model))
 
     several = _base(tiny_llama)
     load_adapters(several, {"first": adapter})
@@ -115,7 +115,7 @@ def test_a_slow_expression_of_the_user_is_refused_by_name(
         ValueError, match=rf"{field}='\(a\|aa\)\+\$' has not answered for `a+b` within .*type a list of names"
     ):
         convert(model, PMSSConfig(**{"rank": 4, field: value}))
-    assert not pmss_layers(model)
+    assert not adapted_layers(model)
 
 
 def test_all_names_share_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +140,7 @@ def test_all_names_share_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_expressions_mean_what_they_meant(pattern: str, found: list[str]) -> None:
     model = _deep()
     convert(model, PMSSConfig(rank=4, target_modules=pattern))
-    assert list(pmss_layers(model)) == found
+    assert list(adapted_layers(model)) == found
 
 
 @pytest.mark.parametrize("pattern", ["(", "a{2,1}", "*", "[z-a]", "(" * 5000])
@@ -153,4 +153,4 @@ def test_what_is_no_expression(pattern: str) -> None:
 def test_of_several_patterns_for_ranks_the_first_match_counts() -> None:
     model = _deep()
     convert(model, PMSSConfig(rank=4, rank_pattern={"0.0": 2, ".*": 3}))
-    assert {name: len(layer.rows) for name, layer in pmss_layers(model).items()} == {"0.0": 2, "1": 3}
+    assert {name: len(layer.rows) for name, layer in adapted_layers(model).items()} == {"0.0": 2, "1": 3}

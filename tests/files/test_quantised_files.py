@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from lightning_pmss import PMSSConfig, convert, load_adapter, merge, save_adapter, unmerge
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.files import export_lora, merge_files, read_adapter, write_merged
 from lightning_pmss.layers.quantised import dequantised, is_quantised
 from lightning_pmss.merging import merged
@@ -66,7 +66,7 @@ def trained(base: Path, kind: str) -> Any:
     model = load(base, kind)
     convert(model, PMSSConfig(rank=12, rank_pattern={"k_proj": 5}, scale=0.7))
     torch.manual_seed(1)
-    for layer in pmss_layers(model).values():
+    for layer in adapted_layers(model).values():
         nn.init.normal_(layer.core.weight, std=0.1)
     return model.train()  # int8 of bitsandbytes quantises activations in evaluation mode
 
@@ -82,8 +82,8 @@ def logits(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_comes_back_on_the_base_quantised_again(kind: str, base: Path, tmp_path: Path) -> None:
     model = trained(base, kind)
-    assert all(is_quantised(layer) for layer in pmss_layers(model).values())
-    assert len(pmss_layers(model)) == 14
+    assert all(is_quantised(layer) for layer in adapted_layers(model).values())
+    assert len(adapted_layers(model)) == 14
     save_adapter(model, tmp_path / "adapter")
     again = load(base, kind)
     load_adapter(again, tmp_path / "adapter")
@@ -98,7 +98,7 @@ def test_the_dense_base_is_another_base(base: Path, tmp_path: Path) -> None:
     dense = AutoModelForCausalLM.from_pretrained(base)
     with pytest.raises(ValueError, match=r"another base.*quantised weights \(bitsandbytes nf4\).*write_merged"):
         load_adapter(dense, tmp_path / "adapter")
-    assert not pmss_layers(dense)
+    assert not adapted_layers(dense)
     with pytest.raises(ValueError, match=r"another base.*quantised weights \(bitsandbytes nf4\)"):
         merge_files(base, tmp_path / "adapter", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
@@ -122,7 +122,7 @@ def test_a_skeleton_of_the_dense_checkpoint_is_refused(base: Path, tmp_path: Pat
     config = PMSSConfig(rank=12, skeleton_file=str(tmp_path / "skeleton.safetensors"))
     with pytest.raises(ValueError, match=r"another base.*leave skeleton_file out"):
         convert(model, config)
-    assert not pmss_layers(model)
+    assert not adapted_layers(model)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -135,7 +135,7 @@ def test_merge_in_memory_asks_first_and_comes_back_bit_for_bit(kind: str, base: 
     assert len(report.layers) == 14
     assert report.relative_error < 1e-6  # to float32
     torch.testing.assert_close(logits(model), before, rtol=1e-3, atol=1e-4)
-    assert not any(is_quantised(layer) for layer in pmss_layers(model).values())
+    assert not any(is_quantised(layer) for layer in adapted_layers(model).values())
     save_adapter(model, tmp_path / "merged")  # of the codes, which are kept aside
     unmerge(model)
     save_adapter(model, tmp_path / "plain")
@@ -154,10 +154,10 @@ def test_requantising_reports_its_error(base: Path) -> None:
     before = logits(model)
     wanted = {
         n: m.base_weight() + m.weight_columns() @ m.core_update() @ m.weight_rows()
-        for n, m in pmss_layers(model).items()
+        for n, m in adapted_layers(model).items()
     }
     report = merge(model, requantise=True)
-    for name, layer in pmss_layers(model).items():
+    for name, layer in adapted_layers(model).items():
         assert is_quantised(layer)
         error = torch.linalg.matrix_norm(dequantised(layer) - wanted[name]) / torch.linalg.matrix_norm(wanted[name])
         assert report.layers[name].relative_error == pytest.approx(float(error), rel=1e-3)
@@ -215,7 +215,7 @@ def test_named_adapters_share_the_codes(kind: str, base: Path, tmp_path: Path) -
         assert torch.equal(logits(model), plain)
     first = logits(model)
     save_adapter(model, tmp_path / "first")
-    for layer in pmss_layers(model).values():
+    for layer in adapted_layers(model).values():
         layer.core.weight.data.mul_(-1)
     second = logits(model)
     save_adapter(model, tmp_path / "second")
@@ -262,4 +262,4 @@ def test_the_blocks_of_the_page(base: Path, tmp_path: Path, monkeypatch: pytest.
         exec(block.replace("MODEL_DIR", str(base)), names)  # noqa: S102
     assert (tmp_path / "dense" / "config.json").is_file()
     assert names["report"].relative_error > 0
-    assert pmss_layers(names["fresh"])
+    assert adapted_layers(names["fresh"])

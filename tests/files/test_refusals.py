@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lightning_pmss.cli import main
-from lightning_pmss.conversion.convert import conversion_of, convert, pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers, conversion_of, convert
 from lightning_pmss.files import export_files, export_lora, load_adapter, merge_files, save_adapter
 from lightning_pmss.inspect.inspection import inspect_adapter
 from lightning_pmss.merging import merge, unmerge
@@ -84,7 +84,7 @@ def test_row_1_a_typo_among_the_targets(tiny_llama: str) -> None:
             convert(model, PMSSConfig(rank=4, **{field: ["v_prj"]}))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="rank_pattern: 'v_prj' matches no module"):
         convert(model, PMSSConfig(rank=4, rank_pattern={"v_prj": 2}))
-    assert not pmss_layers(model)
+    assert not adapted_layers(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -182,7 +182,7 @@ def test_row_9_nan_in_the_adapter(
     _edit(adapter, lambda tensors: tensors[f"{Q}.U"][0].fill_(value))
     _refused_everywhere(adapter, tiny_llama, tmp_path, f"NaN or infinite values in {Q}.U")
     model = train(_base(tiny_llama))
-    pmss_layers(model)[Q].core.weight.data[0, 0] = value
+    adapted_layers(model)[Q].core.weight.data[0, 0] = value
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with pytest.raises(
         ValueError, match=f"`{Q}`: U holds NaN or infinite values; the run diverged. Nothing was merged"
@@ -211,7 +211,7 @@ def test_row_10_training_while_merged(tiny_llama: str, train: Any) -> None:
     model.eval()(input_ids=ids, labels=ids).loss.backward()  # of the merged model itself, as for an attribution
     unmerge(model)
     model.train()(input_ids=ids, labels=ids).loss.backward()
-    assert pmss_layers(model)[Q].core.weight.grad.abs().sum() > 0
+    assert adapted_layers(model)[Q].core.weight.grad.abs().sum() > 0
 
 
 def test_row_10_an_activation_in_place_may_follow_a_merged_layer() -> None:
@@ -273,7 +273,7 @@ def test_a_base_whose_files_changed_since(tiny_llama: str, tmp_path: Path, train
     adapter = save_adapter(model, tmp_path / "adapter")
     _all_work(adapter, str(base), tmp_path)
     state = load_file(base / "model.safetensors")
-    row = int(pmss_layers(model)[DOWN].rows[0])
+    row = int(adapted_layers(model)[DOWN].rows[0])
     state[f"{DOWN}.weight"][row, 0] *= 1.0001
     save_file(state, base / "model.safetensors", {"format": "pt"})
     message = rf"belongs to another base: the weights of {DOWN} in .* are not those it was trained on \({base}\)"
@@ -287,7 +287,7 @@ def test_a_base_that_holds_the_adapter_already(tiny_llama: str, adapter: Path, t
 
 def test_a_lora_is_no_pmss_adapter(tiny_llama: str, adapter: Path, tmp_path: Path) -> None:
     export_files(tiny_llama, adapter, tmp_path / "lora", progress=False)
-    message = r"does not describe a PMSS adapter \(peft_type LORA\).*peft"
+    message = r"does not describe an adapter of lightning-pmss \(peft_type LORA\).*peft"
     _refused_everywhere(tmp_path / "lora", tiny_llama, tmp_path, message)
 
 
@@ -305,4 +305,4 @@ def test_a_skeleton_is_refused_for_the_same_reasons(tiny_llama: str, adapter: Pa
         model = _base(tiny_llama)
         with pytest.raises(error, match=message):
             convert(model, PMSSConfig(rank=5, skeleton_file=str(tmp_path / name)))
-        assert not pmss_layers(model)
+        assert not adapted_layers(model)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_pmss.conversion.convert import convert, pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers, convert
 from lightning_pmss.files.architecture import model_on_meta
 from lightning_pmss.files.select import select_files
 from lightning_pmss.layers.fingerprint import fingerprint
@@ -33,27 +33,24 @@ def check_equal(folder: str, config: PMSSConfig, output: Path) -> None:
     report = select_files(folder, output, config, progress=False)
     converted = loaded(folder)
     conversion = convert(converted, config)
-    layers = pmss_layers(converted)
+    layers = adapted_layers(converted)
     skeleton = read_skeleton(output)
     assert skeleton.coordinates == config.coordinates
     assert skeleton.layers.keys() == layers.keys()
     for name, layer in layers.items():
         stored = skeleton.layers[name]
-        assert torch.equal(stored.rows, layer.rows)
-        assert torch.equal(stored.cols, layer.cols)
+        assert torch.equal(stored.tensors["rows"], layer.rows)
+        assert torch.equal(stored.tensors["cols"], layer.cols)
         assert stored.fingerprint == fingerprint(layer.weight_rows(), layer.weight_columns())
-        assert stored.frame is not None
-        frame = layer.core.frame
-        for part in ("left", "right", "gain"):
-            kept = getattr(stored.frame, part)
-            ours = None if frame is None else getattr(frame, part)
-            assert (kept is None) == (ours is None)
-            if kept is not None:
-                torch.testing.assert_close(kept, ours.reshape(kept.shape), rtol=1e-5, atol=1e-6)
+        frame = layer.core.frozen()
+        assert stored.tensors.keys() == {"rows", "cols", *frame}
+        for part, ours in frame.items():
+            kept = stored.tensors[part]
+            torch.testing.assert_close(kept, ours.reshape(kept.shape), rtol=1e-5, atol=1e-6)
     for one in conversion.layers:
         stored = skeleton.layers[one.name]
         assert stored.shape == one.shape
-        assert stored.residual == pytest.approx(one.residual, rel=1e-4, abs=1e-6)
+        assert stored.figures["residual"] == pytest.approx(one.residual, rel=1e-4, abs=1e-6)
     assert {(one.name, one.rank, one.requested_rank) for one in report.layers} == {
         (one.name, one.rank, one.requested_rank) for one in conversion.layers
     }
@@ -146,10 +143,10 @@ def test_skeleton_file_converts_a_fresh_model_to_the_same(tiny_llama: str, tmp_p
     selected, given = loaded(tiny_llama), loaded(tiny_llama)
     convert(selected, PMSSConfig(rank=8))
     convert(given, PMSSConfig(rank=8, skeleton_file=str(output)))
-    assert pmss_layers(selected).keys() == pmss_layers(given).keys()
-    for name, layer in pmss_layers(given).items():
-        assert torch.equal(layer.rows, pmss_layers(selected)[name].rows)
-        assert torch.equal(layer.cols, pmss_layers(selected)[name].cols)
+    assert adapted_layers(selected).keys() == adapted_layers(given).keys()
+    for name, layer in adapted_layers(given).items():
+        assert torch.equal(layer.rows, adapted_layers(selected)[name].rows)
+        assert torch.equal(layer.cols, adapted_layers(selected)[name].cols)
 
 
 def test_skeleton_file_of_another_base_is_refused(tiny_llama: str, tmp_path: Path) -> None:
@@ -211,8 +208,8 @@ def test_a_vision_model(tmp_path: Path) -> None:
     select_files(tmp_path / "vit", tmp_path / "s", PMSSConfig(rank=4), progress=False)
     convert(model, PMSSConfig(rank=4))
     stored = read_skeleton(tmp_path / "s").layers
-    assert stored.keys() == pmss_layers(model).keys()
-    assert all(torch.equal(stored[name].cols, layer.cols) for name, layer in pmss_layers(model).items())
+    assert stored.keys() == adapted_layers(model).keys()
+    assert all(torch.equal(stored[name].tensors["cols"], layer.cols) for name, layer in adapted_layers(model).items())
 
 
 def rewrite(folder: str, target: Path, change: Any) -> Path:
@@ -345,7 +342,7 @@ def test_folders_and_outputs(tiny_llama: str, sharded_llama: str, tmp_path: Path
         select_files(tiny_llama, output, PMSSConfig(rank=4), progress=False)
     assert output.read_bytes() == first
     select_files(tiny_llama, output, PMSSConfig(rank=4), overwrite=True, progress=False)
-    assert len(read_skeleton(output).layers["model.layers.0.mlp.up_proj"].rows) == 4
+    assert len(read_skeleton(output).layers["model.layers.0.mlp.up_proj"].tensors["rows"]) == 4
     weights = folder / "model.safetensors"
     with pytest.raises(FileExistsError, match="is no skeleton file"):
         select_files(tiny_llama, weights, config, overwrite=True, progress=False)

@@ -177,7 +177,7 @@ def test_other_targets_and_ranks_of_some_keep_what_is_finished(
     assert report.resumed == 8
     layers = read_skeleton(output).layers
     assert excluded not in layers
-    assert len(layers[smaller].rows) == 5
+    assert len(layers[smaller].tensors["rows"]) == 5
     assert output.read_bytes() == fresh(tiny_llama, tmp_path, other)
 
 

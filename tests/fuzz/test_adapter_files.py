@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_pmss import load_adapter
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.files import export_files, merge_files
 from lightning_pmss.inspect.inspection import inspect_adapter
 from lightning_pmss.named import add_adapter, load_adapters
@@ -56,7 +56,7 @@ def _check(answer: Any, model: nn.Module, before: dict[str, Any], expected: torc
     if isinstance(answer, Exception):
         assert_unchanged(model, before, told)
         return
-    if not all(bool(layer.core_update().isfinite().all()) for layer in pmss_layers(model).values()):
+    if not all(bool(layer.core_update().isfinite().all()) for layer in adapted_layers(model).values()):
         pytest.fail(f"{told}: loaded, and U is not finite")
     with torch.no_grad():
         outputs = model.net(inputs())  # type: ignore[operator, union-attr]

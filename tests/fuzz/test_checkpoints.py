@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from lightning_pmss.callbacks.nonfinite import NonFiniteError
 from lightning_pmss.checkpoints.extract import extract_files, merge_checkpoint
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 from tests.fuzz.conftest import Files, Module, inputs, loader, make_callback, make_trainer
 from tests.fuzz.models import summary
 from tests.fuzz.mutations import copied, mutate
@@ -84,7 +84,7 @@ def test_checkpoints(files: Files, tmp_path: Path) -> None:
 
         loaded = attempt(lambda f=file: Module.load_from_checkpoint(f), told)
         if not isinstance(loaded, Exception):
-            assert all(x.core_update().isfinite().all() for x in pmss_layers(loaded).values()), told
+            assert all(x.core_update().isfinite().all() for x in adapted_layers(loaded).values()), told
             with torch.no_grad():
                 outputs = loaded.net(inputs())
             assert other or torch.allclose(outputs, files.outputs, rtol=1e-4, atol=1e-5), told
@@ -94,7 +94,7 @@ def test_checkpoints(files: Files, tmp_path: Path) -> None:
         # Huge values that somebody put in are finite, and the first step shows that nothing can be trained from them.
         answers = (OSError, ValueError, *((MisconfigurationException, NonFiniteError) if other else ()))
         resumed = attempt(lambda t=trainer, m=module, f=file: t.fit(m, loader(), ckpt_path=f), told, answers)
-        layers = pmss_layers(module).values()
+        layers = adapted_layers(module).values()
         if isinstance(resumed, (OSError, ValueError)) and "does not fit this run" not in str(resumed):
             values = module.state_dict()
             same = all(torch.equal(values[key], value) for key, value in Module().state_dict().items())

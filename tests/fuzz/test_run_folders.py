@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_pmss.cli import main
-from lightning_pmss.conversion.convert import convert, pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers, convert
 from lightning_pmss.files import save_adapter
 from lightning_pmss.methods.pmss.config import PMSSConfig
 from tests.fuzz.mutations import copied, mutate
@@ -38,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (base / "config.json").write_text("{}")
     trained = model()
     convert(trained, PMSSConfig(rank=4))
-    for layer in pmss_layers(trained).values():
+    for layer in adapted_layers(trained).values():
         nn.init.normal_(layer.core.weight)
     save_adapter(trained, folder / "adapter", base=str(base))
     (folder / "config.yaml").write_text("model: x\n")

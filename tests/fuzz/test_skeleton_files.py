@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lightning_pmss import PMSSConfig, convert
-from lightning_pmss.conversion.convert import pmss_layers
+from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.methods.pmss.skeleton import METADATA, read_skeleton
 from lightning_pmss.store import describe_tensors
 from tests.fuzz.conftest import Files, Module
@@ -52,7 +52,7 @@ def _damage(file: Path, random: Random) -> tuple[str, bool]:
 def test_skeleton_files(files: Files, tmp_path: Path) -> None:
     config = PMSSConfig(target_modules=["first", "second"], rank=5, scale=2.0, also_train=["head"])
     sound, found = Module(), Counter[str]()
-    convert(sound, config, skeleton=read_skeleton(files.skeleton))
+    convert(sound, config, given=read_skeleton(files.skeleton))
     for seed, random in cases("skeleton", 3 * COUNT):
         file = copied(files.skeleton, tmp_path / "bad.safetensors")
         how, other = _damage(file, random)
@@ -67,12 +67,12 @@ def test_skeleton_files(files: Files, tmp_path: Path) -> None:
             found["refused by all"] += 1
             continue
         found["taken"] += 1
-        for name, layer in pmss_layers(model).items():
+        for name, layer in adapted_layers(model).items():
             with torch.no_grad():
                 layer.core.weight.normal_()
                 if not layer.core_update().isfinite().all():
                     pytest.fail(f"{told}: converted, and U is not finite")
-            frame, right = layer.core.frame, pmss_layers(sound)[name].core.frame
+            frame, right = layer.core.frame, adapted_layers(sound)[name].core.frame
             if not other and not (torch.equal(frame.left, right.left) and torch.equal(frame.right, right.right)):  # type: ignore[union-attr, arg-type]
                 pytest.fail(f"{told}: converted, with other coordinates")
     summary(found)

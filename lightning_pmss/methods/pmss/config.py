@@ -1,36 +1,31 @@
-"""What the user chooses: `PMSSConfig`, checked when it is made."""
+"""What the user chooses for PMSS: `PMSSConfig`, checked when it is made."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from functools import cache
-from typing import Any, get_type_hints
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from pydantic import Field, create_model
 
-from lightning_pmss.messages import some
-from lightning_pmss.methods.pmss.layer import COORDINATES, EDITS, MEMORY_MODES
+from lightning_pmss.methods.config import AdapterConfig
+from lightning_pmss.methods.documentation import inherit_options
+from lightning_pmss.methods.pmss.coordinates import COORDINATES
 from lightning_pmss.methods.pmss.selection import ROW_MODES, SELECTORS
-from lightning_pmss.store import Record, checked
 
+EDITS = ("auto", "input", "output", "weight")
+MEMORY_MODES = ("keep", "regather")
 _NUMBERS = torch.finfo(torch.float32)
 # The rank at which scale="auto" is 1. Adam moves each entry of V by the learning rate, so the update grows with the rank.
 REFERENCE_RANK = 64
 
 
+@inherit_options(AdapterConfig)
 @dataclass(frozen=True)
-class PMSSConfig:
-    """How a model is converted. Every field can be given to `PMSSCallback` and on the command line as ``--pmss.<field>``.
+class PMSSConfig(AdapterConfig):
+    """Options of PMSS. Every field can be given to `PMSSCallback` and on the command line as ``--pmss.<field>``.
 
     Args:
-        target_modules: ``"all-linear"`` (every linear layer of the body; output head and embeddings are left out); a module's
-            name, where ``t`` matches a module called ``t`` or ending in ``"." + t``, or a list of names; or any other string:
-            a regular expression for the full name. Each item must match something.
-        exclude_modules: Modules left out of the targets, with everything below them; name, list or regular expression as above.
         rank: Rows and columns selected per layer; clipped to the smaller side of a layer, which the report says.
-        rank_pattern: Rank of the targets that match a key (a name ending or a regular expression); the first match counts.
         selection: Rule that selects columns and rows: ``lupp``, ``pivoted_qr``, ``leverage``, ``norm``, ``random`` or
             ``inverse_norm``.
         row_mode: ``"independent"`` selects rows from W, ``"nested"`` from the selected columns.
@@ -44,24 +39,22 @@ class PMSSConfig:
         dropout: Dropout probability on ``h = R x``.
         edit: Which side of the layer carries the update: ``"input"``, ``"output"`` or ``"auto"`` (by shape); or ``"weight"``:
             form W' in every pass, for float32 weights and micro-batches of many tokens (docs/performance.md).
-        also_train: Modules trained in full and saved with the adapter, such as a fresh classification head; patterns
-            like ``target_modules``'.
         skeleton_file: A safetensors file with ``<module>.rows`` and ``<module>.cols`` (an adapter file has them) to use
             instead of selecting.
         memory: ``"regather"`` gathers each layer's slice of W again in the backward pass; ``"keep"`` keeps it from the forward
             pass: up to a few hundredths faster, at two to four times the bytes (docs/performance.md).
-        root: Full name of the module to adapt, in a model that holds several (``"policy"``): only what lies inside is
-            converted, names are relative to it, and adapter, merged model and export are for it alone. ``also_train`` may
-            name modules beside it.
 
     Raises:
         ValueError: A value is out of its range; the message names the field and the values allowed.
     """
 
-    target_modules: str | Sequence[str] = "all-linear"
-    exclude_modules: str | Sequence[str] = ()
+    method = "pmss"
+    card = (
+        "`W' = W + C (s U) R`: C and R are columns and rows of the base's own weights, stored as indices; U was trained"
+        " (PMSS, arXiv 2409.16722, with lightning-pmss). It means nothing on other weights, and loading on them is refused."
+    )
+
     rank: int = 256
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
     selection: str = "lupp"
     row_mode: str = "independent"
     oversample: int = 10
@@ -70,25 +63,13 @@ class PMSSConfig:
     coordinates: str = "orthonormal"
     dropout: float = 0.0
     edit: str = "auto"
-    also_train: str | Sequence[str] = ()
     skeleton_file: str | None = None
     memory: str = "regather"
-    root: str | None = None
 
     def __post_init__(self) -> None:
-        # Lists, so that equality and JSON do not depend on which sequence type a caller happened to use.
-        for name in ("target_modules", "exclude_modules", "also_train"):
-            value = getattr(self, name)
-            if not isinstance(value, str):
-                object.__setattr__(self, name, list(value or ()))
-        object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
+        super().__post_init__()
         if self.skeleton_file is not None:
             object.__setattr__(self, "skeleton_file", str(self.skeleton_file))
-        if not self.target_modules:
-            raise ValueError("target_modules is empty; type 'all-linear' or a list of module names such as ['q_proj'].")
-        for where, rank in (("rank", self.rank), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())):
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise ValueError(f"{where}={rank!r} is not a rank; type a whole number of at least 1.")
         for name, allowed in (
             ("selection", tuple(SELECTORS)),
             ("row_mode", ROW_MODES),
@@ -114,39 +95,10 @@ class PMSSConfig:
         """The factor s of a layer with ``rank`` rows and columns."""
         return REFERENCE_RANK / rank if isinstance(self.scale, str) else float(self.scale)
 
-    @classmethod
-    def from_file(cls, values: Any, where: str, remedy: str) -> PMSSConfig:
-        """The options that a file holds; those that an older file lacks are the defaults.
+    def summary(self) -> str:
+        """Selection, coordinates, scale."""
+        return f"selection {self.selection}, {self.coordinates} coordinates, scale {self.scale}"
 
-        Args:
-            values: As read: plain values, not checked yet.
-            where: The file, for messages.
-            remedy: What to do about a damaged one, a whole sentence.
-
-        Raises:
-            ValueError: An option is unknown, of another type or out of its range.
-        """
-        options_class: Any = cls
-        known = {option.name for option in fields(cls)}
-        if isinstance(values, Mapping) and (unknown := [name for name in values if name not in known]):
-            raise ValueError(f"{where}: its PMSS options do not fit this version: {some(unknown)} unknown. {remedy}")
-        options = checked(_record_of(options_class), values, where, remedy, under="config")
-        try:
-            return cls(**options.model_dump(exclude_unset=True))
-        except ValueError as error:
-            raise ValueError(f"{where}: its PMSS options do not fit this version: {error} {remedy}") from error
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, fit for JSON and for a checkpoint that is loaded with ``weights_only=True``."""
-        return asdict(self)
-
-
-@cache
-def _record_of(options: Any) -> type[Record]:
-    """What the dataclass's fields look like in a file."""
-    types, known = get_type_hints(options), {}
-    for option in fields(options):
-        made: Any = option.default_factory
-        known[option.name] = (types[option.name], option.default if made is MISSING else Field(default_factory=made))
-    record: type[Record] = create_model(options.__name__, __base__=Record, **known)  # type: ignore[call-overload]
-    return record
+    def meaning(self) -> dict[str, Any]:
+        """Coordinates and scale say what V is."""
+        return {"coordinates": self.coordinates, "scale": self.scale}

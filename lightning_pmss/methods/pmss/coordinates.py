@@ -7,7 +7,7 @@ by a factor of hundreds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lightning_pmss.layers.parts import fill, whole_shape
-from lightning_pmss.methods.pmss.edits import without_autocast
+from lightning_pmss.layers.adapter import Adapter, FrozenTensors
+from lightning_pmss.layers.products import core_dtype, without_autocast
 from lightning_pmss.methods.pmss.rotation import angles, packed_shape, turned
 
 COORDINATES = ("orthonormal", "rotation", "spectral", "raw")
@@ -32,6 +32,10 @@ class Frame(NamedTuple):
     right: Tensor | None = None
     gain: Tensor | None = None
     core: Tensor | None = None
+
+    def present(self) -> dict[str, Tensor]:
+        """The parts that there are, by name."""
+        return {name: part for name, part in self._asdict().items() if part is not None}
 
 
 def coordinate_frame(
@@ -151,11 +155,6 @@ def trained_shape(coordinates: str, rank: int) -> tuple[int, int]:
     return packed_shape(rank) if coordinates == "rotation" else (rank, rank)
 
 
-def core_dtype(weight_dtype: torch.dtype) -> torch.dtype:
-    """U is float32 whatever the base, float64 on a float64 base."""
-    return torch.float64 if weight_dtype == torch.float64 else torch.float32
-
-
 class TriangularProducts(torch.autograd.Function):
     """``left @ v @ right`` for upper triangular left ``[c, c]`` and lower triangular right ``[r, r]``, both frozen.
 
@@ -182,11 +181,8 @@ def _quarters(size: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-class CoreFrame(nn.Module):
-    """The frozen factors of the coordinates, apart from V: sharding engines must never mix frozen and trained tensors.
-
-    Parameters, not buffers, because engines split parameters and replicate buffers.
-    """
+class CoreFrame(FrozenTensors):
+    """The frozen factors of the coordinates, apart from V."""
 
     left: nn.Parameter | None
     right: nn.Parameter | None
@@ -194,16 +190,12 @@ class CoreFrame(nn.Module):
     core: nn.Parameter | None
 
     def __init__(self, frame: Frame, device: torch.device) -> None:
-        super().__init__()
-        for name, factor in zip(Frame._fields, frame, strict=True):
-            # FSDP2 shards neither scalars nor transposed tensors.
-            value = None if factor is None else torch.atleast_2d(factor).to(device).contiguous()
-            kept = None if value is None else nn.Parameter(value, requires_grad=False)
-            self.register_parameter(name, kept)
-        # On the meta device the values wait here until the parameters get memory (see `reset_parameters`).
-        self.waiting = frame if device.type == "meta" else None
+        super().__init__(frame.present(), device)
+        for name in Frame._fields:
+            if name not in self._parameters:
+                self.register_parameter(name, None)
 
-    def forward(self, v: Tensor) -> Tensor:
+    def forward(self, v: Tensor) -> Tensor:  # type: ignore[override]
         """U ``[c, r]`` from what is trained."""
         if self.left is not None and self.right is not None:
             # In bfloat16 the inverse factors would lose what the slices' condition number multiplies; DeepSpeed's bf16 engine
@@ -220,66 +212,35 @@ class CoreFrame(nn.Module):
         assert self.gain is not None
         return v * self.gain
 
-    @torch.no_grad()
-    def set(self, frame: Frame) -> None:
-        """Replace the factors."""
-        for name, new in zip(Frame._fields, frame, strict=True):
-            old = getattr(self, name)
-            if new is not None and old is not None:
-                fill(old, new.reshape(whole_shape(old)))
 
-    def reset_parameters(self) -> None:
-        """Called by engines once parameters that were made on the meta device have memory."""
-        if self.waiting is not None:
-            self.set(self.waiting)
-            self.waiting = None
-
-
-class PMSSCore(nn.Module):
-    """Owns the one trained tensor, ``weight`` (V ``[c, r]``, or the numbers of a rotation), and turns it into ``s U``.
-
-    A module of its own, so that sharding wrappers can treat it apart from the frozen weight; what it returns is always a new
-    tensor, since wrappers take V's memory back when the call ends. Stays float32 when its parent is cast to a
-    lower precision (``bf16-true``): small Adam steps on a bfloat16 U would be rounded away.
-    """
+class PMSSCore(Adapter):
+    """Owns the one trained tensor, ``weight`` (V ``[c, r]``, or the numbers of a rotation), and turns it into ``s U``."""
 
     weight: nn.Parameter
-    frame: CoreFrame | None
+    frame: CoreFrame | None  # type: ignore[assignment]
 
     def __init__(self, columns: int, rows: int, frame: Frame, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
         shape = (columns, rows) if frame.core is None else packed_shape(rows)
-        self.weight = nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
-        self.frame = CoreFrame(frame, device) if any(part is not None for part in frame) else None
+        super().__init__(self.values_of, {"weight": torch.zeros(shape, dtype=dtype, device=device)}, {}, device)
+        self.frame = CoreFrame(frame, device) if frame.present() else None
 
-    def forward(self, scale: float = 1.0) -> Tensor:
-        """``scale * U [c, r]``, in V's own dtype, also under autocast."""
+    def forward(self, scale: float = 1.0) -> dict[str, Tensor]:
+        """``{"U": scale * U [c, r]}``, in V's own dtype, also under autocast."""
         if self.frame is None:
-            return scale * self.weight
+            return {"U": scale * self.weight}
         if self.frame.core is not None:  # scaled afterwards it would be no rotation
-            turned_by: Tensor = self.frame(scale * self.weight)
-            return turned_by
+            return {"U": self.frame(scale * self.weight)}
         u: Tensor = self.frame(self.weight)
-        return u if scale == 1 else scale * u
+        return {"U": u if scale == 1 else scale * u}
 
     @staticmethod
-    def of_tensors(tensors: Mapping[str, Tensor], columns: int, rows: int) -> PMSSCore:
-        """A core with the tensors of another one's state dict, given whole."""
-        frame = Frame(*(tensors.get(f"frame.{part}") for part in Frame._fields))
-        weight = tensors["weight"]
-        core = PMSSCore(columns, rows, frame, weight.dtype, weight.device)
-        core.weight.data.copy_(weight)
-        return core
-
-    def set_frame(self, frame: Frame) -> None:
-        """Replace the coordinates' factors; V is left as it is."""
-        if self.frame is not None:
-            self.frame.set(frame)
-
-    @torch.no_grad()
-    def set_u(self, u: Tensor, scale: float = 1.0, name: str = "") -> None:
-        """Choose V such that ``forward(scale)`` yields ``u``; raises as `numbers_of`, before anything is changed."""
-        self.weight.copy_(self.numbers_of(u, scale, name))
+    def values_of(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+        """What a core with these tensors returns: ``weight`` and the parts of its `Frame`, given whole."""
+        frame = Frame(*(tensors.get(part) for part in Frame._fields))
+        columns, rows = (tensors["weight"] if frame.core is None else frame.core).shape
+        core = PMSSCore(columns, rows, frame, tensors["weight"].dtype, tensors["weight"].device)
+        made: dict[str, Tensor] = torch.func.functional_call(core, {"weight": tensors["weight"]}, (scale,))
+        return made
 
     @torch.no_grad()
     def numbers_of(self, u: Tensor, scale: float = 1.0, name: str = "") -> Tensor:
@@ -317,16 +278,9 @@ class PMSSCore(nn.Module):
         """Called by engines once parameters that were made on the meta device have memory: V starts at zero."""
         nn.init.zeros_(self.weight)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PMSSCore:
-        def keep_precision(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype in (torch.float32, torch.float64) else tensor.to(moved.device)
-
-        return super()._apply(keep_precision, recurse)
-
 
 @torch.no_grad()
 def is_finite(core: PMSSCore, numbers: Tensor, scale: float) -> bool:
     """Whether U would be finite, were it made of these numbers in place of the core's own."""
     made = torch.func.functional_call(core, {"weight": numbers}, (scale,))
-    return bool(made.isfinite().all())
+    return bool(made["U"].isfinite().all())

@@ -10,36 +10,14 @@ themselves, and so may write into tensors that autograd would have to copy: y be
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
+from lightning_pmss.layers.products import product
 from lightning_pmss.layers.quantised import SliceReader
-
-
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which a linear layer would compute: autocast's where it applies (never to float64), else the input's."""
-    device = tensor.device.type
-    # The meta device, on which shapes and operations are counted, has no autocast and raises when asked.
-    if tensor.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return tensor.dtype
-
-
-def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """A context in which products of such tensors are computed in their own dtype."""
-    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    """``W x (+ b)`` of a layer that stores W, or W^T (transposed; then a bias asks for two-dimensional x)."""
-    if not transposed:
-        return F.linear(x, weight, bias)
-    return x @ weight if bias is None else torch.addmm(bias, x, weight)
 
 
 def slice_of(weight: Tensor | SliceReader, index: Tensor, dim: int, transposed: bool, dtype: torch.dtype) -> Tensor:

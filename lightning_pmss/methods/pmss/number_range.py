@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_pmss.methods.pmss.coordinates import Frame, PMSSCore, coordinate_frame, core_dtype, scaled
-from lightning_pmss.methods.pmss.edits import without_autocast
+from lightning_pmss.layers.products import core_dtype, without_autocast
+from lightning_pmss.methods.pmss.coordinates import Frame, PMSSCore, coordinate_frame, scaled
 
 LIMIT = 0.5
 """Share of an update, or of a gradient, whose loss to over- or underflow is refused."""
@@ -88,7 +88,7 @@ def _played(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(C U R x, gradient of V, some entries of C U R)``, in the dtypes of the arguments."""
     with without_autocast(x):
-        update = core(scale)
+        update = core(scale)["U"]
         u = update.detach().to(x.dtype)
         h = x @ rows.T
         y = (h @ u.T) @ columns.T

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from lightning_pmss.layers.fingerprint import FingerprintRecord
 from lightning_pmss.messages import one_line, some
+from lightning_pmss.methods.given import Given, GivenLayer
 from lightning_pmss.methods.pmss.coordinates import Frame, check_frame
 from lightning_pmss.store import (
     Record,
@@ -86,46 +87,12 @@ class SkeletonRecord(SkeletonRecord1):
 _RECORDS: dict[int, type[SkeletonRecord1]] = {1: SkeletonRecord1, 2: SkeletonRecord}
 
 
-@dataclass(frozen=True)
-class SkeletonLayer:
-    """The skeleton of one layer.
-
-    Attributes:
-        rows: int64 [r], canonical layout.
-        cols: int64 [c].
-        frame: What turns V into U in the skeleton's coordinates; None: to be computed from W.
-        fingerprint: Of W's selected rows and columns; None where unknown.
-        shape: (out, in) of W; None where unknown.
-        residual: See `selection.projection_residual`; None where unknown.
-    """
-
-    rows: Tensor
-    cols: Tensor
-    frame: Frame | None = None
-    fingerprint: Mapping[str, str] | None = None
-    shape: tuple[int, int] | None = None
-    residual: float | None = None
-
-
-@dataclass(frozen=True)
-class Skeleton:
-    """The skeletons of a model's layers by canonical module name.
-
-    Attributes:
-        layers: One entry per layer.
-        coordinates: Of the stored frames; None: no frames.
-        source: Where it comes from, for messages.
-        options: What the selection was made with, as stored.
-    """
-
-    layers: Mapping[str, SkeletonLayer]
-    coordinates: str | None = None
-    source: str = "the skeleton"
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
-def read_skeleton(path: str | os.PathLike[str]) -> Skeleton:
+def read_skeleton(path: str | os.PathLike[str], coordinates: str | None = None) -> Given:
     """Read and check a skeleton file, or the indices in an adapter's ``adapter_model.safetensors``.
+
+    Args:
+        path: The file.
+        coordinates: Wanted; factors of others are left out. None: as they are.
 
     Raises:
         FileNotFoundError: No such file.
@@ -157,8 +124,14 @@ def read_skeleton(path: str | os.PathLike[str]) -> Skeleton:
             found = {p: get_tensor(opened, f"{n}.{p}", file, _AGAIN) for p in parts if f"{n}.{p}" in keys}
             layers[n] = _layer(found, None if about is None else about.modules[n], about, n, source)
     if about is None:
-        return Skeleton(layers, None, source)
-    return Skeleton(layers, about.coordinates, source, about.options)
+        return Given(layers, source)
+    if about.coordinates is None or about.coordinates == coordinates or coordinates is None:
+        return Given(layers, source, about.coordinates, about.options, complete=about.coordinates is not None)
+    return Given({n: _without_factors(layer) for n, layer in layers.items()}, source, about.coordinates, about.options)
+
+
+def _without_factors(layer: GivenLayer) -> GivenLayer:
+    return replace(layer, tensors={part: layer.tensors[part] for part in ("rows", "cols")})
 
 
 def _read_about(text: str | None, source: str) -> SkeletonRecord1 | None:
@@ -182,7 +155,7 @@ def _layer(
     about: SkeletonRecord1 | None,
     name: str,
     source: str,
-) -> SkeletonLayer:
+) -> GivenLayer:
     """One layer's tensors, checked."""
     out_features, in_features = entry.shape if entry is not None else (_ANY_SIZE, _ANY_SIZE)
     check_index(found["rows"], out_features, f"{name}.rows", source, _AGAIN)
@@ -202,11 +175,9 @@ def _layer(
         if odd := sorted(set(entry.tensors) ^ set(found)):
             raise ValueError(f"{source}: `{name}` differs from its header in {some(odd)}. {_AGAIN}")
         check_sums(found, entry.tensors, f"{source}, `{name}`", _AGAIN)
-    return SkeletonLayer(
-        found["rows"].long(),
-        found["cols"].long(),
-        frame,
+    return GivenLayer(
+        {"rows": found["rows"].long(), "cols": found["cols"].long()} | ({} if frame is None else frame.present()),
         None if entry is None else entry.fingerprint.model_dump(),
         None if entry is None else (out_features, in_features),
-        None if entry is None else entry.residual,
+        {} if entry is None or entry.residual is None else {"residual": entry.residual},
     )

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_pmss.methods.pmss.edits import product, slice_of
+from lightning_pmss.layers.products import product
+from lightning_pmss.methods.pmss.edits import slice_of
 
 # Where (1 + |M U|) |(I + M U)^-1|, in the 1-norm, is above this, rounding of the products could show in U's gradient.
 CONDITION_LIMIT = 1000.0

@@ -1,59 +1,28 @@
-"""One layer's part of a named adapter, in the form that the live layer takes: padded to its rank, in its coordinates."""
+"""Updates in layers of a larger rank, and weighted sums of updates, exactly."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_pmss.methods.pmss.coordinates import Frame, PMSSCore, coordinate_frame, core_dtype
+from lightning_pmss.layers.products import core_dtype
+from lightning_pmss.methods.pmss.coordinates import Frame, PMSSCore, coordinate_frame
+
+Triple = tuple[Tensor, Tensor, Tensor]
+"""U ``[c, r]`` with the scale, rows int64 ``[r]``, cols int64 ``[c]``."""
 
 
-class Update(NamedTuple):
-    """``W' = W + W[:, cols] @ u @ W[rows]``.
+def padded(weight: Tensor, update: Triple, rank: int, coordinates: str, scale: float, name: str) -> dict[str, Tensor]:
+    """The tensors of a layer of the given rank, which may be larger than the update's, that mean the update.
 
-    Attributes:
-        u: ``s U [c, r]``, float32 or float64.
-        rows: int64 ``[r]``.
-        cols: int64 ``[c]``.
-    """
-
-    u: Tensor
-    rows: Tensor
-    cols: Tensor
-
-
-@dataclass
-class LayerState:
-    """What is copied into a live layer when its adapter becomes the active one.
-
-    Attributes:
-        rows: int64 ``[k]``.
-        cols: int64 ``[k]``.
-        v: The trained tensor ``[k, k]``.
-        frame: Of its coordinates.
-    """
-
-    rows: Tensor
-    cols: Tensor
-    v: Tensor
-    frame: Frame
-
-
-def layer_state(
-    weight: Tensor, update: Update, rank: int, coordinates: str, scale: float, name: str = ""
-) -> LayerState:
-    """An update in the form of a layer of the given rank, which may be larger than the update's.
-
-    The indices are filled up with others that are not in use, and U with zeros: the update stays what it is.
+    The indices are filled up with others that are not in use, and U with zeros.
 
     Args:
         weight: The pristine W ``[out, in]``.
-        update: See `Update`.
+        update: See `Triple`.
         rank: k, at least the update's, at most W's smaller side.
         coordinates: Of the live layer.
         scale: Of the live layer.
@@ -64,45 +33,36 @@ def layer_state(
     r, c = weight.index_select(0, rows), weight.index_select(1, cols)
     frame = _frame(c, r, coordinates, dtype)
     core = PMSSCore(len(cols), len(rows), frame, dtype, device)
-    core.set_u(u, scale, name)
+    numbers = core.numbers_of(u, scale, name)
     all_rows, all_cols = filled(rows, rank, weight.shape[0]), filled(cols, rank, weight.shape[1])
     if frame.left is not None and frame.right is not None and (len(all_rows), len(all_cols)) != (len(rows), len(cols)):
         more_r, more_c = weight[all_rows[len(rows) :]], weight[:, all_cols[len(cols) :]]
         frame = Frame(_extended(frame.left, more_c), _extended(frame.right, more_r.T), frame.gain)
-    v = F.pad(core.weight.detach(), (0, rank - len(rows), 0, rank - len(cols)))
-    return LayerState(all_rows, all_cols, v, frame)
+    v = F.pad(numbers, (0, rank - len(rows), 0, rank - len(cols)))
+    return {"weight": v, "rows": all_rows, "cols": all_cols} | frame.present()
 
 
-def update_of(state: LayerState, scale: float) -> Update:
-    """The inverse of `layer_state`, without the indices on which U is zero."""
-    core = PMSSCore(len(state.cols), len(state.rows), state.frame, state.v.dtype, state.v.device)
-    core.weight.data.copy_(state.v)
-    u = core(scale).detach()
-    rows, cols = u.ne(0).any(dim=0), u.ne(0).any(dim=1)
-    if not bool(rows.any()):  # never trained: one pair of indices stands for it
-        rows[0] = cols[0] = True
-    return Update(u[cols][:, rows], state.rows[rows], state.cols[cols])
+def trimmed(u: Tensor, rows: Tensor, cols: Tensor) -> Triple:
+    """The update without the indices on which U is zero."""
+    of_rows, of_cols = u.ne(0).any(dim=0), u.ne(0).any(dim=1)
+    if not bool(of_rows.any()):  # never trained: one pair of indices stands for it
+        of_rows[0] = of_cols[0] = True
+    return u[of_cols][:, of_rows], rows[of_rows], cols[of_cols]
 
 
-def weighted(updates: Sequence[tuple[float, Update]]) -> Update:
+def weighted(updates: Sequence[tuple[float, Triple]]) -> Triple:
     """The weighted sum of updates of one W, exactly: U's add where the indices agree, else over the union of them.
 
     Raises:
         IndexError: Nothing to add.
     """
-    first = updates[0][1]
-    rows, cols = _union([u.rows for _, u in updates]), _union([u.cols for _, u in updates])
-    total = torch.zeros(len(cols), len(rows), dtype=first.u.dtype, device=first.u.device)
+    first = updates[0][1][0]
+    rows, cols = _union([rows for _, (_, rows, _) in updates]), _union([cols for _, (_, _, cols) in updates])
+    total = torch.zeros(len(cols), len(rows), dtype=first.dtype, device=first.device)
     for weight, (u, own_rows, own_cols) in updates:
         places = torch.searchsorted(cols, own_cols)[:, None], torch.searchsorted(rows, own_rows)[None, :]
         total[places] += weight * u
-    return Update(total, rows, cols)
-
-
-def same_skeleton(updates: Sequence[Update]) -> bool:
-    """Whether all updates have the same rows and columns, in any order."""
-    rows, cols = _union([u.rows for u in updates]), _union([u.cols for u in updates])
-    return all(len(u.rows) == len(rows) and len(u.cols) == len(cols) for u in updates)
+    return total, rows, cols
 
 
 def filled(indices: Tensor, count: int, size: int) -> Tensor:

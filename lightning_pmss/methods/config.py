@@ -1,0 +1,115 @@
+"""What the user chooses for every method: `AdapterConfig`, checked when it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import cache
+from typing import Any, ClassVar, Self, get_type_hints
+
+from pydantic import Field, create_model
+
+from lightning_pmss.messages import some
+from lightning_pmss.store import Record, checked
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Which layers are converted, and at which rank. Each method adds options of its own.
+
+    Args:
+        target_modules: ``"all-linear"`` (every linear layer of the body; output head and embeddings are left out); a module's
+            name, where ``t`` matches a module called ``t`` or ending in ``"." + t``, or a list of names; or any other string:
+            a regular expression for the full name. Each item must match something.
+        exclude_modules: Modules left out of the targets, with everything below them; name, list or regular expression as above.
+        rank: Rank of each layer's update; clipped to the smaller side of a layer, which the report says.
+        rank_pattern: Rank of the targets that match a key (a name ending or a regular expression); the first match is used.
+        also_train: Modules trained in full and saved with the adapter, such as a fresh classification head; patterns
+            like ``target_modules``'.
+        root: Full name of the module to adapt, in a model that holds several (``"policy"``): only what lies inside is
+            converted, names are relative to it, and adapter, merged model and export are for it alone. ``also_train`` may
+            name modules beside it.
+
+    Raises:
+        ValueError: A value is out of its range; the message names the option and the values allowed.
+    """
+
+    method: ClassVar[str]
+    """Name of the method in `lightning_pmss.METHODS`."""
+    card: ClassVar[str]
+    """Sentences for a model card: what an adapter of this method is, and its source."""
+
+    target_modules: str | Sequence[str] = "all-linear"
+    exclude_modules: str | Sequence[str] = ()
+    rank: int = 16
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    also_train: str | Sequence[str] = ()
+    root: str | None = None
+
+    def __post_init__(self) -> None:
+        # Lists, so that equality and JSON do not depend on which sequence type a caller happened to use.
+        for name in ("target_modules", "exclude_modules", "also_train"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                object.__setattr__(self, name, list(value or ()))
+        object.__setattr__(self, "rank_pattern", dict(self.rank_pattern or {}))
+        if not self.target_modules:
+            raise ValueError("target_modules is empty; type 'all-linear' or a list of module names such as ['q_proj'].")
+        for where, rank in (("rank", self.rank), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())):
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise ValueError(f"{where}={rank!r} is not a rank; type a whole number of at least 1.")
+
+    def scale_of(self, rank: int) -> float:
+        """The factor of the update of a layer with this rank."""
+        return 1.0
+
+    def meaning(self) -> dict[str, Any]:
+        """The options without which trained tensors mean something else: a checkpoint with others is not loaded."""
+        return {}
+
+    def summary(self) -> str:
+        """The options that say most, in a few words."""
+        return f"scale {self.scale_of(self.rank):g}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, fit for JSON and for a checkpoint that is loaded with ``weights_only=True``."""
+        return asdict(self)
+
+    @classmethod
+    def from_file(cls, values: Any, where: str, remedy: str) -> Self:
+        """The options that a file holds; those that an older file lacks are the defaults.
+
+        Args:
+            values: As read: plain values, not checked yet.
+            where: The file, for messages.
+            remedy: What to do about a damaged one, a whole sentence.
+
+        Raises:
+            ValueError: An option is unknown, of another type or out of its range.
+        """
+        options_class: Any = cls
+        known = {option.name for option in fields(cls)}
+        does_not_fit = f"{where}: its {cls.label()} options do not fit this version"
+        if isinstance(values, Mapping) and (unknown := [name for name in values if name not in known]):
+            raise ValueError(f"{does_not_fit}: {some(unknown)} unknown. {remedy}")
+        options = checked(_record_of(options_class), values, where, remedy, under="config")
+        try:
+            return cls(**options.model_dump(exclude_unset=True))
+        except ValueError as error:
+            raise ValueError(f"{does_not_fit}: {error} {remedy}") from error
+
+    @classmethod
+    def label(cls) -> str:
+        """The method's name as people write it."""
+        return cls.__name__.removesuffix("Config")
+
+
+@cache
+def _record_of(options: Any) -> type[Record]:
+    """What the dataclass's fields look like in a file."""
+    types, known = get_type_hints(options), {}
+    for option in fields(options):
+        made: Any = option.default_factory
+        known[option.name] = (types[option.name], option.default if made is MISSING else Field(default_factory=made))
+    record: type[Record] = create_model(options.__name__, __base__=Record, **known)  # type: ignore[call-overload]
+    return record

@@ -1,0 +1,138 @@
+"""LoRA (Hu et al., arXiv 2106.09685): ``W' = W + (alpha / r) B A`` with both factors trained."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_pmss.layers.products import compute_dtype
+from lightning_pmss.methods.config import AdapterConfig
+from lightning_pmss.methods.documentation import inherit_options
+from lightning_pmss.methods.method import Factors, Kind, Method, Shape, Spec, Update
+
+
+@inherit_options(AdapterConfig)
+@dataclass(frozen=True)
+class LoRAConfig(AdapterConfig):
+    """Options of LoRA.
+
+    Args:
+        rank: Rows of A and columns of B.
+        alpha: The update is ``alpha / rank`` times ``B A``.
+        dropout: Dropout probability on the input of A.
+        seed: Seed of A's start, from which each layer draws by its name.
+
+    Raises:
+        ValueError: See `AdapterConfig`.
+    """
+
+    method = "lora"
+    card = "`W' = W + B A`: both factors were trained (LoRA, arXiv 2106.09685, with lightning-pmss)."
+
+    alpha: float = 16.0
+    dropout: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not math.isfinite(self.alpha) or self.alpha == 0:
+            raise ValueError(f"alpha={self.alpha!r} must be finite and not zero, else B can never change the layer.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout!r} must lie in [0, 1).")
+
+    def scale_of(self, rank: int) -> float:
+        """``alpha / rank``."""
+        return self.alpha / rank
+
+    def summary(self) -> str:
+        """alpha."""
+        return f"alpha {self.alpha:g}"
+
+    def meaning(self) -> dict[str, Any]:
+        """alpha scales the factors."""
+        return {"alpha": self.alpha}
+
+
+@dataclass(frozen=True)
+class LoRAUpdate(Update):
+    """``W' = W + B A``.
+
+    Attributes:
+        A: ``[r, in]``, float32 (float64 on a float64 base).
+        B: ``[out, r]``, with the factor ``alpha / r`` folded in.
+    """
+
+    A: Tensor
+    B: Tensor
+
+    @property
+    def rank(self) -> int:
+        return len(self.A)
+
+    @classmethod
+    def why_not(cls, shape: Shape, tensors: Mapping[str, Tensor]) -> str | None:
+        a, b = tensors["A"], tensors["B"]
+        for name, tensor, expected in (("A", a, [b.shape[-1], shape[1]]), ("B", b, [shape[0], len(a)])):
+            if tensor.dtype not in (torch.float32, torch.float64) or list(tensor.shape) != expected:
+                return f"{name} is {tensor.dtype} {list(tensor.shape)}; it must be float32 or float64 {expected}"
+        return None
+
+    @classmethod
+    def weighted(cls, updates: Sequence[tuple[float, LoRAUpdate]]) -> LoRAUpdate:
+        return cls(torch.cat([u.A for _, u in updates]), torch.cat([weight * u.B for weight, u in updates], 1))
+
+    def factors(self, weight: Tensor, dtype: torch.dtype) -> Factors:
+        return Factors(self.A.to(dtype), self.B.to(dtype))
+
+
+class LoRA(Method[LoRAConfig]):
+    """Both factors trained, B from zero."""
+
+    config_class = LoRAConfig
+    update_class = LoRAUpdate
+
+    def specs(self, shape: Shape, rank: int) -> dict[str, Spec]:
+        """A and B."""
+        return {"A": Spec((rank, shape[1]), Kind.TRAINED), "B": Spec((shape[0], rank), Kind.TRAINED)}
+
+    def start(self, shape: Shape, rank: int, name: str) -> dict[str, Tensor]:
+        """A as ``nn.Linear`` starts (and peft's), uniform within ``1 / sqrt(in)``; B zero."""
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.config.seed}:{name}".encode()))
+        bound = shape[1] ** -0.5
+        a = torch.empty(rank, shape[1]).uniform_(-bound, bound, generator=generator)
+        return {"A": a, "B": torch.zeros(shape[0], rank)}
+
+    def values(self, tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+        """A as it is, B scaled."""
+        return {"A": tensors["A"].clone(), "B": scale * tensors["B"]}
+
+    def numbers(self, update: LoRAUpdate, frozen: Mapping[str, Tensor], scale: float, name: str) -> dict[str, Tensor]:
+        """A as it is, B divided by the scale."""
+        return {"A": update.A.clone(), "B": update.B / scale}
+
+    def fitted(self, weight: Tensor, update: LoRAUpdate, rank: int, scale: float, name: str) -> dict[str, Tensor]:
+        """Filled up with zeros, which get no gradient: the update keeps its own rank."""
+        more = rank - update.rank
+        own = self.numbers(update.to(weight.device), {}, scale, name)
+        return {"A": F.pad(own["A"], (0, 0, 0, more)), "B": F.pad(own["B"], (0, more))}
+
+    def forward(self, layer: Any, x: Tensor) -> Tensor:
+        """``base(x) + B (A x)``, whose products are done in the dtype in which the base computes."""
+        y = layer.base(x)
+        dtype = compute_dtype(x)
+        values = layer.core(layer.scale)
+        h = x.to(dtype)
+        if self.config.dropout > 0:  # else autograd would keep a mask of ones
+            h = F.dropout(h, self.config.dropout, layer.training)
+        return y + F.linear(F.linear(h, values["A"].to(dtype)), values["B"].to(dtype)).to(y.dtype)
+
+    def kept_per_token(self, shape: Shape, rank: int) -> int:
+        """x, which the gradient of A needs, and ``A x``."""
+        return shape[1] + rank
