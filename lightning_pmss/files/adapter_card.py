@@ -12,7 +12,6 @@ import yaml
 from lightning_pmss.methods.config import AdapterConfig
 
 CARD_FILE = "README.md"
-_FRONT = 2**16  # letters in which the front matter of a card ends
 
 
 def adapter_card(
@@ -29,16 +28,16 @@ def adapter_card(
         run: What is known of the training, printed as it comes: name -> number, text, or mapping of these.
         base_folder: Where the base's files are, if its name does not say it (a snapshot in the hub's cache).
     """
+    from huggingface_hub import ModelCardData
+
     base = config["base_model_name_or_path"]
     revision = config["revision"]
     kinds = ", ".join(config.get("quantisation") or ())
-    front: dict[str, Any] = {"library_name": "lightning-pmss", "tags": [options.method, "lightning"]}
-    if base and is_hub_id(base):  # a path is no id, and the hub refuses a card that names one
-        front["base_model"] = base
-        front["tags"].append(f"base_model:adapter:{base}")
-    if licence := _licence(base_folder or base):
-        front["license"] = licence
-    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {options.label()} adapter", ""]
+    licence = _licence(base_folder or base)
+    hub_id = base if base and is_hub_id(base) else None  # a path is no id, and the hub refuses a card that names one
+    tags = [options.method, "lightning", *([f"base_model:adapter:{hub_id}"] if hub_id else [])]
+    head = ModelCardData(library_name="lightning-pmss", base_model=hub_id, tags=tags, license=licence)
+    lines = ["---", head.to_yaml(), "---", "", f"# {options.label()} adapter", ""]
     lines += [
         options.card,
         "",
@@ -116,19 +115,17 @@ def class_of(path: str | None) -> tuple[str, str]:
 
 
 def _licence(base: str | Path | None) -> str | None:
-    """What the front matter of the base's own card says, where the base is a folder here."""
+    """The licence in the front matter of the base's own card, if the base is a folder on this machine."""
+    from huggingface_hub import metadata_load
+
     card = Path(base).expanduser() / CARD_FILE if base else None
     if card is None or not card.is_file():
         return None
     try:
-        with card.open(encoding="utf-8", errors="replace") as file:
-            parts = file.read(_FRONT).split("---", 2)
-        if len(parts) < 3 or parts[0].strip():
-            return None
-        front = yaml.safe_load(parts[1])
+        head = metadata_load(card)
     except (OSError, ValueError, RecursionError, yaml.YAMLError):  # the base's card is no reason to lose an adapter
         return None
-    found = front.get("license") if isinstance(front, dict) else None
+    found = head.get("license") if head else None
     return found if isinstance(found, str) else None
 
 
