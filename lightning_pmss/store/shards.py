@@ -217,22 +217,23 @@ def plan_shards(tensors: Sequence[TensorInfo], max_bytes: int | None) -> list[li
     """Divide tensors into shards.
 
     The shards they come from (``TensorInfo.file``) are kept as they are, unless one would be larger than `max_bytes`;
-    then all are divided anew in the given order. A tensor larger than `max_bytes` gets a shard of its own.
+    then all are divided anew, as ``save_pretrained`` does. A tensor larger than `max_bytes` gets a shard of its own.
     """
+    from huggingface_hub import split_state_dict_into_shards_factory
+
     kept: dict[str, list[TensorInfo]] = {}
     for info in tensors:
         kept.setdefault(info.file, []).append(info)
     if max_bytes is None or all(sum(info.bytes for info in shard) <= max_bytes for shard in kept.values()):
         return list(kept.values())
-    shards: list[list[TensorInfo]] = []
-    room = -1
-    for info in tensors:
-        if info.bytes > room:
-            shards.append([])
-            room = max_bytes
-        shards[-1].append(info)
-        room -= info.bytes
-    return shards
+    known = {info.key: info for info in tensors}
+    split = split_state_dict_into_shards_factory(
+        known,
+        get_storage_size=lambda info: info.bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_bytes,
+    )
+    return [[known[key] for key in keys] for keys in split.filename_to_tensors.values()]
 
 
 def shard_names(count: int) -> list[str]:

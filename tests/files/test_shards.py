@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -139,6 +140,16 @@ def test_shards_are_kept_or_divided_anew() -> None:
     assert [len(shard) for shard in plan_shards(infos, 160)] == [4, 2]
     assert [len(shard) for shard in plan_shards(infos, 159)] == [3, 3]
     assert [len(shard) for shard in plan_shards(infos, 1)] == [1] * 6
+    sizes = [2, 30, 3, 3, 9, 1]
+    mixed = [TensorInfo(f"t{i}", torch.float32, (size,), "one") for i, size in enumerate(sizes)]
+    shards = plan_shards(mixed, 40)  # ten numbers
+    assert sorted(info.key for shard in shards for info in shard) == [info.key for info in mixed]  # each once
+    assert all(len(shard) == 1 or sum(info.bytes for info in shard) <= 40 for shard in shards)
+    written = split_torch_state_dict_into_shards(
+        {info.key: torch.empty(info.shape) for info in mixed}, max_shard_size=40
+    )
+    assert [[info.key for info in shard] for shard in shards] == list(written.filename_to_tensors.values())
+    assert shard_names(len(shards)) == list(written.filename_to_tensors)
     assert shard_names(1) == ["model.safetensors"]
     assert shard_names(2) == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
