@@ -364,8 +364,10 @@ class InstructionDataModule(L.LightningDataModule):
 
     def _eval_dataloader(self, split: Split, by_length: bool = True) -> DataLoader[Any]:
         data = self.data[split]
-        # A Trainer that takes some batches only would take the longest examples: no fair sample. (1 is a batch, 1.0 all.)
-        whole = repr(getattr(self.trainer, f"limit_{split}_batches", 1.0)) == "1.0"
+        # Sorted by length, a limited number of batches would be the longest examples: no fair sample. Of the Trainer's
+        # limits the float 1.0 is all batches, the integer 1 one batch.
+        limit = getattr(self.trainer, f"limit_{split}_batches", 1.0)  # without a Trainer: all
+        whole = isinstance(limit, float) and limit == 1.0
         lengths = data["prompt_length"][:] if by_length and whole else None
         return DataLoader(
             WithFillers(data),

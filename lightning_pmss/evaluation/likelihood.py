@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lightning_pmss.datamodules.continuations import continued, decoded
-from lightning_pmss.evaluation.answers import labels_of
+from lightning_pmss.metrics.base import text_metric
 
 IGNORED = -100  # the label that marks a position without loss, as everywhere in PyTorch and transformers
 
@@ -45,13 +45,13 @@ def candidates(metric: Any, tokenizer: Any, batch: dict[str, Any]) -> list[dict[
         if number < 0:  # a filler, whose response has no labels: computed, not scored
             found.append({"": [int(tokenizer.eos_token_id)]})
             continue
-        task = labels_of(metric, target)
-        if task is None:
+        choice = text_metric(metric).choice(target)
+        if choice is None:
             raise ValueError(
                 "Choice by likelihood needs targets with labels, as CommonsenseDataModule has, and a metric that knows "
                 "them: --model.metric CommonsenseAccuracy. For other data give --model.answer_by generation."
             )
-        _, label, labels = task
+        _, label, labels = choice
         if response and response[-1] in (end, tokenizer.eos_token_id):
             response = response[:-1]
         text = decoded(tokenizer, prompt_ids + response).removeprefix(decoded(tokenizer, prompt_ids))

@@ -129,7 +129,9 @@ class MergedLayer(nn.Module):
         if self.pristine is None:
             return
         if self.quantised:
-            self.__dict__["pristine"], self.weight = None, self.pristine  # type: ignore[assignment]
+            codes = self.pristine
+            self.pristine = None
+            self.weight = codes  # type: ignore[assignment]
         else:
             self.weight.copy_(self.pristine)
             self.pristine = None
@@ -137,11 +139,14 @@ class MergedLayer(nn.Module):
     def _dense_dtype(self) -> torch.dtype:
         return value_dtype(self) if self.quantised else self.stored_weight.dtype
 
+    def _keep(self, weight: Tensor | None) -> None:
+        """Keep the pristine weight. Codes are an `nn.Parameter`, which `__setattr__` would register: trained and saved."""
+        self.__dict__["pristine"] = weight
+
     def _show(self, new: Tensor) -> None:
         """Let the weight be W'."""
         if self.pristine is None:
-            kept = self.weight if self.quantised else self.weight.detach().to("cpu", copy=True)
-            self.__dict__["pristine"] = kept  # not by setattr, which would register codes as a parameter
+            self._keep(self.weight if self.quantised else self.weight.detach().to("cpu", copy=True))
         if self.quantised:
             self.weight = new if isinstance(new, nn.Parameter) else nn.Parameter(new, requires_grad=False)
         elif self.weight.dtype == new.dtype:
@@ -165,7 +170,7 @@ class MergedLayer(nn.Module):
         finally:
             kept = self._parameters["weight"]
             self._parameters["weight"] = shown
-            self.__dict__["pristine"] = kept if codes or kept is None else kept.detach()
+            self._keep(kept if codes or kept is None else kept.detach())
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         with self._pristine_in_place():
@@ -182,8 +187,7 @@ class MergedLayer(nn.Module):
         if self.pristine is not None and self.quantised:
             with torch.no_grad():
                 moved = fn(self.pristine)
-            kept = moved if isinstance(moved, nn.Parameter) else nn.Parameter(moved, requires_grad=False)
-            self.__dict__["pristine"] = kept
+            self._keep(moved if isinstance(moved, nn.Parameter) else nn.Parameter(moved, requires_grad=False))
         elif self.pristine is not None:
             self.pristine = self.pristine.to(self.weight.dtype)  # it stays on the CPU, and in memory
         return self

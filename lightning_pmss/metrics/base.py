@@ -1,11 +1,11 @@
-"""What the accuracies of generated texts have in common: counts that are summed over ranks, and checked input."""
+"""Base classes of metrics for generated texts: per example for records, and counts that are summed over ranks."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -40,8 +40,83 @@ class OnClassToo:
         return MethodType(self.function, owner if instance is None else instance)
 
 
-class TextAccuracy(Metric):
-    """Share of generated texts that are right; a subclass says what right means in :meth:`score`.
+class Choice(NamedTuple):
+    """The target of a multiple-choice question.
+
+    Attributes:
+        task: Name of the task, which groups scores.
+        label: The right label.
+        labels: All labels of the task.
+
+    """
+
+    task: str
+    label: str
+    labels: tuple[str, ...]
+
+
+@runtime_checkable
+class TextMetric(Protocol):
+    """The methods of a metric that an evaluation calls for one example, beside torchmetrics' ``update`` and ``compute``.
+
+    A metric that subclasses it writes `score` and overrides others where the defaults do not fit. A metric that does not
+    subclass it is wrapped by `text_metric`.
+    """
+
+    @abstractmethod
+    def score(self, pred: Any, target: Any, /) -> float:
+        """Return the score of one text, in 0-1; 1.0 is right."""
+        ...
+
+    def scores(self, pred: Any, target: Any, /) -> dict[str, float]:
+        """Return all scores of one text: ``score``, and others under names that begin with ``score_``."""
+        return {"score": float(self.score(pred, target))}
+
+    def answers(self, pred: Any, target: Any, /) -> tuple[Any, Any]:
+        """Return the answer read in the text, and the gold answer read in the target; by default both as they are."""
+        return pred, target
+
+    def choice(self, target: Any, /) -> Choice | None:
+        """Return the task and labels of a multiple-choice target; by default None."""
+        return None
+
+
+class ByName(TextMetric):
+    """A `TextMetric` from a metric that has ``score`` alone, and perhaps ``score_<name>``, ``extract`` and ``gold``.
+
+    Args:
+        metric: An object with ``score(pred, target)``. Each method ``score_<name>(pred, target)`` gives one more score;
+            ``extract(text)`` and ``gold(target)`` read the answers.
+
+    """
+
+    def __init__(self, metric: Any) -> None:
+        self.metric = metric
+
+    @override
+    def score(self, pred: Any, target: Any, /) -> float:
+        return self.metric.score(pred, target)
+
+    @override
+    def scores(self, pred: Any, target: Any, /) -> dict[str, float]:
+        further = sorted(name for name in dir(self.metric) if name.startswith("score_"))
+        return {name: float(getattr(self.metric, name)(pred, target)) for name in ("score", *further)}
+
+    @override
+    def answers(self, pred: Any, target: Any, /) -> tuple[Any, Any]:
+        extract = getattr(self.metric, "extract", None)
+        if (gold := getattr(self.metric, "gold", None)) is None:
+            gold = extract if isinstance(target, str) else None
+        return (pred if extract is None else extract(pred)), (target if gold is None else gold(target))
+
+
+def text_metric(metric: Any) -> TextMetric:
+    """Return the metric itself if it is a `TextMetric`, else `ByName` around it."""
+    return metric if isinstance(metric, TextMetric) else ByName(metric)
+
+
+class TextAccuracy(Metric, TextMetric):
+    """Share of generated texts that are right; a subclass defines in :meth:`score` which are.
 
     Args:
         strict: Score by the rule of the literature as published, its known faults included, so that numbers compare.
@@ -67,6 +142,18 @@ class TextAccuracy(Metric):
     @abstractmethod
     def score(self, pred: str, target: str) -> float:
         """Return 1.0 if ``pred`` answers as ``target`` does, else 0.0."""
+
+    def extract(self, text: str) -> Any:
+        """Return the answer in a generated text, ``None`` where it contains none; by default the text."""
+        return text
+
+    def gold(self, target: str) -> Any:
+        """Return the answer in a target; by default as `extract` reads it."""
+        return self.extract(target)
+
+    @override
+    def answers(self, pred: str, target: str, /) -> tuple[Any, Any]:
+        return self.extract(pred), self.gold(target)
 
     @override
     def update(self, preds: Sequence[str], targets: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_pmss.metrics.base import check_pairs
+from lightning_pmss.metrics.base import Choice, TextMetric, check_pairs
 
 TASK_LABELS: dict[str, tuple[str, ...]] = {
     "boolq": ("true", "false"),
@@ -42,7 +42,7 @@ def labels_of(label: str) -> tuple[str, ...] | None:
     return next((family for family in _FAMILIES if label in family), None)
 
 
-class CommonsenseAccuracy(Metric):
+class CommonsenseAccuracy(Metric, TextMetric):
     """Share of generated texts that name the right label, by LLM-Adapters' rule.
 
     The answer of a text is the **first** label of the task that occurs in it (``true|false``, ``solution1|solution2``,
@@ -133,6 +133,18 @@ class CommonsenseAccuracy(Metric):
             raise ValueError(f"The target {target!r} holds no label; it must be or end in one of {', '.join(known)}.")
         return task, label, labels
 
+    @override
+    def choice(self, target: Target) -> Choice:
+        """Return the task and labels of a target."""
+        return Choice(*self.gold(target))
+
+    @override
+    def answers(self, pred: str, target: Target) -> tuple[str | None, str]:
+        """Return the label that ``pred`` names, and the right one."""
+        _, label, labels = self.gold(target)
+        return self.extract(pred, labels), label
+
+    @override
     def score(self, pred: str, target: Target) -> float:
         """Return 1.0 if ``pred`` names the label of ``target``, else 0.0."""
         _, label, labels = self.gold(target)

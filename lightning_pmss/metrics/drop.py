@@ -20,7 +20,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_pmss.metrics.base import check_pairs
+from lightning_pmss.metrics.base import TextMetric, check_pairs
 from lightning_pmss.metrics.exact import only_number
 from lightning_pmss.metrics.notation import CURRENCY, GLUE, typography
 
@@ -130,7 +130,7 @@ def _bag_f1(pred: set[str], gold: set[str], strict: bool) -> float:
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-class DROPScore(Metric):
+class DROPScore(Metric, TextMetric):
     r"""Exact match and F1 of generated answers, the best over the gold answers of each question, in 0-100.
 
     The official rule, per span: cut at blanks and hyphens; per token lower case, no punctuation unless the token is a
@@ -239,6 +239,13 @@ class DROPScore(Metric):
                 kind = answer_type(gold)
         return match, f1, kind
 
+    @override
+    def scores(self, pred: str | Sequence[str], target: Sequence[Sequence[str]]) -> dict[str, float]:
+        """Return ``score`` (exact match) and ``score_f1``, both in 0-1."""
+        match, f1, _ = self._best(pred, target)
+        return {"score": match, "score_f1": f1}
+
+    @override
     def score(self, pred: str | Sequence[str], target: Sequence[Sequence[str]]) -> float:
         """Return 1.0 if ``pred`` matches one of the gold answers exactly, else 0.0."""
         return self._best(pred, target)[0]

@@ -9,7 +9,8 @@ import pytest
 
 from lightning_pmss.evaluation.answers import examine
 from lightning_pmss.evaluation.predictions import Prediction, gather_predictions, write_predictions
-from lightning_pmss.metrics import CommonsenseAccuracy, GSM8KAccuracy
+from lightning_pmss.metrics import CommonsenseAccuracy, DROPScore, GSM8KAccuracy, TextAccuracy, TextMetric
+from lightning_pmss.metrics.base import Choice
 
 
 def row(number: int, output: str = "x") -> Prediction:
@@ -44,3 +45,43 @@ def test_a_record_shows_what_was_compared() -> None:
     choice = examine(CommonsenseAccuracy(), "answer2, no, answer1", ["ARC-Easy", "answer1"])
     assert choice == {"group": "ARC-Easy", "extracted": "answer2", "gold": "answer1", "score": 0.0, "correct": False}
     assert examine(None, pred, target)["score"] is None
+
+
+class Letters(TextAccuracy):
+    """A metric of a user's: the first letter is the answer."""
+
+    def score(self, pred: str, target: str) -> float:
+        return float(self.extract(pred) == self.extract(target))
+
+    def extract(self, text: str) -> str:
+        return text[:1]
+
+    def scores(self, pred: str, target: str) -> dict[str, float]:
+        return super().scores(pred, target) | {"score_length": min(len(pred) / len(target), 1.0)}
+
+    def choice(self, target: str) -> Choice:
+        return Choice("letters", target, ("a", "b"))
+
+
+class Whole:
+    """A user's metric that subclasses nothing."""
+
+    def score(self, pred: str, target: str) -> float:
+        return float(pred == target)
+
+    def score_half(self, pred: str, target: str) -> float:
+        return 0.5
+
+    def extract(self, text: str) -> str:
+        return text.upper()
+
+
+def test_metrics_of_users_are_asked_by_one_protocol() -> None:
+    told = {"group": "letters", "extracted": "a", "gold": "a", "score": 1.0, "score_length": 0.5, "correct": True}
+    assert examine(Letters(), "a", "ab") == told
+    told = {"extracted": "AB", "gold": "AC", "score": 0.0, "score_half": 0.5, "correct": False}
+    assert examine(Whole(), "ab", "ac") == told
+    told = {"extracted": "x", "gold": [["x", "y"]], "score": 0.0, "score_f1": 0.5, "correct": False}
+    assert examine(DROPScore(), "x", [["x", "y"]]) == told
+    assert all(isinstance(metric(), TextMetric) for metric in (Letters, DROPScore, CommonsenseAccuracy, GSM8KAccuracy))
+    assert not isinstance(Whole(), TextMetric)
