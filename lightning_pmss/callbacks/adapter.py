@@ -225,7 +225,7 @@ class AdapterCallback(L.Callback):
 
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Let a loader that shuffles by the global random state draw what it would have drawn without the stop."""
+        """On resume, restore the global RNG so a loader that shuffles with it yields the same order as an uninterrupted run."""
         begin_epoch(trainer, self._resume)
         self._resume = None
 

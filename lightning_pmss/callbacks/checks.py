@@ -40,7 +40,7 @@ def agree_on_weights(trainer: L.Trainer, module: L.LightningModule, engine: Engi
 
 
 def agree_on_indices(trainer: L.Trainer, module: L.LightningModule) -> None:
-    """Rank 0's rows and columns count: freshly initialised weights may still differ between ranks here."""
+    """Use rank 0's rows and columns on all ranks: freshly initialised weights may still differ between ranks here."""
     if trainer.world_size == 1:
         return
     layers = adapted_layers(module)

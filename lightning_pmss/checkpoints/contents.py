@@ -355,7 +355,10 @@ class CheckpointSeam:
                 fill(places[name], state[name])
 
     def _follow_indices(self, before: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Where other hardware had selected otherwise than the run that is resumed, its indices count."""
+        """Keep the checkpoint's indices, and derive anew every layer whose indices changed.
+
+        Selection may differ between machines.
+        """
         root: Any = self.strategy.model
         for name, layer in adapted_layers(self.module).items():
             now = layer.indices()

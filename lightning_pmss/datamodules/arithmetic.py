@@ -1,8 +1,6 @@
-"""Arithmetic word problems
-========================
+"""Arithmetic word problems in GSM8K's format, generated from a seed.
 
-A seedable generator of short word problems in GSM8K's format, so that a first run needs no download and its exact
-match still means something: no calculation of the test set occurs in training.
+A first run needs no download, and its exact match is meaningful: no calculation of the test set occurs in training.
 """
 
 from __future__ import annotations
@@ -58,7 +56,7 @@ _ITEMS = [
     "stamps",
 ]
 
-# Draws without a new problem after which there are held to be no more; about one draw in ten hits a test calculation.
+# The generator gives up after so many draws without a new problem; about one draw in ten hits a test calculation.
 _PATIENCE = 20_000
 
 # Of ten calculations one is for the test set and one for validation.
@@ -76,7 +74,7 @@ _OPERATIONS: dict[str, Callable[[int, int], int]] = {
 class _Template:
     """One kind of problem.
 
-    ``steps`` holds per step the operation, its right operand ("b" or "c"; the left one is "a", then the result so
+    ``steps`` contains per step the operation, its right operand ("b" or "c"; the left one is "a", then the result so
     far), and the sentence around the calculation. ``largest`` bounds a, b and c; for a division a is made divisible.
     The numbers are small because the model of the quickstart is: with 135 M parameters it still gets many held-out
     calculations wrong. Still smaller ones scored lower in a single trial of each (one seed, 100 problems).
@@ -195,8 +193,7 @@ def calculation_split(template_steps: list[tuple[str, int]]) -> Split:
     """Return the split that a calculation belongs to, whatever the seed, the story and the order of its summands.
 
     Args:
-        template_steps: each step's calculation, such as "4 * 6", and its result.
-
+        template_steps: Each step's calculation, such as "4 * 6", and its result.
     """
     parts = []
     for calculation, _ in template_steps:
@@ -213,14 +210,13 @@ def generate(split: Split, size: int, seed: int = 0, steps: int = 1, annotations
 
     Args:
         split: "train", "val" or "test". Their calculations are disjoint, also between different seeds.
-        size: number of problems.
-        seed: seed of the choice.
-        steps: calculations per problem, 1 or 2.
-        annotations: put GSM8K's calculator annotations ``<<4*6=24>>`` into the answers.
+        size: Number of problems.
+        seed: Seed of the choice.
+        steps: Calculations per problem, 1 or 2.
+        annotations: Put GSM8K's calculator annotations ``<<4*6=24>>`` into the answers.
 
     Raises:
         ValueError: If there are not as many different problems.
-
     """
     rng = random.Random(f"{seed}/{split}/{steps}")
     templates = _TEMPLATES[steps]
@@ -256,9 +252,9 @@ def generate(split: Split, size: int, seed: int = 0, steps: int = 1, annotations
 class ArithmeticDataModule(InstructionDataModule):
     """Generated arithmetic word problems in GSM8K's format: question, worked answer, last line ``#### N``.
 
-    The three sets share no calculation: which set "4 * 6 = 24, 24 + 5 = 29" belongs to is fixed by a hash of the
-    calculation itself, so that a model cannot score by having seen the sum in another story, and test sets stay
-    unseen whatever ``data_seed`` a model was trained with.
+    The three sets share no calculation: a hash of the calculation itself, such as "4 * 6 = 24, 24 + 5 = 29", fixes its set.
+    So a model cannot score by having seen the sum in another story, and test sets stay unseen whatever ``data_seed`` a
+    model was trained with.
 
     Args:
         tokenizer: Folder or hub id of the model's tokenizer.
@@ -268,11 +264,10 @@ class ArithmeticDataModule(InstructionDataModule):
         test_size: Problems to test on.
         annotations: Put GSM8K's calculator annotations ``<<4*6=24>>`` into the answers.
         data_seed: Seed of the problems. ``seed`` is that of their order in training.
-        **kwargs: Arguments of :class:`~lightning_pmss.datamodules.instruction.InstructionDataModule`.
+        **kwargs: Arguments of `InstructionDataModule`.
 
     Raises:
         ValueError: If an argument is out of range.
-
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Texts to tokens, once: the result lies in a file that later runs and all ranks read."""
+"""Tokenise texts once, into a file that later runs and all ranks read."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ if TYPE_CHECKING:
 def encode(
     examples: Sequence[Example], encoder: PromptEncoder, cache_dir: str | None, name: str, ids: Sequence[int] | None
 ) -> Dataset:
-    """Return examples as tokens, with a progress bar, or from the cache where they have been tokenised before.
+    """Return examples as tokens: from the cache if they were tokenised before, else with a progress bar.
 
     Args:
-        examples: the texts.
-        encoder: makes the tokens.
-        cache_dir: folder of the cache; the one of ``datasets`` if null.
-        name: what the progress bar says is tokenised.
-        ids: the number of each example; null: 0, 1, ...
-
+        examples: The texts.
+        encoder: Makes the tokens.
+        cache_dir: Folder of the cache; the one of ``datasets`` if null.
+        name: Name of the data for the progress bar.
+        ids: The number of each example; null: 0, 1, ...
     """
     import datasets
 

@@ -1,9 +1,4 @@
-"""Chat templates
-==============
-
-What a tokenizer's chat template makes of a question and its answer: the prompt, the text of the answer's turn up to the
-token that ends it, and that token.
-"""
+"""Take a tokenizer's chat template apart: the prompt, the text of an answer's turn, and the token that ends the turn."""
 
 from __future__ import annotations
 
@@ -33,12 +28,11 @@ class ChatTemplate:
     """A tokenizer's chat template, taken apart by rendering it.
 
     Args:
-        tokenizer: a tokenizer with a chat template.
-        header: what is in front of each answer, where the template itself has no prompt for generation.
-        tail: what is behind an answer.
-        end: the part of ``tail`` up to the token that ends the turn.
-        end_id: that token.
-
+        tokenizer: A tokenizer with a chat template.
+        header: Text in front of each answer, if the template itself has no prompt for generation.
+        tail: Text behind an answer.
+        end: The part of ``tail`` up to the token that ends the turn.
+        end_id: That token.
     """
 
     tokenizer: Any
@@ -54,7 +48,6 @@ class ChatTemplate:
         Raises:
             ValueError: If it has none, an answer's turn does not extend the prompt, an answer is not in its turn as it is,
                 or no token of its own ends the turn; the message says what to do.
-
         """
         name = getattr(tokenizer, "name_or_path", "")
         if not tokenizer.chat_template:
@@ -74,7 +67,7 @@ class ChatTemplate:
                 f"The chat template of {name!r} renders the answer {_ANSWERS[0]!r} as {behind[0]!r}, so it would not be"
                 " trained as it is. Give a tokenizer with another chat template, or --data.prompt_style plain."
             )
-        # Blanks stay with the answer: a tokenizer has them in front of words.
+        # Blanks stay with the answer, because tokenizers merge them with the word that follows.
         header = head.rstrip(" ") if prompt == bare and head.strip() else ""
         return cls(tokenizer, header, tail, *_end_of_turn(tokenizer, tail))
 
@@ -82,9 +75,8 @@ class ChatTemplate:
         """Return the text that an answer to ``question`` follows.
 
         Args:
-            question: what the user asks.
-            earlier: turns before that.
-
+            question: The user's question.
+            earlier: Earlier turns.
         """
         return _render(self.tokenizer, [*earlier, _turn("user", question)], True) + self.header
 
@@ -96,8 +88,7 @@ class ChatTemplate:
 
         Raises:
             ValueError: If the turn does not extend the prompt, the template leaves out a part of the response, or the
-                response itself holds the end of the turn.
-
+                response itself contains the end of the turn.
         """
         whole = [*earlier, _turn("user", question), _turn("assistant", response)]
         text = _difference(self.tokenizer, prompt, whole)
@@ -117,19 +108,19 @@ class ChatTemplate:
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
-    """Return the token that ends the assistant's turn in a tokenizer's chat template, ``None`` where none is known to."""
+    """Return the token that ends the assistant's turn in a tokenizer's chat template, ``None`` if none is known."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     try:
         return ChatTemplate.of(tokenizer).end_id
-    except ValueError:  # of another kind of conversation; who asks in the chat style is told why
+    except ValueError:  # another kind of conversation; the chat style raises this error to the user
         return None
 
 
 def _render(tokenizer: Any, messages: list[Turn], generation: bool) -> str:
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))
-    except Exception as error:  # a template raises whatever it likes, and jinja its own
+    except Exception as error:  # templates raise any class, and jinja its own
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(
             f"The chat template of {getattr(tokenizer, 'name_or_path', '')!r} refuses the turns {roles}"
@@ -138,7 +129,7 @@ def _render(tokenizer: Any, messages: list[Turn], generation: bool) -> str:
 
 
 def _difference(tokenizer: Any, prompt: str, messages: list[Turn]) -> str:
-    """Return what ``messages`` are rendered to behind ``prompt``."""
+    """Render ``messages`` and return the text behind ``prompt``."""
     whole = _render(tokenizer, messages, False)
     if not whole.startswith(prompt):
         same = len(_common([whole, prompt]))

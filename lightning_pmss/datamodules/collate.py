@@ -1,4 +1,4 @@
-"""Rows of token ids to padded batches."""
+"""Pad rows of token ids to batches."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class InstructionCollator:
-    """Pads rows of token ids to a batch; see :class:`InstructionDataModule` for what is in it.
+    """Pads rows of token ids to a batch; see `InstructionDataModule` for what is in it.
 
     Args:
-        pad_id: token put on padding. It may be a real token too: padding is known by the masks and labels alone.
-        evaluation: add what generation and scoring need.
-        loss_on_prompt: give the prompt labels too.
-        max_length: cut prompts (see :meth:`room`) to this many tokens; null: cut nothing.
-        prefix: number of tokens in front of each prompt that a cut leaves (the beginning-of-sequence token).
-        end_id: token that ends each response, at which generation is to stop.
-
+        pad_id: Token put on padding. It may be a real token too: masks and labels mark the padding.
+        evaluation: Add the fields for generation and scoring.
+        loss_on_prompt: Give the prompt labels too.
+        max_length: Cut prompts (see `room`) to this many tokens; null: cut nothing.
+        prefix: Number of tokens in front of each prompt that a cut leaves (the beginning-of-sequence token).
+        end_id: Token that ends each response, at which generation is to stop.
     """
 
     pad_id: int
@@ -37,8 +36,8 @@ class InstructionCollator:
     def room(self, response: int) -> int:
         """Return how many tokens a prompt may have beside a response of ``response`` tokens.
 
-        In training both share ``max_length``. In evaluation the prompt has it alone, because what it is cut to must not
-        depend on the gold response.
+        In training both share ``max_length``. In evaluation the prompt may use all of it, because the cut must not depend on
+        the gold response.
         """
         assert self.max_length is not None
         return self.max_length - (0 if self.evaluation else response)
@@ -47,7 +46,7 @@ class InstructionCollator:
         ids: list[int] = row["prompt_ids"]
         if self.max_length is None or len(ids) <= (room := self.room(len(row["response_ids"]))):
             return ids
-        kept = max(room - self.prefix, 0)  # of the end, where the question is
+        kept = max(room - self.prefix, 0)  # from the end, which contains the question
         return ids[: self.prefix] + (ids[-kept:] if kept else [])
 
     def tokens(self, row: dict[str, Any]) -> tuple[list[int], list[int]]:
@@ -58,7 +57,7 @@ class InstructionCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> Batch:
         whole, labels = (list(part) for part in zip(*map(self.tokens, rows), strict=True))
-        if self.evaluation:  # a filler is computed and counts for nothing
+        if self.evaluation:  # a filler is computed and not scored
             labels = [ids if row["id"] >= 0 else [IGNORED] * len(ids) for ids, row in zip(labels, rows, strict=True)]
         batch: Batch = {
             "input_ids": self.pad(whole, self.pad_id),

@@ -1,8 +1,6 @@
-"""Columns
-=======
+"""Recognise a published format by its columns, and refuse rows with filled columns that nothing reads.
 
-Which columns a published format has, and that no column which says something is passed over: a format is known by the
-columns that it needs, and what else is filled in a row must be known to say nothing, or is an error.
+A format is recognised by the columns that it needs. Any other filled column is an error, unless it is known to be irrelevant.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ _BOOKKEEPING = frozenset(
 )
 """Columns that tell rows apart, or where they are from, in data of any format."""
 
-# Layouts that people have and that no format here is, by the columns that they are known by.
+# Common layouts that no format here reads, by their characteristic columns.
 _FOREIGN = {
     ("messages",): "chat messages (a list of role and content)",
     ("conversations",): "ShareGPT conversations (a list of from and value)",
@@ -29,7 +27,7 @@ _FOREIGN = {
 
 
 def filled(value: Any) -> bool:
-    """Return whether a value says something: null, NaN, blank texts and containers of nothing else do not."""
+    """Return whether a value is filled: not null, NaN, a blank text, or a container of such values alone."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return False
     if isinstance(value, str):
@@ -46,11 +44,10 @@ class Format:
     """The columns of a published format.
 
     Args:
-        name: the format, for messages.
-        needs: columns that are read, and by which the format is known.
-        reads: columns that are read where they are there.
-        silent: columns of the published files that say nothing to train on, besides those that tell rows apart.
-
+        name: The format, for messages.
+        needs: Columns that are read and identify the format.
+        reads: Further columns that are read if present.
+        silent: Columns of the published files that are irrelevant for training, besides those that identify rows.
     """
 
     name: str
@@ -59,18 +56,17 @@ class Format:
     silent: tuple[str, ...] = ()
 
     def check(self, where: str, row: Any, ignored: Sequence[str] = (), inside: str = "") -> Mapping[str, Any]:
-        """Return ``row`` if it has all columns of this format and no other one is filled.
+        """Return ``row`` if it has all columns of this format and no other column is filled.
 
         Args:
-            where: the row's place.
-            row: the row.
-            ignored: columns that are left out on purpose; those of a column that is an object with its name in front
+            where: The row's place.
+            row: The row.
+            ignored: Columns that are ignored on purpose; those of a column that is an object with its name in front
                 (``answer.unit``).
-            inside: the column that ``row`` is an object in, with a dot behind it.
+            inside: The column that contains ``row`` as an object, with a dot behind it.
 
         Raises:
             ValueError: If not; the message names the place, the columns, and what to type.
-
         """
         if not isinstance(row, Mapping):
             raise ValueError(
@@ -92,7 +88,7 @@ class Format:
         return row
 
     def unused(self, row: Mapping[str, Any], ignored: Sequence[str] = (), inside: str = "") -> list[str]:
-        """Return the filled columns of ``row`` that this format does not read and that may say something."""
+        """Return the filled columns of ``row`` that this format does not read and that may be relevant."""
         known = {*self.needs, *self.reads, *self.silent, *_BOOKKEEPING}
         return [
             str(name)
@@ -134,20 +130,19 @@ class Format:
 
 
 def recognise(formats: Sequence[Format], row: Any, ignored: Sequence[str] = ()) -> Format:
-    """Return the format that a row has: of those whose columns are all there and filled the one that leaves least unused.
+    """Return the format of a row: among the complete ones (all columns there and filled) the one with fewest unused columns.
 
     Args:
-        formats: the formats; of equally good ones the first counts. Where none fits, the one that lacks least.
-        row: a row, perhaps no mapping.
-        ignored: columns that are left out on purpose.
-
+        formats: The formats; of equally good ones the first is used. If none fits, the one that lacks fewest columns.
+        row: A row, perhaps no mapping.
+        ignored: Columns that are ignored on purpose.
     """
     if not isinstance(row, Mapping):
         return formats[-1]
     fitting = [format for format in formats if format.fits(row, ignored)]
     if fitting:
         return min(fitting, key=lambda format: len(format.unused(row, ignored)))
-    # None fits: the one that `check` should say what is missing of.
+    # None fits: `check` reports the missing columns of the nearest one.
     return max(reversed(formats), key=lambda format: sum(name in row for name in format.needs) / len(format.needs))
 
 
@@ -156,7 +151,6 @@ def text(where: str, row: Mapping[str, Any], column: str) -> str:
 
     Raises:
         ValueError: If it is not a text, or blank.
-
     """
     value = row[column]
     if not isinstance(value, str) or not value.strip():

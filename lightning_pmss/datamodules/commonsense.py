@@ -1,8 +1,7 @@
-"""The eight commonsense tasks
-===========================
+"""The eight commonsense tasks in the form of LLM-Adapters (Hu et al. 2023).
 
-BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC-Easy, ARC-Challenge and OpenBookQA in the form of LLM-Adapters (Hu et al.
-2023): rows of ``instruction``, ``input`` (empty), ``output`` ("the correct answer is <label>") and ``answer``.
+BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC-Easy, ARC-Challenge and OpenBookQA are rows of ``instruction``, ``input`` (empty),
+``output`` ("the correct answer is <label>") and ``answer``.
 """
 
 from __future__ import annotations
@@ -61,15 +60,14 @@ def _example(where: str, row: Any, task: str | None, ignored: Sequence[str] = ()
         raise ValueError(f"{where}: the answer is {label!r}, not one of {', '.join(allowed)}.")
     if not output.strip().rstrip(".").endswith(label):
         raise ValueError(f"{where}: the output {output[-40:]!r} does not end in the answer {label!r}.")
-    # Where the text does not tell the task, "other": the metric then goes by the label.
+    # "other" if the text does not identify the task: the metric then finds the labels by the gold label.
     return Example(instruction.strip(), output.strip(), [possible[0] if len(possible) == 1 else "other", label])
 
 
 class CommonsenseDataModule(InstructionDataModule):
     """The eight commonsense tasks in LLM-Adapters' form, to train on together and to test on one by one.
 
-    The target of an example (in ``batch["target"]``) is the pair of its task and its label: what
-    :class:`~lightning_pmss.metrics.CommonsenseAccuracy` takes.
+    The target of an example (in ``batch["target"]``) is the pair of its task and its label, as `CommonsenseAccuracy` takes it.
 
     The literature's protocol trains on Commonsense170K, with the loss on the prompt too (``loss_on: all``), prompt
     style "llm_adapters", 256 tokens at most, and holds out 120 rows. Its BoolQ has no passage (closed book).
@@ -83,14 +81,13 @@ class CommonsenseDataModule(InstructionDataModule):
             put into LLM-Adapters' form.
         tasks: Tasks to train and to test on. Null: all eight.
         max_length: As in the base.
-        **kwargs: Arguments of :class:`~lightning_pmss.datamodules.instruction.InstructionDataModule`.
+        **kwargs: Arguments of `InstructionDataModule`.
 
     Raises:
         FileNotFoundError: If a path looks like a path and nothing is there.
         ValueError: If a task is unknown, a file is not in LLM-Adapters' form (names file and row), or a subset of tasks
-            is asked of a file that does not tell them apart.
+            is asked of a file that does not identify the tasks.
         ConnectionError: If the data cannot be had from the hub.
-
     """
 
     plain_template: ClassVar[str] = "{question}\nAnswer:"
@@ -118,7 +115,7 @@ class CommonsenseDataModule(InstructionDataModule):
 
     @override
     def load_examples(self, split: Split) -> list[Example] | None:
-        """Return the checked examples of ``split``, task by task where the data has them apart."""
+        """Return the checked examples of ``split``, task by task if the data separates them."""
         if split == "val":
             return None
         examples = self._train() if split == "train" else self._test()

@@ -121,7 +121,6 @@ def to_llm_adapters(task: str, where: str, row: Any, ignored: Sequence[str] = ()
     Raises:
         ValueError: If it lacks a column or has another one filled that is not ``ignored``, or its answer is none of its
             choices; the message says where.
-
     """
     source = _SOURCES[task]
     row = source.format.check(where, row, ignored)
@@ -136,8 +135,7 @@ def hub_rows(task: str, ignored: Sequence[str] = ()) -> list[Row]:
     """Return the evaluation rows of ``task`` from the hub in LLM-Adapters' form.
 
     Raises:
-        ConnectionError: If they cannot be had.
-
+        ConnectionError: If they cannot be downloaded.
     """
     source = _SOURCES[task]
     options = [{"name": source.config} if source.config else {}]

@@ -1,45 +1,44 @@
-"""Tokens of a prompt and of the text behind it, read as one text, with a border between two tokens where they meet."""
+"""Tokenise a prompt and its continuation as one text, with a token border where they meet."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-# Texts that a tokenizer should not merge with what follows, to read a continuation behind: the first that it does not is taken.
+# Texts to put in front of a continuation; the first one that the tokenizer does not merge with it is used.
 _ANCHORS = ("\n", ":", "|", "0", "a", "A", ".", "\u00e9")
 
 
 def tokens_of(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Return the tokens of each text, without those that the tokenizer puts around texts."""
+    """Return the tokens of each text, without the special tokens that the tokenizer puts around texts."""
     encoded = tokenizer(list(texts), add_special_tokens=False, padding=False, truncation=False)
     return [list(ids) for ids in encoded["input_ids"]]
 
 
 def continued(tokenizer: Any, prompts: Sequence[str], texts: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
-    """Return the tokens of prompts, and those that their continuations have behind them.
+    """Return the tokens of prompts, and the tokens of their continuations.
 
     Together they are the tokens of prompt and continuation as one text: a continuation gets no second beginning, such as
     the blank that SentencePiece puts in front of a text. A tokenizer may merge the end of a prompt with the beginning of
-    its continuation into one token. Then the border is kept all the same: the prompt has the tokens that it has alone, in
-    training as in generation, and the continuation has those of a text that begins at the border.
+    its continuation into one token. The border is kept even then: the prompt is tokenised on its own, in training as in
+    generation, and the continuation as a text that begins at the border.
 
     Args:
-        tokenizer: a tokenizer of transformers.
-        prompts: texts.
-        texts: the continuation of each.
+        tokenizer: A tokenizer of transformers.
+        prompts: Texts.
+        texts: The continuation of each.
 
     Returns:
         Token ids of the prompts and of the continuations.
 
     Raises:
         ValueError: If a continuation has no tokens of its own behind its prompt; the message has both texts.
-
     """
     prompt_ids = tokens_of(tokenizer, prompts)
     wholes = tokens_of(tokenizer, [prompt + text for prompt, text in zip(prompts, texts, strict=True)])
     rests = [whole[len(start) :] for start, whole in zip(prompt_ids, wholes, strict=True)]
     merged = [place for place, start in enumerate(prompt_ids) if wholes[place][: len(start)] != start]
-    # What is equal in front of the border is not decoded, but for one token: the first one of a text may lose its blank.
+    # Decode from one token before the first difference on: the first token of a text may lose its blank.
     common = {place: max(0, _common(prompt_ids[place], wholes[place]) - 1) for place in merged}
     wanted = {place: decoded(tokenizer, wholes[place][common[place] :]) for place in merged}
     for front in ("", *_ANCHORS):

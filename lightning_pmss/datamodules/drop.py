@@ -1,14 +1,13 @@
-r"""DROP
-====
+r"""DROP, questions on passages whose answers are numbers, dates and spans.
 
-Questions on passages whose answers are numbers, dates and spans (Dua et al. 2019, "DROP: A Reading Comprehension
-Benchmark Requiring Discrete Reasoning Over Paragraphs"), from the hub or from local files in four published formats:
+Dua et al. 2019, "DROP: A Reading Comprehension Benchmark Requiring Discrete Reasoning Over Paragraphs". The data comes from the
+hub or from local files in four published formats:
 
 * the original ``drop_dataset_*.json``: passages with ``qa_pairs``, each with ``answer`` and ``validated_answers``,
 * rows of ``EleutherAI/drop``: the same per question, flat,
-* rows of ``ucinlp/drop``: ``answers_spans`` with a flat list of spans. What belonged to one answer of several spans and
-  what were different annotators' answers can no longer be told: each span counts as an answer of its own, as QuanTA
-  and others read them. Take the one above for official scores,
+* rows of ``ucinlp/drop``: ``answers_spans`` with a flat list of spans. The list no longer separates answers of several
+  spans from answers of several annotators: each span is read as an answer of its own, as QuanTA and others do. Use the
+  format above for official scores,
 * rows with ``context`` ("Passage: ...\nQuestion: ...\nAnswer:"), ``completion`` and ``ref_text``, whose answers are
   separated by ``|`` (OpenAI simple-evals); several spans of an answer are one text there.
 """
@@ -112,7 +111,7 @@ def _from_context(where: str, row: Mapping[str, Any]) -> DROPQuestion:
     if not answers:
         raise ValueError(f"{where}: the ref_text {row['ref_text']!r} holds no answer.")
     first = [text(where, row, "completion").strip()]
-    # The completion is one of the answers; it goes first, because that is the one to train on.
+    # The completion is one of the answers. It goes first, because the first answer is trained on.
     answers.sort(key=lambda answer: answer[0].strip() != first[0])
     question = context[start + len(_QUESTION) : -len(_ANSWER)]
     return DROPQuestion(context[len(_PASSAGE) : start], question, answers)
@@ -146,12 +145,11 @@ def read_drop(path: str | Path, ignore_columns: Sequence[str] = ()) -> list[DROP
     """Read and check a file in one of DROP's formats, see the module.
 
     Args:
-        path: the file.
-        ignore_columns: columns that may be filled though they are not read.
+        path: The file.
+        ignore_columns: Columns that may be filled though they are not read.
 
     Raises:
         ValueError: If it is in none, or a question has no answer; the message names file and row.
-
     """
     path = Path(path)
     whole = read_json(path) if path.suffix == ".json" else None
@@ -168,8 +166,8 @@ class DROPDataModule(InstructionDataModule):
     r"""DROP, from the hub or from local files.
 
     The response is the first gold answer, its spans joined by ``separator``; the target of an example (in
-    ``batch["target"]``) is the list of all its gold answers, each a list of spans: what
-    :class:`~lightning_pmss.metrics.DROPScore` takes. Give that metric the same ``separator``.
+    ``batch["target"]``) is the list of all its gold answers, each a list of spans, as `DROPScore` takes it. Give
+    that metric the same ``separator``.
 
     Prompt styles besides those of the base (all but the last with the text in which QuanTA and simple-evals ask):
 
@@ -178,11 +176,11 @@ class DROPDataModule(InstructionDataModule):
       ``quanta-fine-tuning/quanta``, ``run/utils/templates.py``,
     * "lm_eval": ``{passage} {question}``.
 
-    ``num_shots`` questions in front are of training passages, each of another one, none of them evaluated.
+    The ``num_shots`` worked examples come from training passages, each from another one, and none of them is evaluated.
 
     The dev set is the test set here (the hidden test set of the leaderboard is not public), and validation is held out
     from the training rows by ``seed``: whole passages with all their questions, ``val_size`` questions or up to one
-    passage more, so that no passage that is validated on occurs in training.
+    passage more, so that no validation passage occurs in training.
 
     Args:
         tokenizer: Folder or hub id of the model's tokenizer.
@@ -191,13 +189,12 @@ class DROPDataModule(InstructionDataModule):
         test_path: Hub id, folder or file to test on. Null: the dev set of ``path``, which a single file does not have.
         separator: Joins the spans of an answer.
         max_length: As in the base; DROP's passages are long (most examples take 200 to 500 tokens).
-        **kwargs: Arguments of :class:`~lightning_pmss.datamodules.instruction.InstructionDataModule`.
+        **kwargs: Arguments of `InstructionDataModule`.
 
     Raises:
         FileNotFoundError: If a path looks like a path and nothing is there.
         ValueError: If a file is in none of the formats; names file and row.
         ConnectionError: If the data cannot be had from the hub.
-
     """
 
     plain_template: ClassVar[str] = "{question}\nAnswer:"

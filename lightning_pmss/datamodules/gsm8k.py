@@ -1,9 +1,7 @@
-"""GSM8K, MetaMathQA, MATH
-=======================
+"""GSM8K, MetaMathQA and MATH, from the hub or from local files in the published formats.
 
-Mathematical word problems from the hub or from local files in the published formats: GSM8K (Cobbe et al. 2021,
-"Training Verifiers to Solve Math Word Problems"), MetaMathQA (Yu et al. 2023, "MetaMath") with PiSSA's copy of it, and
-MATH (Hendrycks et al. 2021, "Measuring Mathematical Problem Solving With the MATH Dataset").
+GSM8K is of Cobbe et al. 2021, "Training Verifiers to Solve Math Word Problems"; MetaMathQA, of which PiSSA published a copy, of
+Yu et al. 2023, "MetaMath"; MATH of Hendrycks et al. 2021, "Measuring Mathematical Problem Solving With the MATH Dataset".
 """
 
 from __future__ import annotations
@@ -52,7 +50,7 @@ def _is_answer(gold: Callable[[str], Any]) -> Callable[[str], bool]:
 
 
 def _read_alike(answer: str) -> bool:
-    """Return whether the published and the corrected rule find the same number: else neither's scores are to be trusted."""
+    """Return whether the published and the corrected rule find the same number; else the scores of neither are reliable."""
     text, number = GSM8KAccuracy.extract(answer), GSM8KAccuracy.extract_number(answer)
     return text is not None and number is not None and exact_number(text) == number
 
@@ -62,11 +60,10 @@ class _Kind:
     """A published format, the first two columns being question and answer, and what an answer must hold.
 
     Args:
-        format: its columns.
-        scored: whether an answer of a test set can be scored.
-        ends: whether an answer to train on has an end that is read as the answer.
-        needs: what the answer must end in, for messages.
-
+        format: Its columns.
+        scored: Whether an answer of a test set can be scored.
+        ends: Whether an answer to train on ends in a form that is read as the final answer.
+        needs: The required end of the answer, for messages.
     """
 
     format: Format
@@ -120,7 +117,7 @@ _MATH_SUBJECTS = (
     "prealgebra",
     "precalculus",
 )
-# What `load_dataset` needs beside the id, and the splits that are there.
+# Arguments of `load_dataset` beside the id, and the splits that exist.
 _HUB: dict[str, tuple[list[dict[str, Any]], tuple[str, ...]]] = {
     "openai/gsm8k": ([{"name": "main"}], ("train", "test")),
     "EleutherAI/hendrycks_math": ([{"name": subject} for subject in _MATH_SUBJECTS], ("train", "test")),
@@ -165,8 +162,8 @@ def read_jsonl(path: str | Path, ignore_columns: Sequence[str] = ()) -> list[Exa
     """Read and check a file in the format of GSM8K, MetaMathQA or MATH. Empty lines are skipped.
 
     Args:
-        path: the file: JSONL, JSON or parquet, by its name.
-        ignore_columns: columns that may be filled though they are not read.
+        path: The file: JSONL, JSON or parquet, by its name.
+        ignore_columns: Columns that may be filled though they are not read.
 
     Returns:
         Its examples, in order.
@@ -175,13 +172,12 @@ def read_jsonl(path: str | Path, ignore_columns: Sequence[str] = ()) -> list[Exa
         ValueError: If a line is not UTF-8, not a JSON object, lacks a column, has another one filled, or has an empty
             question or answer or one that cannot be scored; the message names the file and the line. Also if the file
             has no examples.
-
     """
     return [example for example, _ in _read(Path(path), "test", (), ignore_columns)]
 
 
 class GSM8KDataModule(InstructionDataModule):
-    """GSM8K, MetaMathQA or MATH, from the hub or from local files; which one, the columns of the first row tell.
+    """GSM8K, MetaMathQA or MATH, from the hub or from local files; the columns of the first row decide which.
 
     =========================  ======================  ==========================================================
     data                       columns                 hub ids
@@ -201,14 +197,14 @@ class GSM8KDataModule(InstructionDataModule):
             train on.
         test_path: Hub id, folder or file to test on. Null: the test split of ``path``, which a single file and
             MetaMathQA do not have.
-        keep_annotations: Keep the calculator annotations ``<<48/2=24>>`` in the answers. On by default: the text as
-            published, which other results are made with, and a scratch pad for the model. Off: about a quarter fewer
+        keep_annotations: Keep the calculator annotations ``<<48/2=24>>`` in the answers. On by default: the published
+            text, as in other results, and a scratch pad for the model. Off: about a quarter fewer
             tokens per answer.
         types: Train on rows whose ``type`` starts with one of these only; MetaMathQA's are ``GSM_...`` and
             ``MATH_...``. Null: all.
         first_rows: Train (and validate) on the first N rows that are left, the convention of PiSSA and others
             (100,000). Null: all. (``train_limit`` draws by seed instead, from what is left here.)
-        **kwargs: Arguments of :class:`~lightning_pmss.datamodules.instruction.InstructionDataModule`; here
+        **kwargs: Arguments of `InstructionDataModule`; here
             ``prompt_style`` may also be "lm_eval" (the same text as "plain"), "cot" ("Q: ...", newline, "A:") and
             "minerva" ("Problem:", "Solution:"), the forms of the usual 5 (GSM8K, from train), 8 and 4 (MATH) worked
             examples; the fixed ones of the last two go into the file ``shots``.
@@ -217,7 +213,6 @@ class GSM8KDataModule(InstructionDataModule):
         FileNotFoundError: If ``path`` looks like a path and nothing is there.
         ValueError: If a file is not in one of the formats; names file and line.
         ConnectionError: If the data cannot be had from the hub.
-
     """
 
     styles: ClassVar[dict[str, PromptStyle]] = {

@@ -1,8 +1,4 @@
-"""Instruction data
-================
-
-Questions and responses to padded batches of tokens, with the loss on the response only.
-"""
+"""Make padded batches of tokens from questions and responses, with the loss on the response only."""
 
 from __future__ import annotations
 
@@ -44,7 +40,7 @@ _SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 class InstructionDataModule(L.LightningDataModule):
-    """Base of data modules for instruction tuning: a subclass says where question and response come from.
+    """Base of data modules for instruction tuning; a subclass provides the questions and responses.
 
     A batch is a dictionary of
 
@@ -52,16 +48,16 @@ class InstructionDataModule(L.LightningDataModule):
       and, unless ``loss_on`` is "all", on the prompt, and include the token that ends the response,
     * in evaluation also ``prompt_ids``, ``prompt_mask``: int64 ``[B, P]``, padded on the left; ``id``: int64 ``[B]``,
       the row's number in the source (for a validation set held out from the training rows: its number there);
-      ``end_id``: int64 ``[B]``, that token; ``prompt``: list of texts; ``target``: list of what answers are scored
-      against, texts or lists of texts.
+      ``end_id``: int64 ``[B]``, that token; ``prompt``: list of texts; ``target``: list of gold targets, texts or
+      lists of texts.
 
     Texts are tokenised once, by ``datasets.map`` into its cache; later runs with the same texts and tokenizer read
-    them from there. Training batches hold examples of similar length, in an order that depends on ``seed`` and the
-    epoch alone, and resume exactly (:class:`~lightning_pmss.datamodules.sampler.ResumableDataLoader`).
-    A response is never cut, and nothing is cut silently: what is longer than ``max_length`` is left out of training,
-    counted in ``dropped`` and warned of; evaluation keeps all examples whole, so that scores are over the whole set.
-    ``too_long`` has the other ways. A packed training batch has ``position_ids`` in place of ``attention_mask``
-    (:mod:`~lightning_pmss.datamodules.packing`).
+    them from there. Training batches contain examples of similar length, in an order that depends on ``seed`` and the
+    epoch alone, and resume exactly (`ResumableDataLoader`).
+    A response is never cut, and nothing is cut silently. Examples longer than ``max_length`` are left out of training: a
+    warning reports how many, and ``dropped`` has the numbers. Evaluation keeps all examples whole, so that scores are over
+    the whole set. ``too_long`` offers other treatments. A packed training batch has ``position_ids`` in place of
+    ``attention_mask`` (`lightning_pmss.datamodules.packing`).
 
     Args:
         tokenizer: Folder or hub id of the model's tokenizer.
@@ -81,20 +77,20 @@ class InstructionDataModule(L.LightningDataModule):
         cache_dir: Folder for tokenised data; the one of ``datasets`` if null.
         loss_on: "response", or "all" to train on the prompt as well (as LLM-Adapters does). Evaluation losses are over
             the response either way.
-        too_long: What happens to examples longer than ``max_length``. "drop": left out of training, kept whole in
-            evaluation. "cut_prompt": the *beginning* of the prompt is cut, in evaluation of prompts that are longer by
-            themselves; counted in ``cut`` and warned of. "error": refused.
+        too_long: Treatment of examples longer than ``max_length``. "drop": leave them out of training, keep them whole in
+            evaluation. "cut_prompt": keep the end of the prompt; in training prompt and response are fitted to
+            ``max_length``, in evaluation the prompt alone is. A warning reports how many; ``cut`` has the numbers. "error":
+            refuse them.
         packing: Train on rows of several examples, at most ``max_length`` tokens together, that do not see each other;
-            ``batch_size`` then counts rows. What it saves is in ``packing_report``.
-        num_shots: Worked examples in front of each question in evaluation. They count as part of the prompt.
-        shots: Where they are from: "train", drawn by ``seed``, none of them evaluated; or a file of fixed ones, with the
-            columns question and response.
+            ``batch_size`` is then a number of rows. ``packing_report`` reports the padding saved.
+        num_shots: Worked examples in front of each question in evaluation. They are part of the prompt.
+        shots: Source of the worked examples: "train", drawn by ``seed``, none of them evaluated; or a file of fixed ones,
+            with the columns question and response.
         ignore_columns: Columns of the data that may be filled though nothing reads them. Any other such column is an
             error that names it.
 
     Raises:
         ValueError: If an argument is out of range, or if no training example is short enough.
-
     """
 
     plain_template: ClassVar[str] = "Question: {question}\nAnswer:"
@@ -157,7 +153,7 @@ class InstructionDataModule(L.LightningDataModule):
 
     @abstractmethod
     def load_examples(self, split: Split) -> list[Example] | None:
-        """Return the examples of ``split``, ``None`` where the data has no such split. Keeps no state on ``self``."""
+        """Return the examples of ``split``, ``None`` if the data has no such split. Keep no state on ``self``."""
 
     @property
     def encoder(self) -> PromptEncoder:
@@ -208,7 +204,7 @@ class InstructionDataModule(L.LightningDataModule):
         if train is not None and made["val", None] is None:
             held = hold_out(train["group"][:], self.val_size, self.seed)[1]
             made["train", tuple(held)] = self._evaluated_rows(held)
-        self._prepared = made  # for `setup` on this process, which would read and hash all texts once more
+        self._prepared = made  # `setup` on this process would read and hash all texts once more
         self._texts.clear()
 
     @override
@@ -236,7 +232,7 @@ class InstructionDataModule(L.LightningDataModule):
                 )
             val = self._evaluated_rows(held) or train.select(held)
         lengths, prompts = train["length"][:], train["prompt_length"][:]
-        if self.too_long == "cut_prompt":  # a response that leaves no room for a prompt is left out all the same
+        if self.too_long == "cut_prompt":  # an example whose response leaves no room for a prompt is left out even so
             least = len(self.encoder.prefix) + 1
             fitting = [index for index in order if lengths[index] - prompts[index] + least <= self.max_length]
             self._count_cut("train", sum(lengths[index] > self.max_length for index in fitting), len(order))
@@ -264,13 +260,13 @@ class InstructionDataModule(L.LightningDataModule):
         self.data["val"] = self._evaluated(val, "val")
 
     def _evaluated_rows(self, held: list[int]) -> Dataset | None:
-        """Return held-out rows with the prompt of evaluation, ``None`` where that is the one of training."""
+        """Return held-out rows with the prompt of evaluation, ``None`` if it is that of training."""
         if not held or self.eval_encoder == self.encoder:
             return None
         return self._encode("train", held)
 
     def _evaluated(self, data: Dataset, split: Split) -> Dataset:
-        """Return the part of an evaluation set that ``split`` is limited to, its long prompts dealt with."""
+        """Return the part of an evaluation set that ``split`` is limited to, its long prompts cut or refused."""
         limit = self.limits[split]
         data = data if limit is None else data.select(range(min(limit, len(data))))
         if not len(data):
@@ -394,4 +390,4 @@ class InstructionDataModule(L.LightningDataModule):
 
     @override
     def predict_dataloader(self) -> DataLoader[Any]:
-        return self._eval_dataloader("test", by_length=False)  # what `predict` returns has the order of the loader
+        return self._eval_dataloader("test", by_length=False)  # `predict` returns results in the order of the loader

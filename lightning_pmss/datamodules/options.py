@@ -1,4 +1,4 @@
-"""Checks of arguments, with what to type instead."""
+"""Check arguments; errors say what to type instead."""
 
 from __future__ import annotations
 
@@ -26,11 +26,10 @@ def check_instruction_options(owner: str, styles: Sequence[str], few_shot: bool,
     """Raise ``ValueError`` unless the arguments of an ``InstructionDataModule`` are in their ranges and go together.
 
     Args:
-        owner: name of the class, for messages.
-        styles: its prompt styles.
-        few_shot: whether its protocol has worked examples.
-        given: its arguments by name.
-
+        owner: Name of the class, for messages.
+        styles: Its prompt styles.
+        few_shot: Whether its protocol has worked examples.
+        given: Its arguments by name.
     """
     for name in ("batch_size", "max_length", "seed", "val_size", "num_workers", "num_shots"):
         check_int(owner, name, given[name], {"batch_size": 1, "max_length": 2}.get(name, 0))

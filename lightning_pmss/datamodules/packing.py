@@ -1,9 +1,7 @@
-"""Packing
-=======
+"""Pack several examples into one row of tokens, so that little is computed on padding.
 
-Several examples in one row of tokens, so that little is computed on padding. Each example's positions begin at 0 again
-and the batch has no mask: models of transformers then attend within each example only, so that loss and gradients are
-those of the unpacked examples.
+Position ids restart at 0 with each example and the batch has no mask: models of transformers then attend within each example
+only, so that loss and gradients are those of the unpacked examples.
 """
 
 from __future__ import annotations
@@ -27,9 +25,9 @@ def pack(lengths: Sequence[int], room: int, seed: int = 0) -> list[list[int]]:
     Examples of equal length are put in an order drawn by ``seed``. The result depends on the arguments alone.
 
     Args:
-        lengths: tokens of each example, at most ``room``.
-        room: tokens of a row.
-        seed: seed of the order.
+        lengths: Tokens of each example, at most ``room``.
+        room: Tokens of a row.
+        seed: Seed of the order.
 
     Raises:
         ValueError: If an example is longer than a row.
@@ -38,7 +36,6 @@ def pack(lengths: Sequence[int], room: int, seed: int = 0) -> list[list[int]]:
 
         >>> sorted(map(sorted, pack([5, 3, 2, 6], room=8)))
         [[0, 1], [2, 3]]
-
     """
     longest = max(lengths, default=0)
     if longest > room:
@@ -72,15 +69,14 @@ def padding_share(order: Sequence[int], lengths: Sequence[int], batch_size: int)
 
 @dataclass(frozen=True)
 class PackingReport:
-    """What packing has changed.
+    """The effect of packing on rows and padding.
 
     Args:
-        examples: training examples.
-        rows: rows that they are packed into.
-        room: tokens of a row, at most.
-        before: share of padding in batches of as many unpacked examples, grouped by length as they are without packing.
-        after: share of padding in batches of packed rows.
-
+        examples: Training examples.
+        rows: Rows that they are packed into.
+        room: Tokens of a row, at most.
+        before: Share of padding in batches of as many unpacked examples, grouped by length as they are without packing.
+        after: Share of padding in batches of packed rows.
     """
 
     examples: int
@@ -101,9 +97,8 @@ class PackedRows(Dataset[Any]):
     """The examples of each row, together.
 
     Args:
-        data: rows by index.
-        packs: the indices of each row, see :func:`pack`.
-
+        data: Rows by index.
+        packs: The indices of each row, see `pack`.
     """
 
     def __init__(self, data: Any, packs: list[list[int]]) -> None:
@@ -122,12 +117,11 @@ class PackedRows(Dataset[Any]):
 class PackedCollator:
     """Joins the examples of each row and pads the rows to a batch of ``input_ids``, ``labels`` and ``position_ids``.
 
-    All are int64 ``[B, T]``. Positions begin at 0 with each example, and with the padding, which so is one more example
-    without labels. An example's first token has no label: it would be predicted from the example before.
+    All are int64 ``[B, T]``. Position ids restart at 0 for each example and for the padding, which is therefore treated as
+    one more example, without labels. An example's first token has no label: it would be predicted from the example before.
 
     Args:
-        single: the collator of unpacked examples.
-
+        single: The collator of unpacked examples.
     """
 
     single: InstructionCollator
@@ -153,18 +147,17 @@ class PackedCollator:
 def pack_rows(
     data: Any, lengths: Sequence[int], room: int, batch_size: int, seed: int, **replicas: int
 ) -> tuple[PackedRows, LengthGroupedSampler, PackingReport]:
-    """Return training examples as packed rows, the order of the rows, and what the packing saves.
+    """Return training examples as packed rows, the order of the rows, and the report of the saving.
 
     The rows are the same in every epoch, on every rank and after a resume; their order depends on seed and epoch.
 
     Args:
-        data: examples by index.
-        lengths: tokens of each.
-        room: tokens of a row.
-        batch_size: rows per batch and rank.
-        seed: seed of rows and order.
+        data: Examples by index.
+        lengths: Tokens of each.
+        room: Tokens of a row.
+        batch_size: Rows per batch and rank.
+        seed: Seed of rows and order.
         **replicas: ``num_replicas`` and ``rank``.
-
     """
     rows = PackedRows(data, pack(lengths, room, seed))
     sums = [sum(lengths[index] for index in row) for row in rows.packs]

@@ -1,8 +1,4 @@
-"""Prompts
-=======
-
-From a question and a response to text, in the named styles of the literature, and from text to tokens.
-"""
+"""Make prompts of questions, in the named styles of the literature, and tokens of prompts and responses."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ from typing import Any, NamedTuple
 from lightning_pmss.datamodules.chat import ChatTemplate, turns
 from lightning_pmss.datamodules.continuations import continued
 
-_CACHE_FORMAT = 4  # goes into the names of cached files: raise it when `PromptEncoder` changes what it writes
+_CACHE_FORMAT = 4  # part of the names of cached files: raise it when the output of `PromptEncoder` changes
 _SHOT_GAP = "\n\n"  # between worked examples, as in lm_eval and the papers
 
 
@@ -31,7 +27,7 @@ class Example(NamedTuple):
 
 
 def check_examples(owner: str, split: str, examples: Sequence[Example]) -> None:
-    """Raise ``ValueError`` unless a subclass's ``load_examples`` returned what can be tokenised."""
+    """Raise ``ValueError`` unless a subclass's ``load_examples`` returned examples that can be tokenised."""
     for number, example in enumerate(examples):
         texts = example[:2] if isinstance(example, Example) else ()
         if len(texts) != 2 or not all(isinstance(text, str) and text.strip() for text in texts):
@@ -43,14 +39,13 @@ def check_examples(owner: str, split: str, examples: Sequence[Example]) -> None:
 
 @dataclass(frozen=True)
 class PromptStyle:
-    """How a question becomes a prompt, and what surrounds the response.
+    """Template of the prompt, and the texts around the response.
 
     Args:
-        template: the prompt, with ``{question}`` in it.
-        eval_template: the prompt that is evaluated with, where the literature's differs; null: the same.
-        lead: text between prompt and response. It belongs to the response's tokens.
-        tail: text between the response and the end-of-sequence token.
-
+        template: The prompt, with ``{question}`` in it.
+        eval_template: The prompt of evaluation, if the literature's differs; null: the same.
+        lead: Text between prompt and response. It belongs to the response's tokens.
+        tail: Text between the response and the end-of-sequence token.
     """
 
     template: str
@@ -85,7 +80,6 @@ def load_tokenizer(name: str) -> Any:
 
     Raises:
         ValueError: If it cannot be loaded; the message says what to type.
-
     """
     from transformers import AutoTokenizer
 
@@ -102,19 +96,18 @@ def load_tokenizer(name: str) -> Any:
 class PromptEncoder:
     """Turns a batch of question and response texts into token ids; a picklable callable for ``datasets.map``.
 
-    Prompt and response are read as one text (:mod:`.continuations`), with a border between two tokens,
+    Prompt and response are read as one text (`continuations`), with a border between two tokens,
     so that the loss is on the response alone and the prompt has the same tokens in training and in generation. A response
-    ends in the end-of-sequence token; in the chat style in what ends the assistant's turn in the template
-    (:mod:`lightning_pmss.datamodules.chat`).
+    ends in the end-of-sequence token; in the chat style in the end of the assistant's turn in the template
+    (`lightning_pmss.datamodules.chat`).
 
     Args:
-        tokenizer: a tokenizer with an end-of-sequence token.
+        tokenizer: A tokenizer with an end-of-sequence token.
         style: "chat" applies the chat template; any other name fills ``template``.
-        template: the prompt, with ``{question}`` in it.
-        lead: text between prompt and response; not in the chat style.
-        tail: text between the response and the end-of-sequence token; not in the chat style.
-        shots: worked examples in front of each question, with an empty line between (in the chat style: earlier turns).
-
+        template: The prompt, with ``{question}`` in it.
+        lead: Text between prompt and response; not in the chat style.
+        tail: Text between the response and the end-of-sequence token; not in the chat style.
+        shots: Worked examples in front of each question, with an empty line between (in the chat style: earlier turns).
     """
 
     tokenizer: Any
@@ -131,7 +124,7 @@ class PromptEncoder:
             raise ValueError(f"The tokenizer {name!r} has no end-of-sequence token, so no response would ever end.")
         self.end_id = int(self.tokenizer.eos_token_id if self.chat is None else self.chat.end_id)
         """The token that ends each response."""
-        # What the tokenizer itself puts in front of a text (a beginning-of-sequence token, or nothing).
+        # The tokenizer's own prefix of a text (a beginning-of-sequence token, or nothing).
         bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         full = self.tokenizer("a", add_special_tokens=True)["input_ids"]
         starts = [i for i in range(len(full)) if full[i : i + len(bare)] == bare]
@@ -173,7 +166,7 @@ class PromptEncoder:
         }
 
     def fingerprint(self, examples: Sequence[Example], ids: Sequence[int] | None = None) -> str:
-        """Return a hash of the texts, their ids where given, and all that decides their tokens; equal in every process."""
+        """Return a hash of the texts, their ids if given, and all that determines their tokens; equal in every process."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
             spec: Any = [type(self.tokenizer).__name__, sorted(self.tokenizer.get_vocab().items())]

@@ -1,4 +1,4 @@
-"""Rows of published data sets: from JSONL, JSON and parquet files, or from the hub, each with its place for errors."""
+"""Read rows of published data sets from JSONL, JSON and parquet files or the hub, each with its place for errors."""
 
 from __future__ import annotations
 
@@ -47,7 +47,6 @@ def read_jsonl_rows(path: Path) -> Iterator[Row]:
 
     Raises:
         ValueError: If a line is not UTF-8 or not JSON; the message names file and line.
-
     """
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
@@ -65,11 +64,10 @@ def read_jsonl_rows(path: Path) -> Iterator[Row]:
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file holds.
+    """Return the content of a JSON file.
 
     Raises:
         ValueError: If it is not UTF-8 or not JSON; the message names file and line.
-
     """
     raw = path.read_bytes()
     for number, line in enumerate(raw.split(b"\n"), start=1):
@@ -89,8 +87,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     """Yield the rows of a file: JSONL, JSON (a list of objects) or parquet, by its name.
 
     Raises:
-        ValueError: If it cannot be read as what its name says; the message names file and row.
-
+        ValueError: If it is not of the format that its name says; the message names file and row.
     """
     if path.suffix == ".parquet":
         yield from _read_parquet(path)
@@ -123,14 +120,13 @@ def load_hub_rows(hub_id: str, split: str, options: Sequence[Mapping[str, Any]],
     """Return the rows of a split of a hub data set, of several configurations one after the other.
 
     Args:
-        hub_id: its id.
-        split: the split's name on the hub.
-        options: keyword arguments of ``datasets.load_dataset``, one mapping per configuration.
-        remedy: what to type to go without the hub.
+        hub_id: Its id.
+        split: The split's name on the hub.
+        options: Keyword arguments of ``datasets.load_dataset``, one mapping per configuration.
+        remedy: What to type to go without the hub.
 
     Raises:
-        ConnectionError: If they cannot be had.
-
+        ConnectionError: If they cannot be downloaded.
     """
     import datasets
 
@@ -162,7 +158,6 @@ def existing(path: Path, remedy: str) -> Path:
 
     Raises:
         FileNotFoundError: If not; the message ends in ``remedy``.
-
     """
     path = path.expanduser()
     if not path.is_file():
@@ -171,11 +166,10 @@ def existing(path: Path, remedy: str) -> Path:
 
 
 def split_file(folder: Path, stems: Sequence[str], remedy: str) -> Path:
-    """Return the first file of ``folder`` that is called one of ``stems``, with one of :data:`SUFFIXES`.
+    """Return the first file of ``folder`` that is called one of ``stems``, with one of `SUFFIXES`.
 
     Raises:
         FileNotFoundError: If there is none.
-
     """
     for stem in stems:
         for suffix in SUFFIXES:

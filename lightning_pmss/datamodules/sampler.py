@@ -1,9 +1,8 @@
-"""Samplers and a resumable loader
-================================
+"""Samplers by length and by rank, and a loader that resumes exactly.
 
-* :class:`LengthGroupedSampler`: shuffled batches of similar length, one order per ``(seed, epoch)``.
-* :class:`ResumableDataLoader`: continues in the middle of an epoch with exactly the next batch.
-* :class:`ShardSampler`: every evaluation example on one rank only.
+* `LengthGroupedSampler`: shuffled batches of similar length, one order per ``(seed, epoch)``.
+* `ResumableDataLoader`: continues in the middle of an epoch with exactly the next batch.
+* `ShardSampler`: every evaluation example on one rank only.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _GROUP_BATCHES = 50
 
 @runtime_checkable
 class SkippingSampler(Protocol):
-    """A sampler that can start its next iteration later, without drawing what it leaves out."""
+    """A sampler that can start its next iteration later, without drawing the skipped part."""
 
     skip: int
 
@@ -37,30 +36,29 @@ def _generator(seed: int, epoch: int) -> torch.Generator:
 
 
 class LengthGroupedSampler(DistributedSampler[int]):
-    """Shuffled indices in which each batch of each rank holds examples of similar length.
+    """Shuffled indices in which each batch of each rank contains examples of similar length.
 
     The order is a pure function of ``(lengths, batch_size, seed, epoch, num_replicas)``; the global random state plays
-    no part. Being a :class:`~torch.utils.data.DistributedSampler`, Lightning leaves it in place, also under DDP, and
-    calls :meth:`set_epoch` before each epoch.
+    no part. Being a `DistributedSampler`, Lightning leaves it in place, also under DDP, and
+    calls `set_epoch` before each epoch.
 
     All indices are shuffled, cut into chunks of some batches, sorted by length inside each chunk, cut into global
     batches (``batch_size`` per rank), and the global batches are shuffled. A smaller last batch stays last.
     Every rank gets equally many indices: where they do not divide, the first ones of the epoch's order are repeated,
-    as :class:`~torch.utils.data.DistributedSampler` does.
+    as `DistributedSampler` does.
 
     Args:
-        lengths: length of each example, in tokens.
-        batch_size: examples per batch and rank.
-        seed: seed of the order.
-        num_replicas: number of ranks that share the data. Needs no process group.
-        rank: rank of this process among them.
+        lengths: Length of each example, in tokens.
+        batch_size: Examples per batch and rank.
+        seed: Seed of the order.
+        num_replicas: Number of ranks that share the data. Needs no process group.
+        rank: Rank of this process among them.
 
     Example::
 
         >>> sampler = LengthGroupedSampler([5, 1, 4, 2], batch_size=2, seed=0)
         >>> sorted(sampler)
         [0, 1, 2, 3]
-
     """
 
     def __init__(
@@ -105,16 +103,15 @@ class ShardSampler(DistributedSampler[int]):
     Stock Lightning pads an evaluation set with repeated examples, which makes distributed scores wrong by a little.
     Ranks may then differ by one example, hence by one batch. Under strategies that gather weights in every forward pass
     (FSDP, ZeRO-3) a rank with a batch more would wait for ever: with ``fill`` a rank that has one example less gets a
-    filler, the index ``size``, which :class:`WithFillers` turns into an example that is computed and not scored.
+    filler, the index ``size``, which `WithFillers` turns into an example that is computed and not scored.
 
     Args:
-        size: number of examples.
-        num_replicas: number of ranks that share the data. Needs no process group.
-        rank: rank of this process among them.
-        fill: give every rank equally many indices.
-        lengths: of the examples; they then come longest first, so that a batch holds, and ranks work on, similar lengths,
-            and what does not fit into memory fails at once. Null: in their own order.
-
+        size: Number of examples.
+        num_replicas: Number of ranks that share the data. Needs no process group.
+        rank: Rank of this process among them.
+        fill: Give every rank equally many indices.
+        lengths: Of the examples; they then come longest first, so that a batch, and the batches of all ranks, have similar
+            lengths, and a batch too large for memory fails at once. Null: in their own order.
     """
 
     def __init__(
@@ -157,30 +154,29 @@ class WithFillers(Dataset[Any]):
 class ResumableDataLoader(DataLoader[T_co]):
     """A loader that Lightning saves in its checkpoints and that resumes with exactly the next batch.
 
-    The fit loop stores :meth:`state_dict` and hands it back on ``fit(ckpt_path=...)``. Three things differ from a
+    The fit loop stores `state_dict` and hands it back on ``fit(ckpt_path=...)``. Three things differ from a
     plain loader:
 
-    * **It counts what training has consumed**, not what worker processes have prefetched.
-    * **Its iterator starts at the first batch asked for.** Lightning creates iterators before it tells the sampler
-      the epoch; a plain loader with workers would by then have fetched batches of the wrong epoch.
-    * **It never draws from the global random state** (a plain loader does, for its workers' seeds), so that the
-      random numbers of a resumed run, dropout for one, stay those of the run that was never stopped.
+    * **It counts the batches that training has consumed**, not those that worker processes have prefetched.
+    * **Its iterator starts at the first batch asked for.** Lightning creates iterators before it sets the sampler's
+      epoch; a plain loader with workers would by then have fetched batches of the wrong epoch.
+    * **It never draws from the global random state** (a plain loader does, for its workers' seeds), so that a
+      resumed run has the random numbers, of dropout for example, of an uninterrupted run.
 
     Args:
-        dataset: the data set.
-        sampler: a sampler whose order depends on ``set_epoch`` alone (:class:`LengthGroupedSampler`, a
-            :class:`~torch.utils.data.DistributedSampler`), or a sequential one.
-        progress: returns the running epoch and how many of its batches have been trained on, or ``None`` outside of
-            training; for Lightning :class:`TrainerProgress`. Without it, the sampler's epoch and the batches fetched
+        dataset: The data set.
+        sampler: A sampler whose order depends on ``set_epoch`` alone (`LengthGroupedSampler`, a
+            `DistributedSampler`), or a sequential one.
+        progress: Returns the running epoch and how many of its batches have been trained on, or ``None`` outside of
+            training; for Lightning `TrainerProgress`. Without it, the sampler's epoch and the batches fetched
             are used. That differs for a checkpoint written in the middle of a step, say by an exception (the batch
             was fetched and has yet to be trained on), and after a resume with ``max_steps`` from a checkpoint of an
             epoch's end (Lightning 2.6 then gives the sampler an epoch that is one too high).
-        seed: seed of the worker processes.
-        **kwargs: as for :class:`~torch.utils.data.DataLoader`.
+        seed: Seed of the worker processes.
+        **kwargs: As for `DataLoader`.
 
     Raises:
         TypeError: If the order of ``sampler`` cannot be repeated.
-
     """
 
     def __init__(
@@ -216,11 +212,11 @@ class ResumableDataLoader(DataLoader[T_co]):
 
     @property
     def follows_training(self) -> bool:
-        """Whether :meth:`state_dict` counts batches that were trained on, however many were fetched."""
+        """Whether `state_dict` counts batches that were trained on, however many were fetched."""
         return self.progress is not None
 
     def _order_key(self) -> dict[str, int]:
-        """All that fixes the order of an epoch besides the epoch itself."""
+        """Everything that determines the order of an epoch besides the epoch itself."""
         return {
             "examples": len(cast(Sized, self.dataset)),
             "batch_size": self.batch_size or 0,
@@ -229,10 +225,10 @@ class ResumableDataLoader(DataLoader[T_co]):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the epoch, the batches consumed of it, and what the order depends on. Equal on all ranks."""
+        """Return the epoch, the batches consumed of it, and everything that the order depends on. Equal on all ranks."""
         position = self._running
         if position is None:
-            # Asked before the first batch: a state that waits to be applied still holds.
+            # Called before the first batch: the loaded state, not applied yet, is still current.
             if self._pending is not None and self._pending["epoch"] == self.epoch:
                 return dict(self._pending)
             return {"epoch": self.epoch, "batches": 0, **self._order_key()}
@@ -241,11 +237,10 @@ class ResumableDataLoader(DataLoader[T_co]):
         return {"epoch": position.epoch, "batches": batches, **self._order_key()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the place to continue from; it is applied when the first batch of that epoch is asked for.
+        """Store the place to continue from; it is applied when the first batch of that epoch is asked for.
 
         Args:
-            state: what :meth:`state_dict` returned.
-
+            state: Result of `state_dict`.
         """
         missing = {"epoch", "batches", *self._order_key()} - state.keys()
         if missing:
@@ -292,11 +287,10 @@ class ResumableDataLoader(DataLoader[T_co]):
 
 
 class TrainerProgress:
-    """The training progress of a Lightning trainer, for :class:`ResumableDataLoader`.
+    """The training progress of a Lightning trainer, for `ResumableDataLoader`.
 
     Args:
-        trainer: the trainer.
-
+        trainer: The trainer.
     """
 
     def __init__(self, trainer: L.Trainer) -> None:
@@ -309,7 +303,7 @@ class TrainerProgress:
 
 
 class _Position:
-    """How far an iteration has come."""
+    """Progress of an iteration."""
 
     def __init__(self, epoch: int, fetched: int) -> None:
         self.epoch = epoch
@@ -317,7 +311,7 @@ class _Position:
 
 
 class _LazyIterator(Iterator[T_co]):
-    """Iterator over a :class:`ResumableDataLoader` that starts workers when its first batch is asked for."""
+    """Iterator over a `ResumableDataLoader` that starts workers when its first batch is asked for."""
 
     def __init__(self, loader: ResumableDataLoader[T_co]) -> None:
         self._loader = loader

@@ -1,4 +1,4 @@
-"""Which training rows are held out for validation, and which are shown as worked examples."""
+"""Choose the training rows that are held out for validation, and those shown as worked examples."""
 
 from __future__ import annotations
 
@@ -46,13 +46,12 @@ def hold_out(groups: Sequence[int], size: int, seed: int) -> tuple[list[int], li
 
 
 def draw_shots(candidates: Iterable[Example], evaluated: Iterable[Example], count: int) -> tuple[Example, ...]:
-    """Return the first ``count`` candidates that are not evaluated and share no group with what is.
+    """Return the first ``count`` candidates that are not evaluated and share no group with evaluated ones.
 
     Each is of another group (another passage) too.
 
     Raises:
         ValueError: If there are fewer.
-
     """
     questions: set[str] = set()
     taken: set[str | None] = set()
@@ -85,8 +84,7 @@ def read_shots(path: str, count: int, ignored: Sequence[str] = ()) -> tuple[Exam
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is broken (names file and row) or holds fewer.
-
+        ValueError: If it is broken (names file and row) or contains fewer.
     """
     remedy = "Give --data.shots train, or a file with the columns question and response."
     shots = []

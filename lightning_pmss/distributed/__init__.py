@@ -1,1 +1,1 @@
-"""Models that a strategy keeps in parts: gathering, wrapping, agreement of ranks."""
+"""Sharded models: gathering, wrapping, agreement of ranks."""

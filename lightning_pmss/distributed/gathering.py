@@ -1,4 +1,4 @@
-"""A converted model that FSDP1, FSDP2 or ZeRO-3 keeps in parts: reach one layer at a time, and what was trained.
+"""Gather one adapted layer, or all trained tensors, of a sharded model (FSDP1, FSDP2, ZeRO-3).
 
 Everything here is a collective: call it on every rank, in the same order. Never more than one layer (FSDP1: one wrapped
 block) is whole at a time. On a model that is whole already the functions only read.

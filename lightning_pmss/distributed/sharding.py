@@ -1,4 +1,4 @@
-"""What each of Lightning's strategies needs from us before it shards, and the combinations that cannot work."""
+"""Prepare Lightning's strategies for an adapted model; refuse unsupported combinations."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def prepare_strategy(trainer: L.Trainer, module: L.LightningModule) -> Engine:
 
 
 def refuse_quantised(engine: Engine, module: nn.Module) -> None:
-    """Sharding engines split a weight by rows of numbers, which codes are not.
+    """Refuse to shard quantised weights: engines split rows of floats, not packed codes.
 
     Raises:
         MisconfigurationException: A layer is quantised and the strategy shards.

@@ -121,9 +121,9 @@ class MethodEstimate:
         activations: Kept by the decoder layers from the forward to the backward pass.
         logits: What head and loss add to them at their largest.
         work: What the rest of the step (a layer that is recomputed) takes beyond that.
-        reserve: Set aside, not counted.
+        reserve: Set aside, not estimated.
         total: Sum of the columns: what one device needs.
-        activations_other: ``activations`` + ``logits`` + ``work`` with gradient checkpointing the other way.
+        activations_other: ``activations`` + ``logits`` + ``work`` with gradient checkpointing toggled.
         host: Peak of one node's host memory.
         checkpoint: Of the files of one checkpoint.
         adapter: Of the adapter file (full fine-tuning: of the model).
@@ -211,7 +211,7 @@ def estimate(run: Run, methods: tuple[str, ...] = METHODS, *, both: bool = True)
     Args:
         run: What is to be run.
         methods: Which columns.
-        both: Also the activations with gradient checkpointing the other way.
+        both: Also estimate the activations with gradient checkpointing toggled.
 
     Raises:
         FileNotFoundError: No such file.

@@ -1,4 +1,4 @@
-"""From a batch of questions to records: by generated text, or by the likeliest of the labels offered."""
+"""Answer a batch of questions, by generated text or by the likeliest of the offered labels, and record the answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_pmss.evaluation.answers import examine
 from lightning_pmss.evaluation.generation import Generation
-from lightning_pmss.evaluation.identity import most
+from lightning_pmss.evaluation.identity import max_over_ranks
 from lightning_pmss.evaluation.likelihood import candidates, choose, log_likelihoods
 from lightning_pmss.evaluation.run import question
 
@@ -19,10 +19,10 @@ AnswerBy = Literal["generation", "likelihood"]
 
 @dataclass(frozen=True)
 class Answering:
-    """How an evaluation answers.
+    """Options by which an evaluation answers questions.
 
     Args:
-        generation: How texts are generated.
+        generation: Options of the generation.
         by: "generation" or "likelihood".
         metric: Scores texts, or None.
 
@@ -41,13 +41,13 @@ class Answering:
             raise ValueError("answer_by='likelihood' needs a metric that knows the labels: CommonsenseAccuracy.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that, with the model, decide the answers."""
+        """Plain values that determine the answers of a given model."""
         return {"answer_by": self.by} | (self.generation.to_dict() if self.by == "generation" else {})
 
     def records(
         self, model: Any, tokenizer: Any, batch: dict[str, Any], generate: Callable[[Tensor, Tensor], list[str]]
     ) -> list[dict[str, Any]]:
-        """One record per example of a batch; where the model is sharded, call it on every rank.
+        """Make one record per example of a batch; call it on every rank if the model is sharded.
 
         Args:
             model: A causal language model of transformers.
@@ -70,10 +70,10 @@ class Answering:
     def _choices(self, model: Any, tokenizer: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
         options = candidates(self.metric, tokenizer, batch)
         ids, mask = batch["prompt_ids"], batch["prompt_mask"]
-        # An example with fewer labels than others gives its first one again.
+        # An example with fewer labels than others repeats its first one.
         turns = [
             [list(labels)[turn if turn < len(labels) else 0] for labels in options]
-            for turn in range(most(max(map(len, options)), model, ids.device))
+            for turn in range(max_over_ranks(max(map(len, options)), model, ids.device))
         ]
         tokens = [[labels[name] for labels, name in zip(options, names, strict=True)] for names in turns]
         values = log_likelihoods(model, ids, mask, tokens, tokenizer.pad_token_id).tolist()

@@ -1,7 +1,7 @@
 """Intervals by the percentile bootstrap over examples (Efron and Tibshirani 1993, chapter 13), and McNemar's exact test.
 
-The bootstrap answers: had other examples of the same kind been drawn, how different would the mean be? It knows nothing of
-other sources of noise, such as the seed of the training.
+The bootstrap estimates how far the mean would move if other examples of the same kind had been drawn. It ignores other sources
+of noise, such as the seed of the training.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ class Interval:
 def interval_of_mean(
     values: Sequence[float], *, resamples: int = RESAMPLES, confidence: float = CONFIDENCE, seed: int = 0
 ) -> Interval:
-    """Mean of the values with its percentile bootstrap interval.
+    """Compute the mean of the values with its percentile bootstrap interval.
 
-    The indices drawn depend on ``seed``, ``resamples`` and the number of values alone. So two calls with as many values
-    see the same resamples: they are paired.
+    The indices depend on ``seed``, ``resamples`` and the number of values alone. So two calls with equally many values use
+    the same resamples: they are paired.
 
     Args:
         values: One number per example.
-        resamples: How often the examples are drawn again, with replacement.
+        resamples: Number of resamples, drawn with replacement.
         confidence: Share of the resampled means inside the interval.
-        seed: Of the resampling.
+        seed: Seed of the resampling.
 
     Raises:
         ValueError: If there is no value, one is not finite, or an option is out of its range.
@@ -54,9 +54,9 @@ def interval_of_mean(
     if not np.isfinite(array).all():
         raise ValueError(f"The value of example {int(np.argmin(np.isfinite(array)))} is not finite.")
     check_options(resamples, confidence)
-    # Exact where the values are: a constant has an interval of width 0.
+    # Exact, so that the interval of a constant has width 0.
     mean = math.fsum(array) / len(array)
-    if len(array) == 1:  # every resample is this one example, which scipy refuses to draw from
+    if len(array) == 1:  # scipy refuses to resample one example
         return Interval(mean, mean, mean, 1)
     from scipy.stats import bootstrap  # half a second to import, and not every command needs it
 
@@ -76,7 +76,7 @@ def check_options(resamples: int, confidence: float) -> None:
     """Refuse options of the bootstrap that are out of range.
 
     Raises:
-        ValueError: Says what to give instead.
+        ValueError: An option is out of its range.
     """
     if resamples < 1:
         raise ValueError(f"{resamples} resamples: give at least 1, better {RESAMPLES}.")
@@ -87,15 +87,15 @@ def check_options(resamples: int, confidence: float) -> None:
 def mcnemar_exact(only_a: int, only_b: int) -> float:
     """Two-sided p-value of McNemar's exact test (McNemar 1947, in the exact binomial form).
 
-    Under the null hypothesis an example on which just one of the two is right is as likely to be the one's as the other's:
-    the number is binomial with probability 1/2.
+    Under the null hypothesis, if just one of the two is right on an example, it is either one with probability 1/2: the
+    number is binomial.
 
     Args:
         only_a: Examples that only A has right.
         only_b: Examples that only B has right.
 
     Returns:
-        The probability of a split at least as uneven; 1.0 where there is no such example.
+        The probability of a split at least as uneven; 1.0 if there is no such example.
     """
     from scipy.stats import binomtest
 

@@ -1,4 +1,4 @@
-"""Two models on the same questions: is the difference more than noise?"""
+"""Compare two models on the same questions, with intervals and a test."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare_files` found.
+    """Result of `compare_files`.
 
     Args:
         files: The two files.
         scores: By name of the score: A's interval, B's interval, and that of the difference B - A, example by example.
         counts: Questions that ``both``, ``only_a``, ``only_b``, ``neither`` have right (a score of at least 1).
-        p: Of McNemar's exact test on ``only_a`` and ``only_b``.
-        confidence: Of the intervals.
+        p: p-value of McNemar's exact test on ``only_a`` and ``only_b``.
+        confidence: Confidence of the intervals.
     """
 
     files: tuple[str, str]
@@ -94,12 +94,12 @@ def compare_files(
         a: One file, ``predictions-test.jsonl``.
         b: The other.
         ignore_prompts: The prompts may differ (two prompt styles, say); ids and targets may not.
-        resamples: Of the bootstrap.
-        confidence: Of the intervals.
-        seed: Of the bootstrap.
+        resamples: Number of resamples of the bootstrap.
+        confidence: Confidence of the intervals.
+        seed: Seed of the bootstrap.
 
     Raises:
-        FileNotFoundError: If a file is not there.
+        FileNotFoundError: If a file does not exist.
         ValueError: If a file is no predictions file, has no scores, or they answer different questions.
     """
     check_options(resamples, confidence)
@@ -125,12 +125,12 @@ def compare_files(
 
 
 def score_names(row: Row) -> list[str]:
-    """The keys of a row that hold scores."""
+    """The keys of a row that contain scores."""
     return [key for key in row if is_score(key) and row[key] is not None]
 
 
 def _order(number: int | str) -> tuple[bool, int | str]:
-    """Ids in order: files of other programs may have texts."""
+    """Sort ids; in files of other programs they may be texts."""
     return isinstance(number, str), number
 
 

@@ -1,4 +1,4 @@
-"""Texts from prompts: greedy or by beam search, up to a stop string, the same for a prompt whatever is beside it in a batch."""
+"""Generate texts, greedily or by beam search, up to a stop string; a text does not depend on its batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_pmss.datamodules.chat import end_of_turn
 
 @dataclass(frozen=True)
 class Generation:
-    """How texts are generated; nothing is sampled.
+    """Options of generation; nothing is sampled.
 
     Args:
         max_new_tokens: Limit of the text.
@@ -54,7 +54,7 @@ class Generation:
         in_step: bool = False,
         ends: Iterable[int] = (),
     ) -> list[str]:
-        """Continuation of each prompt, without special tokens and outer white space.
+        """Generate the continuation of each prompt, without special tokens and outer white space.
 
         Args:
             model: A causal language model of transformers.
@@ -62,10 +62,10 @@ class Generation:
             prompt_ids: int64 [B, P], left padded.
             prompt_mask: int64 [B, P], 0 on padding.
             in_step: Each forward pass is a collective: a rank whose texts have ended goes on until all have.
-            ends: Tokens that end a text besides those of `eos_ids`, as where the data has a tokenizer of its own.
+            ends: Tokens that end a text besides those of `eos_ids`, for data with a tokenizer of its own.
         """
         eos, width = sorted({*eos_ids(model, tokenizer), *ends}), prompt_ids.shape[1]
-        # Written out, because what is None here is filled from the model's own generation config (sampling, penalties).
+        # All options are given, because None is replaced by the model's own generation config (sampling, penalties).
         config = GenerationConfig(
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
@@ -114,10 +114,10 @@ def _decode(tokenizer: Any, row: list[int], eos: Sequence[int]) -> str:
 
 
 class _StopStrings(StoppingCriteria):
-    """Which rows hold a stop string behind the prompt.
+    """Find the rows that contain a stop string behind the prompt.
 
-    transformers has ``stop_strings``, which matches the spelling of single tokens; texts here are cut by what the tokenizer
-    decodes, so that is what is asked.
+    transformers' ``stop_strings`` matches the spelling of single tokens. Here the decoded text is searched, as it is when the
+    text is cut.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], width: int, eos: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""Which model an evaluation was made with: a hash of all that it computes with, equal for the same model in each process."""
+"""Identify the model of an evaluation by a hash of everything it computes with, equal in each process."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _PASSING = {"training", "gradient_checkpointing", "call_super_init", "dump_patch
 def model_hash(model: nn.Module) -> str:
     """Hash of parameters, buffers, indices and plain settings of every module; 16 hex digits.
 
-    Exact, and independent of device, number of threads and, but for FSDP1, of how the model is sharded. Where it is sharded
-    this is a collective that gathers one tensor at a time.
+    The hash is exact, and independent of device, number of threads and sharding (but for FSDP1). On a sharded model this is
+    a collective that gathers one tensor at a time.
     """
     entries: list[Any] = []
     for name, module in model.named_modules():
-        # Settings that are no tensors but change what is computed, such as a scale.
+        # Settings that change the output without being tensors, such as a scale.
         plain = {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in _PASSING}
         plain = {k: v for k, v in plain.items() if isinstance(v, bool | int | float | str)}
         if plain:
             entries.append([clean_name(name), sorted(plain.items())])
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers()), **index_tensors(model)}
-    # Of codes and scales: the weights that they stand for.
+    # Quantised weights are hashed by their values, not by codes and scales.
     coded = {f"{name}.weight": module for name, module in model.named_modules() if is_quantised(module)}
     for name, tensor in tensors.items():
         with whole_weight(coded[name]) if name in coded else whole(tensor) as value:
@@ -54,9 +54,9 @@ def digest(value: Any) -> str:
 
 @torch.no_grad()
 def tensor_hash(tensor: Tensor) -> int:
-    """A number that other values, or the same ones in another order, almost never have.
+    """Hash of a tensor that almost surely differs for other values and for another order of the same values.
 
-    Sums of whole numbers modulo 2^64, hence the same on each device and in each order of summation.
+    It sums whole numbers modulo 2^64, so it is equal on each device and in each order of summation.
     """
     bits = tensor.detach().contiguous().flatten()
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -74,13 +74,13 @@ def tensor_hash(tensor: Tensor) -> int:
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
-    """What two identities differ in, for a message."""
+    """List the differences of two identities, for a message."""
     keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     return ", ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} now" for key in keys)
 
 
-def most(number: int, model: nn.Module, device: torch.device) -> int:
-    """The largest of the ranks' numbers where forward passes are collectives, so that ranks must do the same; else this one."""
+def max_over_ranks(number: int, model: nn.Module, device: torch.device) -> int:
+    """Maximum over ranks if the model is sharded (every rank must run equally many forward passes); otherwise the number."""
     if not (dist.is_available() and dist.is_initialized() and is_sharded(model)):
         return number
     shared = torch.tensor(number, device=device)

@@ -1,8 +1,8 @@
-"""The state of an evaluation on disk: what is answered already, so that a stopped `test` goes on where it was.
+"""Store the answers of an evaluation on disk, so that a stopped `test` goes on where it was.
 
-Each rank appends what it has answered, batch by batch, to ``predictions-<stage>.rank<r>.jsonl``; at the end rank 0 writes
-all of it to ``predictions-<stage>.jsonl`` and the parts are removed. Each line carries the hash of the run it belongs to
-(``run``); ``predictions-<stage>.runs.json`` says what is behind a hash.
+Each rank appends its answers, batch by batch, to ``predictions-<stage>.rank<r>.jsonl``; at the end rank 0 writes all of them to
+``predictions-<stage>.jsonl`` and the parts are removed. Each line has the hash of its run (``run``);
+``predictions-<stage>.runs.json`` maps hashes to the options of the run.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _HELD: dict[Path, ExitStack] = {}  # folders in which this process evaluates
 
 
 class Journal:
-    """Predictions of one evaluation; holds its folder until `close`.
+    """Predictions of one evaluation; its folder is locked until `close`.
 
     Args:
-        folder: Where the files are.
+        folder: Folder of the files.
         stage: Part of their names.
-        identity: What decides the answers, in plain values.
-        existing: "resume" takes over what the same run has answered, and refuses predictions of another one; "replace"
+        identity: Everything that determines the answers, in plain values.
+        existing: "resume" uses the answers of the same run, and refuses predictions of another one; "replace"
             begins anew, and keeps the earlier predictions until it has finished.
 
     Raises:
@@ -69,7 +69,7 @@ class Journal:
         self._begin(existing)
 
     def _hold(self) -> None:
-        """Rank 0 stands for the others. An evaluation of this process that was stopped holds the folder no longer."""
+        """Lock the folder on rank 0, for all ranks; release the lock of a stopped evaluation of this process."""
         if not self.first:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ class Journal:
             _HELD[place] = stack.pop_all()
 
     def close(self) -> None:
-        """Let other evaluations into the folder."""
+        """Unlock the folder for other evaluations."""
         if self.first and (mine := _HELD.pop(self.folder.resolve(), None)) is not None:
             mine.close()
 
@@ -96,7 +96,7 @@ class Journal:
         return sorted(path for path in self.folder.glob("predictions-*") if name.fullmatch(path.name))
 
     def _read(self, existing: Existing) -> None:
-        summary = self.folder / f"summary-{self.stage}.json"  # written at the end, by whoever has the scores
+        summary = self.folder / f"summary-{self.stage}.json"  # written at the end, with the scores
         for path in (self.path, self._own, self._runs, self._replaced, summary, *self._parts()):
             refuse_special(path)
         if existing == "replace":
@@ -119,12 +119,12 @@ class Journal:
     def _known(self) -> dict[Any, Any]:
         try:
             known = read_json(self._runs, "")
-        except (OSError, ValueError):  # it only explains
+        except (OSError, ValueError):  # the file serves an error message only
             return {}
         return known if isinstance(known, dict) else {}
 
     def _begin(self, existing: Existing) -> None:
-        """Rank 0's part takes over all that is to be kept; then the others go. A kill in between loses nothing."""
+        """Write all kept answers to rank 0's part, then remove the others. A kill in between loses nothing."""
         if self.first:
             if existing == "replace" and self.path.exists():
                 self.path.replace(self._replaced)
@@ -140,7 +140,7 @@ class Journal:
         barrier()
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Put answers on the disk."""
+        """Append answers to the file on the disk."""
         if not rows:
             return
         if self.first and not self._told:
@@ -170,5 +170,5 @@ class Journal:
 
 
 def barrier() -> None:
-    """Wait for all ranks, where there are several."""
+    """Wait for all ranks, if there are several."""
     gather(None)

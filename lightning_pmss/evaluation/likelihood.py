@@ -1,8 +1,8 @@
-"""Choice by likelihood: which of the candidate answers does the model think likeliest? Nothing is generated.
+"""Choose the likeliest of the candidate answers; nothing is generated.
 
 A candidate is the gold response with its label replaced by another ("the correct answer is answer2" for "... answer4"), for
-each label that the prompt offers. So candidates have the form of the responses that the model is trained on, and the gold
-label tells nothing.
+each label that the prompt offers. So candidates have the form of the responses that the model is trained on, and do not reveal
+the gold label.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ IGNORED = -100  # the label that marks a position without loss, as everywhere in
 
 
 def offered(prompt: str, labels: Sequence[str]) -> list[str]:
-    """The labels that occur in the prompt as words, in their own order; all of them where it names none."""
+    """The labels that occur in the prompt as words, in the order of `labels`; all labels if none occurs."""
     found = [label for label in labels if re.search(rf"\b{re.escape(label)}\b", prompt, re.IGNORECASE)]
     return found or list(labels)
 
 
 def candidates(metric: Any, tokenizer: Any, batch: dict[str, Any]) -> list[dict[str, list[int]]]:
-    """Per example the tokens of each candidate response by label, without the token that ends it.
+    """Tokenise the candidate responses of each example, by label, without the token that ends them.
 
-    They are read behind the prompt, as the responses of the data modules are.
+    They are tokenised behind the prompt, as the responses of the data modules are.
 
     Raises:
-        ValueError: If the metric knows of no labels, or a response does not end in its label.
+        ValueError: If the metric knows no labels, or a response does not end in its label.
     """
     found = []
     numbers = batch["id"].tolist()
@@ -85,9 +85,9 @@ def _responses(batch: dict[str, Any]) -> list[list[int]]:
 def log_likelihoods(
     model: Any, prompt_ids: Tensor, prompt_mask: Tensor, turns: Sequence[Sequence[Sequence[int]]], pad: int
 ) -> Tensor:
-    """Log-probability of responses behind their prompts, float32 [turns, B].
+    """Compute the log-probability of responses behind their prompts, float32 [turns, B].
 
-    The prompts are read once, and each turn goes on from a copy of what the model keeps of them.
+    The prompts are read once, and each turn continues from a copy of their key-value cache.
 
     Args:
         model: A causal language model of transformers.
@@ -111,8 +111,8 @@ def log_likelihoods(
         ids = pad_sequence(rows, batch_first=True, padding_value=pad)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         logits = read.logits
-        # The last tokens predict nothing that is asked for; of responses of one token all are known from the prompt. They
-        # are computed nevertheless: ranks that share a sharded model must make the same passes.
+        # The last token of a response predicts nothing here, so responses of one token would not need this pass. It runs
+        # nevertheless: the ranks of a sharded model must make the same passes.
         more = model(
             input_ids=ids,
             attention_mask=torch.cat([prompt_mask, mask], dim=1),
@@ -127,7 +127,7 @@ def log_likelihoods(
 
 
 def choose(values: dict[str, tuple[float, int]]) -> tuple[str, str]:
-    """The likeliest label, by the sum of log-probabilities and by their mean per token; of equal ones the first.
+    """Choose the likeliest label by the sum of log-probabilities, and by their mean per token; of equal ones the first.
 
     Args:
         values: By label: log-probability and number of tokens.

@@ -11,7 +11,7 @@ from lightning_pmss.evaluation.records import write_records
 
 
 class Prediction(TypedDict):
-    """What each line of a predictions file has at least; `correct` is None where no metric or no target was at hand."""
+    """The required fields of a line of a predictions file; `correct` is None without a metric or a target."""
 
     id: int
     prompt: str
@@ -32,7 +32,7 @@ def gather(value: Any) -> list[Any]:
 def gather_predictions(rows: list[Prediction]) -> list[Prediction]:
     """The rows of all processes in the order of their ids, each id once.
 
-    Lightning's distributed sampler repeats examples to fill the last round; counted twice they would bias the score.
+    Lightning's distributed sampler repeats examples to fill the last round; repeated ones would bias the score.
     """
     unique = {row["id"]: row for part in gather(rows) for row in part}
     return [unique[key] for key in sorted(unique)]

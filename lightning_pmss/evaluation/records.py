@@ -20,14 +20,14 @@ _REMEDY = "Remove that line and run `test` again: what is there is kept."
 
 
 class PredictionRecord(Record):
-    """One line of a predictions file, as far as it is relied on; what a metric adds is checked by its name.
+    """The required fields of a line of a predictions file; fields that a metric adds are checked by name.
 
     Attributes:
-        id: Of the question; the row's number in its source where `test` wrote it.
+        id: Id of the question; `test` writes the row's number in its source.
         prompt: The question.
         output: The answer.
-        group: The task, where there are several.
-        run: Hash of the evaluation it belongs to.
+        group: The task, if there are several.
+        run: Hash of the evaluation.
     """
 
     # Losses and log-likelihoods of a diverged model may be NaN; scores may not.
@@ -41,10 +41,10 @@ class PredictionRecord(Record):
 
 
 class AnswerRecord(PredictionRecord):
-    """One line that an evaluation takes up again, or has just written.
+    """A line that a resumed evaluation reads, or that an evaluation has just written.
 
     Attributes:
-        target: What the answer is scored against.
+        target: Gold target of the question.
         prompt_tokens: Length of the prompt.
         loss: Mean cross entropy of the gold response.
         tokens: Its length.
@@ -65,8 +65,8 @@ def read_records(
 
     Args:
         path: The file.
-        unfinished: The writing may have been killed: a last line without its end is left out.
-        kind: What each line must hold.
+        unfinished: Whether writing may have been killed: a last line without its end is then ignored.
+        kind: Required fields of each line.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -114,7 +114,7 @@ def _row(line: bytes, where: str, kind: type[PredictionRecord]) -> dict[str, Any
 
 
 def is_score(key: str) -> bool:
-    """Whether a line holds a score under this key: ``score`` and what begins with ``score_``."""
+    """Whether a line has a score under this key: ``score``, and keys that begin with ``score_``."""
     return key == "score" or key.startswith("score_")
 
 

@@ -1,4 +1,4 @@
-"""One evaluation of texts: rows answered now and before, the running score, and what is left behind at the end."""
+"""One evaluation of texts: answers of this run and of earlier ones, the running score, and the files at the end."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TextEvaluation:
 
     Args:
         metric: Scores texts, see `CausalLMModule`; or None.
-        journal: Where answers are kept while the evaluation runs; None: they are written at its end alone.
+        journal: Stores answers while the evaluation runs; None: answers are written at the end only.
     """
 
     def __init__(self, metric: Any, journal: Journal | None = None) -> None:
@@ -37,14 +37,14 @@ class TextEvaluation:
         self.started = time.perf_counter()
 
     def split(self, batch: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[int]]:
-        """Take over what is answered already.
+        """Use the stored answers of a batch, and list the examples that are not answered yet.
 
         Args:
             batch: With ``id``, ``prompt``, ``target`` and ``prompt_mask``.
 
         Returns:
-            The stored rows of this batch, which count from now on, and the places of examples that have yet to be answered
-            (fillers, with a negative id, are neither).
+            The stored rows of this batch, which are part of the evaluation from now on, and the places of the examples that
+            are not answered yet. Fillers, which have a negative id, are in neither.
 
         Raises:
             ValueError: If a stored answer is to another question of the same id.
@@ -75,13 +75,13 @@ class TextEvaluation:
         return stored, missing
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Take in new answers; they are on the disk when this returns, where there is a journal."""
+        """Add new answers. With a journal, they are on the disk when this returns."""
         self.rows += rows
         if self.journal is not None:
             self.journal.append(rows)
 
     def show(self, trainer: L.Trainer) -> None:
-        """Put the score so far (of this rank) into the progress bar."""
+        """Show this rank's score so far in the progress bar."""
         scores = [row["score"] for row in self.rows if row.get("score") is not None]
         shown: Any = trainer.progress_bar_callback
         if not scores or not trainer.testing or shown is None or not shown.is_enabled:
@@ -96,7 +96,7 @@ class TextEvaluation:
         """Gather the answers of all ranks, write them, and score them; call it on every rank.
 
         Args:
-            folder: Where the files go; None: nowhere.
+            folder: Folder of the files; None: no files.
             stage: Part of the files' names.
             first: Whether this is rank 0.
 
@@ -136,7 +136,7 @@ class TextEvaluation:
     def _compute(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         if self.metric is None:
             return {}
-        # States that a metric makes in inference mode could not be changed by an evaluation without it.
+        # Leave inference mode: states created in it are inference tensors, which a later evaluation could not update.
         with torch.inference_mode(False):
             self.metric.update([row["output"] for row in rows], [row["target"] for row in rows])
             scores = self.metric.compute()
@@ -149,7 +149,7 @@ class TextEvaluation:
 
 
 def question(batch: Mapping[str, Any], place: int) -> dict[str, Any]:
-    """What an answer is the answer to."""
+    """The fields that identify a question: prompt, target, prompt length."""
     return {
         "prompt": batch["prompt"][place],
         "target": batch["target"][place],
@@ -158,7 +158,7 @@ def question(batch: Mapping[str, Any], place: int) -> dict[str, Any]:
 
 
 def select(batch: dict[str, Any], places: Sequence[int]) -> dict[str, Any]:
-    """The examples of a batch at these places."""
+    """Select examples of a batch by their places."""
     if len(places) == len(batch["id"]):
         return batch
     return {
@@ -170,7 +170,7 @@ def select(batch: dict[str, Any], places: Sequence[int]) -> dict[str, Any]:
 def summary(rows: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str, Any]:
     """Each score with its interval, over all rows and per group.
 
-    The rows are drawn once for all scores of a resample, so intervals of several scores are paired.
+    Each resample draws the rows once for all scores, so intervals of several scores are paired.
     """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:

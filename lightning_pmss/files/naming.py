@@ -29,7 +29,7 @@ def parse_dtype(dtype: str | torch.dtype | None, left_out: str) -> torch.dtype |
 
 
 class Wording(NamedTuple):
-    """What the messages say of the one who looks for its layers.
+    """Texts for error messages, per caller.
 
     Attributes:
         whose: Whose layers they are: "the adapter's".
@@ -51,7 +51,7 @@ class Wording(NamedTuple):
 
 
 def resolve_names(adapter: AdapterFile, reader: ShardReader, base: Path) -> Callable[[str], str]:
-    """How the adapter's module names become the base's keys; see `match_names`."""
+    """Map the adapter's module names to the base's keys; see `match_names`."""
     in_python = "load_adapter(model, folder), then write_merged(model, output)."
     right_base = "Give the base that the adapter was trained on."
     wording = Wording(

@@ -1,4 +1,4 @@
-"""States of a model in which something would go wrong silently: refused with the remedy."""
+"""Refuse states of a model in which something would go wrong silently, and say the remedy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class _Refusing(torch.autograd.Function):
-    """The identity, whose backward pass says what is wrong."""
+    """The identity; its backward pass raises an error."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, trained: Tensor) -> Tensor:
@@ -26,10 +26,11 @@ class _Refusing(torch.autograd.Function):
 
 
 def refuse_training(layer: torch.nn.Module, output: Tensor, trained: Tensor) -> Tensor:
-    """The output of a merged layer; in training mode, one that a backward pass cannot go through.
+    """Refuse to backpropagate through a merged layer: U no longer reaches the output, so training would silently do nothing.
 
-    Without this a loop of one's own ends in torch's "element 0 of tensors does not require grad", or, where ``also_train``
-    modules or embeddings train as well, silently trains those alone.
+    Returns:
+        The output; in training mode its backward pass raises. Without it a hand-written loop would end in torch's "element 0
+        of tensors does not require grad", or silently train only the modules of ``also_train``.
     """
     if not (layer.training and torch.is_grad_enabled() and trained.requires_grad):
         return output
@@ -38,11 +39,11 @@ def refuse_training(layer: torch.nn.Module, output: Tensor, trained: Tensor) -> 
 
 
 def refuse_disabled(modules: Iterable[torch.nn.Module], done: str) -> None:
-    """Inside `disable_adapter` the live tensors of modules trained in full are the base's, and layers leave their U out.
+    """Refuse to touch adapters inside `disable_adapter`, where modules trained in full have the base's tensors.
 
     Args:
         modules: Of the model.
-        done: What cannot be done to an adapter then, as a participle.
+        done: The refused operation, as a participle ("saved").
 
     Raises:
         ValueError: The adapter of one of them is disabled.

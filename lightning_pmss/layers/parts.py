@@ -1,4 +1,4 @@
-"""Tensors that a strategy keeps in parts: read them whole, one at a time, and write into them.
+"""Read and write sharded tensors (DTensor, ZeRO-3), one at a time.
 
 FSDP2 keeps a parameter as a ``DTensor``, ZeRO-3 as an empty tensor with a partition beside it. Both can be gathered on their
 own, so that no more than one weight is ever whole. FSDP1 keeps one flat tensor per wrapped module and cannot: see `gathering`.
@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 @contextmanager
 def whole(tensor: Tensor) -> Iterator[Tensor]:
-    """The whole tensor, detached, for reading; where it is kept in parts this is a collective: enter it on every rank."""
+    """Yield the whole tensor, detached, for reading; a collective if the tensor is sharded: enter it on every rank."""
     if is_zero_partitioned(tensor):
         import deepspeed
 

@@ -19,7 +19,6 @@ def check_pairs(preds: Any, targets: Any) -> None:
     Raises:
         TypeError: If one of them is a single text.
         ValueError: If they differ in length.
-
     """
     if isinstance(preds, str) or isinstance(targets, str):
         raise TypeError(
@@ -30,7 +29,7 @@ def check_pairs(preds: Any, targets: Any) -> None:
 
 
 class OnClassToo:
-    """A method that the class has as well: called on it, with the class's own settings."""
+    """A method that can be called on the class as well, with the class's own settings."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -47,7 +46,6 @@ class Choice(NamedTuple):
         task: Name of the task, which groups scores.
         label: The right label.
         labels: All labels of the task.
-
     """
 
     task: str
@@ -87,7 +85,6 @@ class ByName(TextMetric):
     Args:
         metric: An object with ``score(pred, target)``. Each method ``score_<name>(pred, target)`` gives one more score;
             ``extract(text)`` and ``gold(target)`` read the answers.
-
     """
 
     def __init__(self, metric: Any) -> None:
@@ -116,12 +113,11 @@ def text_metric(metric: Any) -> TextMetric:
 
 
 class TextAccuracy(Metric, TextMetric):
-    """Share of generated texts that are right; a subclass defines in :meth:`score` which are.
+    """Share of generated texts that are right; a subclass defines right in `score`.
 
     Args:
         strict: Score by the rule of the literature as published, its known faults included, so that numbers compare.
             ``False``: by the corrected rule of the subclass.
-
     """
 
     is_differentiable = False

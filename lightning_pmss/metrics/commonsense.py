@@ -1,8 +1,7 @@
-"""LLM-Adapters' answer rule for the eight commonsense tasks
-=========================================================
+"""LLM-Adapters' answer rule for the eight commonsense tasks.
 
-The rule of "LLM-Adapters: An Adapter Family for Parameter-Efficient Fine-Tuning of Large Language Models" (Hu et al.
-2023, ``AGI-Edgerunners/LLM-Adapters``, ``commonsense_evaluate.py``), which DoRA and many others evaluate with.
+It is the rule of "LLM-Adapters: An Adapter Family for Parameter-Efficient Fine-Tuning of Large Language Models" (Hu et al.
+2023, ``AGI-Edgerunners/LLM-Adapters``, ``commonsense_evaluate.py``). DoRA and many others evaluate with it.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ Target = str | Sequence[str]
 
 
 def labels_of(label: str) -> tuple[str, ...] | None:
-    """Return the labels that ``label`` is one of, ``None`` for an unknown one."""
+    """Return the family of labels that contains ``label``, ``None`` for an unknown one."""
     return next((family for family in _FAMILIES if label in family), None)
 
 
@@ -48,17 +47,17 @@ class CommonsenseAccuracy(Metric, TextMetric):
     The answer of a text is the **first** label of the task that occurs in it (``true|false``, ``solution1|solution2``,
     ``answer1|...|answer5``, ``ending1|...|ending4``, ``option1|option2``), case and all; it must equal the gold label.
 
-    ``strict=True`` keeps what is known to be wrong with that rule (it is the rule of published numbers):
+    ``strict=True`` keeps the known faults of that rule (it is the rule of published numbers):
 
     * Labels match inside of words: ``untrue`` is an answer "true", ``falsehood`` is "false", ``answer12`` is "answer1".
-    * The first label counts, so ``not answer1 but answer2`` is "answer1", and so is a repeated list of the options in
+    * The first label is used, so ``not answer1 but answer2`` is "answer1", and so is a repeated list of the options in
       front of the answer.
     * ``True`` and ``Answer 3`` are no labels.
-    * Text behind another ``### Response:`` does not count.
+    * Text behind another ``### Response:`` is ignored.
 
     ``strict=False`` corrects these: labels are whole words in any case, with or without a blank before their number; the
-    label that follows ``the correct answer is`` counts (the last such statement), else the only label in the text;
-    where several different ones are named and none is stated, the text is wrong.
+    label that follows ``the correct answer is`` is used (the last such statement), else the only label in the text;
+    if a text names several different labels and states none, it is wrong.
 
     As input to ``update`` the metric takes:
 
@@ -72,7 +71,7 @@ class CommonsenseAccuracy(Metric, TextMetric):
 
     Args:
         strict: Score by the rule as published; else by the corrected one.
-        by_task: Return the accuracy of each task as well; targets are then pairs (others count as "other").
+        by_task: Return the accuracy of each task as well; targets are then pairs (others have the task "other").
 
     Raises:
         ValueError: If the lists differ in length, a target has no label or an unknown task, or ``compute`` has seen no
@@ -84,7 +83,6 @@ class CommonsenseAccuracy(Metric, TextMetric):
         >>> metric.update(["the correct answer is answer3", "untrue"], ["answer3", "the correct answer is true"])
         >>> metric.compute()
         tensor(1.)
-
     """
 
     is_differentiable = False
@@ -103,7 +101,7 @@ class CommonsenseAccuracy(Metric, TextMetric):
         self.add_state("counts", default=torch.zeros(len(TASKS) + 1, 2, dtype=torch.int64), dist_reduce_fx="sum")
 
     def extract(self, text: str, labels: Sequence[str]) -> str | None:
-        """Return which of ``labels`` is the answer of ``text``, ``None`` where there is none."""
+        """Return which of ``labels`` is the answer of ``text``, ``None`` if there is none."""
         if self.strict:
             # The script splits prompt and text at this mark and takes the second part: one more ends the text.
             match = re.search("|".join(map(re.escape, labels)), text.split("### Response:")[0])
@@ -121,7 +119,6 @@ class CommonsenseAccuracy(Metric, TextMetric):
 
         Raises:
             ValueError: If it has no label, or names an unknown task.
-
         """
         task, text = (_UNNAMED, target) if isinstance(target, str) else tuple(target)
         if task != _UNNAMED and task not in TASK_LABELS:

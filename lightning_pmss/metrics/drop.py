@@ -1,7 +1,6 @@
-r"""DROP's exact match and F1
-=========================
+r"""DROP's exact match and F1.
 
-The scores of "DROP: A Reading Comprehension Benchmark Requiring Discrete Reasoning Over Paragraphs" (Dua et al. 2019),
+They are the scores of "DROP: A Reading Comprehension Benchmark Requiring Discrete Reasoning Over Paragraphs" (Dua et al. 2019),
 by the rules of the authors' script (``allenai/allennlp-reading-comprehension``, ``allennlp_rc/eval/drop_eval.py``).
 """
 
@@ -33,7 +32,7 @@ _SIGNS = str.maketrans("", "", string.punctuation + CURRENCY)
 _MONTHS = "january|february|march|april|may|june|july|august|september|october|november|december"
 # The script joins day, month and year by blanks whether they are there or not: two blanks, always.
 _DATE = re.compile(rf"(?=.*\w)(\d{{1,2}})? ({_MONTHS})? (\d+)?", re.IGNORECASE)
-# What surrounds a number in running text without being part of it; a minus and a decimal point in front are.
+# Characters around a number in running text; a minus and a decimal point in front are part of the number.
 _AROUND = re.compile(r"^[^\w.+-]*(?P<inner>.*?)[^\w]*$", re.DOTALL)
 _PARTED = re.compile(r"(?<=\d)[^\w\s]+(?=\d)")
 _UNIT = 1_000_000  # F1 is summed as whole millionths: exact, in whatever order ranks and batches are added
@@ -62,7 +61,7 @@ def _normalise_token_corrected(token: str) -> str:
         with contextlib.suppress(OverflowError):
             exact = only_number(inner)
             number = None if exact is None else float(exact)
-    # What is no number does not become one by losing its punctuation: 9:30 is not 930.
+    # A text does not become a number by losing its punctuation: 9:30 is not 930.
     bare = _PARTED.sub("\u00a6", inner).lower().translate(_SIGNS) if number is None else str(number)
     return " ".join(_ARTICLE.sub(" ", bare).split())
 
@@ -71,9 +70,8 @@ def normalise(text: str, strict: bool = True) -> str:
     """Return the form of an answer that is compared: lower case, numbers as floats, no punctuation and articles.
 
     Args:
-        text: one span.
-        strict: by the official rule; else by the corrected one, see :class:`DROPScore`.
-
+        text: One span.
+        strict: By the official rule; else by the corrected one, see `DROPScore`.
     """
     if strict:
         parts = [_normalise_token(token) for token in re.split(" |-", text)]
@@ -85,10 +83,10 @@ def normalise(text: str, strict: bool = True) -> str:
 
 
 def answer_type(spans: Sequence[str]) -> AnswerType:
-    """Return the kind of a gold answer, as far as its strings tell.
+    """Return the kind of a gold answer, as far as its strings show it.
 
     A span that happens to be a number, or to read like one of DROP's dates (day, month and year separated by two
-    blanks, some of them empty), counts as such: the strings do not say which field of the data they were in.
+    blanks, some of them empty), is classified as such: the strings do not say which field of the data they were in.
     """
     if len(spans) > 1:
         return "spans"
@@ -102,12 +100,11 @@ def answer_strings(answer: Mapping[str, Any]) -> tuple[tuple[str, ...], AnswerTy
     """Return the strings and the type of an answer of ``drop_dataset_*.json``.
 
     Args:
-        answer: with "number", "spans" and "date"; the first that is filled counts, in this order. A date without any
+        answer: With "number", "spans" and "date"; the first filled one is used, in this order. A date without any
             part gives the blank answer that the scores skip.
 
     Raises:
         ValueError: If none of the three is there.
-
     """
     if answer.get("number"):
         return (str(answer["number"]),), "number"
@@ -136,11 +133,11 @@ class DROPScore(Metric, TextMetric):
     The official rule, per span: cut at blanks and hyphens; per token lower case, no punctuation unless the token is a
     number, numbers as ``str(float(.))``, no articles. **Exact match**: the same set of normalised spans and as many of
     them. **F1**: the tokens of a span are a set; spans are aligned one to one so that the sum of their F1 is largest; a
-    pair counts 0 where the gold span has numbers and the predicted one shares none; divided by the larger number of
+    pair scores 0 if the gold span has numbers and the predicted one shares none; divided by the larger number of
     spans, and rounded to two digits per question. Both are the maximum over the gold answers, each for itself; blank
     gold answers are skipped.
 
-    ``strict=True`` keeps what is known to be wrong with that rule (it is the rule of published numbers):
+    ``strict=True`` keeps the known faults of that rule (it is the rule of published numbers):
 
     * Only a blank or a hyphen ends a token, so ``"10\nPassage"`` is no number and matches no 10. The stop at a full
       stop that common harnesses add to avoid it cuts every decimal answer.
@@ -165,7 +162,7 @@ class DROPScore(Metric, TextMetric):
 
     Args:
         strict: Score by the official rule; else by the corrected one.
-        separator: What separates spans in a generated text. Null: a text is one span, as in the official script.
+        separator: Text between spans in a generated text. Null: a text is one span, as in the official script.
         by_type: Add the scores per type of answer ("number", "span", "spans", "date"; as in the script that of the last
             gold answer which reaches one of the maxima).
 
@@ -178,7 +175,6 @@ class DROPScore(Metric, TextMetric):
         >>> metric.update(["the 49ers", "3"], [[("49ers",)], [("4",), ("3.0", "4")]])
         >>> {name: value.item() for name, value in metric.compute().items()}
         {'exact_match': 50.0, 'f1': 75.0}
-
     """
 
     is_differentiable = False

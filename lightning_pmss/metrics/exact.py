@@ -1,7 +1,7 @@
-r"""Numbers in texts, exactly: what the corrected rules compare.
+r"""Read numbers in texts exactly, for the corrected rules.
 
-A number is read whole or not at all: ``9{,}500`` is 9500 and never 9. Of ``9,5`` and ``1,8,0,0`` it is not known what they
-mean, so they are no number.
+A number is read whole or not at all: ``9{,}500`` is 9500 and never 9. ``9,5`` and ``1,8,0,0`` are ambiguous, so they are no
+number.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 
 _OPERATION = re.compile(
     rf"\s*[{CURRENCY}%]?\s*(?:[-+*/^xX]|times|plus|minus|divided by)[\s{CURRENCY}({{]*[-+]?\.?\d|\(\s*\d", re.IGNORECASE
 )
-# What may not follow a number directly, because the two are one number that is not understood.
+# Signs that must not follow a number directly: together they would be a number that is not understood.
 _FOREIGN_BEHIND = re.compile(
     rf"(?!:00(?!\d))[:.,'_/\\{GLUE}{CURRENCY}]+\d|,\s\d{{3}}(?!\d)"
     r"|(?:\.?|\s+)\\(?!(?:implies|iff|to|[Rr]ightarrow|neq?|leq?|geq?|approx|sim|(?:black)?square|qed)(?![A-Za-z]))[A-Za-z]"
@@ -55,7 +55,7 @@ class _Found(NamedTuple):
 
 
 def _digits(run: str) -> Fraction | None:
-    """Return what a run of digits and separators is worth, ``None`` where that is not known."""
+    """Return the value of a run of digits and separators, ``None`` if it is ambiguous."""
     for pattern, decimal in _NOTATIONS:
         if pattern.fullmatch(run):
             kept = "".join(char for char in run if char.isdecimal() or char == decimal)
@@ -75,7 +75,7 @@ def _unsigned(text: str, start: int, run: str) -> tuple[Fraction | None, int]:
 
 
 def _scaled(text: str, value: Fraction, end: int, whole: bool) -> tuple[Fraction | None, int]:
-    """Return the value with what multiplies or divides it: a fraction, a power, a power of ten, a word such as million."""
+    """Return the value with its factors: a fraction, a power, a power of ten, a word such as million."""
     if whole and (match := _MIXED.match(text, end)):
         proper = 0 < int(match[1]) < int(match[2])
         return value + Fraction(int(match[1]), int(match[2])) if proper else None, match.end()
@@ -102,7 +102,7 @@ def _scaled(text: str, value: Fraction, end: int, whole: bool) -> tuple[Fraction
 
 
 def _negative(before: str) -> bool | None:
-    """Return whether the sign in front of a number is a minus; ``None`` where it is not known what is in front."""
+    """Return whether the sign in front of a number is a minus; ``None`` if that is ambiguous."""
     if _FOREIGN_BEFORE.search(before):
         return None
     match = _SIGN.search(before)
@@ -140,9 +140,9 @@ def _read(text: str) -> _Found | None:
 
 
 def exact_number(text: str) -> Fraction | None:
-    r"""Return the first number of ``text``, ``None`` where there is none or it is not clear which number is meant.
+    r"""Return the first number of ``text``, ``None`` if there is none or it is ambiguous.
 
-    Read are decimals, thousands that are parted by commas, blanks, apostrophes or TeX's ``{,}`` and ``\,``, fractions, powers,
+    It reads decimals, thousands separated by commas, blanks, apostrophes or TeX's ``{,}`` and ``\,``, fractions, powers,
     powers of ten, ``million``; digits of all scripts; signs and currencies in front, units behind. Of a calculation the
     result behind its ``=`` is read.
 
@@ -152,7 +152,6 @@ def exact_number(text: str) -> Fraction | None:
         Fraction(19001, 2)
         >>> exact_number("9,50") is None
         True
-
     """
     try:
         found = _read(plain(text))

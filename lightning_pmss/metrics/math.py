@@ -1,8 +1,7 @@
-r"""The answer rule for MATH
-========================
+r"""MATH's answer rule, as in MetaMath's ``eval_math.py`` (Yu et al. 2023).
 
-That of MetaMath's ``eval_math.py`` (Yu et al. 2023): the final answer of a text against the gold ``\boxed{}``, by the
-equivalence of the data set's authors (:mod:`lightning_pmss.metrics.math_equivalence`).
+It compares the final answer of a text with the gold ``\boxed{}`` by the equivalence of the data set's authors
+(`lightning_pmss.metrics.math_equivalence`).
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from lightning_pmss.metrics.metamath import MARK
 class MATHAccuracy(TextAccuracy):
     r"""Share of generated texts whose final answer is equivalent to MATH's gold one.
 
-    The answer of a text is what is behind the **last** ``The answer is: ``, up to a full stop that ends a line, without
+    The answer of a text is the part behind the **last** ``The answer is: ``, up to a full stop that ends a line, without
     a full stop at its end. The gold answer is the content of the last ``\boxed{}``. Both are brought into one form
     (fractions, roots, degrees, units behind the number, blanks, ``x=`` in front) and compared as strings.
 
-    ``strict=True`` keeps what is known to be wrong with that rule (it is the rule of published numbers):
+    ``strict=True`` keeps the known faults of that rule (it is the rule of published numbers):
 
     * A text that ends in ``\boxed{...}``, as the data's own solutions do, without the mark is wrong.
     * Numbers are strings: ``0.25`` is not ``\frac{1}{4}`` (only ``0.5`` is known), ``1,000`` not ``1000``,
@@ -31,7 +30,7 @@ class MATHAccuracy(TextAccuracy):
     * A full stop is only recognised at a line's end: ``The answer is: 5. Thus`` is wrong.
 
     ``strict=False`` corrects these: the last ``\boxed{}`` is an answer too (the mark goes first), numbers are read in the
-    usual notations (:mod:`lightning_pmss.metrics.exact`) and compared exactly, currency signs, ``\text`` around words and
+    usual notations (`lightning_pmss.metrics.exact`) and compared exactly, currency signs, ``\text`` around words and
     units behind a number are passed over.
 
     As input to ``update`` the metric takes:
@@ -55,11 +54,10 @@ class MATHAccuracy(TextAccuracy):
         >>> metric.update(["Hence one half. The answer is: 1/2.", "0.25"], [r"so $\boxed{\frac{1}{2}}$", r"\boxed{0.25}"])
         >>> metric.compute()
         tensor(0.5000)
-
     """
 
     def extract(self, text: str) -> str | None:
-        """Return the final answer of ``text``, ``None`` where it holds none."""
+        """Return the final answer of ``text``, ``None`` if it has none."""
         _, found, answer = text.rpartition(MARK)
         if found:
             answer = answer.split(".\n")[0].strip().removesuffix(".").strip()
@@ -75,8 +73,7 @@ class MATHAccuracy(TextAccuracy):
         """Return the answer of a target.
 
         Raises:
-            ValueError: If it holds none.
-
+            ValueError: If it contains none.
         """
         answer: str | None
         if "\\boxed" in target or "\\fbox" in target:

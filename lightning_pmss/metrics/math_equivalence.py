@@ -1,7 +1,6 @@
-r"""Equivalence of answers to MATH
-==============================
+r"""Equivalence of answers to MATH.
 
-The string rule of "Measuring Mathematical Problem Solving With the MATH Dataset" (Hendrycks et al. 2021,
+It is the string rule of "Measuring Mathematical Problem Solving With the MATH Dataset" (Hendrycks et al. 2021,
 ``hendrycks/math``, ``modeling/math_equivalence.py``), and a corrected form of it.
 """
 
@@ -23,12 +22,11 @@ _NAMED = re.compile(r"[A-Za-z]\\in|[A-Za-z](\([A-Za-z]\))?=")
 
 
 def last_boxed(text: str, strict: bool = False) -> str | None:
-    r"""Return the content of the last ``\boxed{...}`` of ``text``, ``None`` where there is none. Braces are matched.
+    r"""Return the content of the last ``\boxed{...}`` of ``text``, ``None`` if there is none. Braces are matched.
 
     Args:
-        text: a solution.
-        strict: as the published rule reads it; else ``\fbox{5}`` and ``\boxed 5`` give ``5`` too.
-
+        text: A solution.
+        strict: As the published rule reads it; else ``\fbox{5}`` and ``\boxed 5`` give ``5`` too.
     """
     start = text.rfind("\\boxed")
     if start < 0 and not strict:
@@ -79,7 +77,6 @@ def strip_string(text: str) -> str:
     Raises:
         ValueError: If it has two units ``\text{ ``.
         IndexError: If a fraction or a root ends the text. In both cases the rule compares the texts as they are.
-
     """
     for old, new in (
         ("\n", ""),

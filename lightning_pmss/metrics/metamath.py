@@ -1,8 +1,7 @@
-"""MetaMath's answer rule for GSM8K
-================================
+"""MetaMath's answer rule for GSM8K.
 
-The rule of "MetaMath: Bootstrap Your Own Mathematical Questions for Large Language Models" (Yu et al. 2023,
-``meta-math/MetaMath``, ``eval_gsm8k.py``), which PiSSA and others evaluate with.
+It is the rule of "MetaMath: Bootstrap Your Own Mathematical Questions for Large Language Models" (Yu et al. 2023,
+``meta-math/MetaMath``, ``eval_gsm8k.py``). PiSSA and others evaluate with it.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ MARK = "The answer is: "
 _STRICT = re.compile(r"[\-+]?\d*[\.,/]?\d+")
 _MARKS = re.compile(r"the (?:final )?answer is:?|####", re.IGNORECASE)
 _GOLD = re.compile(r"#### ?(\S.*)")
-# How the published rule's gold answers were read here from the first: the first number, thousands with commas.
+# Gold answers for the published rule, as this library always read them: the first number, thousands with commas.
 _FIRST = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d))(?:\s*/\s*\d+(?:\.\d+)?)?")
 _PUBLISHED_GOLD = re.compile(r"#### ?([-+]?[\d,]*\.?\d+)")
 
@@ -85,7 +84,7 @@ class MetaMathAccuracy(TextAccuracy):
     commas. It is **rounded** (to the nearest whole number, halves to the even one) and compared as a number. A text
     without the mark, or without a number behind it, is wrong.
 
-    ``strict=True`` keeps what is known to be wrong with that rule (it is the rule of published numbers):
+    ``strict=True`` keeps the known faults of that rule (it is the rule of published numbers):
 
     * Rounding: 17.6 and 18.4 are right where 18 is.
     * The expression takes one separator: ``1,234,567`` is read as 1234, ``3.50/2`` as 3.5, and so 4.
@@ -93,7 +92,7 @@ class MetaMathAccuracy(TextAccuracy):
     * Where the published script would stop with an error (``1/00``), the text is wrong here.
 
     ``strict=False`` corrects these: numbers are exact (fractions and decimals, nothing is rounded), they are read in the
-    usual notations, whole or not at all (:mod:`lightning_pmss.metrics.exact`), the mark may be ``The answer is``, ``The
+    usual notations, whole or not at all (`lightning_pmss.metrics.exact`), the mark may be ``The answer is``, ``The
     final answer is`` or ``####`` in any case, with or without the colon and the blank.
 
     As input to ``update`` the metric takes:
@@ -108,7 +107,7 @@ class MetaMathAccuracy(TextAccuracy):
         strict: Score by MetaMath's rule as published; else by the corrected one.
 
     Raises:
-        ValueError: If the lists differ in length, a target holds no number, or ``compute`` has seen no example.
+        ValueError: If the lists differ in length, a target contains no number, or ``compute`` has seen no example.
 
     Example:
         >>> from lightning_pmss.metrics import MetaMathAccuracy
@@ -116,13 +115,12 @@ class MetaMathAccuracy(TextAccuracy):
         >>> metric.update(["So 3 * 6 = 18.\nThe answer is: 18", "The answer is: 17.6"], ["#### 18", "#### 18"])
         >>> metric.compute()
         tensor(1.)
-
     """
 
     strict = False
 
     def extract(self, text: str) -> int | Fraction | None:
-        """Return the final number of ``text``, ``None`` where it holds none."""
+        """Return the final number of ``text``, ``None`` if it has none."""
         return _strict_number(text) if self.strict else _corrected_number(text)
 
     @OnClassToo
@@ -130,8 +128,7 @@ class MetaMathAccuracy(TextAccuracy):
         """Return the number of a target, exactly; called on the class, as the corrected rule reads it.
 
         Raises:
-            ValueError: If it holds none.
-
+            ValueError: If it contains none.
         """
         number = _published_gold(target) if self.strict else _exact_gold(target)
         if number is None:
@@ -148,7 +145,7 @@ class MetaMathAccuracy(TextAccuracy):
         answer = self.extract(pred)
         if answer is None:
             return 0.0
-        # The published script holds gold answers as int: GSM8K has no others. Others are rounded as the answers are.
+        # The published script reads gold answers as int: GSM8K has no others. Others are rounded as the answers are.
         return float(answer == (_half_even(gold) if self.strict else gold))
 
 

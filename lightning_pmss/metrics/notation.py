@@ -1,8 +1,7 @@
-r"""Notations of numbers
-====================
+r"""Bring the notations of numbers into one spelling.
 
 Models write one number in many ways: ``9{,}500``, ``9 500``, ``$9500``, ``\frac{19000}{2}``, ``9.5 \times 10^3``.
-:func:`plain` brings a text into one spelling; :mod:`lightning_pmss.metrics.exact` reads numbers in it.
+`plain` brings a text into one spelling; `lightning_pmss.metrics.exact` reads numbers in it.
 """
 
 from __future__ import annotations
@@ -78,10 +77,10 @@ def _character(char: str) -> str:
 
 
 def typography(text: str) -> str:
-    r"""Return ``text`` with one character for those that mean the same in a number.
+    r"""Return ``text`` with one character for all that mean the same in a number.
 
-    Digits of all scripts become 0 to 9, dashes ``-``, no-break and thin spaces :data:`GLUE`, currency signs
-    :data:`CURRENCY`, superscripts ``^{...}``, one half `` 1/2 ``, full-width signs plain ones.
+    Digits of all scripts become 0 to 9, dashes ``-``, no-break and thin spaces `GLUE`, currency signs
+    `CURRENCY`, superscripts ``^{...}``, one half `` 1/2 ``, full-width signs plain ones.
     """
     if not text.isascii():
         text = _SUPERSCRIPTS.sub(lambda match: f"^{{{match[0].translate(_LEVEL)}}}", text)
@@ -90,7 +89,7 @@ def typography(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Return ``text`` in one spelling: :func:`typography`, without the commands of TeX and Markdown that set a number."""
+    """Return ``text`` in one spelling: `typography`, without the commands of TeX and Markdown that set a number."""
     text = typography(text)
     for old, new in _TEX:
         text = old.sub(new, text)

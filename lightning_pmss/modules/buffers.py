@@ -1,4 +1,4 @@
-"""Buffers that a model computes for itself keep their precision when its weights are cast.
+"""Keep the precision of buffers that a model computes for itself when its weights are cast.
 
 transformers computes rotary frequencies in float32 also in a bfloat16 model. Under ``bf16-true`` the Trainer casts whole
 modules, these buffers too: rounded to bfloat16, LLaMA-2's are off by up to 2.4 radians at position 2,000.
@@ -17,7 +17,7 @@ from torch import nn
 
 @contextmanager
 def computed_buffers_kept(model: nn.Module | None) -> Iterator[None]:
-    """Within it a cast or move of `model` changes only the device of the floating buffers that no checkpoint holds."""
+    """Inside, a cast or move of `model` changes only the device of floating buffers that are in no checkpoint."""
     before = {}
     for module in model.modules() if model is not None else ():
         for name in module._non_persistent_buffers_set:
@@ -32,7 +32,7 @@ def computed_buffers_kept(model: nn.Module | None) -> Iterator[None]:
 
 
 def keep_buffers_under_fsdp1(strategy: Strategy) -> None:
-    """FSDP1 casts buffers when the forward pass begins; not so unless ``FSDPStrategy(mixed_precision=...)`` asks for it."""
+    """Stop FSDP1 from casting buffers in the forward pass unless ``FSDPStrategy(mixed_precision=...)`` asks for it."""
     if isinstance(strategy, FSDPStrategy) and strategy.mixed_precision is None:
         config = strategy.mixed_precision_config
         if config is not None and config.buffer_dtype not in (None, torch.float32):
@@ -40,7 +40,7 @@ def keep_buffers_under_fsdp1(strategy: Strategy) -> None:
 
 
 def recompute_buffers_after_zero_init(model: nn.Module) -> None:
-    """Compute anew in float32 what a Hugging Face model computed inside DeepSpeed's ``zero.Init``.
+    """Recompute in float32 the buffers that a Hugging Face model computed inside DeepSpeed's ``zero.Init``.
 
     There ``torch.arange`` and its like yield bfloat16, so rotary frequencies were computed with eight bits.
     """

@@ -19,7 +19,7 @@ from torchmetrics import Metric
 from lightning_pmss.distributed.model_built import model_built
 from lightning_pmss.evaluation.answering import AnswerBy, Answering
 from lightning_pmss.evaluation.generation import Generation
-from lightning_pmss.evaluation.identity import digest, model_hash, most
+from lightning_pmss.evaluation.identity import digest, max_over_ranks, model_hash
 from lightning_pmss.evaluation.journal import Existing, Journal
 from lightning_pmss.evaluation.likelihood import IGNORED
 from lightning_pmss.evaluation.run import TextEvaluation, select
@@ -60,7 +60,7 @@ class CausalLMModule(Reloading, TokenWeighted):
         model_name_or_path: Folder of the model, or its id on the model hub.
         optimizer: Makes the optimizer from the parameters that require grad.
         warmup_ratio: Share of the optimizer steps in which the learning rate rises.
-        lr_schedule: What the learning rate does afterwards.
+        lr_schedule: Schedule of the learning rate after the warm-up.
         dtype: Of the weights: ``"auto"`` (the checkpoint's), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         gradient_checkpointing: Recompute activations in the backward pass (non-reentrant). It works only while the
             model is in train mode, in which transformers does not load it.
@@ -74,8 +74,8 @@ class CausalLMModule(Reloading, TokenWeighted):
         stop: A generated text ends before the first of these strings.
         answer_by: "generation", or "likelihood": the likeliest of the labels that the prompt offers; for data with labels
             and a metric that knows them (`CommonsenseAccuracy`).
-        existing_predictions: Where ``test`` finds predictions in its folder: "resume" skips what the same model has answered
-            with the same options, and refuses those of another one; "replace" begins anew.
+        existing_predictions: How ``test`` treats predictions in its folder. "resume" skips questions that the same model
+            answered with the same options, and refuses predictions of another run; "replace" begins anew.
         loss_chunk: The logits of at most so many tokens exist at a time (`chunked_loss`), such as 1024; None: of the whole
             batch. The loss is the same.
         quantisation: Keep the linear layers' weights in codes: ``"nf4"`` or ``"fp4"`` (4 bits, bitsandbytes), ``"int8"``
@@ -189,7 +189,7 @@ class CausalLMModule(Reloading, TokenWeighted):
         )
 
     def _load_alone(self) -> nn.Module:
-        """The model on the one rank that loads it, after the callbacks have had it."""
+        """Load the model on one rank, and run the callbacks on it."""
         self.model = self._load()
         model_built(self, everywhere=False)
         model, self.model = self.model, None
@@ -198,7 +198,7 @@ class CausalLMModule(Reloading, TokenWeighted):
     def _clip_sharded(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """FSDP1 knows the norm over all ranks; Lightning refuses to clip by norm there."""
+        """Clip by FSDP1's own norm over all ranks; Lightning refuses to clip by norm under FSDP1."""
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
             root: Any = self.trainer.strategy.model
             root.clip_grad_norm_(gradient_clip_val)
@@ -206,7 +206,7 @@ class CausalLMModule(Reloading, TokenWeighted):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def configure_optimizers(self) -> Any:
-        """Optimizer over what requires grad, and the schedule, stepped with every optimizer step.
+        """Make the optimizer of all parameters that require grad, and the schedule, stepped with every optimizer step.
 
         Raises:
             RuntimeError: If no parameter requires grad.
@@ -250,7 +250,7 @@ class CausalLMModule(Reloading, TokenWeighted):
     def example_losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Sum of the cross entropy over the response tokens of each row, float32 [B], and their number, int64 [B]."""
         packed = {}
-        if "position_ids" in batch:  # several examples per row: the positions say where each begins
+        if "position_ids" in batch:  # several examples per row: positions restart at each example
             check_packing(self.model)
             packed["position_ids"] = batch["position_ids"]
         mask = batch.get("attention_mask") if packed else batch["attention_mask"]
@@ -282,8 +282,8 @@ class CausalLMModule(Reloading, TokenWeighted):
             return
         stored, missing = self._texts.split(batch)
         losses = [(row["loss"], row["tokens"]) for row in stored]
-        # Where a forward pass is a collective, a rank with nothing left to answer computes along, for nothing.
-        if most(len(missing), self.model, self.device):
+        # If forward passes are collectives, a rank with all questions answered computes along and drops the result.
+        if max_over_ranks(len(missing), self.model, self.device):
             asked = select(batch, missing) if missing else batch
             sums, tokens = self.example_losses(asked)
             rows = self._answers(asked)
@@ -300,8 +300,8 @@ class CausalLMModule(Reloading, TokenWeighted):
 
     def _log_evaluation(self, name: Literal["val", "test"], stage: str) -> None:
         mean: Any = self.mean_loss[name]
-        # States that a metric makes in inference mode could not be changed by the validation inside a later fit, which
-        # Lightning runs without it.
+        # Leave inference mode: metric states created inside it are inference tensors and could not be updated by a later
+        # validation inside fit.
         with torch.inference_mode(False):
             self.log(f"{name}/loss", mean.compute(), prog_bar=True)
             mean.reset()
@@ -319,7 +319,7 @@ class CausalLMModule(Reloading, TokenWeighted):
         self._log_evaluation("val", "validate")
 
     def on_test_start(self) -> None:
-        """Look for what an earlier start of this evaluation has answered.
+        """Look for answers of an earlier start of this evaluation.
 
         Raises:
             ValueError: If predictions of another run are in the folder.
@@ -332,7 +332,7 @@ class CausalLMModule(Reloading, TokenWeighted):
             "tokenizer": digest(sorted(self.tokenizer.get_vocab().items())),
             "precision": str(self.trainer.precision),
         }
-        # What this object has written itself, before a training say, it writes again.
+        # Predictions that this object wrote itself, before training for example, are replaced.
         existing = "replace" if folder in self._written else self.existing_predictions
         journal = Journal(folder, "test", identity, existing)
         self._texts = TextEvaluation(self.metric, journal)
@@ -384,8 +384,8 @@ class CausalLMModule(Reloading, TokenWeighted):
         self._finish_texts("predict")
 
     def _predictions_folder(self) -> Path | None:
-        """Where predictions go, on every rank; None in a trial run, which leaves nothing behind."""
-        log_dir = self.trainer.log_dir  # asked for on every process: it is a broadcast
+        """Folder of the predictions, on every rank; None in a trial run, which writes no files."""
+        log_dir = self.trainer.log_dir  # read on every process: it is a broadcast
         trial = self.trainer.sanity_checking or getattr(self.trainer, "fast_dev_run", False)
         return None if trial else Path(self.predictions_dir or log_dir or self.trainer.default_root_dir).expanduser()
 

@@ -1,11 +1,11 @@
-"""Cross entropy without the logits of a whole batch: only positions with a label are computed, in chunks.
+"""Compute the cross entropy in chunks of the positions with a label, without the logits of a whole batch.
 
-The logits ``[B, T, vocabulary]``, their float32 copies and their gradients are what long batches of a small model need most
-memory for. Here those of one chunk exist at a time.
+The logits ``[B, T, vocabulary]``, their float32 copies and their gradients need most of the memory in long batches of a small
+model. Here those of one chunk exist at a time.
 
-The model's own forward runs, with another forward for its head: what is gathered around a module (FSDP, ZeRO-3) is gathered
-as always, and a head that is converted, tied or quantised is called, never taken apart. What the head returns in the place of
-logits are the losses, so the gradient takes the way that every engine expects: out of the model's output.
+The model's own forward runs, with another forward for its head. So FSDP and ZeRO-3 gather modules as always, and a head that is
+converted, tied or quantised is called, never taken apart. The head returns losses in place of logits, so the gradient flows
+through the model's output, as every engine expects.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Product = Callable[[Tensor, Tensor], Tensor]
 
 # Wrappers whose own forward gathers, recomputes or compiles: it must stay, and the forward inside be replaced.
 _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
-# What a configuration calls that which is done to logits behind the head.
+# Settings of a configuration that change logits behind the head.
 _AFTER_THE_HEAD = ("final_logit_softcapping", "logits_soft_cap")
 
 
@@ -43,7 +43,7 @@ def check_chunk(chunk: int | None) -> None:
 def check_model(model: Any) -> None:
     """Refuse, before any work, a model whose losses cannot be computed in its head.
 
-    What the configuration does not tell shows at the first batch: see `chunked_losses`.
+    Changes that the configuration does not show are detected at the first batch: see `chunked_losses`.
 
     Raises:
         ValueError: The model has no output head, or is known to change its head's output.
@@ -56,14 +56,14 @@ def check_model(model: Any) -> None:
 
 
 def chunked_losses(run: Callable[[], Tensor], model: Any, labels: Tensor, ignored: int, chunk: int) -> Tensor:
-    """Cross entropy of each position, as from the logits that `run` would return.
+    """Compute the cross entropy of each position, as from the logits that `run` would return.
 
-    Where nothing in the head is trained, the gradient of its input is computed with the losses, since logits are at hand
-    then; else the head is computed a second time in the backward pass. A second derivative is not to be had.
+    If nothing in the head is trained, the gradient of its input is computed together with the losses, from the same logits;
+    else the head is computed a second time in the backward pass. There is no second derivative.
 
     Args:
         run: Calls the model once and returns its logits.
-        model: What it calls, of transformers.
+        model: The model that it calls, of transformers.
         labels: int64 [B, T], shifted already: the token that position t is to predict.
         ignored: The label of positions without loss.
         chunk: Positions whose logits exist at a time.
@@ -89,7 +89,7 @@ def chunked_losses(run: Callable[[], Tensor], model: Any, labels: Tensor, ignore
 
 @dataclass
 class _Call:
-    """What one call of the head gave: losses [B, T, 1], from logits of this width."""
+    """Result of one call of the head: losses [B, T, 1], from logits of this width."""
 
     losses: Tensor | None = None
     width: int = 0
@@ -97,7 +97,7 @@ class _Call:
 
 @contextmanager
 def _losses_in_place_of_logits(head: nn.Module, labels: Tensor, ignored: int, chunk: int) -> Iterator[list[_Call]]:
-    """Inside, the head returns losses; yields its calls."""
+    """Make the head return losses inside the block; yield its calls."""
     original, own = head.forward, head.__dict__.get("forward")
     calls: list[_Call] = []
 
@@ -113,7 +113,7 @@ def _losses_in_place_of_logits(head: nn.Module, labels: Tensor, ignored: int, ch
         flat, targets = hidden.flatten(0, 1), labels.flatten()
         places = (targets != ignored).nonzero().squeeze(1)
         compute = _way(flat, original, losses_of)
-        # Without any label there is one empty chunk, so that the graph, and what engines hang on it, stays the same.
+        # Without any label there is one empty chunk, so that the graph, and the engines' hooks on it, stay the same.
         found = torch.cat([compute(flat[part], targets[part]) for part in places.split(chunk)])
         spread = found.new_zeros(len(targets)).index_put((places,), found)
         calls[-1].losses = spread.view(*labels.shape, 1)
@@ -130,10 +130,10 @@ def _losses_in_place_of_logits(head: nn.Module, labels: Tensor, ignored: int, ch
 
 
 def _way(flat: Tensor, head: Callable[[Tensor], Tensor], losses_of: Product) -> Product:
-    """How the losses of a chunk are computed: without gradient, with that of their input at once, or twice."""
+    """Choose how to compute the losses of a chunk: without gradient, with that of their input at once, or twice."""
     if not torch.is_grad_enabled():
         return losses_of
-    # Asked of the head's output, since engines hide parameters: FSDP1 shows none where it has flattened them.
+    # Derived from the head's output, since engines hide parameters: FSDP1 shows none after flattening them.
     if head(flat[:1].detach()).requires_grad:
         return partial(checkpoint, losses_of, use_reentrant=False)
     return lambda hidden, targets: _WithGradient.apply(hidden, targets, losses_of)
@@ -159,7 +159,7 @@ class _WithGradient(torch.autograd.Function):
 
 
 def _head(model: Any) -> nn.Module:
-    """The module whose forward multiplies by the head's weight, inside whatever is wrapped around it."""
+    """The module whose forward multiplies by the head's weight, inside its wrappers."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if not isinstance(head, nn.Module):
         raise _refusal(model, "has no output head (get_output_embeddings)")

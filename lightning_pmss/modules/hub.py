@@ -1,4 +1,4 @@
-"""Loading a causal language model and its tokenizer, with errors that say what to type."""
+"""Load a causal language model and its tokenizer, with errors that say what to type."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def load_causal_lm(
         name_or_path: Folder, or hub id such as ``org/name``.
         dtype: ``"auto"`` (the checkpoint's own), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         quantisation: None or one of `QUANTISATIONS`.
-        strategy: Of the Trainer, where there is one; only for `quantisation`.
+        strategy: Strategy of the Trainer, if there is one; only for `quantisation`.
         **options: Passed on to `from_pretrained`.
 
     Raises:
@@ -65,7 +65,7 @@ def load_tokenizer(name_or_path: str, **options: Any) -> Any:
 
 
 def announce_zero3(strategy: DeepSpeedStrategy) -> Any:
-    """Let transformers know of ZeRO-3 before it loads: else the partitioned parameters look empty to it.
+    """Tell transformers of ZeRO-3 before it loads; else the partitioned parameters look empty to it.
 
     Returns:
         An object that must be kept: transformers holds a weak reference to it.
@@ -79,7 +79,7 @@ def announce_zero3(strategy: DeepSpeedStrategy) -> Any:
 
 def checkpoint_activations(model: Any) -> None:
     """Recompute activations in the backward pass, non-reentrant."""
-    # Reentrant checkpointing would train nothing where a block's input requires no grad, without an error.
+    # Reentrant checkpointing would silently train nothing in a block whose input requires no grad.
     options = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(options)

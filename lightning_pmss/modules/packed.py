@@ -1,11 +1,11 @@
-"""Which models keep the examples of a packed row apart, when they are told by restarting positions alone."""
+"""Check that a model keeps the examples of a packed row apart if only restarting positions separate them."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# What transformers builds a mask for. Its flash attention takes positions for one row per batch only, and would let the
-# examples of a larger batch see each other without a word.
+# Implementations for which transformers builds a mask. Its flash attention reads positions of one row per batch only, and would
+# silently let the examples of a larger batch see each other.
 _MASKED = ("eager", "sdpa")
 
 
@@ -16,10 +16,10 @@ def check_packing(model: Any) -> None:
     the row (Mamba and hybrids), would mix the examples of a row without an error.
 
     Args:
-        model: a model of transformers.
+        model: A model of transformers.
 
     Raises:
-        ValueError: If it does not, or cannot be known to; the message says what to type.
+        ValueError: If it does not, or if that is unknown; the message says what to type.
     """
     name = type(model).__name__
     if not getattr(model, "_supports_attention_backend", False) or getattr(model, "_is_stateful", False):

@@ -1,4 +1,4 @@
-"""Loading a causal language model with quantised weights: the options of transformers behind one word."""
+"""Options of transformers for loading quantised weights, each behind one word."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ QUANTISATIONS = ("nf4", "fp4", "int8", "torchao-int8")
 
 
 def check_quantisation(quantisation: str | None) -> None:
-    """Refuse a word that is not known.
+    """Refuse an unknown word.
 
     Raises:
-        ValueError: One that is not in `QUANTISATIONS`.
+        ValueError: It is not in `QUANTISATIONS`.
     """
     if quantisation is not None and quantisation not in QUANTISATIONS:
         raise ValueError(f"quantisation={quantisation!r} is not known; choose one of {list(QUANTISATIONS)}.")
@@ -25,21 +25,21 @@ def check_quantisation(quantisation: str | None) -> None:
 def quantised_options(
     quantisation: str, name_or_path: str, dtype: str, strategy: Strategy | None, **options: Any
 ) -> dict[str, Any]:
-    """What `from_pretrained` is to be told.
+    """Make the options of `from_pretrained`.
 
     ``nf4`` and ``fp4`` are bitsandbytes' 4-bit formats with quantised scales, which compute in the dtype of the weights that
     are not quantised; ``int8`` is its LLM.int8() with the default threshold; ``torchao-int8`` keeps one scale per row.
 
     Args:
         quantisation: One of `QUANTISATIONS`.
-        name_or_path: Of the model, for its configured dtype.
-        dtype: As asked for; ``"auto"``: the checkpoint's.
-        strategy: Of the Trainer; its device is where the codes are made.
-        **options: For reading the configuration, such as ``revision``.
+        name_or_path: Name of the model, for its configured dtype.
+        dtype: Requested dtype; ``"auto"``: the checkpoint's.
+        strategy: Strategy of the Trainer; weights are quantised on its device.
+        **options: Options for reading the configuration, such as ``revision``.
 
     Raises:
         ImportError: The library is not installed.
-        ValueError: The strategy keeps weights in parts, which codes do not allow; or it is DDP, and the codes torchao's.
+        ValueError: The strategy shards weights, which codes do not allow; or it is DDP, and the codes are torchao's.
     """
     # DeepSpeed's strategy is derived from DDP's.
     whole = isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)

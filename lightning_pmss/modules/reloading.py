@@ -1,4 +1,4 @@
-"""`Reloading`: a LightningModule whose ``load_from_checkpoint`` needs no arguments, and overrides nothing that is typed."""
+"""`Reloading`: a LightningModule whose ``load_from_checkpoint`` needs no arguments; given ones replace the stored."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ _PLAIN = (str, int, float, bool, type(None))
 
 
 class Reloading(L.LightningModule):
-    """Keeps the arguments it was made with in its checkpoints, for `load_from_checkpoint` alone.
+    """Stores its constructor arguments in its checkpoints, for `load_from_checkpoint` alone.
 
-    Not by ``save_hyperparameters``: LightningCLI would let those of a checkpoint silently override what is typed beside
-    ``--ckpt_path``.
+    It does not use ``save_hyperparameters``: LightningCLI would let those of a checkpoint silently override options typed
+    beside ``--ckpt_path``.
 
     Attributes:
-        checkpoint_entry: Where a checkpoint has them.
+        checkpoint_entry: Name of their entry in a checkpoint.
     """
 
     checkpoint_entry: ClassVar[str] = "made_with"
     _arguments: Mapping[str, Any] = MappingProxyType({})  # of a class that does not call `keep_arguments`
 
     def keep_arguments(self, given: Mapping[str, Any]) -> None:
-        """Called first in ``__init__`` with ``locals()``; objects, such as an optimizer, are not kept."""
+        """Store the arguments; call it first in ``__init__`` with ``locals()``. Objects such as optimizers are not stored."""
         names = inspect.signature(type(self).__init__).parameters
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in names.values())
         own = {name: value for name, value in given.items() if takes_all and not name.startswith("_") or name in names}
@@ -56,10 +56,10 @@ class Reloading(L.LightningModule):
         weights_only: bool | None = None,
         **kwargs: Any,
     ) -> Self:
-        """The module with what a checkpoint has trained, for inference or to train on.
+        """Load the module with the trained tensors of a checkpoint, for inference or further training.
 
-        It is made with the arguments that the checkpoint's module was made with; those given here replace them. Objects are in
-        no checkpoint: give an optimizer and a metric again where they are needed.
+        Its arguments are those of the checkpoint's module, unless they are given here. Objects are in no checkpoint: give an
+        optimizer and a metric again if they are needed.
 
         Args:
             checkpoint_path: File, also a URL, or a folder of FSDP or DeepSpeed.
@@ -72,7 +72,7 @@ class Reloading(L.LightningModule):
         Raises:
             FileNotFoundError: There is no such checkpoint, or not the model that it names.
             ValueError: An argument that the class does not have, a damaged checkpoint, one of another base model, or one that
-                does not say what its module was made with.
+                does not have the arguments of its module.
         """
         parameters = inspect.signature(cls.__init__).parameters
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -112,12 +112,12 @@ class Reloading(L.LightningModule):
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what `load_from_checkpoint` makes the module with."""
+        """Store the arguments for `load_from_checkpoint`."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[self.checkpoint_entry] = dict(self._arguments)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse tensors that this module has no place for, in one sentence.
+        """Refuse tensors for which this module has no place, in one sentence.
 
         Raises:
             ValueError: A callback that changes the model made the checkpoint, and none has changed this one.

@@ -1,4 +1,4 @@
-"""The place of loops and loaders, after a resume."""
+"""Set loops and loaders to their place after a resume."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 def restore_loaders(trainer: L.Trainer) -> None:
     """Give the training loaders the states of the checkpoint, if Lightning has not; call it in ``on_train_start``.
 
-    Lightning does so while it makes the loaders, which ``estimated_stepping_batches`` in ``configure_optimizers`` lets it do
-    before it has read the checkpoint. A run that is resumed in the middle of an epoch would begin that epoch once more.
+    Lightning does so while it makes the loaders. ``estimated_stepping_batches`` in ``configure_optimizers`` makes them before
+    the checkpoint is read. A run resumed in the middle of an epoch would then begin that epoch once more.
     """
     loop: Any = trainer.fit_loop
     if loop.restarting and loop._combined_loader_states_to_load and loop._combined_loader is not None:
@@ -21,7 +21,7 @@ def restore_loaders(trainer: L.Trainer) -> None:
 
 
 def warn_about_loaders(trainer: L.Trainer) -> None:
-    """Say that a resumed run cannot be exact, where a loader does not go on in the middle of an epoch."""
+    """Warn that a resumed run is not exact if a loader cannot continue in the middle of an epoch."""
     loop: Any = trainer.fit_loop
     mid_epoch = loop.epoch_loop.batch_progress.current.ready > 0 and not loop.epoch_loop.done
     if not mid_epoch or loop._combined_loader is None:
@@ -48,11 +48,11 @@ def count_epoch(trainer: L.Trainer) -> None:
 
 
 def settle_progress(trainer: L.Trainer) -> None:
-    """Make Lightning's counters say where a run that was stopped anywhere goes on; call it before its checkpoint is made.
+    """Set Lightning's counters so that a stopped run resumes at the right place; call it before its checkpoint is made.
 
-    Lightning goes on with a validation in which a batch was begun and not finished, and skips the rest where it was finished.
-    Metrics are in no checkpoint, so that all its batches must come again. And of a run that was stopped between two epochs it
-    takes the batches of the epoch that has ended for those of the next one, which it would skip.
+    Lightning would continue a validation whose last batch was not finished, and skip the rest of one whose last batch was
+    finished. Metrics are in no checkpoint, so all batches of the validation must run again. If the run was stopped between two
+    epochs, Lightning would take the batches of the past epoch for those of the next one, and skip them.
     """
     loop: Any = trainer.fit_loop
     if trainer.validating and not trainer.sanity_checking:

@@ -1,4 +1,4 @@
-"""Building a model that no process but the first ever holds whole: rank 0 loads it, the others get their shards.
+"""Build a model on rank 0 and send the other ranks their shards, so that only rank 0 ever has it whole.
 
 Loading on every rank before ``fully_shard`` would take as many copies in host memory as there are GPUs in the node (eight
 times 26 GB for 13B parameters in bfloat16).
@@ -24,12 +24,12 @@ def build_on_rank_zero(build: Callable[[], nn.Module], mesh: Any, device: torch.
     """Build a model on rank 0, shard it over the mesh by FSDP2, and send every rank its part.
 
     The blocks named in the model's ``_no_split_modules`` are sharded one by one, the rest with the root. The structure (with
-    meta tensors in the place of parameters) is pickled to the other ranks, so whatever ``build`` changed comes along.
+    meta tensors in the place of parameters) is pickled to the other ranks, with every change that ``build`` made.
 
     Args:
         build: Called on rank 0 only; returns the whole model, on the CPU.
         mesh: Device mesh of the data-parallel dimension.
-        device: Where this rank's shards go.
+        device: Device of this rank's shards.
 
     Returns:
         The sharded model; ``requires_grad`` of each parameter as ``build`` left it.

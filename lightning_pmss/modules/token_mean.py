@@ -13,8 +13,8 @@ from typing_extensions import override
 class TokenMean(Metric):
     """Mean of batch means, each weighted by its number of tokens; summed over processes.
 
-    torchmetrics' ``MeanMetric`` does not serve: it drops NaN with a warning, and told to keep them
-    (``nan_strategy="disable"``, release 1.9.0) it ignores the weights.
+    torchmetrics' ``MeanMetric`` does not serve: it drops NaN with a warning, and with ``nan_strategy="disable"`` (release
+    1.9.0) it ignores the weights.
     """
 
     is_differentiable = False

@@ -1,9 +1,9 @@
-"""The gradient of an optimizer step as one large batch gives it: each response token has the same weight.
+"""Weigh each response token of an optimizer step equally: the gradient is that of one large batch.
 
-Lightning averages the means of the batches that it accumulates, and every strategy the means of the ranks. A token of a batch
-with few response tokens would so weigh more than one of a batch with many. Here the sum of a batch's losses is divided by the
-number of response tokens of the whole step, on all ranks. It must be known before the step's first backward pass, since
-DeepSpeed clips and steps in one go: all batches of a step are fetched before the first of them is trained on.
+Lightning averages the means of the batches that it accumulates, and every strategy the means of the ranks. So a token of a
+batch with few response tokens would weigh more than one of a batch with many. Here the sum of a batch's losses is divided by
+the number of response tokens of the whole step, on all ranks. The number must be known before the step's first backward pass, since
+DeepSpeed clips and steps in one go. So all batches of a step are fetched before the first of them is trained on.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class TokenWeighted(L.LightningModule):
 
     ``training_step`` returns ``self.step_loss(total, tokens)`` of the *sum* of its batch's token losses, and their number.
     The last, short window of an epoch, a changed ``accumulate_grad_batches`` and batches without any response token are exact.
-    A checkpoint from the middle of a window holds the gradients so far (one device and DDP; elsewhere a resumed run says that
-    they are lost, and its first step is the exact mean over the batches that are left).
+    A checkpoint from the middle of a window contains the gradients so far (one device and DDP; elsewhere a resumed run warns
+    that they are lost, and its first step is the exact mean over the batches that are left).
 
     Overridden hooks call ``super()``: ``on_train_start``, ``on_train_epoch_start``, ``on_save_checkpoint`` and
     ``on_load_checkpoint``.
@@ -48,11 +48,11 @@ class TokenWeighted(L.LightningModule):
     _stored: Mapping[str, Any] | None = None  # of the checkpoint that training goes on from
 
     def response_tokens(self, batch: Any) -> int:
-        """The number of tokens that a loss is computed for, of a batch as the loader gives it."""
+        """Number of tokens with a loss in a batch, as the loader gives it."""
         return int((batch["labels"][:, 1:] != IGNORED).sum())  # nothing comes before the first one
 
     def step_loss(self, total: Tensor, tokens: Tensor) -> Tensor:
-        """What ``training_step`` returns.
+        """Make the result of ``training_step``.
 
         Args:
             total: Sum of the losses of the batch's tokens, a scalar.
@@ -62,7 +62,7 @@ class TokenWeighted(L.LightningModule):
             A scalar: its value is the batch's own mean, its gradient the batch's part of the step's.
 
         Raises:
-            RuntimeError: The number of the step's tokens is not known, or the batch is not what it was counted as.
+            RuntimeError: The number of the step's tokens is unknown, or the batch differs from the counted one.
         """
         mean = total / tokens.clamp(min=1)
         self.step_part = mean.detach()
@@ -90,11 +90,11 @@ class TokenWeighted(L.LightningModule):
         self._begun = ready
         part = total * (ranks / max(1, window.total))
         self.step_part = part.detach()
-        # Lightning divides by `accumulate`. What is shown and logged stays a mean that can be compared between batches.
+        # Lightning divides by `accumulate`. The shown and logged loss stays a mean that is comparable between batches.
         return mean.detach() + (part - self.step_part) * accumulate
 
     def on_train_start(self) -> None:
-        """Look ahead from the first batch on, where the checkpoint says that it is."""
+        """Look ahead from the first batch on, at the place of the checkpoint."""
         restore_loaders(self.trainer)
         self._look_ahead()
 
@@ -122,13 +122,13 @@ class TokenWeighted(L.LightningModule):
             }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take them back before the next batch of the run that is resumed; by `load_from_checkpoint` none is."""
+        """Store the gradients of a checkpoint for the next batch of the resumed run; `load_from_checkpoint` resumes none."""
         self._stored = None if self._trainer is None else checkpoint.get(CHECKPOINT_KEY)
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def _accumulates(self) -> bool:
-        """Whether a step is over more than the batch of one rank."""
+        """Whether a step has more than the batch of one rank."""
         return self._trainer is not None and self.trainer.accumulate_grad_batches * self.trainer.world_size > 1
 
     def _progress(self) -> Any:
@@ -145,13 +145,13 @@ class TokenWeighted(L.LightningModule):
             step_with_lightning(self.trainer.strategy)
 
     def _begin(self, batches: list[Any]) -> None:
-        """Take the batches that come until the optimizer's step."""
+        """Store the batches until the optimizer's step."""
         self._window = _Window(self._progress().ready, self.trainer.accumulate_grad_batches, batches)
 
     def _count(self, window: _Window) -> None:
         """Count the window's tokens; the same call on every rank."""
         window.tokens = [self.response_tokens(batch) for batch in window.batches]
-        # Of one length on all ranks, also where data without a length ends early on some.
+        # The same length on all ranks, also if data without a length ends early on some.
         counts = torch.zeros(window.accumulate, dtype=torch.int64)
         counts[: len(window.tokens)] = torch.tensor(window.tokens)
         strategy = self.trainer.strategy
@@ -161,7 +161,7 @@ class TokenWeighted(L.LightningModule):
         self._stored = None
 
     def _go_on(self, window: _Window, inside: int) -> None:
-        """Begin in the middle of a window, which a checkpoint was made in."""
+        """Begin in the middle of a window, at the place of the checkpoint."""
         stored = self._stored or {}
         here = {"epoch": self.trainer.current_epoch, "ready": window.done, "accumulate": window.accumulate}
         here["ranks"] = self.trainer.world_size
@@ -182,10 +182,10 @@ class TokenWeighted(L.LightningModule):
 
 
 def gradients_so_far(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Tensor]:
-    """What the trained parameters have accumulated, on the CPU; a collective under DDP.
+    """The accumulated gradients of the trained parameters, on the CPU; a collective under DDP.
 
-    Under DDP it is the mean over the ranks, which the step will take anyway. Engines that keep gradients in parts, or in
-    buffers of their own (FSDP, DeepSpeed), give none.
+    Under DDP they are averaged over the ranks, as the step would do anyway. Engines that shard gradients or keep them in
+    buffers of their own (FSDP, DeepSpeed) give none.
     """
     if is_sharded(module) or isinstance(trainer.strategy, DeepSpeedStrategy):
         return {}
@@ -203,10 +203,10 @@ class _Window:
     Attributes:
         done: Batches of the epoch that were trained on before.
         accumulate: ``accumulate_grad_batches`` when it began.
-        batches: As the loader gave them.
+        batches: The batches, as the loader gave them.
         tokens: Response tokens of each batch on this rank, once they are counted.
         over_ranks: The same, summed over the ranks.
-        before: Tokens of the batches before them whose gradients a checkpoint has brought.
+        before: Tokens of the earlier batches whose gradients a checkpoint contained.
     """
 
     done: int
@@ -222,11 +222,11 @@ class _Window:
 
 
 class WindowFetcher(_PrefetchDataFetcher):
-    """Lightning's fetcher of batches, which gets all batches of an optimizer step before it gives the first.
+    """Lightning's fetcher of batches, extended to fetch all batches of an optimizer step before it gives the first.
 
     Args:
         trainer: Its fit loop uses the fetcher.
-        started: The one that it replaces.
+        started: The replaced fetcher.
         announce: Called with the batches of each step.
     """
 
@@ -235,7 +235,7 @@ class WindowFetcher(_PrefetchDataFetcher):
         self.__dict__.update(started.__dict__)
         self.trainer, self.announce = trainer, announce
         self._left, self._ended = 0, self.done
-        # Of the loaders that have one: after the batch that was given last, and after each one in `batches`.
+        # States of the loaders that have one: after the batch that was given last, and after each one in `batches`.
         self._states = [self.combined_loader._state_dicts()] * (1 + len(self.batches))
 
     def __iter__(self) -> WindowFetcher:
@@ -255,7 +255,7 @@ class WindowFetcher(_PrefetchDataFetcher):
     def _fetch(self) -> None:
         accumulate = self.trainer.accumulate_grad_batches
         wanted = accumulate - self.trainer.fit_loop.epoch_loop.batch_progress.current.ready % accumulate
-        # Where no length is known, only asking for one more shows that a batch is the last.
+        # Without a known length, only fetching one more shows that a batch is the last.
         beyond = 1 if self.length is None else 0
         while len(self.batches) < wanted + beyond and not self._ended:
             try:
@@ -272,9 +272,9 @@ class WindowFetcher(_PrefetchDataFetcher):
         self.announce([batch for batch, _, _ in window])
 
     def correct(self, states: list[Any]) -> None:
-        """Set ``states`` of the loaders to the place behind the batch that was given last, whatever has been fetched since.
+        """Set ``states`` of the loaders to the place behind the batch given last, not the one fetched last.
 
-        A loader with ``follows_training`` counts what was trained on.
+        A loader with ``follows_training`` counts the trained batches.
         """
         stateful = [loader for loader in self.combined_loader.flattened if hasattr(loader, "load_state_dict")]
         for place, loader in enumerate(stateful):

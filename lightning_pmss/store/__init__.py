@@ -1,7 +1,7 @@
-"""Read files that may be damaged, foreign or edited by hand: each refusal is one sentence, and no input is a crash.
+"""Read files that may be damaged, foreign or edited by hand: each refusal is one sentence, and no input causes a crash.
 
-The ground of every reader: an adapter folder, a skeleton file, a checkpoint, an index of shards, a model's ``config.json``.
-What a file of one kind has to hold is written down beside its reader, as a `Record`.
+Every reader builds on this room: of adapter folders, skeleton files, checkpoints, indices of shards, a model's ``config.json``.
+A `Record` beside each reader defines the required content of its files.
 """
 
 from lightning_pmss.store.json_text import json_value, parse_json, read_json

@@ -1,7 +1,7 @@
 """Write a whole folder or nothing, and replace or remove only folders of ours.
 
 A folder is written into a hidden sibling, flushed to the disk and put in place by a rename (`lightning_pmss.store.disk`), so at
-every moment the target is either the complete old folder or the complete new one. `kinds` says what may be replaced.
+every moment the target is either the complete old folder or the complete new one. `kinds` defines the replaceable files.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def atomic_folder(path: str | os.PathLike[str], kind: FolderKind, *, overwrite: 
 
     Args:
         path: The folder to write; its parents are made. A link to a folder stays, and the folder is replaced.
-        kind: What is written.
-        overwrite: Replace an existing folder, if it is of this kind and holds nothing else.
+        kind: Kind of the folder.
+        overwrite: Replace an existing folder, if it is of this kind and contains nothing else.
 
     Raises:
         FileExistsError: See `check_target`.
@@ -53,11 +53,11 @@ def atomic_folder(path: str | os.PathLike[str], kind: FolderKind, *, overwrite: 
 
 
 def check_target(path: str | os.PathLike[str], kind: FolderKind, *, overwrite: bool) -> None:
-    """Refuse a target that may not be written; called early so that nobody waits for a refusal.
+    """Refuse a target that may not be written; called early, so that a refusal comes before long work.
 
     Raises:
         FileExistsError: `path` is a file or a mount point, or a non-empty folder that is not to be overwritten, is of another
-            kind, or holds files of others.
+            kind, or contains files of others.
     """
     target = Path(path).expanduser()
     if not target.exists():
@@ -81,7 +81,7 @@ def remove_folder(folder: Path, kind: FolderKind) -> None:
     """Remove a folder of this kind, file by file.
 
     Raises:
-        FileExistsError: It is of another kind, or holds files of others; nothing is removed then.
+        FileExistsError: It is of another kind, or contains files of others; nothing is removed then.
     """
     _refuse_others(folder, kind)
     *others, last = kind.own(folder) or [kind.manifest]
@@ -113,8 +113,8 @@ def _refuse_others(folder: Path, kind: FolderKind) -> None:
 
 
 def _share(folder: Path) -> None:
-    """Let files be read by those who may read the folder: safetensors writes its files for their owner alone."""
-    allowed = folder.stat().st_mode & 0o666  # a new folder's mode tells the umask
+    """Make files readable for everybody who may read the folder: safetensors writes them for their owner alone."""
+    allowed = folder.stat().st_mode & 0o666  # a new folder's mode shows the umask
     for file in folder.rglob("*"):
         if file.is_file() and not file.is_symlink():
             file.chmod(file.stat().st_mode | allowed)

@@ -1,11 +1,11 @@
-"""Bytes on the disk: written beside their target, flushed, and put in place by a rename.
+"""Write files beside their target, flush them, and put them in place by a rename.
 
-At every moment the target is either the complete old content or the complete new one. Whatever stops the writing (an
-exception, a full disk, a kill, a power cut), the old content stays.
+At every moment the target is either the complete old content or the complete new one. If
+anything stops the writing (an exception, a full disk, a kill, a power cut), the old content stays.
 
-What is unfinished is a hidden sibling called ``.<name>.pmss-tmp-<random>``; ``.<name>.pmss-old-<random>`` is what is about to
-be replaced. A live writer holds a lock on its own sibling, which the kernel releases when the process ends, so that others
-remove the leftovers of dead writers and no others.
+Unfinished content is in a hidden sibling called ``.<name>.pmss-tmp-<random>``; ``.<name>.pmss-old-<random>`` is old content
+about to be removed. A live writer locks its sibling, and the kernel releases the lock when the process ends, so that others
+remove the leftovers of dead writers only.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def atomic_file(path: str | os.PathLike[str], *, over_folder: bool = False) -> I
 
     Args:
         path: The file.
-        over_folder: Replace a folder of that name too, with all that it holds.
+        over_folder: Replace a folder of that name too, with its content.
 
     Raises:
         OSError: See `atomic_path`.
@@ -50,12 +50,12 @@ def atomic_file(path: str | os.PathLike[str], *, over_folder: bool = False) -> I
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str], *, over_folder: bool = False) -> Iterator[Path]:
-    """The same for what is written by name: yield an empty temporary file that becomes `path`.
+    """Yield an empty temporary file that becomes `path`, for writers that take a file name.
 
     Raises:
         IsADirectoryError: `path` is a folder, and `over_folder` is not given.
         FileExistsError: `path` is a pipe or a device.
-        OSError: The file cannot be written; what was there before is unchanged.
+        OSError: The file cannot be written; the old content is unchanged.
     """
     target = Path(path).expanduser()
     refuse_special(target, over_folder=over_folder)
@@ -78,7 +78,7 @@ def atomic_path(path: str | os.PathLike[str], *, over_folder: bool = False) -> I
 
 
 def refuse_special(target: Path, *, over_folder: bool = False) -> None:
-    """Refuse a place where no file can be put; also called early, so that nobody waits for a refusal.
+    """Refuse a path where no file can be put; also called early, so that a refusal comes before long work.
 
     Raises:
         IsADirectoryError: A folder, and `over_folder` is not given.
@@ -91,7 +91,7 @@ def refuse_special(target: Path, *, over_folder: bool = False) -> None:
 
 
 def explain_full_disk(error: BaseException, target: Path) -> None:
-    """Add to the error of a full disk what became of the target."""
+    """Add the state of the target to the error of a full disk."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         error.add_note(f"The disk is full. Nothing was changed at {target}; free some space and run again.")
 
@@ -100,7 +100,7 @@ def temporary_sibling(target: Path, *, folder: bool) -> tuple[Path, int | None]:
     """Make an empty hidden sibling of `target` and lock it.
 
     Returns:
-        The sibling, and the open lock (None where the file system has none); close it when the sibling is in place.
+        The sibling, and the open lock (None if the file system has no locks); close it when the sibling is in place.
     """
     while True:
         temporary = target.parent / f".{target.name}.pmss-tmp-{secrets.token_hex(6)}"
@@ -123,10 +123,10 @@ def temporary_sibling(target: Path, *, folder: bool) -> tuple[Path, int | None]:
 
 @contextlib.contextmanager
 def held(folder: Path, refusal: str) -> Iterator[None]:
-    """Hold an existing folder for this process alone, until the block or the process ends.
+    """Lock an existing folder for this process, until the block or the process ends.
 
     Raises:
-        FileExistsError: With the text of `refusal`: another process holds it.
+        FileExistsError: Another process has locked it; the text is `refusal`.
     """
     handle = None
     if fcntl is not None:
@@ -138,7 +138,7 @@ def held(folder: Path, refusal: str) -> Iterator[None]:
             raise FileExistsError(refusal) from None
         except OSError:  # a file system without locks
             pass
-        if not folder.is_dir():  # whoever held it has just removed it
+        if not folder.is_dir():  # the process that had locked it has just removed it
             os.close(handle)
             raise FileExistsError(refusal)
     try:
@@ -149,12 +149,12 @@ def held(folder: Path, refusal: str) -> Iterator[None]:
 
 
 def clean_leftovers(target: Path) -> None:
-    """Remove what killed writers left for this target; bring the old content back if the kill fell between two renames."""
+    """Remove leftovers of killed writers of this target; restore the old content after a kill between two renames."""
     clean_folder(target.parent, only=target.name)
 
 
 def clean_folder(folder: Path, only: str | None = None) -> None:
-    """The same for all targets in a folder, or for the one called `only`."""
+    """Do the same for all targets in a folder, or for the one called `only`."""
     if fcntl is None or not folder.is_dir():
         return
     for leftover in sorted(folder.iterdir()):
@@ -170,7 +170,7 @@ def clean_folder(folder: Path, only: str | None = None) -> None:
             continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # a live run holds it
+        except OSError:  # a live run has locked it
             continue
         else:
             target = folder / found["name"]
@@ -183,7 +183,7 @@ def clean_folder(folder: Path, only: str | None = None) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder with what it holds; nothing happens if it is gone or cannot be removed."""
+    """Remove a file, a link or a folder with its content; nothing happens if it is gone or cannot be removed."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -215,7 +215,7 @@ def replace(temporary: Path, target: Path, discard: Callable[[Path], None] | Non
 
     Args:
         temporary: The new content.
-        target: Where it goes.
+        target: Its new place.
         discard: Removes the old content, if one of the two is a folder; by default `remove`.
     """
     discard = discard or remove
@@ -223,7 +223,7 @@ def replace(temporary: Path, target: Path, discard: Callable[[Path], None] | Non
     if not os.path.lexists(target) or not (temporary.is_dir() or is_folder):
         os.replace(temporary, target)
     elif _exchange(temporary, target):
-        discard(temporary)  # the name now holds the old content
+        discard(temporary)  # the name now refers to the old content
     else:
         old = target.parent / f".{target.name}.pmss-old-{secrets.token_hex(6)}"
         target.rename(old)
@@ -237,14 +237,14 @@ def replace(temporary: Path, target: Path, discard: Callable[[Path], None] | Non
 
 
 def relink(link: Path, target: Path) -> None:
-    """Let a symbolic link point to another file or folder, in one step."""
+    """Point a symbolic link to another file or folder, in one step."""
     temporary = link.parent / f".{link.name}.pmss-tmp-{secrets.token_hex(6)}"
     temporary.symlink_to(os.path.relpath(target, link.parent))
     os.replace(temporary, link)
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two names in one step where the system can (Linux); False where it cannot."""
+    """Swap two names in one step if the system can (Linux); False if it cannot."""
     if not sys.platform.startswith("linux"):
         return False
     try:

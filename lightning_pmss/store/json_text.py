@@ -1,4 +1,4 @@
-"""Strict JSON: what Python's reader lets through, and what makes it crash, is refused in one sentence."""
+"""Read strict JSON; refuse in one sentence everything that Python's reader lets through or crashes on."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _LARGEST = 2**28  # bytes; the config of an adapter with thousands of layers is 
 
 
 def read_json(file: Path, remedy: str, where: str | None = None) -> Any:
-    """The content of a JSON file.
+    """Read a JSON file.
 
     Args:
         file: Its path.
-        remedy: What to do about a damaged one, a whole sentence.
-        where: How messages begin; default: the path.
+        remedy: Remedy for a damaged one, a whole sentence.
+        where: Beginning of messages; default: the path.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -33,19 +33,19 @@ def read_json(file: Path, remedy: str, where: str | None = None) -> Any:
 
 
 def parse_json(content: bytes, where: str, remedy: str) -> Any:
-    """The value that a JSON text stands for.
+    """Read the value of a JSON text.
 
     Args:
         content: The text in UTF-8.
-        where: What it is, for messages: a file, or a part of one.
-        remedy: What to do about a damaged one, a whole sentence.
+        where: Its name for messages: a file, or a part of one.
+        remedy: Remedy for a damaged one, a whole sentence.
 
     Raises:
         ValueError: See `json_value`.
     """
     try:
         value = json_value(content)
-        if b"\\ud" in content.lower():  # half of a pair, which can be written nowhere
+        if b"\\ud" in content.lower():  # half of a surrogate pair, which no encoding can write
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         return value
     except ValueError as error:
@@ -53,11 +53,11 @@ def parse_json(content: bytes, where: str, remedy: str) -> Any:
 
 
 def json_value(content: bytes, *, finite: bool = True) -> Any:
-    """The same; the error says the reason alone.
+    """Read the value of a JSON text; errors say the reason alone.
 
     Args:
         content: The text in UTF-8.
-        finite: Refuse NaN, Infinity and numbers beyond float64, which Python writes and JSON does not know.
+        finite: Refuse NaN, Infinity and numbers beyond float64, which Python writes and JSON does not have.
 
     Raises:
         ValueError: Empty, not UTF-8, with a byte order mark, not JSON, nested too deeply, a key twice in one object, or a

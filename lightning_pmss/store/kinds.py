@@ -1,9 +1,9 @@
-"""The kinds of folders that this library writes, and what may be replaced or removed of them.
+"""The kinds of folders that this library writes, and the files in them that may be replaced or removed.
 
 Each folder has a manifest: a JSON file with ``"written_by": "lightning-pmss"`` and the list of the files. A file is replaced or
-removed only if its name is one that the library writes into such a folder *and* the manifest lists it. Folders come from
-anywhere, so a manifest proves nothing; and somebody may have put a file of such a name there. Links and special files are never
-the library's.
+removed only if its name is one that the library writes into such a folder *and* the manifest lists it. A
+folder may come from anywhere, so a manifest alone proves nothing, and a user may have put a file of such a name there. Links
+and special files are never the library's.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pathlib import Path, PurePosixPath
 from lightning_pmss.store import read_json
 
 WRITTEN_BY = "lightning-pmss"
-_LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}  # written by file managers, nobody misses them
+_LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}  # written by file managers, safe to remove
 
 SHARDS = ("model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors")
-# What tokenizers and processors write.
+# Files of tokenizers and processors.
 TOKENIZER = (
     "tokenizer_config.json", "*processor_config.json", "preprocessor_config.json",
     "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "*vocab*.json", "vocab*.txt", "dict.txt", "merges.txt",
@@ -28,7 +28,7 @@ TOKENIZER = (
     "*.model", "*.spm", "*.tiktoken", "*.tokenizer", "tekken.json",
     "chat_template.json", "*.jinja", "chat*/*.jinja", "additional_chat_templates/*.jinja",
 )  # fmt: skip
-# What a model folder has beside its weights, and no training run, version control or download cache writes.
+# Files of a model folder beside its weights that no training run, version control or download cache writes.
 BESIDE_WEIGHTS = (
     "config.json", "*_config.json", "config_*.json", "modelcard.json", "modules.json",
     *TOKENIZER,
@@ -42,7 +42,7 @@ class FolderKind:
     """One kind of folder.
 
     Attributes:
-        what: For messages, such as "an adapter".
+        what: Name for messages, such as "an adapter".
         manifest: Name of the file that lists the others.
         files: Patterns of the names that the library writes there; a pattern with a slash reaches into one folder.
         not_files: Patterns of names that are excepted.
@@ -58,7 +58,7 @@ class FolderKind:
         return matches(name, self.files) and not matches(name, self.not_files)
 
     def listed(self, folder: Path) -> set[str]:
-        """What the manifest lists, itself included; empty where there is no manifest of ours."""
+        """The files that the manifest lists, itself included; empty without a manifest of ours."""
         file = folder / self.manifest
         if file.is_symlink() or not file.is_file():
             return set()
@@ -78,7 +78,7 @@ class FolderKind:
         return bool(self.listed(folder))
 
     def own(self, folder: Path) -> list[str]:
-        """The files that may be removed, the manifest last: what a kill leaves is still ours."""
+        """The files that may be removed, the manifest last, so that a folder after a kill is still ours."""
         listed = self.listed(folder)
         found = [
             name
@@ -112,12 +112,12 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def files_below(folder: Path) -> list[str]:
-    """The files of a folder that was just written, as sorted relative names with slashes: what a manifest has to list."""
+    """The files of a folder that was just written, as sorted relative names with slashes, for its manifest."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
 
 
 def entries(folder: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Files, links and what else there is, by relative name; a folder that no pattern reaches into stands for itself."""
+    """Files, links and other entries by relative name; a folder that no pattern reaches into is one entry."""
     inner = {PurePosixPath(pattern).parts[0] for kind in KINDS for pattern in kind.files if "/" in pattern}
     with os.scandir(folder) as found:
         top = sorted(found, key=lambda entry: entry.name)
@@ -132,5 +132,5 @@ def entries(folder: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
 
 
 def is_litter(name: str) -> bool:
-    """What file managers leave behind."""
+    """Whether a file manager left this file behind."""
     return name.rsplit("/", 1)[-1] in _LITTER

@@ -1,4 +1,4 @@
-"""A model's ``config.json``: checked as far as transformers would crash or never end on it."""
+"""Check a model's ``config.json`` for everything on which transformers would crash or never end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _Layers = Annotated[int, Field(ge=0, le=10_000)] | list[Any] | None
 
 
 class ModelConfigRecord(Record):
-    """What all models have in common; each has more."""
+    """Settings that all models have; each has more."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -41,16 +41,16 @@ class ModelConfigRecord(Record):
 
 
 def read_model_config(file: Path, where: str | None = None) -> dict[str, Any]:
-    """The settings in a ``config.json``, before transformers gets them.
+    """Read the settings in a ``config.json``, before transformers reads them.
 
     Args:
         file: Its path.
-        where: How messages begin; default: the path.
+        where: Beginning of messages; default: the path.
 
     Raises:
         FileNotFoundError: There is no such file.
         PermissionError: It must not be read.
-        ValueError: It is no object of JSON, or a size in it is none.
+        ValueError: It is no JSON object, or a size in it is no size.
     """
     settings = read_json(file, _AGAIN, where)
     checked(ModelConfigRecord, settings, where or str(file), _AGAIN)

@@ -1,4 +1,4 @@
-"""What the JSON of a file has to hold, as strict models of pydantic."""
+"""The required content of JSON files, as strict models of pydantic."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_pmss.messages import one_line, short
 Size = Annotated[int, Field(ge=1, le=2**48)]
 Length = Annotated[int, Field(ge=0, le=2**48)]
 Shape = Annotated[list[Length], Field(max_length=16)]
-# Of a model's config.json: sizes such as the vocabulary's, and what describes a head.
+# Settings of a model's config.json: sizes such as the vocabulary's, and the description of a head.
 Setting = Annotated[int, Field(ge=0, le=2**31)] | str | list[str] | dict[Any, Any] | None
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -25,12 +25,12 @@ class Record(BaseModel):
 
 
 class TensorRecord(Record):
-    """One tensor of a file, as it was when it was written.
+    """One tensor of a file at the time of writing.
 
     Attributes:
         dtype: Its name in torch, such as ``float32``.
         shape: Its shape.
-        sha256: Of its bytes, row after row, little-endian.
+        sha256: Checksum of its bytes, row after row, little-endian.
     """
 
     dtype: str
@@ -39,11 +39,11 @@ class TensorRecord(Record):
 
 
 class FileRecord(Record):
-    """One file of a folder, as it was when it was written.
+    """One file of a folder at the time of writing.
 
     Attributes:
         bytes: Its size.
-        sha256: Of its content.
+        sha256: Checksum of its content.
     """
 
     bytes: Length
@@ -54,14 +54,14 @@ AnyRecord = TypeVar("AnyRecord", bound=BaseModel)
 
 
 def checked(kind: type[AnyRecord], value: Any, where: str, remedy: str, *, under: str = "") -> AnyRecord:
-    """The value as a record of this kind.
+    """Check a value and return it as a record of this kind.
 
     Args:
         kind: The record's class.
-        value: What the file holds: dicts, lists, strings and numbers.
-        where: What it is, for messages: a file, or a part of one.
-        remedy: What to do about a damaged one, a whole sentence.
-        under: The entry of the file that the value stands in, for messages.
+        value: Content of the file: dicts, lists, strings and numbers.
+        where: Its name for messages: a file, or a part of one.
+        remedy: Remedy for a damaged one, a whole sentence.
+        under: The entry of the file that contains the value, for messages.
 
     Raises:
         ValueError: Something is missing, unknown, of another type or out of range; the first such place is named.
@@ -88,7 +88,7 @@ _WITHOUT_INPUT = {"missing": "is missing", "extra_forbidden": "is not known"}
 
 
 def _place(fault: Any, value: Any) -> tuple[int | str, ...]:
-    """The fault's path as far as the value has it: pydantic adds which member of a union it tried."""
+    """The path of the fault within the value; pydantic appends the member of a union that it tried."""
     path: list[int | str] = []
     for part in fault["loc"]:
         if isinstance(value, dict) and part in value or isinstance(value, list) and isinstance(part, int):

@@ -1,7 +1,7 @@
 """Stream safetensors checkpoints: one tensor at a time in, one tensor at a time out.
 
-Reading maps one shard at a time. Writing states the header first (names, dtypes and shapes are known beforehand) and
-appends the tensors as they come, so no shard is ever held in memory.
+Reading maps one shard at a time. Writing begins with the header (names, dtypes and shapes are known beforehand) and appends the
+tensors as they come, so no shard is ever in memory as a whole.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _FROM_TORCH = {dtype: name for name, dtype in _TO_TORCH.items()}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What the header of a shard says of one tensor."""
+    """Entry of one tensor in the header of a shard."""
 
     key: str
     dtype: torch.dtype
@@ -57,7 +57,7 @@ class TensorInfo:
 
 @dataclass
 class ShardReader:
-    """The tensors of a Hugging Face folder, read one at a time; holds one shard open (mapped) at a time."""
+    """The tensors of a Hugging Face folder, read one at a time; one shard is open (mapped) at a time."""
 
     folder: Path
     tensors: dict[str, TensorInfo]
@@ -73,7 +73,7 @@ class ShardReader:
         """One tensor: a view of the mapped file, to be read only; it stays valid when the shard is closed.
 
         Raises:
-            ValueError: the shard cannot be read.
+            ValueError: The shard cannot be read.
         """
         info = self.tensors[key]
         file = self.folder / info.file
@@ -96,9 +96,9 @@ class ShardReader:
 def open_shards(base: str | os.PathLike[str]) -> ShardReader:
     """Open the weights of a model: a Hugging Face folder, or a state dict in a safetensors file.
 
-    Of a folder are taken ``model.safetensors``, else the shards that ``model.safetensors.index.json`` names, else the one
-    safetensors file in it. Reads the header of every shard, so that a missing, truncated or foreign one shows before any
-    work is done.
+    Of a folder it opens ``model.safetensors``, else the shards that ``model.safetensors.index.json`` names, else the one
+    safetensors file in it. It reads the header of every shard, so that a missing, truncated or foreign one is reported before
+    any work is done.
 
     Raises:
         FileNotFoundError: Nothing there, no safetensors weights in the folder, or a missing shard.
@@ -148,8 +148,8 @@ def read_header(file: Path) -> list[TensorInfo]:
     """Names, dtypes and shapes of one safetensors file, in the order of the file.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a complete safetensors file, or one with a type that torch has not.
+        FileNotFoundError: No such file.
+        ValueError: Not a complete safetensors file, or one with a type that torch has not.
     """
     infos = []
     with open_tensors(file, _AGAIN) as shard:
@@ -169,9 +169,9 @@ class ShardWriter:
     """Write one safetensors file tensor by tensor.
 
     Args:
-        file: path of the new file.
-        tensors: what will be written; the header needs all of it at once.
-        metadata: strings for the header.
+        file: Path of the new file.
+        tensors: All tensors of the file; the header lists them.
+        metadata: Strings for the header.
     """
 
     def __init__(self, file: Path, tensors: Iterable[TensorInfo], metadata: dict[str, str] | None = None) -> None:
@@ -195,7 +195,7 @@ class ShardWriter:
         """Append a tensor; the order is that of `plan`.
 
         Raises:
-            ValueError: not the tensor that the header announced at this place.
+            ValueError: Not the tensor that the header announced at this place.
         """
         want = self.plan[self._next]
         if (key, value.dtype, tuple(value.shape)) != (want.key, want.dtype, want.shape):
@@ -257,7 +257,7 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[st
     """Write tensors that fit into memory; every key is kept, also of tensors that share memory (they become copies).
 
     Raises:
-        OSError: with the system's error number, such as that of a full disk; safetensors has an exception of its own.
+        OSError: With the system's error number, such as that of a full disk; safetensors has an exception of its own.
     """
     copies = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
     try:
@@ -271,7 +271,7 @@ def parse_size(size: str | int) -> int:
     """Bytes of ``"5GB"``, ``"500MB"``, ``"2GiB"`` or a number (decimal units as in transformers).
 
     Raises:
-        ValueError: not a positive size.
+        ValueError: Not a positive size.
     """
     units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(size))
@@ -281,7 +281,7 @@ def parse_size(size: str | int) -> int:
 
 
 class _Index(Record):
-    """What ``model.safetensors.index.json`` has to hold; transformers adds what it likes."""
+    """Required content of ``model.safetensors.index.json``; transformers adds more."""
 
     model_config = ConfigDict(extra="ignore")
 

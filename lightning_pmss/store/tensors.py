@@ -1,4 +1,4 @@
-"""Safetensors files: opened with one clear sentence for what cannot be opened, and proven by checksums."""
+"""Open safetensors files, with one clear sentence for each refusal, and verify checksums."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_pmss.messages import one_line, some
 from lightning_pmss.store.records import TensorRecord
 from lightning_pmss.store.unreadable import refuse_unreadable
 
-# What training and `also_train` can hold. Codes of quantised weights (float8, 4-bit numbers) are no tensors of ours.
+# Dtypes of trained tensors. Codes of quantised weights (float8, 4-bit numbers) are never ours.
 _KNOWN = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool,
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
@@ -23,11 +23,11 @@ _KNOWN = (
 
 
 def open_tensors(file: Path, remedy: str) -> Any:
-    """A safetensors file, opened: what safetensors' ``safe_open`` returns, to be used in a ``with`` block or kept.
+    """Open a safetensors file: the result of safetensors' ``safe_open``, for a ``with`` block or to keep.
 
     Args:
         file: Its path.
-        remedy: What to do about a damaged one, a whole sentence.
+        remedy: Remedy for a damaged one, a whole sentence.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -44,7 +44,7 @@ def open_tensors(file: Path, remedy: str) -> Any:
 
 
 def get_tensor(opened: Any, key: str, file: Path, remedy: str) -> Tensor:
-    """One tensor of an open file, a view of the mapped file.
+    """Read one tensor of an open file, a view of the mapped file.
 
     Raises:
         ValueError: It cannot be read.
@@ -57,7 +57,7 @@ def get_tensor(opened: Any, key: str, file: Path, remedy: str) -> Tensor:
 
 
 def read_tensors(file: Path, remedy: str) -> dict[str, Tensor]:
-    """All tensors of a file, as copies: a view would pin the file, which the next save replaces.
+    """Read all tensors of a file as copies: a view would pin the file, which the next save replaces.
 
     Raises:
         FileNotFoundError, PermissionError: As `open_tensors`.
@@ -73,7 +73,7 @@ def read_tensors(file: Path, remedy: str) -> dict[str, Tensor]:
 
 
 def refuse_odd_type(tensor: Tensor, key: str, where: str, remedy: str) -> None:
-    """Refuse what nothing trains: codes of quantised weights, with which torch cannot compute.
+    """Refuse dtypes that are never trained: codes of quantised weights, with which torch cannot compute.
 
     Raises:
         ValueError: It has such a type.
@@ -85,18 +85,18 @@ def refuse_odd_type(tensor: Tensor, key: str, where: str, remedy: str) -> None:
 
 
 def numbers_in(dtype: torch.dtype) -> str:
-    """Between which tensors values can be copied: those with floating-point, complex, whole or logical numbers."""
+    """The kind of numbers of a dtype: floating, complex, whole or logical; values are copied within a kind only."""
     if dtype.is_floating_point or dtype.is_complex:
         return "complex" if dtype.is_complex else "floating"
     return "logical" if dtype == torch.bool else "whole"
 
 
 def misfit(stored: Tensor, dtype: torch.dtype) -> str | None:
-    """Why a tensor of a file cannot become one of this dtype; None where it can. `copy_` and `to` take everything.
+    """Why a tensor of a file cannot be converted to this dtype; None if it can. `copy_` and `to` convert everything.
 
     Args:
-        stored: Finite, where it holds numbers that can be infinite.
-        dtype: Of the tensor that it is for.
+        stored: The tensor; floating-point numbers are finite.
+        dtype: Dtype of the tensor to fill.
     """
     if numbers_in(stored.dtype) != numbers_in(dtype):
         return f"is {stored.dtype}, and the model's is {dtype}: other numbers"
@@ -106,7 +106,7 @@ def misfit(stored: Tensor, dtype: torch.dtype) -> str | None:
 
 
 def describe_tensors(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """Dtype, shape and checksum of each tensor, as plain values: what `check_sums` compares with."""
+    """Dtype, shape and checksum of each tensor, as plain values, for `check_sums`."""
     return {
         name: {"dtype": dtype_name(value), "shape": list(value.shape), "sha256": sha256(value)}
         for name, value in tensors.items()
@@ -114,13 +114,13 @@ def describe_tensors(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]
 
 
 def check_sums(tensors: Mapping[str, Tensor], records: Mapping[str, TensorRecord], where: str, remedy: str) -> None:
-    """Refuse tensors that are not, bit for bit, those that were written.
+    """Refuse tensors that differ in any bit from the written ones.
 
     Args:
-        tensors: As they were read.
-        records: Of the same names, from when they were written.
+        tensors: The tensors as read.
+        records: Records from the time of writing, by the same names.
         where: The file, for messages.
-        remedy: What to do, a whole sentence.
+        remedy: Remedy, a whole sentence.
 
     Raises:
         ValueError: A dtype, a shape or a checksum differs.
@@ -139,13 +139,13 @@ def check_sums(tensors: Mapping[str, Tensor], records: Mapping[str, TensorRecord
 
 
 def sha256(tensor: Tensor) -> str:
-    """Of the tensor's bytes, row after row."""
+    """Checksum of the tensor's bytes, row after row."""
     values = tensor.detach().cpu().contiguous().reshape(-1)
     return hashlib.sha256(values.view(torch.uint8).numpy().data if values.numel() else b"").hexdigest()
 
 
 def dtype_name(tensor: Tensor) -> str:
-    """Such as ``float32``."""
+    """Name of a dtype, such as ``float32``."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
@@ -155,14 +155,14 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def check_index(index: Tensor, size: int, name: str, where: str, remedy: str) -> None:
-    """Refuse what are not distinct indices below `size`.
+    """Refuse tensors that are not distinct indices below `size`.
 
     Args:
         index: int32 or int64 ``[r]``.
-        size: How many rows or columns W has.
+        size: Number of rows or columns of W.
         name: The tensor's name, for messages.
         where: The file, for messages.
-        remedy: What to do, a whole sentence.
+        remedy: Remedy, a whole sentence.
 
     Raises:
         ValueError: Another dtype or shape, none, one that is out of range, or one twice.
@@ -172,7 +172,7 @@ def check_index(index: Tensor, size: int, name: str, where: str, remedy: str) ->
 
 
 def why_no_index(index: Tensor, size: int) -> str | None:
-    """Why a tensor is no vector of distinct indices below `size`, to be put behind its name; None if it is."""
+    """Why a tensor is no vector of distinct indices below `size`, as text behind its name; None if it is."""
     if index.dtype not in (torch.int32, torch.int64) or index.dim() != 1 or not len(index):
         return f"is {index.dtype} {list(index.shape)}, and an index vector was expected"
     if int(index.min()) < 0 or int(index.max()) >= size:

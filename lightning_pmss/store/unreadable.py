@@ -1,4 +1,4 @@
-"""What can be refused before a file is opened."""
+"""Refuse unreadable paths before they are opened."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _POINTER = b"version https://git-lfs"
 
 
 def refuse_unreadable(file: Path) -> None:
-    """Refuse a path that holds no file that this process may read.
+    """Refuse a path without a file that this process may read.
 
     Raises:
         FileNotFoundError: Nothing is there.
@@ -19,7 +19,7 @@ def refuse_unreadable(file: Path) -> None:
         raise ValueError(f"{file} is a folder, and a file is expected there. Give the path of the file.")
     if not file.exists():
         raise FileNotFoundError(f"{file} does not exist.")
-    if not file.is_file():  # to open a pipe would wait for whoever writes into it
+    if not file.is_file():  # opening a pipe would wait for its writer
         raise ValueError(f"{file} is a pipe or a device, and a file is expected there. Give the path of the file.")
     try:
         with file.open("rb") as stream:

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from lightning_pmss.layers.adapter import Adapter, FrozenTensors
 from lightning_pmss.layers.products import core_dtype, without_autocast
-from lightning_pmss.methods.pmss.rotation import angles, packed_shape, turned
+from lightning_pmss.methods.pmss.rotation import cayley_minus_identity, cayley_parameters, packed_shape
 
 COORDINATES = ("orthonormal", "rotation", "spectral", "raw")
 
@@ -25,7 +25,7 @@ COORDINATES = ("orthonormal", "rotation", "spectral", "raw")
 class Frame(NamedTuple):
     """What turns the trained V ``[c, r]`` into U: ``U = gain * (left @ V @ right)``; parts that a frame lacks are None.
 
-    With a core M ``[c, r]`` fewer numbers are trained, and ``V = M @ turned(gain * numbers)`` (`rotation`).
+    With a core M ``[c, r]`` fewer numbers are trained, and ``V = M @ cayley_minus_identity(gain * numbers)`` (`rotation`).
     """
 
     left: Tensor | None = None
@@ -198,13 +198,13 @@ class CoreFrame(FrozenTensors):
     def forward(self, v: Tensor) -> Tensor:  # type: ignore[override]
         """U ``[c, r]`` from what is trained."""
         if self.left is not None and self.right is not None:
-            # In bfloat16 the inverse factors would lose what the slices' condition number multiplies; DeepSpeed's bf16 engine
-            # keeps V and the factors in it (and a float32 master of V), so at least the products are wide.
+            # Rounding errors of the inverse factors are multiplied by the slices' condition number, so the products are in
+            # float32, also under DeepSpeed's bf16 engine, which stores V and the factors in bfloat16.
             wide = torch.promote_types(v.dtype, torch.float32)
             with without_autocast(v):
                 left, right = self.left.to(wide), self.right.to(wide)
                 if self.core is not None and self.gain is not None:
-                    v = self.core.to(wide) @ turned(v.to(wide) * self.gain.to(wide), len(right))
+                    v = self.core.to(wide) @ cayley_minus_identity(v.to(wide) * self.gain.to(wide), len(right))
                 if v.device.type == "cpu" and min(v.shape) >= 192:  # elsewhere kernels count, not multiply-adds
                     u: Tensor = TriangularProducts.apply(left, v.to(wide), right)
                     return u
@@ -260,7 +260,7 @@ class PMSSCore(Adapter):
             v = torch.linalg.solve(frame.left.double(), v)
             v = torch.linalg.solve(frame.right.double(), v, left=False)
         if frame is not None and frame.core is not None:
-            v = angles(frame.core.double(), v, name)
+            v = cayley_parameters(frame.core.double(), v, name)
         if frame is not None and frame.gain is not None:
             v = v / frame.gain.double()
         v = v / scale

@@ -1,10 +1,10 @@
-"""A core that rotates: what W has between the selected columns and rows is turned, instead of being added to.
+"""Rotation coordinates: rotate the block ``M = Q_C^T W Q_R`` of W instead of adding to it.
 
-With thin QR ``C = Q_C T_C`` and ``R^T = Q_R T_R``, W has the part ``M = Q_C^T W Q_R`` [c, r] between them. In orthonormal
-coordinates the update is ``Q_C V Q_R^T`` with V trained; here ``V = M (B - 1)``, and the rotation B [r, r] is made from
-``r (r - 1) / 2`` trained numbers (Cayley's transform of a skew-symmetric matrix). The singular values of M stay what they are.
+With thin QR ``C = Q_C T_C`` and ``R^T = Q_R T_R``, M [c, r] is the block of W between the selected columns and rows. In
+orthonormal coordinates the update is ``Q_C V Q_R^T`` with V trained; here ``V = M (B - 1)``, and the rotation B [r, r] is made
+from ``r (r - 1) / 2`` trained numbers (Cayley's transform of a skew-symmetric matrix). The singular values of M do not change.
 
-Ours, after PSOFT (arXiv 2505.11235), which turns the principal subspace of W between its singular vectors.
+Ours, after PSOFT (arXiv 2505.11235), which rotates the principal subspace of W between its singular vectors.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from torch.autograd.function import once_differentiable
 
 
 def packed_shape(rank: int) -> tuple[int, int]:
-    """The shape [a, b] in which the ``r (r - 1) / 2`` numbers are kept; two dimensions, since engines split the first."""
+    """The shape [a, b] of the ``r (r - 1) / 2`` trained numbers; two dimensions, since engines split the first."""
     return (rank - 1, rank // 2) if rank % 2 == 0 else (rank, (rank - 1) // 2)
 
 
-def turned(packed: Tensor, rank: int) -> Tensor:
+def cayley_minus_identity(packed: Tensor, rank: int) -> Tensor:
     """``B - 1`` [r, r] for the rotation ``B = (1 - K)^-1 (1 + K)``.
 
-    K is skew-symmetric, and its lower triangle holds the numbers [a, b], row after row.
+    K is skew-symmetric; its lower triangle contains the numbers [a, b], row after row.
     """
-    change: Tensor = Turned.apply(packed, rank)
+    change: Tensor = CayleyMinusIdentity.apply(packed, rank)
     return change
 
 
-class Turned(torch.autograd.Function):
-    """See `turned`. Keeps B - 1 alone for the backward pass, which needs no other solution: ``(1 - K)^-1 = (B + 1) / 2``."""
+class CayleyMinusIdentity(torch.autograd.Function):
+    """See `cayley_minus_identity`. Only B - 1 is saved: the backward pass uses ``(1 - K)^-1 = (B + 1) / 2``."""
 
     @staticmethod
     def forward(ctx: Any, packed: Tensor, rank: int) -> Tensor:
@@ -56,11 +56,16 @@ class Turned(torch.autograd.Function):
         return (grad - grad.T)[places[0], places[1]].view(ctx.shape), None
 
 
-def angles(core: Tensor, v: Tensor, name: str = "") -> Tensor:
-    """The numbers [a, b] with ``core @ turned(numbers)`` nearest to v [c, r]; `core` is M [c, r], `name` is for errors.
+def cayley_parameters(core: Tensor, v: Tensor, name: str = "") -> Tensor:
+    """The numbers [a, b] whose rotation of `core` comes nearest to v: the inverse of ``core @ cayley_minus_identity(numbers)``.
+
+    Args:
+        core: M [c, r].
+        v: The change of M, [c, r].
+        name: Module name for errors.
 
     Raises:
-        ValueError: v is not M turned, or turned by half a circle, which Cayley's transform cannot reach.
+        ValueError: M + v is no rotation of M, or one by half a circle, which Cayley's transform cannot reach.
     """
     rank = core.shape[1]
     # Procrustes: the rotation B that brings M B nearest to M + v (Schoenemann 1966).
@@ -73,7 +78,7 @@ def angles(core: Tensor, v: Tensor, name: str = "") -> Tensor:
         k = torch.full_like(eye, torch.nan)
     places = torch.tril_indices(rank, rank, -1, device=core.device)
     packed = ((k - k.T) / 2)[places[0], places[1]].view(packed_shape(rank))
-    error, size = float((core @ turned(packed, rank) - v).norm()), float(v.norm())
+    error, size = float((core @ cayley_minus_identity(packed, rank) - v).norm()), float(v.norm())
     if not error <= 1e-3 * size:
         raise ValueError(
             f"`{name}`: this update is not a rotation of the weight (a share of {error / size:.2g} is not): it was trained in"

@@ -1,4 +1,4 @@
-"""What rounding does to an update in orthonormal coordinates, told before anything is trained.
+"""Predict, before training, how much of an update in orthonormal coordinates low precision would destroy.
 
 There ``U = T_C^-1 V T_R^-T``. Where the selected columns or rows are nearly dependent, as they are when the rank is a square
 layer's width, U's entries are large and cancel in ``C U R``: rounded to bfloat16, little of the update may be left.

@@ -128,8 +128,8 @@ def _pivots(sketch: Tensor, rank: int) -> Tensor:
         return proposed
     # A small matrix and many small steps: no work for a GPU.
     candidates = directions[proposed].T.cpu()
-    # How many directions count is open: few favour those that W is largest in, all count its tail. Where it costs little,
-    # some numbers are tried, and what leaves least of the sketch is kept.
+    # The best number of directions is unknown: few favour the largest directions of W, all include its tail. At low ranks
+    # several numbers are tried, and the choice with the smallest residual of the sketch is kept.
     spare = len(proposed) - rank
     numbers = dict.fromkeys(rank + spare * i // 4 for i in range(5)) if rank <= 64 else [rank]
     choices = [proposed[_greedy(candidates[:n].contiguous(), rank).to(sketch.device)] for n in numbers]
