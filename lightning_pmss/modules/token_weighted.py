@@ -2,8 +2,8 @@
 
 Lightning averages the means of the batches that it accumulates, and every strategy the means of the ranks. So a token of a
 batch with few response tokens would weigh more than one of a batch with many. Here the sum of a batch's losses is divided by
-the number of response tokens of the whole step, on all ranks. The number must be known before the step's first backward pass, since
-DeepSpeed clips and steps in one go. So all batches of a step are fetched before the first of them is trained on.
+the number of response tokens of the whole step, on all ranks. The number must be known before the step's first backward pass,
+since DeepSpeed clips and steps in one go. So all batches of a step are fetched before the first of them is trained on.
 """
 
 from __future__ import annotations
