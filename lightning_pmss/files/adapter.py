@@ -65,21 +65,21 @@ def save_adapter(
     Frozen tensors that no file of the base holds are kept in it, too: a fresh head, the rows of added tokens.
 
     Args:
-        model: converted by `convert` or the callback; merged or not.
-        folder: written whole or not at all.
-        base: id or path of the base model; default: what the Hugging Face model knows of itself.
-        revision: commit of the base; default: likewise, or what the model hub's cache knows.
-        overwrite: replace an earlier adapter of this library.
-        run: what is known of the training, for the card: section -> text, or name -> number or text.
-        tokenizer: with ``save_pretrained`` (also several, in a list); kept with the adapter where tokens were added to the
+        model: Converted by `convert` or the callback; merged or not.
+        folder: Written whole or not at all.
+        base: Id or path of the base model; default: what the Hugging Face model knows of itself.
+        revision: Commit of the base; default: likewise, or what the model hub's cache knows.
+        overwrite: Replace an earlier adapter of this library.
+        run: What is known of the training, for the card: section -> text, or name -> number or text.
+        tokenizer: With ``save_pretrained`` (also several, in a list); kept with the adapter where tokens were added to the
             base's.
 
     Returns:
         The folder.
 
     Raises:
-        FileExistsError: see `atomic_folder`.
-        ValueError: not a converted model, a disabled adapter, or NaN or infinite values in what was trained.
+        FileExistsError: See `atomic_folder`.
+        ValueError: Not a converted model, a disabled adapter, or NaN or infinite values in what was trained.
     """
     target = Path(folder).expanduser()
     check_target(target, ADAPTER, overwrite=overwrite)
@@ -152,8 +152,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Conversion
         The report of the conversion.
 
     Raises:
-        FileNotFoundError: folder or file missing.
-        ValueError: a damaged, incomplete or foreign file, another base, or a model that is merged or converted
+        FileNotFoundError: Folder or file missing.
+        ValueError: A damaged, incomplete or foreign file, another base, or a model that is merged or converted
             otherwise. The message names file and modules.
     """
     adapter = read_adapter(folder)

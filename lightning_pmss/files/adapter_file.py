@@ -250,9 +250,9 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
     """Read and check an adapter folder; needs no model.
 
     Raises:
-        FileNotFoundError: no folder, or a file of the two is missing.
-        PermissionError: a file must not be read.
-        ValueError: see `load_adapter`.
+        FileNotFoundError: No folder, or a file of the two is missing.
+        PermissionError: A file must not be read.
+        ValueError: See `load_adapter`.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():

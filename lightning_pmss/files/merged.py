@@ -71,20 +71,20 @@ def merge_files(
     ``W' = W + C (s U) R`` is computed from the base's W in float32 (float64 for a float64 base) and rounded once.
 
     Args:
-        base: folder with config.json and safetensors weights, single or sharded, or a safetensors file with a state dict.
-        adapter: folder written by `save_adapter`, or what was read from one.
-        output: folder to write; appears only when it is complete.
-        overwrite: replace an earlier output.
-        max_shard_size: the base's shards are kept as they are unless one is larger than this (``"5GB"``, bytes, or
+        base: Folder with config.json and safetensors weights, single or sharded, or a safetensors file with a state dict.
+        adapter: Folder written by `save_adapter`, or what was read from one.
+        output: Folder to write; appears only when it is complete.
+        overwrite: Replace an earlier output.
+        max_shard_size: The base's shards are kept as they are unless one is larger than this (``"5GB"``, bytes, or
             None for no limit).
-        dtype: dtype of the merged model's floating-point weights (``"float32"``, ...); None keeps the base's.
-        progress: show a progress bar.
-        tokenizer: as for `write_merged`.
+        dtype: Dtype of the merged model's floating-point weights (``"float32"``, ...); None keeps the base's.
+        progress: Show a progress bar.
+        tokenizer: As for `write_merged`.
 
     Raises:
-        FileNotFoundError: base or adapter or one of their files is missing.
-        FileExistsError: see `atomic_folder`.
-        ValueError: another base than the adapter's, a module not found in the base, NaN or infinite results, an
+        FileNotFoundError: Base or adapter or one of their files is missing.
+        FileExistsError: See `atomic_folder`.
+        ValueError: Another base than the adapter's, a module not found in the base, NaN or infinite results, an
             output equal to, inside, or around base or adapter, unreadable files.
     """
     base, output = Path(base).expanduser(), Path(output).expanduser()
@@ -147,16 +147,16 @@ def write_merged(
     be merged or not. A sharded one is gathered on rank 0's CPU: call it on every rank, rank 0 writes.
 
     Args:
-        model: converted by `convert`, the callback or `load_adapter`.
-        folder: written whole or not at all.
-        base: folder of the base, from which tokenizer files and the like are copied; default: where the Hugging Face
+        model: Converted by `convert`, the callback or `load_adapter`.
+        folder: Written whole or not at all.
+        base: Folder of the base, from which tokenizer files and the like are copied; default: where the Hugging Face
             model was loaded from, a folder or a snapshot in the model hub's cache.
-        tokenizer: a tokenizer or processor, or a list of them, written by ``save_pretrained``; go before the base's files.
-        overwrite: replace an earlier output.
+        tokenizer: A tokenizer or processor, or a list of them, written by ``save_pretrained``; go before the base's files.
+        overwrite: Replace an earlier output.
 
     Raises:
-        FileExistsError: see `atomic_folder`.
-        ValueError: no converted layer, NaN or infinite merged weights, or a folder equal to, inside or around `base`.
+        FileExistsError: See `atomic_folder`.
+        ValueError: No converted layer, NaN or infinite merged weights, or a folder equal to, inside or around `base`.
     """
     target = Path(folder).expanduser()
     root, prefix = adapted_root(model)

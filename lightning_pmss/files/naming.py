@@ -117,7 +117,7 @@ def match_names(
         wording: See `Wording`.
 
     Raises:
-        ValueError: nothing fits, or more than one prefix does; another shape; a dtype that is not floating-point.
+        ValueError: Nothing fits, or more than one prefix does; another shape; a dtype that is not floating-point.
     """
     keys = reader.tensors
 

@@ -77,7 +77,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     """The name under which a dtype is compared.
 
     Raises:
-        TypeError: a dtype that no plain weight has (a quantised base must hand in dequantised slices).
+        TypeError: A dtype that no plain weight has (a quantised base must hand in dequantised slices).
     """
     if dtype == torch.float64:
         return "float32"

@@ -248,7 +248,7 @@ class PMSSCore(Adapter):
 
         Args:
             u: ``s U [c, r]``.
-            scale: s.
+            scale: S.
             name: Module name for errors.
 
         Raises:

@@ -23,7 +23,7 @@ def padded(weight: Tensor, update: Triple, rank: int, coordinates: str, scale: f
     Args:
         weight: The pristine W ``[out, in]``.
         update: See `Triple`.
-        rank: k, at least the update's, at most W's smaller side.
+        rank: K, at least the update's, at most W's smaller side.
         coordinates: Of the live layer.
         scale: Of the live layer.
         name: Module name for errors.
