@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from experiments.run import Places, run
 from experiments.study import Spec, Study, identity
+from lightning_pmss.store.disk import atomic_file
 
 RECORDS = Path(__file__).parent / "records"
 
@@ -32,10 +33,8 @@ def write_record(record: dict[str, Any], folder: Path) -> Path:
     """Write a record whole or not at all."""
     spec = record["spec"]
     path = folder / spec["model"] / f"{identity(spec)}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.writing")
-    partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
-    partial.rename(path)
+    with atomic_file(path) as new:
+        new.write_text(json.dumps(record) + "\n", encoding="utf-8")
     return path
 
 

@@ -103,7 +103,7 @@ class LossCurve(L.Callback):
     @rank_zero_only
     def _write(self, path: Path) -> None:
         train, val = self.points()
-        with atomic_file(path) as file:
+        with atomic_file(path) as new, new.open("wb") as file:
             draw(file, train, val, self.smoothing)
         self.path = path
         rank_zero_info(f"Loss curve of {len(train)} steps: {path}")

@@ -14,9 +14,8 @@ A file or folder is written under another name and put in place when it is compl
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +60,7 @@ from lightning_pmss.layers.fingerprint import fingerprint
 from lightning_pmss.layers.indices import index_tensors
 from lightning_pmss.layers.parts import clean_name, clean_state, fill, is_sharded, whole_shape
 from lightning_pmss.store import not_finite, refuse_unreadable
-from lightning_pmss.store.disk import clean_leftovers, relink, remove, replace, sync_tree, temporary_sibling
+from lightning_pmss.store.disk import beside, put, relink, sync_tree
 
 _LOOPS = {
     TrainerFn.FITTING: "fit_loop",
@@ -191,13 +190,14 @@ class CheckpointSeam:
         """Let the strategy write a hidden sibling, on all ranks, and put it in the place of the last checkpoint."""
         folder, first = self._writes_folders(), self.strategy.is_global_zero
 
-        def begin() -> tuple[Path, int | None]:
+        def begin() -> Path:
             if not first:
-                return path, None
+                return path
             refuse_other_folders(path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            clean_leftovers(path)
-            return temporary_sibling(path, folder=folder)
+            new = stack.enter_context(beside(path))
+            if folder:
+                new.mkdir()
+            return new
 
         def put_in_place() -> None:
             if folder:
@@ -205,21 +205,13 @@ class CheckpointSeam:
                 about["files"] = describe_files(writing)
                 (writing / SIDECAR).write_text(json.dumps(about), encoding="utf-8")
                 sync_tree(writing)
-            replace(writing, path)
+            put(writing, path)
 
-        writing, lock = together(self.strategy, begin)
-        try:
-            writing = Path(self.strategy.broadcast(writing))
+        with ExitStack() as stack:
+            writing = Path(self.strategy.broadcast(together(self.strategy, begin)))
             with self._only_trained() if self.engine == "zero" else nullcontext():
                 together(self.strategy, lambda: self._inner["save_checkpoint"](checkpoint, writing, storage_options))
             together(self.strategy, lambda: put_in_place() if first else None)
-        except BaseException:
-            if first:
-                remove(writing)
-            raise
-        finally:
-            if lock is not None:
-                os.close(lock)
 
     def _writes_folders(self) -> bool:
         sharded = getattr(self.strategy, "_state_dict_type", None) == "sharded"  # FSDP1

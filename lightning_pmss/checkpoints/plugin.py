@@ -39,7 +39,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         refuse_other_folders(local)
         try:
             # FSDP and DeepSpeed leave a folder of the same name.
-            with atomic_file(local, over_folder=True) as stream:
+            with atomic_file(local, over_folder=True) as new, new.open("wb") as stream:
                 torch.save(checkpoint, stream)
         except RuntimeError as error:
             if isinstance(error.__context__, OSError):  # torch hides why its stream could not be written

@@ -106,8 +106,8 @@ def run(parser: argparse.ArgumentParser, args: Sequence[str]) -> None:
         record["remedies"] = [vars(remedy) for remedy in found or ()]
     text = json.dumps(record, indent=2)
     if given.output is not None:
-        with atomic_file(given.output) as file:
-            file.write(f"{text}\n".encode())
+        with atomic_file(given.output) as new:
+            new.write_bytes(f"{text}\n".encode())
     print(text if given.json else table(result, given.gpu, found))
 
 

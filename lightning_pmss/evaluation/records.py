@@ -159,5 +159,5 @@ def write_json(value: Any, path: Path) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    with atomic_file(path) as file:
-        file.write(text.encode())
+    with atomic_file(path) as new:
+        new.write_bytes(text.encode())

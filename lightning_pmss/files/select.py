@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from lightning_pmss.files.adapter_file import library_versions
 from lightning_pmss.files.architecture import Target, find_matrices, model_on_meta
-from lightning_pmss.files.pieces import Pieces, file_states
+from lightning_pmss.files.pieces import Pieces, file_state, keeping
 from lightning_pmss.files.process_memory import peak_memory
 from lightning_pmss.files.select_report import SelectedLayer, SelectReport
 from lightning_pmss.files.skeleton_file import refuse_others
@@ -34,7 +34,7 @@ from lightning_pmss.methods.pmss.number_range import why_out_of_range
 from lightning_pmss.methods.pmss.selection import projection_residual, select_skeleton
 from lightning_pmss.methods.pmss.skeleton import FORMAT_VERSION, METADATA
 from lightning_pmss.store import describe_tensors
-from lightning_pmss.store.disk import atomic_path
+from lightning_pmss.store.disk import atomic_file
 from lightning_pmss.store.shards import ShardReader, ShardWriter, TensorInfo, few, open_shards
 
 # What is done to one matrix. The patterns that choose the matrices are apart: changing them keeps what is finished.
@@ -80,13 +80,11 @@ def select_files(
         net = model_on_meta(folder, architecture)
         targets, left_out = find_matrices(net, config, reader)
     options = {name: getattr(config, name) for name in PER_MATRIX}
-    states = file_states(folder, sorted({reader.tensors[target.key].file for target in targets}))
-    with Pieces(target_file, options, states, overwrite=overwrite) as pieces:
+    with keeping(target_file, options, overwrite=overwrite) as pieces:
         count = max(1, min(workers or _cores(), len(targets)))
         with one_thread(), ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            _check_base(pieces, reader, targets, partial(_each, pool, progress), overwrite)
             finished = [target for target in targets if _is_finished(pieces, target)]
-            if not pieces.base_unchanged:
-                finished = _check_base(pieces, reader, finished, partial(_each, pool, progress), overwrite)
             todo = [target for target in targets if target not in finished]
             begun = time.perf_counter()
             work = partial(_select, reader=reader, config=config, pieces=pieces)
@@ -102,7 +100,6 @@ def select_files(
         }
         _refuse_output(target_file, overwrite)
         layers = _write(target_file, targets, pieces, about)
-        pieces.remove()
     return SelectReport(
         output=str(target_file),
         architecture=type(net).__name__,
@@ -180,13 +177,13 @@ def _select(target: Target, reader: ShardReader, config: PMSSConfig, pieces: Pie
         raise ValueError(f"`{target.name}` {reason}")
     tensors = {"rows": rows.to(torch.int32), "cols": cols.to(torch.int32)}
     tensors |= {part: value for part, value in frame._asdict().items() if value is not None}
-    about = {
+    layer = {
         "shape": list(target.shape),
         "fingerprint": fingerprint(rows_of_w, columns_of_w),
         "residual": projection_residual(weight, cols),
         "tensors": describe_tensors(tensors),
     }
-    pieces.save(target.name, tensors, {"rank": target.rank, "layer": about})
+    pieces.save(target.name, tensors, target.rank, _source(target, reader), layer)
 
 
 def _read(target: Target, reader: ShardReader) -> Tensor:
@@ -196,38 +193,43 @@ def _read(target: Target, reader: ShardReader) -> Tensor:
     return weight.T if target.transposed else weight
 
 
+def _source(target: Target, reader: ShardReader) -> list[int]:
+    return file_state(reader.folder / reader.tensors[target.key].file)
+
+
 def _is_finished(pieces: Pieces, target: Target) -> bool:
-    about = pieces.about(target.name)
-    return about is not None and about.rank == target.rank and tuple(about.layer.shape) == target.shape
+    piece = pieces.found.get(target.name)
+    return piece is not None and piece.rank == target.rank and tuple(piece.layer.shape) == target.shape
 
 
 def _check_base(
     pieces: Pieces,
     reader: ShardReader,
-    finished: list[Target],
+    targets: Sequence[Target],
     each: Callable[[Callable[[Target], bool], Sequence[Target], str], Iterator[tuple[Target, bool]]],
     overwrite: bool,
-) -> list[Target]:
-    """The base's files changed in size or time: go on only if the weights are still those of the finished pieces."""
+) -> None:
+    """Where a file of the base changed in size or time, go on only if its weights are those of the finished pieces."""
 
     def same(target: Target) -> bool:
-        about = pieces.about(target.name)
-        stored = pieces.load(target.name)
+        layer, stored = pieces.load(target.name)
         weight = _read(target, reader)
-        rows, cols = stored["rows"].long(), stored["cols"].long()
-        return about is not None and same_base(about.layer.fingerprint.model_dump(), weight[rows], weight[:, cols])
+        return same_base(
+            layer.fingerprint.model_dump(), weight[stored["rows"].long()], weight[:, stored["cols"].long()]
+        )
 
-    strangers = [target.name for target, fits in each(same, finished, "checking what is finished") if not fits]
+    finished = [target for target in targets if _is_finished(pieces, target)]
+    suspects = [target for target in finished if pieces.found[target.name].source != _source(target, reader)]
+    if not suspects:
+        return
+    strangers = [target.name for target, fits in each(same, suspects, "checking what is finished") if not fits]
     if strangers and not overwrite:
         raise ValueError(
             f"{pieces.folder} holds an unfinished selection from another base: {few(strangers)} in {reader.folder} are not "
             "the weights it was made from. Start anew with --overwrite, or give another --output."
         )
-    if strangers or not finished:
-        pieces.start_anew()
-        return []
-    pieces.write_identity()
-    return finished
+    if strangers:  # the others may differ outside of the rows and columns that were compared
+        pieces.forget([target.name for target in suspects])
 
 
 def _write(output: Path, targets: Sequence[Target], pieces: Pieces, about: dict[str, Any]) -> list[SelectedLayer]:
@@ -236,20 +238,17 @@ def _write(output: Path, targets: Sequence[Target], pieces: Pieces, about: dict[
     layers: list[SelectedLayer] = []
     modules: dict[str, Any] = {}
     for target in targets:
-        stored, piece = pieces.infos(target.name), pieces.about(target.name)
-        assert piece is not None  # else its tensors would have been refused
-        assert piece.layer.residual is not None  # `_select` writes one
-        modules[target.name] = piece.layer.model_dump()
-        infos += [TensorInfo(f"{target.name}.{i.key}", i.dtype, i.shape, target.name) for i in stored]
-        layers.append(
-            SelectedLayer(target.name, target.shape, target.rank, target.requested_rank, piece.layer.residual)
-        )
+        layer, stored = pieces.load(target.name)
+        assert layer.residual is not None  # `_select` writes one
+        modules[target.name] = layer.model_dump()
+        infos += [TensorInfo(f"{target.name}.{k}", v.dtype, tuple(v.shape), target.name) for k, v in stored.items()]
+        layers.append(SelectedLayer(target.name, target.shape, target.rank, target.requested_rank, layer.residual))
     about = {METADATA: json.dumps({**about, "modules": modules})}
-    with atomic_path(output) as temporary, ShardWriter(temporary, infos, about) as writer:
+    with atomic_file(output) as temporary, ShardWriter(temporary, infos, about) as writer:
         held: tuple[str, dict[str, Tensor]] = ("", {})
         for info in writer.plan:
             if held[0] != info.file:
-                held = (info.file, pieces.load(info.file))
+                held = (info.file, pieces.load(info.file)[1])
             writer.write(info.key, held[1][info.key.removeprefix(f"{info.file}.")])
     return layers
 

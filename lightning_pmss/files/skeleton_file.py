@@ -14,7 +14,7 @@ from lightning_pmss.layers.fingerprint import fingerprint
 from lightning_pmss.methods.pmss.layer import PMSSLinear
 from lightning_pmss.methods.pmss.skeleton import FORMAT_VERSION, METADATA
 from lightning_pmss.store import describe_tensors, open_tensors
-from lightning_pmss.store.disk import atomic_path
+from lightning_pmss.store.disk import atomic_file
 from lightning_pmss.store.shards import save_tensors
 
 
@@ -57,7 +57,7 @@ def save_skeleton(model: nn.Module, file: str | os.PathLike[str]) -> Path:
         "base": None,
         "modules": modules,
     }
-    with atomic_path(target) as temporary:
+    with atomic_file(target) as temporary:
         save_tensors(tensors, temporary, {METADATA: json.dumps(about)})
     return target
 

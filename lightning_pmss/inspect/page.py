@@ -83,8 +83,8 @@ def write_report(
             sections=sections,
         )
     )
-    with atomic_file(target) as file:
-        file.write(page.encode())
+    with atomic_file(target) as new:
+        new.write_bytes(page.encode())
     return target
 
 

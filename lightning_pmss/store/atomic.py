@@ -1,7 +1,7 @@
 """Write a whole folder or nothing, and replace or remove only folders of ours.
 
-A folder is written into a hidden sibling, flushed to the disk and put in place by a rename (`lightning_pmss.store.disk`), so at
-every moment the target is either the complete old folder or the complete new one. `kinds` defines the replaceable files.
+A folder is written beside its place, flushed to the disk and put there by a rename (`lightning_pmss.store.disk`). `kinds`
+defines the replaceable files.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
-from lightning_pmss.store.disk import clean_leftovers, explain_full_disk, remove, replace, sync_tree, temporary_sibling
+from lightning_pmss.store.disk import beside, put, sync_tree
 from lightning_pmss.store.kinds import KINDS, FolderKind, entries, is_litter
 from lightning_pmss.store.shards import few
 
@@ -30,26 +29,14 @@ def atomic_folder(path: str | os.PathLike[str], kind: FolderKind, *, overwrite: 
         FileExistsError: See `check_target`.
     """
     target = Path(path).expanduser().resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    clean_leftovers(target)
-    check_target(target, kind, overwrite=overwrite)
-    temporary, lock = temporary_sibling(target, folder=True)
-    try:
-        try:
-            yield temporary
-            _share(temporary)
-            sync_tree(temporary)
-            check_target(target, kind, overwrite=overwrite)  # again: minutes or hours may have passed
-        except BaseException:
-            remove(temporary)
-            raise
-        replace(temporary, target, discard=partial(remove_folder, kind=kind))
-    except OSError as error:
-        explain_full_disk(error, target)
-        raise
-    finally:
-        if lock is not None:
-            os.close(lock)
+    with beside(target) as new:  # which restores what a killed run has moved aside
+        check_target(target, kind, overwrite=overwrite)
+        new.mkdir()
+        yield new
+        _share(new)
+        sync_tree(new)
+        check_target(target, kind, overwrite=overwrite)  # again: minutes or hours may have passed
+        put(new, target)
 
 
 def check_target(path: str | os.PathLike[str], kind: FolderKind, *, overwrite: bool) -> None:

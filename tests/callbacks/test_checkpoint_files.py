@@ -66,7 +66,7 @@ def test_last_checkpoint_is_renamed_into_place_and_never_written(tmp_path: Path)
     assert done.returncode == 0, done.stderr[-3000:]
     touched = json.loads(done.stdout.splitlines()[-1])
     folders = [tmp_path / name for name in ("default", "default", "async", "async")]  # two epochs each
-    assert [(how, Path(source).parent, *rest) for how, source, *rest in touched] == [
+    assert [(how, Path(source).parents[1], *rest) for how, source, *rest in touched] == [
         ("renamed", f, True) for f in folders
     ]
     for folder in folders:
@@ -107,7 +107,7 @@ def test_a_folder_of_shards_stays_until_the_one_file_is_complete(tmp_path: Path)
             inner = seam._inner["save_checkpoint"]
 
             def save(checkpoint: Any, path: Path, options: Any) -> None:
-                seen.append((last.is_dir(), path.parent, path == last))
+                seen.append((last.is_dir(), path.parents[1], path == last))
                 inner(checkpoint, path, options)
 
             seam._inner["save_checkpoint"] = save
@@ -137,6 +137,22 @@ def test_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytes
     assert "Nothing was changed at" in caught.value.__notes__[0]
     assert not [p for p in (tmp_path / "saved").iterdir() if p.name.startswith(".")]
     assert torch.load(tmp_path / "saved" / "last.ckpt")["epoch"] == 0
+
+
+def test_resuming_brings_back_a_checkpoint_that_a_kill_left_between_two_renames(tmp_path: Path) -> None:
+    """As a folder of shards may lie; a file is used here because one process writes no shards."""
+    last = tmp_path / "saved" / "last.ckpt"
+    fit(tmp_path, ModelCheckpoint(last.parent, save_last=True), max_epochs=1)
+    aside = last.with_name(".last.ckpt.pmss-tmp-0123456789ab") / "old"
+    aside.parent.mkdir()
+    last.rename(aside)
+    module = Toy()
+    callback = PMSSCallback(rank=4, output_dir=tmp_path / "out", merge_on_save=None)
+    saver = ModelCheckpoint(last.parent, save_last=True)
+    trainer(tmp_path, callback, saver, max_epochs=2).fit(module, plain_loader(), ckpt_path=str(last))
+    assert len(module.losses) == 6  # of the second epoch alone
+    assert torch.load(last)["epoch"] == 1
+    assert not list(last.parent.glob(".*"))
 
 
 class Broken(dict[str, Any]):
