@@ -7,6 +7,7 @@ Fine-tunes the model of any LightningModule by PMSS (arXiv 2409.16722).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ class PMSSCallback(AdapterCallback):
 
     def __init__(
         self,
+        target_modules: str | Sequence[str] = "all-linear",  # the one option that may be given without its name
         *,
         output_dir: str | Path | None = None,
         merge_on_save: str | None = "end",
@@ -42,5 +44,5 @@ class PMSSCallback(AdapterCallback):
         log_u_norm: bool = False,
         **options: Any,
     ) -> None:
-        config = PMSSConfig(**options)
+        config = PMSSConfig(target_modules=target_modules, **options)
         super().__init__(config, output_dir, merge_on_save, on_nonfinite, log_throughput, log_u_norm)

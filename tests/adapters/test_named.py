@@ -201,7 +201,7 @@ def test_other_bases_are_refused_before_anything_is_touched(fresh: Fresh, save: 
     places = {name: read_adapter(f).modules["transformer.h.1.mlp.c_fc"] for name, f in (("a", first), ("b", second))}
     # The changed weight lies in b's skeleton only.
     row = next(int(r) for r in places["b"].update.rows if r not in places["a"].update.rows)
-    col = next(c for c in range(24) if c not in places["a"].cols)
+    col = next(c for c in range(24) if c not in places["a"].update.cols)
     layer.weight.data[col, row] *= 1.01  # Conv1D: stored [in, out]
     with pytest.raises(ValueError, match=r"b belongs to another base: the weights of transformer.h.1.mlp.c_fc in"):
         load_adapters(model, {"a": first, "b": second})
