@@ -223,7 +223,7 @@ def test_a_folder_of_others_is_left_alone(tiny_llama: str, output: Path, partial
 def test_unfinished_work_that_claims_files_of_others(
     tiny_llama: str, output: Path, partial: Path, interrupt: Callable[..., None], kind: str
 ) -> None:
-    """selection.json says that the folder is ours; what else lies in it is known by its name and content."""
+    """Finished matrices lie in the folder; their files are recognised by name and content, and all else is refused."""
     interrupt(tiny_llama, 4)
     mine = output.parent / "mine"
     save_file({"w": torch.ones(2)}, mine)
