@@ -149,6 +149,8 @@ class AdaptedLinear(IndexTensors, MergedLayer):
 
     def rederive(self, name: str = "") -> None:
         """Compute the frozen tensors anew after the weight or the indices were replaced; what is trained is left as it is."""
+        if not (self.index_names or self.core.frozen()):  # nothing is derived from W: do not gather or dequantise it
+            return
         with whole_weight(self, self.stored_weight) as stored:
             weight = stored.T if self.transposed else stored
             given = {n: index.to(weight.device) for n, index in self.indices().items()}
@@ -217,7 +219,7 @@ class AdaptedLinear(IndexTensors, MergedLayer):
 
     def adapter_key(self, key: str) -> bool:
         """Index tensors, and what the `Adapter` owns."""
-        return key in self.index_names or key.startswith("core.")
+        return key in self.index_names or key.startswith(trained_key(""))
 
     def reset_parameters(self) -> None:
         """Called by engines once a layer that was made on the meta device has memory: the base's own, where it has one."""

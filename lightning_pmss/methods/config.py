@@ -7,10 +7,13 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cache
 from typing import Any, ClassVar, Self, get_type_hints
 
+import torch
 from pydantic import Field, create_model
 
 from lightning_pmss.messages import some
 from lightning_pmss.store import Record, checked
+
+_NUMBERS = torch.finfo(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,21 @@ class AdapterConfig:
         for where, rank in (("rank", self.rank), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())):
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise ValueError(f"{where}={rank!r} is not a rank; type a whole number of at least 1.")
+
+    @staticmethod
+    def check_factor(name: str, value: Any) -> None:
+        """Refuse a factor of the update with which the trained numbers of an adapter leave the range of float32.
+
+        Raises:
+            ValueError: It is no number, zero, not finite, or too small.
+        """
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{name}={value!r} is no number.")
+        if not _NUMBERS.tiny <= abs(value) <= _NUMBERS.max:
+            raise ValueError(
+                f"{name}={value!r} must be finite and not zero, else the update can never change the layer; its size is held"
+                f" in float32, from {_NUMBERS.tiny:.3g} to {_NUMBERS.max:.3g}."
+            )
 
     def scale_of(self, rank: int) -> float:
         """The factor of the update of a layer with this rank."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,8 +41,7 @@ class LoRAConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not math.isfinite(self.alpha) or self.alpha == 0:
-            raise ValueError(f"alpha={self.alpha!r} must be finite and not zero, else B can never change the layer.")
+        self.check_factor("alpha", self.alpha)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r} must lie in [0, 1).")
 
@@ -115,7 +113,14 @@ class LoRA(Method[LoRAConfig]):
 
     def numbers(self, update: LoRAUpdate, frozen: Mapping[str, Tensor], scale: float, name: str) -> dict[str, Tensor]:
         """A as it is, B divided by the scale."""
-        return {"A": update.A.clone(), "B": update.B / scale}
+        b = update.B / scale
+        if not bool(b.isfinite().all()):
+            kind = str(b.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"`{name}`: with scale {scale:.3g} its update needs trained numbers that {kind} cannot hold. Load it with an"
+                " alpha near its rank."
+            )
+        return {"A": update.A.clone(), "B": b}
 
     def fitted(self, weight: Tensor, update: LoRAUpdate, rank: int, scale: float, name: str) -> dict[str, Tensor]:
         """Filled up with zeros, which get no gradient: the update keeps its own rank."""

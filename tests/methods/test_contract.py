@@ -60,7 +60,7 @@ def train(model: nn.Module, seed: int = 1, size: float = 0.3) -> nn.Module:
     """Give each layer an update of about ``size`` times its weight."""
     generator = torch.Generator().manual_seed(seed)
     for layer in adapted_layers(model).values():
-        for name, tensor in layer.core.trained().items():
+        for tensor in layer.core.trained().values():
             with torch.no_grad():
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) / math.sqrt(tensor.shape[-1]))
                 for _ in range(60):
@@ -68,7 +68,6 @@ def train(model: nn.Module, seed: int = 1, size: float = 0.3) -> nn.Module:
                     if size / 2 < norm < 2 * size or not bool(norm):
                         break
                     tensor.mul_(1.3 if norm < size else 0.7)
-            assert name
         assert delta(layer).norm() > 1e-3
     return model
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from lightning_pmss import AdapterCallback, LoRAConfig, convert, load_adapter
+from lightning_pmss import AdapterCallback, LoRAConfig, convert, load_adapter, save_adapter
 from lightning_pmss.cli.tools import run_tool
 from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.files.lora_import import import_files
@@ -98,6 +98,36 @@ def test_a_folder_of_peft_becomes_ours(tiny_llama: str, tmp_path: Path, rslora: 
     load_adapter(loaded, tmp_path / "ours")
     ids = torch.arange(12)[None]
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0, 1e-45, float("inf"), float("nan"), 1e39, True, "16"])
+def test_an_alpha_with_which_nothing_can_be_trained(alpha: Any) -> None:
+    with pytest.raises(ValueError, match="alpha=.* (must be finite and not zero|is no number)"):
+        LoRAConfig(alpha=alpha)
+
+
+def test_an_update_that_the_trained_numbers_cannot_hold_is_refused_before_anything_is_touched(tmp_path: Path) -> None:
+    def plain() -> torch.nn.Sequential:
+        return torch.nn.Sequential(torch.nn.Linear(4, 4))
+
+    model = plain()
+    convert(model, LoRAConfig(target_modules=["0"], rank=2))
+    torch.nn.init.normal_(adapted_layers(model)["0"].core.B)  # type: ignore[arg-type]
+    save_adapter(model, tmp_path / "adapter")
+    other = plain()
+    convert(other, LoRAConfig(target_modules=["0"], rank=2, alpha=2e-38))
+    with pytest.raises(
+        ValueError, match="`0`: with scale 1e-38 its update needs trained numbers that float32 cannot hold"
+    ):
+        load_adapter(other, tmp_path / "adapter")
+    assert not adapted_layers(other)["0"].core.B.any()  # type: ignore[operator, union-attr]
+
+
+def test_loading_weights_derives_nothing_where_the_method_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    convert(model, LoRAConfig(target_modules=["0"], rank=2))
+    monkeypatch.setattr("lightning_pmss.layers.adapted.whole_weight", None)  # gathering would call it
+    model.load_state_dict(model.state_dict())
 
 
 def test_refusals(tiny_llama: str, tmp_path: Path) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.methods.documentation import inherit_options
 from lightning_pmss.methods.pmss.coordinates import COORDINATES
@@ -14,7 +12,6 @@ from lightning_pmss.methods.pmss.selection import ROW_MODES, SELECTORS
 
 EDITS = ("auto", "input", "output", "weight")
 MEMORY_MODES = ("keep", "regather")
-_NUMBERS = torch.finfo(torch.float32)
 # The rank at which scale="auto" is 1. Adam moves each entry of V by the learning rate, so the update grows with the rank.
 REFERENCE_RANK = 64
 
@@ -83,11 +80,8 @@ class PMSSConfig(AdapterConfig):
             raise ValueError(f"oversample={self.oversample!r} must be a whole number of at least 0.")
         if isinstance(self.scale, (str, bool)) and self.scale != "auto":
             raise ValueError(f"scale={self.scale!r} is not known; type 'auto' or a number.")
-        if not isinstance(self.scale, str) and not _NUMBERS.tiny <= abs(self.scale) <= _NUMBERS.max:
-            raise ValueError(
-                f"scale={self.scale!r} must be finite and not zero, else U can never change the layer; its size is held in"
-                f" float32, from {_NUMBERS.tiny:.3g} to {_NUMBERS.max:.3g}."
-            )
+        if not isinstance(self.scale, str):
+            self.check_factor("scale", self.scale)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r} must lie in [0, 1).")
 
