@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, NoReturn
 
 import lightning as L
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 # Imported so that their classes can be named without their module: `--data GSM8KDataModule`.
 import lightning_pmss.datamodules
@@ -152,12 +153,22 @@ class PMSSCLI(LightningCLI):
         return trainer
 
 
+_SHARED = ("target_modules", "exclude_modules", "also_train", "root")  # which layers are meant, whatever the method
+
+
 def _with_method(callback: L.Callback, config: AdapterConfig) -> L.Callback:
     """The callback of ``--pmss.*`` with another method; others as they are."""
     if not isinstance(callback, PMSSCallback):
         return callback
+    default, own = PMSSConfig(), callback.config
+    if unused := [
+        f.name for f in fields(own) if f.name not in _SHARED and getattr(own, f.name) != getattr(default, f.name)
+    ]:
+        rank_zero_info(
+            f"{config.label()} takes the place of PMSS: {', '.join(f'--pmss.{n}' for n in unused)} are not used."
+        )
     usual, meant = type(config)(), {}
-    for name in ("target_modules", "exclude_modules", "also_train", "root"):
+    for name in _SHARED:
         if getattr(config, name) == getattr(usual, name):
             meant[name] = getattr(callback.config, name)
     return AdapterCallback(

@@ -116,7 +116,7 @@ def test_fit_trains_u_and_writes_results(tiny_llama: str, tmp_path: Path) -> Non
     assert load_file(output / "model.safetensors")["model.embed_tokens.weight"].dtype == torch.bfloat16
 
 
-def test_another_method_in_the_place_of_pmss(tiny_llama: str, tmp_path: Path) -> None:
+def test_another_method_in_the_place_of_pmss(tiny_llama: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     from lightning_pmss.files import read_adapter
 
     more = [
@@ -126,7 +126,9 @@ def test_another_method_in_the_place_of_pmss(tiny_llama: str, tmp_path: Path) ->
         "--adapter.alpha=8",
         "--pmss.target_modules=[q_proj, v_proj]",
     ]
-    main(["fit", *small(tiny_llama, tmp_path, *more)])
+    with caplog.at_level("INFO"):
+        main(["fit", *small(tiny_llama, tmp_path, *more)])
+    assert "LoRA takes the place of PMSS: --pmss.rank are not used." in caplog.text
     run = tmp_path / "runs" / "quickstart" / "version_0"
     adapter = read_adapter(run / "adapter")
     assert (adapter.options.method, adapter.options.rank) == ("lora", 4)
