@@ -15,6 +15,8 @@ import pytest
 if TYPE_CHECKING:
     from _pytest.terminal import TerminalReporter
 
+REPOSITORY = Path(__file__).resolve().parent.parent
+
 # `huggingface_hub` and `datasets` read these once, at import, so they are set before any test module is collected.
 _CACHE = tempfile.TemporaryDirectory(prefix="pmss-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -23,11 +25,13 @@ os.environ["HF_DATASETS_CACHE"] = str(Path(_CACHE.name) / "datasets")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it at import; several tests run at a time
 
+# DeepSpeed compiles an operation here. A folder for each process that runs tests: `tests.distributed.launch` says why.
+_EXTENSIONS = REPOSITORY / ".pytest_cache" / "torch_extensions" / os.environ.get("PYTEST_XDIST_WORKER", "main")
+os.environ["TORCH_EXTENSIONS_DIR"] = str(_EXTENSIONS)
+
 # A shell starts background jobs with Ctrl-C ignored, which the processes of the tests would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 # Sentences that the byte-level tokenizer of the tests learns its few merges from.
 _CORPUS = [

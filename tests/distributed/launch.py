@@ -55,6 +55,8 @@ def start_and_wait(arguments: Sequence[str | Path], timeout: float) -> tuple[lis
     """
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_network_port()), "WORLD_SIZE": "2"}
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"} | shared
+    for lock in Path(os.environ["TORCH_EXTENSIONS_DIR"]).glob("*/lock"):
+        lock.unlink()  # torch waits for it for ever, and a rank that was killed while it compiled or loaded has left it behind
     until = time.monotonic() + timeout
     with contextlib.ExitStack() as stack:
         programs = []
