@@ -1,7 +1,7 @@
 """Several adapters on one base, by name: the base is in memory once, and switching copies small tensors.
 
-Switching changes no shape and no object, so a compiled model is not compiled again. What each named adapter costs is its V and
-the factors of its coordinates, three ``r x r`` tensors per layer, and its copies of the modules trained in full.
+Switching changes no shape and no object, so a compiled model is not compiled again. Each named adapter takes the memory of
+its V and the factors of its coordinates (three ``r x r`` tensors per layer), and of its copies of modules trained in full.
 """
 
 from lightning_pmss.named.combining import Combination, combine_adapters

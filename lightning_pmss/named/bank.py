@@ -1,4 +1,4 @@
-"""The named adapters of a model: which there are, which one is live, and how one takes another's place."""
+"""Storage of a model's named adapters, and copying between the storage and the live layers."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _ATTRIBUTE = "pmss_adapters"
 
 @dataclass
 class NamedAdapter:
-    """One adapter.
+    """Tensors of one named adapter.
 
     Attributes:
-        layers: Of each layer it has, the trained, frozen and index tensors, in the rank of the live layer.
-        extra: The tensors of the modules it trains in full.
-        fresh: Those that it was trained beside and that no file of the base holds.
+        layers: Trained, frozen and index tensors of each layer that the adapter has, at the rank of the live layer.
+        extra: Tensors of the modules that it trains in full.
+        fresh: Freshly initialised tensors that it was trained with; no file of the base contains them.
     """
 
     layers: dict[str, dict[str, Tensor]]
@@ -37,12 +37,12 @@ class NamedAdapter:
 
 @dataclass
 class Bank:
-    """All of them.
+    """All named adapters of a model.
 
     Attributes:
-        adapters: By name.
-        base: What the modules trained in full were before.
-        active: The name of the live one.
+        adapters: The adapters by name.
+        base: The base's values in the modules trained in full.
+        active: The name of the live adapter.
     """
 
     adapters: dict[str, NamedAdapter]
@@ -51,24 +51,24 @@ class Bank:
 
 
 def attach(model: nn.Module, bank: Bank) -> None:
-    """Keep the bank with the model."""
+    """Store the bank as an attribute of the model."""
     setattr(adapted_root(model)[0], _ATTRIBUTE, bank)
 
 
 def find_bank(model: nn.Module) -> Bank | None:
-    """The model's bank, if it has one."""
+    """Return the model's bank, or None."""
     found: Bank | None = getattr(adapted_root(model)[0], _ATTRIBUTE, None)
     return found
 
 
 def bank_of(model: nn.Module) -> Bank:
-    """The model's bank.
+    """Return the model's bank.
 
     Raises:
-        ValueError: It has none, or is sharded.
+        ValueError: The model has no bank, or is sharded.
     """
     if is_sharded(model):
-        raise ValueError("a sharded model holds one adapter; several are for one device or DDP.")
+        raise ValueError("a sharded model can have only one adapter; use one device or DDP for several.")
     if (bank := find_bank(model)) is None:
         raise ValueError(
             f"{type(model).__name__} has no named adapters: load_adapters(model, {{'name': folder, ...}}) comes first."
@@ -78,10 +78,10 @@ def bank_of(model: nn.Module) -> Bank:
 
 @torch.no_grad()
 def take(model: nn.Module, bank: Bank) -> None:
-    """Keep the live values under the active adapter's name: they may have been trained."""
+    """Copy the live values, which may have been trained, into the active adapter."""
     active = bank.adapters[bank.active]
     for name, layer in adapted_layers(model).items():
-        if name in active.layers or has_update(layer):  # else a layer that this adapter does not have
+        if name in active.layers or has_update(layer):  # else the adapter does not have this layer
             active.layers[name] = {n: t.detach().clone() for n, t in layer.tensors().items()}
     live = places(model)
     for key, value in bank.base.items():
@@ -91,7 +91,7 @@ def take(model: nn.Module, bank: Bank) -> None:
 
 @torch.no_grad()
 def put(model: nn.Module, bank: Bank, name: str) -> None:
-    """Copy an adapter into the live layers and modules."""
+    """Copy an adapter into the live layers and modules, and make it the active one."""
     adapter = bank.adapters[name]
     for layer_name, layer in adapted_layers(model).items():
         state = adapter.layers.get(layer_name)
@@ -103,19 +103,19 @@ def put(model: nn.Module, bank: Bank, name: str) -> None:
                 index.copy_(state[index_name])
             layer.core.set_frozen(state)
             layer.set_numbers(state)
-        layer.fingerprint = None  # of other rows and columns; taken anew where it is needed
+        layer.fingerprint = None  # computed again, from the new rows and columns, where it is needed
     fill(places(model), bank.base | adapter.extra)
     fill_fresh(model, adapter.fresh)
     bank.active = name
 
 
 def has_update(layer: AdaptedLinear) -> bool:
-    """Whether every number of the layer's update is there: one factor that is zero makes it nothing."""
+    """Whether the layer's update can be nonzero: no factor is zero throughout."""
     return all(bool(value.any()) for value in layer.update().numbers().values())
 
 
 def places(model: nn.Module) -> dict[str, Tensor]:
-    """The live tensors of the modules trained in full."""
+    """Return the live tensors of the modules trained in full."""
     report = conversion_of(model)
     assert report is not None
     return tensors_of(report.also_train, canonical_modules(model))
@@ -131,28 +131,28 @@ def fill(places: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def fill_fresh(model: nn.Module, fresh: Mapping[str, FreshTensor], at: str | None = None) -> None:
-    """Copy what an adapter was trained beside into the model; the base has nothing of it, so it stays until another comes.
+    """Copy an adapter's fresh tensors into the model.
 
-    at: See `fresh_tensors`.
+    The base has no values for them, so they stay until another adapter's replace them. See `fresh_tensors` for ``at``.
     """
     for key, place in new_rows(live_tensors(model, fresh, at), fresh).items():
         place.copy_(fresh[key].value)
 
 
 def different(one: Mapping[str, FreshTensor], other: Mapping[str, FreshTensor]) -> list[str]:
-    """Names of what two adapters were trained beside with different values."""
+    """Return the names of the fresh tensors that differ between two adapters."""
     both = one.keys() | other.keys()
     return [n for n in sorted(both) if n not in one or n not in other or not torch.equal(one[n].value, other[n].value)]
 
 
 def refuse_unknown(bank: Bank, name: str) -> None:
-    """Name what there is."""
+    """Refuse a name that no adapter has; list the names in use."""
     if name not in bank.adapters:
         raise ValueError(f"no adapter is called {name!r}; there are {some(list(bank.adapters))}.")
 
 
 def refuse_used(bank: Bank, name: str) -> None:
-    """A name is given once."""
+    """Refuse a name that an adapter already has."""
     if name in bank.adapters:
         raise ValueError(
             f"an adapter is called {name!r} already; delete_adapter(model, {name!r}) or take another name."
@@ -160,6 +160,6 @@ def refuse_used(bank: Bank, name: str) -> None:
 
 
 def refuse_merged(model: nn.Module) -> None:
-    """A merged weight holds one adapter."""
+    """Refuse a merged model: its weights contain one adapter."""
     if any(layer.merged for layer in adapted_layers(model).values()):
         raise ValueError("the model is merged: unmerge(model) first.")

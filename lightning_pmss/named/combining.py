@@ -1,4 +1,4 @@
-"""The weighted sum of named adapters as an adapter of its own."""
+"""Combine named adapters: their weighted sum becomes a new adapter."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lightning_pmss.named.bank import NamedAdapter, bank_of, different, refuse_u
 
 @dataclass(frozen=True)
 class Combination:
-    """What `combine_adapters` did; ``print`` it.
+    """Report of `combine_adapters`, to ``print``.
 
     Attributes:
-        name: Of the new adapter.
-        weights: Of the adapters in it.
-        agreeing: Layers where all have the same rows and columns, so that their U's were added.
-        joined: Layers where they differ, with the rank of the union that holds the sum exactly.
+        name: Name of the new adapter.
+        weights: Factors of the adapters in the sum.
+        agreeing: Layers where all adapters have the same rows and columns, so that their U's were added.
+        joined: Layers where they differ, with the rank of the union, which represents the sum exactly.
     """
 
     name: str
@@ -33,8 +33,8 @@ class Combination:
     joined: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        told = " + ".join(f"{weight:g} {name}" for name, weight in self.weights.items())
-        text = f"{self.name} = {told}: {len(self.agreeing)} layers with the same rows and columns, U added"
+        terms = " + ".join(f"{weight:g} {name}" for name, weight in self.weights.items())
+        text = f"{self.name} = {terms}: {len(self.agreeing)} layers with the same rows and columns, U added"
         if self.joined:
             text += f"; {len(self.joined)} with others, joined to rank {max(self.joined.values())} at most"
         return text
@@ -42,19 +42,20 @@ class Combination:
 
 @torch.no_grad()
 def combine_adapters(model: nn.Module, name: str, weights: Mapping[str, float]) -> Combination:
-    """Make a new adapter whose update is the weighted sum of others', exactly.
+    """Make a new adapter whose update is exactly the weighted sum of other adapters' updates.
 
-    Where their rows and columns agree, U's add. Where they differ, the sum lives on the union of them, whose rank is up to the
-    sum of theirs and must fit the converted layers: `load_adapters` has ``rank=`` to make room. The new adapter is not active.
+    The U's are added where rows and columns agree. Where they differ, the sum has the union of them, whose rank can be the
+    sum of the ranks and must fit the converted layers (``rank=`` of `load_adapters` makes them larger). The new adapter is not
+    made active.
 
     Args:
-        model: Of `load_adapters`.
-        name: Of the new adapter.
-        weights: Factor of each adapter; any numbers, negative ones too.
+        model: Converted by `load_adapters`.
+        name: Name of the new adapter.
+        weights: Factor of each adapter, by name; negative ones are allowed.
 
     Raises:
         ValueError: A name in use or unknown, no weights or weights that are not finite, modules trained in full, which have no
-            meaningful sum, or no room for the union.
+            meaningful sum, or a union whose rank is too large.
     """
     bank = bank_of(model)
     refuse_used(bank, name)
@@ -70,7 +71,7 @@ def combine_adapters(model: nn.Module, name: str, weights: Mapping[str, float]) 
     for part in others:
         if differ := different(bank.adapters[first].fresh, bank.adapters[part].fresh):
             raise ValueError(
-                f"{first!r} and {part!r} were trained beside other values of {some(differ)}: no sum serves both."
+                f"{first!r} and {part!r} were trained with different values of {some(differ)}, so they have no sum."
             )
     refuse_disabled(adapted_layers(model).values(), "set or combined")
     take(model, bank)

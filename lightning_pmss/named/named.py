@@ -1,4 +1,4 @@
-"""Put several adapters on one base, switch between them, leave them out, and forget them."""
+"""Load several adapters on one base, switch between them, disable them, and delete them."""
 
 from __future__ import annotations
 
@@ -54,20 +54,20 @@ def load_adapters(
 ) -> ConversionReport:
     """Convert a model for several adapters at once and make the first one active.
 
-    Every layer of any of them is converted, at the largest rank that any of them has there. Adapters trained in ``rotation``
-    coordinates go on in ``orthonormal`` ones.
+    Each layer of any adapter is converted, at the largest rank that an adapter has there. Adapters trained in ``rotation``
+    coordinates continue in ``orthonormal`` ones.
 
     Args:
         model: Not converted yet.
-        folders: Adapter folders by the names they are to have.
-        rank: Room for adapters of up to this rank, added or combined later; clipped to each layer.
+        folders: Adapter folders by the names that the adapters shall have.
+        rank: The smallest rank of each layer, so that larger adapters can be added or combined later; clipped to each layer.
 
     Returns:
         The report of the conversion.
 
     Raises:
         FileNotFoundError: A folder or file is missing.
-        ValueError: No folder, a model that is converted already, or what `load_adapter` refuses, of any of them.
+        ValueError: No folder, a model that is already converted, or an adapter that `load_adapter` would refuse.
     """
     if not folders:
         raise ValueError("no adapters given: load_adapters(model, {'name': folder, ...}).")
@@ -97,14 +97,14 @@ def load_adapters(
     sizes = {name: min(sizes[name], *canonical_shape(modules[name])) for name in modules if name in sizes}
     also_train = sorted({module for names in found.values() for module in names.also_train})
     config = _config(next(iter(read.values())).options, sizes, also_train)
-    for adapter in read.values():  # before any weight is read: that of a converted layer may be among them
+    for adapter in read.values():  # before any weight is read: a fresh tensor may be the weight of a converted layer
         fill_fresh(model, adapter.fresh, root)
     states = {
         name: NamedAdapter(_states(adapter, modules, sizes, config), dict(adapter.also_train), dict(adapter.fresh))
         for name, adapter in read.items()
     }
     first: dict[str, dict[str, Tensor]] = {}
-    for named in states.values():  # copies: the live layers keep the tensors they are made of
+    for named in states.values():  # copies, because the live layers keep the tensors that they are made from
         first |= {n: copy.deepcopy(state) for n, state in named.layers.items() if n not in first}
     method = method_of(config)
     given = {n: GivenLayer(_derived(method, canonical_shape(modules[n]), sizes[n], t)) for n, t in first.items()}
@@ -122,13 +122,13 @@ def add_adapter(model: nn.Module, name: str, folder: str | os.PathLike[str]) -> 
     """Add an adapter from its folder; the active one stays active.
 
     Args:
-        model: Of `load_adapters`.
+        model: Converted by `load_adapters`.
         name: Not in use yet.
         folder: Its layers must be among the converted ones, its ranks no larger than theirs.
 
     Raises:
-        FileNotFoundError: The folder or a file of it is missing.
-        ValueError: A name in use, layers or ranks that do not fit, or what `load_adapter` refuses.
+        FileNotFoundError: The folder or one of its files is missing.
+        ValueError: A name in use, layers or ranks that do not fit, or an adapter that `load_adapter` would refuse.
     """
     bank = bank_of(model)
     refuse_used(bank, name)
@@ -162,10 +162,10 @@ def add_adapter(model: nn.Module, name: str, folder: str | os.PathLike[str]) -> 
 
 
 def set_adapter(model: nn.Module, name: str) -> None:
-    """Make an adapter the active one; what was trained of the one before is kept under its name.
+    """Make an adapter the active one; the trained values of the previous one are kept under its name.
 
-    Nothing changes but the values of small tensors: a compiled model is not compiled again. An optimizer's state belongs to
-    the adapter it was made for.
+    Only the values of small tensors change, so a compiled model is not compiled again. An optimizer's state belongs to the
+    adapter it was made for.
 
     Raises:
         ValueError: An unknown name, or a merged model.
@@ -179,17 +179,17 @@ def set_adapter(model: nn.Module, name: str) -> None:
 
 
 def active_adapter(model: nn.Module) -> str:
-    """The name of the active adapter."""
+    """Return the name of the active adapter."""
     return bank_of(model).active
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """The names of all adapters."""
+    """Return the names of all adapters."""
     return list(bank_of(model).adapters)
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
-    """Forget an adapter, which must not be the active one.
+    """Delete an adapter, which must not be the active one.
 
     Raises:
         ValueError: An unknown name, or the active adapter's.
@@ -205,12 +205,12 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Run a block with the base alone, bit for bit: ``with disable_adapter(model): ...``.
 
-    The layers take the base's own path, and modules trained in full hold the base's values; state dicts go on with the trained
-    ones. Works on any converted model; one with modules trained in full must come from `load_adapters`, which keeps the
-    base's values.
+    The layers compute as in the base, and modules trained in full have the base's values; state dicts still contain the
+    trained ones. Any converted model will do, except that one with modules trained in full must come from `load_adapters`,
+    which keeps the base's values.
 
     Raises:
-        ValueError: No converted layer, a merged model, or modules trained in full whose base values nobody kept.
+        ValueError: No converted layer, a merged model, or modules trained in full whose base values were not kept.
     """
     if not adapted_layers(model):
         raise ValueError(f"{type(model).__name__} has no converted layer, so there is no adapter to disable.")
@@ -222,7 +222,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
             f"{some(report.also_train)} were trained in full, and the base's values are not kept. Load the adapter by"
             " load_adapters(model, {'name': folder}), which keeps them."
         )
-    if any(layer.disabled for layer in layers.values()):  # in a block inside another one nothing is left to do
+    if any(layer.disabled for layer in layers.values()):  # nested block
         yield
         return
     modules = canonical_modules(model)
@@ -240,7 +240,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _holding_base(module: nn.Module, name: str, base: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, a module trained in full holds the base's values; state dicts are of the trained ones, saved and loaded."""
+    """Give a module trained in full the base's values; state dicts still save and load the trained ones."""
     keys = {key: f"{name}.{key}" for key, value in module.state_dict().items() if isinstance(value, Tensor)}
 
     def live() -> dict[str, Tensor]:
@@ -274,7 +274,7 @@ def _holding_base(module: nn.Module, name: str, base: Mapping[str, Tensor]) -> I
 
 
 def _refuse_other_weights(read: Mapping[str, AdapterFile]) -> None:
-    """The weight of a converted layer is one for all adapters, also where it comes with them."""
+    """Refuse adapters that come with different freshly initialised weights of one converted layer."""
     found: dict[str, torch.Tensor] = {}
     for name, adapter in read.items():
         for layer in adapter.modules:
@@ -286,7 +286,7 @@ def _refuse_other_weights(read: Mapping[str, AdapterFile]) -> None:
 
 
 def _config(first: AdapterConfig, sizes: Mapping[str, int], also_train: list[str]) -> AdapterConfig:
-    """The first adapter's options, for exactly these layers and ranks."""
+    """Restrict the first adapter's options to exactly these layers and ranks."""
     return replace(
         method_of(first).for_several(),
         target_modules="|".join(_exactly(name) for name in sizes),
@@ -298,7 +298,7 @@ def _config(first: AdapterConfig, sizes: Mapping[str, int], also_train: list[str
 
 
 def _exactly(name: str) -> str:
-    """A regular expression for this full name; the name alone would match endings too."""
+    """Return a regular expression for this full name; the name alone would also match as an ending."""
     return f"({re.escape(name)})"
 
 
@@ -321,7 +321,7 @@ def _states(
 def _derived(
     method: Method[Any], shape: tuple[int, int], rank: int, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Those of a layer's tensors that are not trained."""
+    """Return those of a layer's tensors that are not trained."""
     specs = method.specs(shape, rank)
     return {name: tensor for name, tensor in tensors.items() if specs[name].kind is not Kind.TRAINED}
 
@@ -330,5 +330,5 @@ def _refuse_several_methods(read: Mapping[str, AdapterFile]) -> None:
     methods = {adapter.options.label() for adapter in read.values()}
     if len(methods) > 1:
         raise ValueError(
-            f"these adapters are of several methods ({', '.join(sorted(methods))}); load those of one at a time."
+            f"these adapters are of several methods ({', '.join(sorted(methods))}); load those of one method at a time."
         )
