@@ -1,4 +1,4 @@
-"""What to change where a run does not fit, each change tried by an estimate of its own."""
+"""Changes that make a run fit into memory; each is tried by its own estimate."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ RANK_STEP = 16
 
 @dataclass(frozen=True)
 class Remedy:
-    """A change and what one device needs with it.
+    """One change of the options, and the memory that a device needs with it.
 
     Attributes:
         change: The options to type.
-        total: Bytes.
+        total: Bytes per device.
     """
 
     change: str
@@ -26,11 +26,11 @@ class Remedy:
 
 
 def remedies(run: Run, gpu: float) -> list[Remedy]:
-    """Single changes with which PMSS fits; where checkpointing alone does not do, also others together with it.
+    """List single changes with which PMSS fits, and combinations with checkpointing where that alone is not enough.
 
     Args:
-        run: One that does not fit.
-        gpu: Bytes of one device.
+        run: A run that does not fit.
+        gpu: Memory of one device in bytes.
     """
     found = _tried(run, gpu)
     if run.gradient_checkpointing or any(r.change == CHECKPOINTING for r in found):
@@ -52,7 +52,7 @@ def _tried(run: Run, gpu: float) -> list[Remedy]:
     found = [Remedy(text, total) for text, options in changes if (total := _total(run, **options)) <= gpu]
     if (fewer := _largest_rank(run, gpu)) is not None:
         found.append(fewer)
-    if run.quantisation is not None:  # codes cannot be kept in parts
+    if run.quantisation is not None:  # quantised weights cannot be sharded
         return found
     more = run if run.strategy not in ("single", "ddp", "zero2") else with_options(run, strategy="fsdp2")
     devices = run.devices
@@ -68,11 +68,10 @@ def _tried(run: Run, gpu: float) -> list[Remedy]:
 
 
 def _largest_rank(run: Run, gpu: float) -> Remedy | None:
-    """The largest multiple of `RANK_STEP` below the rank that fits, by halving the interval."""
-    low, high = 0, (run.config.rank - 1) // RANK_STEP  # in steps; `low` fits, or is nothing
+    """Bisect for the largest multiple of `RANK_STEP` below the rank that fits."""
+    low, high = 1, (run.config.rank - 1) // RANK_STEP  # in steps; `low` fits
     if high < 1 or _total(run, rank=RANK_STEP) > gpu:
         return None
-    low = 1
     while low < high:
         middle = (low + high + 1) // 2
         if _total(run, rank=middle * RANK_STEP) <= gpu:

@@ -1,4 +1,4 @@
-"""A deep model's step from two shallow ones: what the decoder layers keep grows by the same bytes with each equal layer."""
+"""Extrapolate a deep model's step from two shallow ones: each further equal decoder layer keeps the same number of bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SHALLOW = (4, 6)
 
 
 def estimate_step(architecture: Architecture, model: nn.Module, **options: Any) -> StepBytes:
-    """`simulate_step` of the whole model; where its decoder layers are all alike, from its first few (tested equal)."""
+    """Simulate the model's step, or extrapolate from its first layers if all decoder layers are alike (tested equal)."""
     found = _alike(model)
     if found is None or len(found[1]) <= SHALLOW[1]:
         return simulate_step(architecture, model, **options)
@@ -36,7 +36,7 @@ def estimate_step(architecture: Architecture, model: nn.Module, **options: Any) 
 
 
 def _alike(model: nn.Module) -> tuple[tuple[nn.Module, str], nn.ModuleList] | None:
-    """(owner, attribute) and list of the decoder layers, if all are in one list and alike; else None."""
+    """Return (owner, attribute) and list of the decoder layers if all are in one list and alike, else None."""
     blocks = decoder_blocks(model)
     lists = {block.rpartition(".")[0] for block in blocks}
     if len(lists) != 1:

@@ -1,4 +1,4 @@
-"""The estimate of a run: every column for PMSS, for LoRA with as many parameters, and for full fine-tuning."""
+"""Estimate a run's memory for PMSS, for LoRA with about as many trained parameters, and for full fine-tuning."""
 
 from __future__ import annotations
 
@@ -45,22 +45,22 @@ PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
 @dataclass(frozen=True)
 class Run:
-    """What is to be estimated.
+    """Options of the run to estimate.
 
     Args:
         model: Folder with ``config.json``, or the file.
         strategy: One of `STRATEGIES`.
-        devices: Per node.
+        devices: Devices per node.
         nodes: Number of nodes.
-        config: How the model is converted.
+        config: Options of the conversion.
         micro_batch: Sequences per device and pass.
         sequence_length: Tokens of the longest sequence.
-        precision: Of the Trainer.
-        weights_dtype: Of the loaded weights: ``"auto"`` (the configuration's), ``"float32"``, ``"bfloat16"``.
+        precision: Precision of the Trainer, one of `PRECISIONS`.
+        weights_dtype: Dtype of the loaded weights: ``"auto"`` (the configuration's), ``"float32"``, ``"bfloat16"``.
         gradient_checkpointing: Whether decoder layers are recomputed in the backward pass.
         optimizer: One of `OPTIMIZERS`.
         zero: DeepSpeed's settings.
-        quantisation: None, or how the linear layers are kept: one of `QUANTISATIONS`. Full fine-tuning is left out then.
+        quantisation: None, or the 4-bit type of the linear layers: one of `QUANTISATIONS`. Full fine-tuning is then omitted.
 
     Raises:
         ValueError: A value is out of its range; the message says what to type.
@@ -112,21 +112,21 @@ class Run:
 
 @dataclass(frozen=True)
 class MethodEstimate:
-    """One method's columns, in bytes; see `strategies.Placement` for those that are not explained here.
+    """Memory of one method in bytes; `strategies.Placement` explains the columns that are not listed here.
 
     Attributes:
         method: ``"pmss"``, ``"lora"`` or ``"full"``.
-        rank: Of the adapters; None in full fine-tuning. For PMSS the rank asked for.
-        trainable: Parameters trained.
-        activations: Kept by the decoder layers from the forward to the backward pass.
-        logits: What head and loss add to them at their largest.
-        work: What the rest of the step (a layer that is recomputed) takes beyond that.
+        rank: Rank of the adapters (PMSS: before it is clipped to a layer); None in full fine-tuning.
+        trainable: Number of trained parameters.
+        activations: Activations that the decoder layers keep from the forward to the backward pass.
+        logits: The most that head and loss add to them.
+        work: The most that the rest of the step (a recomputed layer) adds beyond that.
         reserve: Set aside, not estimated.
-        total: Sum of the columns: what one device needs.
+        total: Sum of the columns, the memory that one device needs.
         activations_other: ``activations`` + ``logits`` + ``work`` with gradient checkpointing toggled.
         host: Peak of one node's host memory.
-        checkpoint: Of the files of one checkpoint.
-        adapter: Of the adapter file (full fine-tuning: of the model).
+        checkpoint: Size of one checkpoint's files.
+        adapter: Size of the adapter file (full fine-tuning: of the model).
     """
 
     method: str
@@ -150,7 +150,7 @@ class MethodEstimate:
 
     @property
     def columns(self) -> dict[str, int]:
-        """What the total is the sum of."""
+        """The terms of the total, by name."""
         return {name: getattr(self, name) for name in COLUMNS}
 
     @property
@@ -176,14 +176,14 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run takes.
+    """Estimated memory of a run.
 
     Attributes:
-        run: What was asked for.
+        run: The options of the run.
         architecture: Name of the model's class.
-        parameters: Of the base.
-        dtype: Of the weights, as loaded.
-        methods: By name.
+        parameters: Number of parameters of the base.
+        dtype: Dtype of the weights, as loaded.
+        methods: Estimates by method.
     """
 
     run: Run
@@ -193,7 +193,7 @@ class Estimate:
     methods: Mapping[str, MethodEstimate]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, fit for JSON."""
+        """Return plain values for JSON."""
         about = asdict(self.run) | {"config": self.run.config.to_dict(), "world": self.run.world}
         methods = {n: asdict(m) | {"total": m.total} for n, m in self.methods.items()}
         return {
@@ -209,13 +209,13 @@ def estimate(run: Run, methods: tuple[str, ...] = METHODS, *, both: bool = True)
     """Estimate a run from its model's ``config.json``.
 
     Args:
-        run: What is to be run.
-        methods: Which columns.
+        run: Options of the run.
+        methods: The methods to estimate, of `METHODS`.
         both: Also estimate the activations with gradient checkpointing toggled.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: The model or the options cannot be converted.
+        FileNotFoundError: ``config.json`` is missing.
+        ValueError: The model cannot be built, or not be converted with these options.
     """
     config = read_config(run.model)
     loaded = weights_dtype(config, run.weights_dtype)
@@ -235,7 +235,7 @@ def _estimate(run: Run, config: Any, loaded: torch.dtype, methods: tuple[str, ..
     results = {}
     for method in methods:
         if method == "full" and run.quantisation is not None:
-            continue  # codes are not trained
+            continue  # quantised weights are not trained
         rank: int | None = None
         if method == "pmss":
             model, rank = architecture.adapted(run.config), run.config.rank
@@ -257,7 +257,7 @@ def _estimate(run: Run, config: Any, loaded: torch.dtype, methods: tuple[str, ..
                 gradient_checkpointing=checkpointing,
                 autocast=torch.bfloat16 if run.precision == "bf16-mixed" and not deepspeed else None,
             )
-            # Without first: what transformers switches on for checkpointing stays on.
+            # False first, because checkpointing stays enabled on the model.
             for checkpointing in (False, True)
             if both or checkpointing == run.gradient_checkpointing
         }
@@ -289,11 +289,11 @@ def _estimate(run: Run, config: Any, loaded: torch.dtype, methods: tuple[str, ..
 
 
 _STEPS: dict[tuple[Any, ...], StepBytes] = {}
-"""Steps that were played through: a search for what fits asks for the same ones on more devices, under other strategies."""
+"""Steps already simulated: `remedies` needs the same ones for other numbers of devices and strategies."""
 
 
 def _step(origin: tuple[str, ...], architecture: Architecture, model: nn.Module, **options: Any) -> StepBytes:
-    """`estimate_step`, once per process for equal models; `origin` is what the model was made of."""
+    """Call `estimate_step` once per process for equal models; ``origin`` identifies how the model was made."""
     dtypes = {parameter.dtype for parameter in model.parameters()}
     key = (*origin, architecture.dtype, frozenset(dtypes), *sorted(options.items()))
     if key not in _STEPS:
@@ -302,7 +302,7 @@ def _step(origin: tuple[str, ...], architecture: Architecture, model: nn.Module,
 
 
 def _checkpoint_bytes(pieces: list[Piece], run: Run) -> int:
-    """Tensors of one checkpoint, without headers."""
+    """Return the size of one checkpoint's tensors, without headers."""
     trained = [replace(p, block="") for p in pieces if p.kind == "trained" and not p.buffer]
     kind = "zero2" if run.strategy.startswith("zero") else "single"
     alone = place(trained, kind, 1, run.optimizer)
@@ -314,7 +314,7 @@ def _trained_bytes(pieces: list[Piece]) -> int:
 
 
 def _adapter_bytes(model: nn.Module, config: PMSSConfig) -> int:
-    """Tensors of the adapter file, without headers: U and indices of each layer, and the modules trained in full."""
+    """Return the size of the adapter's tensors: U and indices of each layer, and the modules trained in full."""
     modules = canonical_modules(model)
     full = (modules[name] for name in match_modules(config.also_train, modules, "also_train"))
     extra = sum(value.nbytes for module in full for value in module.state_dict().values())
@@ -326,7 +326,7 @@ def _file_bytes(layer: AdaptedLinear) -> int:
 
 
 def with_options(run: Run, **changes: Any) -> Run:
-    """The run with other options; ``rank`` also lowers the ranks of ``rank_pattern`` to it."""
+    """Return the run with other options; ``rank`` also limits the ranks of ``rank_pattern``."""
     rank = changes.pop("rank", None)
     if rank is not None:
         pattern = {key: min(value, rank) for key, value in run.config.rank_pattern.items()}

@@ -1,7 +1,7 @@
-"""The model of a ``config.json`` without any weights, and what each method of fine-tuning makes of it.
+"""Build the model of a ``config.json`` without weights, and convert it for each method of fine-tuning.
 
-Everything is built of *fake* tensors: they know shape, dtype and device and own no memory. Unlike those of the meta device they
-run as if they were on the CPU, so that a whole training step can be played through (see `simulate`).
+Its tensors are *fake* tensors: they have a shape, a dtype and a device, but no memory. Unlike tensors on the meta device they
+behave as if they were on the CPU, so a whole training step can be simulated (see `simulate`).
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Piece:
         shape: Its shape.
         itemsize: Bytes of one element.
         kind: ``"base"``, ``"trained"``, ``"factor"`` (frozen and derived by the method) or ``"index"`` (rows and columns).
-        block: Name of the decoder layer it is in; "" outside of them.
-        buffer: Whether it is no parameter: replicated by every strategy.
-        adapter: Name of the `Adapter` that owns it; "" for others.
+        block: Name of the decoder layer that contains it; "" outside of the decoder layers.
+        buffer: Whether it is not a parameter; every strategy replicates it.
+        adapter: Name of the `Adapter` that owns it; "" if none does.
     """
 
     name: str
@@ -71,11 +71,11 @@ class Piece:
 
 
 def read_config(model: str | os.PathLike[str]) -> Any:
-    """The Hugging Face configuration in a folder with ``config.json``, or in the file itself.
+    """Read the Hugging Face configuration from a folder with ``config.json``, or from the file itself.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no configuration that transformers knows.
+        FileNotFoundError: The file is missing.
+        ValueError: transformers does not know this configuration.
     """
     path = Path(model).expanduser()
     file = path / "config.json" if path.is_dir() else path
@@ -86,12 +86,12 @@ def read_config(model: str | os.PathLike[str]) -> Any:
 
     try:
         return AutoConfig.from_pretrained(str(file), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # what a broken file raises depends on where it is broken
+    except Exception as error:  # a broken file can raise anything
         raise ValueError(f"{file} is not a model configuration that transformers reads: {reason(error)}") from error
 
 
 def weights_dtype(config: Any, asked: str) -> torch.dtype:
-    """``"auto"``: that of the configuration (float32 where it names none)."""
+    """Return the dtype asked for; ``"auto"`` is the configuration's (float32 if it names none)."""
     if asked != "auto":
         return DTYPES[asked]
     named = getattr(config, "dtype", None)
@@ -99,11 +99,11 @@ def weights_dtype(config: Any, asked: str) -> torch.dtype:
 
 
 class Architecture:
-    """Models of one configuration, built anew for every method.
+    """Builder of models of one configuration, a new model for each method.
 
     Args:
-        config: Of Hugging Face.
-        dtype: Of the weights.
+        config: Hugging Face configuration.
+        dtype: Dtype of the weights.
     """
 
     def __init__(self, config: Any, dtype: torch.dtype) -> None:
@@ -112,10 +112,10 @@ class Architecture:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def base(self) -> nn.Module:
-        """The model as it would be loaded.
+        """Build the model as it would be loaded.
 
         Raises:
-            ValueError: It is no causal language model that transformers knows.
+            ValueError: transformers has no causal language model for the configuration.
         """
         from transformers import AutoModelForCausalLM
 
@@ -128,10 +128,10 @@ class Architecture:
         return model.train()
 
     def adapted(self, config: AdapterConfig) -> nn.Module:
-        """Converted, with tensors of the right size and no values.
+        """Build the converted model, with tensors of the right size and no values.
 
         Raises:
-            ValueError: As `lightning_pmss.convert`: patterns that match nothing, layers that cannot be converted.
+            ValueError: As in `lightning_pmss.convert`: patterns that match nothing, layers that cannot be converted.
         """
         model, ranks, also_train = self._targets(config)
         method, modules = method_of(config), canonical_modules(model)
@@ -152,7 +152,7 @@ class Architecture:
         return model
 
     def lora(self, config: AdapterConfig, rank: int | None = None) -> tuple[nn.Module, int]:
-        """With LoRA on the same layers, by default at the rank whose parameters come nearest to the config's; that rank too."""
+        """Build the model with LoRA on the same layers, by default of about as many parameters; return it and the rank."""
         model, ranks, _ = self._targets(config)
         modules, method = canonical_modules(model), method_of(config)
         shapes = {name: canonical_shape(modules[name]) for name in ranks}
@@ -165,7 +165,7 @@ class Architecture:
         return self.adapted(LoRAConfig(**kept)), rank
 
     def full(self) -> nn.Module:
-        """With every parameter trained."""
+        """Build the model with every parameter trained."""
         return self.base().requires_grad_(True)
 
     def _targets(self, config: AdapterConfig) -> tuple[nn.Module, dict[str, int], list[str]]:
@@ -180,7 +180,7 @@ class Architecture:
 
 
 def inventory(model: nn.Module) -> list[Piece]:
-    """Every parameter, buffer and index tensor once."""
+    """List every parameter, buffer and index tensor once."""
     blocks = decoder_blocks(model)
 
     def block_of(name: str) -> str:
@@ -201,12 +201,12 @@ def inventory(model: nn.Module) -> list[Piece]:
 
 
 def decoder_blocks(model: nn.Module) -> list[str]:
-    """Names of the units that FSDP shards and checkpointing recomputes: the model's own list of them, else its longest one."""
+    """Names of the units that FSDP shards and checkpointing recomputes: `_no_split_modules`, else the largest ModuleList."""
     kinds = set(getattr(model, "_no_split_modules", None) or ())
     named = [name for name, module in model.named_modules() if type(module).__name__ in kinds and name]
     outer = [n for n in named if not any(n != o and n.startswith(f"{o}.") for o in named)]
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    for name, module in lists:  # the whole list: a model may name only some of its kinds
+    for name, module in lists:  # the whole list, because a model may list only some of the classes in it
         children = [f"{name}.{i}" for i in range(len(module))]
         if set(children) & set(outer):
             outer += [c for c in children if c not in outer]
@@ -217,7 +217,7 @@ def decoder_blocks(model: nn.Module) -> list[str]:
 
 
 def count(pieces: list[Piece]) -> Counter[str]:
-    """Number of parameters by kind."""
+    """Count the parameters by kind."""
     numbers: Counter[str] = Counter()
     for piece in pieces:
         if not piece.buffer:
@@ -226,13 +226,13 @@ def count(pieces: list[Piece]) -> Counter[str]:
 
 
 def _empty(spec: Spec, dtype: torch.dtype) -> Tensor:
-    """A tensor of this kind; indices have values, since nobody may take them twice."""
+    """Return an empty tensor of this kind; indices have values, because they must be distinct."""
     return torch.arange(spec.shape[0]) if spec.kind is Kind.INDEX else torch.empty(spec.shape, dtype=dtype)
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without transformers' advice on generation and attention, which is of no concern to a model without weights."""
+    """Silence transformers' warnings on generation and attention, which do not apply to a model without weights."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""What 4-bit codes of bitsandbytes take in the place of weights."""
+"""Sizes of 4-bit weights of bitsandbytes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lightning_pmss.estimate.model import Piece
 from lightning_pmss.layers.convertible import canonical_shape
 
 QUANTISATIONS = ("nf4", "fp4")
-STRATEGIES = ("single", "ddp")  # codes cannot be kept in parts
-BLOCK, SCALES = 64, 256  # weights with one scale; scales with one scale of their own
+STRATEGIES = ("single", "ddp")  # quantised weights cannot be sharded
+BLOCK, SCALES = 64, 256  # weights per scale; scales per second-level scale
 
 
 def quantised_bytes(numel: int) -> int:
-    """Of one matrix: a code of 4 bits per weight, one of 8 bits per block, float32 per block of blocks, and two tables.
+    """Size of one matrix: 4 bits per weight, an 8-bit scale per block, a float32 per `SCALES` scales, and two tables.
 
-    As ``BitsAndBytesConfig(bnb_4bit_use_double_quant=True)`` makes them, which is what `CausalLMModule` asks for.
+    This is the layout of ``BitsAndBytesConfig(bnb_4bit_use_double_quant=True)``, which `CausalLMModule` uses.
     """
     blocks = math.ceil(numel / BLOCK)
     tables = 4 * (16 + 256 + 1)
@@ -26,7 +26,7 @@ def quantised_bytes(numel: int) -> int:
 
 
 def quantised_pieces(pieces: list[Piece], model: nn.Module) -> list[Piece]:
-    """The list of a model's tensors after transformers has put codes in the place of all linear layers but the output head."""
+    """Return the list of tensors after transformers has quantised all linear layers except the output head."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     coded = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
     return [
@@ -36,7 +36,7 @@ def quantised_pieces(pieces: list[Piece], model: nn.Module) -> list[Piece]:
 
 
 def largest_matrix(model: nn.Module, itemsize: int) -> int:
-    """Bytes of the largest linear layer made whole: bitsandbytes and `SliceReader` do so for a moment, one layer at a time."""
+    """Size of the largest dequantised layer: bitsandbytes and `SliceReader` dequantise one layer at a time."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     return max((math.prod(canonical_shape(m)) for m in layers), default=0) * itemsize

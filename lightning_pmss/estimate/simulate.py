@@ -1,7 +1,7 @@
-"""One training step on fake tensors, and the bytes that are alive during it.
+"""Simulate one training step on fake tensors, and measure the bytes that are alive during it.
 
-Fake tensors run the very operations of the model, its autograd and its activation checkpointing, and free what a real run
-would free; only nobody computes. So the count follows from the code that trains, not from a formula of one architecture.
+Fake tensors run the operations of the model, its autograd and its activation checkpointing, and are freed as in a real run;
+only the values are missing. So the sizes follow from the code that trains, not from a formula of one architecture.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from lightning_pmss.messages import reason
 
 @dataclass(frozen=True)
 class StepBytes:
-    """Bytes on one device beside parameters, gradients of parameters and optimizer.
+    """Bytes of a step on one device, without parameters, their gradients and the optimizer.
 
     Attributes:
-        kept: Alive when the forward pass reaches the output head: what the decoder layers keep for the backward pass.
-        head: The most alive between there and the end of the head's backward pass.
-        body: The most alive at any other time: forward pass, and backward pass with what it recomputes.
+        kept: Bytes alive when the forward pass reaches the output head, which the decoder layers keep for the backward pass.
+        head: Peak from there to the end of the head's backward pass.
+        body: Peak in the rest of the step: forward pass, and backward pass with recomputation.
     """
 
     kept: int
@@ -37,22 +37,22 @@ class StepBytes:
 
     @property
     def peak(self) -> int:
-        """The most alive at any time."""
+        """Peak of the whole step."""
         return max(self.head, self.body)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operations make, until they are freed; those in ``known`` are not counted.
+    """Measure the storages that operations allocate, until they are freed; tensors in ``known`` are ignored.
 
     Attributes:
         now: Bytes alive.
-        peak: The most since it was last set.
+        peak: Maximum of ``now`` since ``peak`` was last set.
     """
 
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()
         self._seen = {t.untyped_storage()._cdata for t in known}
-        self._known = known  # held, so that no address is used a second time
+        self._known = known  # keeps their addresses from being reused
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -86,30 +86,30 @@ def simulate_step(
     gradient_checkpointing: bool,
     autocast: torch.dtype | None = None,
 ) -> StepBytes:
-    """Play one forward and backward pass of `CausalLMModule`'s loss through.
+    """Simulate one forward and backward pass of `CausalLMModule`'s loss.
 
-    The batch has padding, as batches have: the attention gets a mask, which its kernels expand and keep per layer.
+    The batch has padding, so the attention gets a mask, which its kernels expand and keep per layer.
 
     Args:
-        architecture: The model's.
+        architecture: The builder of the model.
         model: Made by ``architecture``.
         micro_batch: Sequences per device and pass.
-        sequence_length: Tokens per sequence, prompt, response and padding.
-        gradient_checkpointing: Whether each decoder layer is computed again in the backward pass (non-reentrant).
-        autocast: The lower precision of ``bf16-mixed``; None without.
+        sequence_length: Tokens per sequence: prompt, response and padding.
+        gradient_checkpointing: Whether each decoder layer is recomputed in the backward pass (non-reentrant).
+        autocast: The lower precision of ``bf16-mixed``; None without autocast.
 
     Raises:
-        ValueError: The model computes something that needs values, or that has no fake form in this dtype.
+        ValueError: An operation of the model needs values, or does not support fake tensors of this dtype.
     """
     from lightning_pmss.modules.causal_lm import CausalLMModule
 
     if gradient_checkpointing:
-        # Random states cannot be saved where there are no values; without dropout they change nothing in the count.
+        # Fake tensors have no random state to save; without dropout it does not matter.
         _checkpointing(model, {"use_reentrant": False, "preserve_rng_state": False})
     module = CausalLMModule("estimate")
     module.model = model
     own = [*model.parameters(), *model.buffers(), *index_tensors(model).values()]
-    # A gradient of a parameter goes to the gradients' column: the strategy decides where it is and how long.
+    # Gradients of parameters are dropped here: `place` accounts for them, by strategy.
     hooks: list[Any] = [p.register_post_accumulate_grad_hook(_drop) for p in model.parameters() if p.requires_grad]
     marks: dict[str, int] = {}
     live = LiveBytes(own)
@@ -134,7 +134,7 @@ def simulate_step(
                 with nullcontext() if autocast is None else torch.autocast("cpu", autocast):
                     loss, _ = module.response_loss(batch)
                 loss.backward()
-    except RuntimeError as error:  # an operation that looks at values, or that PyTorch has no shapes for
+    except RuntimeError as error:  # an operation that needs values, or that fake tensors do not support
         raise ValueError(
             f"the step of {type(model).__name__} cannot be played through without values"
             f" ({reason(error)}); try --precision bf16-true, which more operations support."

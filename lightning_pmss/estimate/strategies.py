@@ -1,8 +1,8 @@
-"""What lies on one device, and on one node's host, before any activation: by strategy, from the list of a model's tensors.
+"""Compute, by strategy, the bytes of a model's tensors on one device and one node's host, without activations.
 
 FSDP: PyTorch's per-parameter (2) and flat (1) sharding, one unit per decoder layer and one for the rest, which stays whole
-from the forward to the backward pass. ZeRO: DeepSpeed's optimizers. The tests measure each on two
-processes; what only a GPU shows (streams, communication buffers of NCCL) is in the fixed reserve.
+from the forward to the backward pass. ZeRO: DeepSpeed's optimizers. The tests measure each on two processes; the fixed reserve
+includes memory that only a GPU needs (streams, communication buffers of NCCL).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from lightning_pmss.estimate.model import Piece
 
 STRATEGIES = ("single", "ddp", "fsdp", "fsdp2", "zero2", "zero3", "zero3_offload")
-# Bytes of optimizer state per trained element: tensors of the parameter's own dtype, or a number of bytes.
+# Optimizer states per trained element; each has the parameter's dtype (DeepSpeed: float32).
 OPTIMIZERS: dict[str, float] = {"adamw": 2, "adam": 2, "lion": 1, "sgd-momentum": 1, "sgd": 0}
 PROCESS_BYTES = 2_000_000_000  # Python, PyTorch, transformers and CUDA's libraries in host memory
 RESERVE_ALONE = 1_000_000_000  # CUDA context, workspaces of cuBLAS, a little fragmentation
@@ -22,14 +22,13 @@ RESERVE_AMONG_SEVERAL = 2_000_000_000  # and NCCL's buffers
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """What of DeepSpeed's configuration counts; DeepSpeed's own defaults, with ``overlap_comm`` as in configs/strategy.
+    """Settings of DeepSpeed that affect memory. Defaults are DeepSpeed's, except ``bucket`` and ``overlap``.
 
     Attributes:
-        bucket: ``reduce_bucket_size``, elements: by default that of ``configs/strategy``; DeepSpeed's own is ten times
-            as large.
-        overlap: ``overlap_comm``: ZeRO-2 fills a second bucket meanwhile.
-        persistence: ``stage3_param_persistence_threshold``: smaller parameters stay whole, elements.
-        live: ``stage3_max_live_parameters``: gathered at once, elements.
+        bucket: ``reduce_bucket_size`` in elements; the default is that of ``configs/strategy``, a tenth of DeepSpeed's.
+        overlap: ``overlap_comm``; ZeRO-2 then fills a second bucket meanwhile. The default is that of ``configs/strategy``.
+        persistence: ``stage3_param_persistence_threshold`` in elements; smaller parameters stay whole.
+        live: ``stage3_max_live_parameters``, the most elements gathered at once.
     """
 
     bucket: int = 50_000_000
@@ -40,17 +39,17 @@ class ZeroSettings:
 
 @dataclass(frozen=True)
 class Placement:
-    """Bytes per device, except where said.
+    """Bytes per device, by purpose.
 
     Attributes:
         base: Frozen weights and the model's buffers.
-        trained: V with its indices; the adapters; or nothing in full fine-tuning, where ``base`` is trained.
+        trained: Trained parameters (PMSS: V) and indices.
         factors: Frozen factors of PMSS's coordinates.
-        gradients: Of what is trained.
-        optimizer: Its states (DeepSpeed: and its float32 copies).
-        gathered: Weights that are whole for a moment, and their gradients before they are reduced.
+        gradients: Gradients of the trained parameters.
+        optimizer: Optimizer states (DeepSpeed: also its float32 copies).
+        gathered: Weights that are gathered temporarily, and their gradients before they are reduced.
         buckets: Communication buffers that the strategy itself allocates.
-        offloaded: Bytes per process that went to the host.
+        offloaded: Bytes per process in host memory.
     """
 
     base: int = 0
@@ -66,14 +65,14 @@ class Placement:
 def place(
     pieces: list[Piece], strategy: str, world: int, optimizer: str = "adamw", settings: ZeroSettings | None = None
 ) -> Placement:
-    """Distribute a model's tensors.
+    """Compute the bytes per device of a model's tensors.
 
     Args:
-        pieces: Of the model, with the dtypes that the run gives them (see `engine_dtype`).
+        pieces: Tensors of the model, with the dtypes of the run (see `engine_dtype`).
         strategy: One of `STRATEGIES`.
         world: Number of processes.
         optimizer: One of `OPTIMIZERS`.
-        settings: DeepSpeed's.
+        settings: Settings of DeepSpeed.
     """
     zero = settings or ZeroSettings()
     held = dict.fromkeys(("base", "trained", "factor", "index"), 0)
@@ -128,7 +127,7 @@ def place(
 
 
 def engine_dtype(pieces: list[Piece], strategy: str, precision: str) -> list[Piece]:
-    """DeepSpeed casts every parameter to the one dtype of its engine; the others leave them as they are."""
+    """Cast every parameter to the engine's dtype, as DeepSpeed does; other strategies leave the dtypes unchanged."""
     if not strategy.startswith("zero"):
         return pieces
     size = 2 if precision.startswith("bf16") else 4
@@ -136,26 +135,26 @@ def engine_dtype(pieces: list[Piece], strategy: str, precision: str) -> list[Pie
 
 
 def host_bytes(base: int, placement: Placement, strategy: str, devices: int) -> int:
-    """Peak of one node's host memory: processes, the checkpoint while it is loaded, and what is offloaded.
+    """Peak of one node's host memory: processes, the checkpoint while it is loaded, and offloaded tensors.
 
     Args:
         base: Bytes of the base's weights as loaded.
-        placement: Of one process.
-        strategy: Name.
+        placement: Bytes of one process.
+        strategy: One of `STRATEGIES`.
         devices: Processes on the node.
     """
-    # FSDP2 and ZeRO-3 load on rank 0 and send; with the others every process loads for itself.
+    # With FSDP2 and ZeRO-3, rank 0 loads and broadcasts; with the others every process loads.
     copies = 1 if strategy in ("fsdp2", "zero3", "zero3_offload") else devices
     return devices * (PROCESS_BYTES + placement.offloaded) + copies * base
 
 
 def reserve(world: int) -> int:
-    """Bytes per device that are set aside, not counted."""
+    """Bytes per device that are set aside without an estimate."""
     return RESERVE_AMONG_SEVERAL if world > 1 else RESERVE_ALONE
 
 
 def _part(piece: Piece, world: int, *, by_rows: bool) -> int:
-    """Elements of the largest share of one parameter."""
+    """Number of elements in the largest shard of one parameter."""
     if not by_rows:
         return math.ceil(piece.numel / world)
     rows = piece.shape[0] if piece.shape else 1
@@ -163,9 +162,9 @@ def _part(piece: Piece, world: int, *, by_rows: bool) -> int:
 
 
 def _gathered_by_fsdp(pieces: list[Piece], *, flat: bool) -> int:
-    """The unit of what is outside of the decoder layers, the layer at work and the one fetched meanwhile.
+    """Size of the root unit, the unit at work and the unit that is prefetched.
 
-    FSDP1 (``flat``) makes each adapter a unit of its own, whole only while it is called.
+    FSDP1 (``flat``) wraps each adapter as its own unit, which is whole only while it is called.
     """
     units: dict[str, int] = {}
     gradients: dict[str, int] = {}

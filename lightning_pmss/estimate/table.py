@@ -1,4 +1,4 @@
-"""An estimate as text: a column per method, a row per kind of memory, and whether it fits."""
+"""Format an estimate as text: a column per method, a row per kind of memory, and whether it fits."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ LABELS = {
     "factors": "frozen factors of V",
     "gradients": "gradients",
     "optimizer": "optimizer",
-    "gathered": "weights gathered for a moment",
+    "gathered": "weights gathered temporarily",
     "buckets": "communication buckets",
     "activations": "activations",
     "logits": "logits and loss",
     "work": "recomputed layer",
-    "reserve": "reserve (not counted)",
+    "reserve": "reserve (not estimated)",
 }
 
 
 def table(estimate: Estimate, gpu: float | None = None, remedies: list[Remedy] | None = None) -> str:
-    """The whole report.
+    """Format the whole report.
 
     Args:
-        estimate: What to show.
-        gpu: Bytes of one device; None: say which common sizes hold it.
-        remedies: What to change where PMSS does not fit; None: it was not asked.
+        estimate: The estimate to show.
+        gpu: Memory of one device in bytes; None names the smallest common device that fits.
+        remedies: Changes with which PMSS fits; None omits this section.
     """
     run = estimate.run
     checkpointing = "with" if run.gradient_checkpointing else "without"
@@ -64,7 +64,7 @@ def table(estimate: Estimate, gpu: float | None = None, remedies: list[Remedy] |
     lines += [text[0], rule, *text[1:total], rule, *text[total:], ""]
     lines += [_verdict(m, gpu) for m in methods]
     if remedies is not None:
-        lines.append("what would make PMSS fit:" if remedies else "none of the changes tried makes PMSS fit")
+        lines.append("PMSS fits with one of these changes:" if remedies else "none of the changes tried makes PMSS fit")
         lines += [f"  {r.change}: {_gb(r.total)} GB" for r in remedies]
     return "\n".join(lines)
 

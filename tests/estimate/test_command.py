@@ -119,4 +119,4 @@ def test_advice_in_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     call(folder, *options)
     text = capsys.readouterr().out
     assert "PMSS: does not fit 1.2 GB" in text
-    assert re.search(r"what would make PMSS fit:\n  --gradient-checkpointing: [\d.]+ GB", text)
+    assert re.search(r"PMSS fits with one of these changes:\n  --gradient-checkpointing: [\d.]+ GB", text)
