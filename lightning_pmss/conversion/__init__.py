@@ -1,1 +1,1 @@
-"""From a model and a configuration to a converted model: targets, names, report."""
+"""Conversion of a model by a config: targets, names, report."""

@@ -61,26 +61,26 @@ def convert(
 ) -> ConversionReport:
     """Convert the targeted linear layers of a model in place and freeze everything but the adapter and ``also_train``.
 
-    Everything is checked and computed before the first layer is touched: after an error the model is as it was. What was
-    converted before as a model of its own is kept, with what it has learned, where the config is the same.
+    All checks and computations come before the first change, so an error leaves the model as it was. Submodules that were
+    converted separately with the same config keep their trained tensors.
 
     Args:
-        model: Any module. Names are taken relative to ``config.root``, else to the Hugging Face model inside it, where there
-            is exactly one that is not frozen and in eval mode as a whole.
-        config: What to convert and how.
+        model: Any module. Names are relative to ``config.root``, else to the Hugging Face model inside it, if exactly one is
+            not frozen and in eval mode as a whole.
+        config: The method and its options.
         given: Frozen and index tensors per module, used instead of deriving them (as when an adapter is loaded).
-        updates: Updates per module to start from, in place of none.
-        compute_dtype: In which the layers will compute under autocast; default: the dtype of their weights.
-        names: What to convert, in place of the config's patterns; the ranks are then the skeleton's.
+        updates: Updates per module to start from; default: the method's own start.
+        compute_dtype: Dtype in which the layers compute under autocast; default: the dtype of their weights.
+        names: Names and ranks of the layers to convert, used instead of the config's patterns.
 
     Returns:
-        The report; converting again with an equal config changes nothing and returns the first one's report.
+        The report. A second call with an equal config changes nothing and returns the report of the first.
 
     Raises:
         ValueError: A pattern matches nothing, a matched layer cannot be converted (unsupported type, tied weight, meta
-            tensor without a skeleton, already sharded, called past its ``forward``, weights so small or large that an
-            update leaves the range of the dtype), the model was converted with another config, or an update that its
-            coordinates cannot hold.
+            tensor without a skeleton, already sharded, computed without its ``forward``, weights so small or large that an
+            update leaves the range of the dtype), the model was converted with another config, or the coordinates
+            cannot represent an update.
     """
     method = method_of(config)
     root = None if config.root is None or names is not None else choose_root(model, config.root)
@@ -94,9 +94,7 @@ def convert(
             return done
     root = choose_root(model, config.root) if names is None else names.root
     modules = canonical_modules(model, root)
-    selected = (
-        given is None
-    )  # by this conversion, or by `select` for this config: not by an adapter that brings its own update
+    selected = given is None  # rows and columns are the config's own, computed now or read from its skeleton file
     if given is None:
         given = method.read_given()
     if names is None:
@@ -159,14 +157,15 @@ def convert(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a layer is going to be.
+    """Tensors and figures of a layer, computed before the layer is converted.
 
     Attributes:
-        rank: After clipping.
+        name: Canonical module name.
+        rank: Rank after clipping.
         shape: (out, in) of W.
         tensors: Frozen and index tensors.
-        fingerprint: Where it came from a file.
-        figures: For the report.
+        fingerprint: Fingerprint from a file; None without one.
+        figures: Fields of `LayerReport` that the method computes.
     """
 
     name: str
@@ -186,12 +185,12 @@ def _plan(
     compute_dtype: torch.dtype | None,
     selected: bool,
 ) -> Iterator[tuple[str, _Plan]]:
-    """Frozen and index tensors of every target; nothing is touched. A collective where weights are kept in parts."""
+    """Compute the frozen and index tensors of every target, without any change; a collective where weights are sharded."""
     strangers = []
     others = (
         torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0
     )
-    # None: no bar where the output is no terminal.
+    # disable=None: tqdm shows no bar where the output is not a terminal.
     for name in tqdm(targets, desc=method.doing, unit="layer", disable=True if others else None):
         layer, shape = modules[name], canonical_shape(modules[name])
         rank = method.rank_of(shape, ranks[name])
@@ -207,7 +206,7 @@ def _plan(
                 continue
             tensors = method.derive(weight, rank, name, own)
             dtype = value_dtype(layer)
-            if weight is not None and selected:  # not where an adapter brings its own update
+            if weight is not None and selected:
                 scale = method.config.scale_of(rank)
                 if reason := method.why_untrainable(weight, tensors, scale, compute_dtype or dtype):
                     raise ValueError(f"`{name}` {reason}")
@@ -215,9 +214,9 @@ def _plan(
         kept = {n: known.tensors.get(n, t) for n, t in tensors.items()}
         yield name, _Plan(name, rank, shape, kept, known.fingerprint, figures)
     if strangers and given is not None:
-        remedy = "Make it anew with `python -m lightning_pmss select --model <this base>`."
+        remedy = "Make a new one with `python -m lightning_pmss select --model <this base>`."
         if kind := quantisation_of(modules[strangers[0]]):
-            remedy = f"These are quantised ({kind}), and files are read as stored: leave skeleton_file out."
+            remedy = f"These weights are quantised ({kind}); skeleton files are for weights as stored: leave skeleton_file out."
         raise ValueError(
             f"{given.source} belongs to another base model: the rows and columns of {some(strangers)} are not those it"
             f" was made from. {remedy}"
@@ -227,7 +226,7 @@ def _plan(
 def _start(
     plan: _Plan, layer: nn.Module, method: Method[Any], name: str, updates: Mapping[str, Update] | None
 ) -> dict[str, Tensor]:
-    """What the layer's trained tensors start from."""
+    """Initial values of the layer's trained tensors."""
     if updates is None or name not in updates:
         return method.start(plan.shape, plan.rank, name)
     weight: Tensor = layer.weight  # type: ignore[assignment]
@@ -254,20 +253,20 @@ def _report(layer: nn.Module, requested: int, plan: _Plan) -> LayerReport:
 
 
 def _without_frozen(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The model's parameters, each once, but for those that a method derived from its weights."""
+    """The model's parameters, each once, without those that a method derived from its weights."""
     ours = {id(p) for m in model.modules() if isinstance(m, FrozenTensors) for p in m.parameters()}
     return (p for p in model.parameters() if id(p) not in ours)
 
 
 def _children(model: nn.Module, targets: Sequence[str], modules: Mapping[str, nn.Module]) -> dict[str, int]:
-    """How many of the targets lie in which top-level child of the model."""
+    """Number of targets by top-level child of the model."""
     ours = {id(modules[name]) for name in targets}
     full = [clean_name(name) for name, module in model.named_modules() if id(module) in ours]
     return dict(Counter(name.split(".")[0] for name in full))
 
 
 def _shares(model: nn.Module, names: Sequence[str], root: str, total: int) -> dict[str, float]:
-    """The share of the model's parameters in each of these modules and parameters."""
+    """Share of the model's parameters, 0 to 1, by name of module or parameter."""
     shares = dict.fromkeys(names, 0.0)
     for name, module in canonical_owners(model, root):
         if name in shares:
@@ -280,20 +279,20 @@ def _shares(model: nn.Module, names: Sequence[str], root: str, total: int) -> di
 
 
 def _several(model: nn.Module, root: str, left_out: LeftOut, modules: Mapping[str, nn.Module]) -> list[str]:
-    """A hint where several Hugging Face models were converted together, so that the names are of none of them alone."""
+    """Note for the report where several Hugging Face models were converted together."""
     asleep = {id(m) for name in left_out.asleep for m in modules[name].modules()}
     awake = [m for m in hugging_face_models(model) if id(m) not in asleep]
     if root or len(awake) < 2:
         return []
     names = {id(m): clean_name(name) for name, m in model.named_modules()}
     return [
-        f"{some([names[id(m)] for m in awake])} are models of their own: root={names[id(awake[0])]!r} makes names, adapter and"
-        " merged model of one alone"
+        f"{some([names[id(m)] for m in awake])} are separate Hugging Face models: root={names[id(awake[0])]!r} limits"
+        " conversion, adapter and merged model to that one"
     ]
 
 
 def _leave_fast_paths(model: nn.Module) -> list[str]:
-    """Keep torch's fused encoder kernel from running on the bare weights of converted layers in evaluation."""
+    """Switch off torch's fused encoder kernel, which would evaluate converted layers without their update."""
     notes = []
     for name, module in model.named_modules():
         if not any(isinstance(m, AdaptedLinear) for m in module.modules()):
@@ -301,7 +300,7 @@ def _leave_fast_paths(model: nn.Module) -> list[str]:
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # torch's own switch: without a known activation the plain path runs
             notes.append(
-                f"`{clean_name(name)}`: the fused inference path of nn.TransformerEncoderLayer reads weights directly; off"
+                f"`{clean_name(name)}`: the fused inference path of nn.TransformerEncoderLayer reads weights directly: off"
             )
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
@@ -313,7 +312,7 @@ def _check_given(
 ) -> None:
     if given.shape is not None and given.shape != shape:
         raise ValueError(
-            f"{source}: `{name}` was {given.shape} there and is {shape} in this model; it is another base."
+            f"{source}: `{name}` has the shape {given.shape} there and {shape} in this model: another base."
         )
     for part, spec in method.specs(shape, rank).items():
         if spec.kind is not Kind.INDEX or part not in given.tensors:
@@ -325,6 +324,6 @@ def _check_given(
             )
         if len(index) != rank:
             raise ValueError(
-                f"{source} holds rank {len(index)} for `{name}`, this run asks for {rank}; type rank={len(index)} (or its"
+                f"{source} has rank {len(index)} for `{name}`, this run asks for {rank}; type rank={len(index)} (or its"
                 " entry in rank_pattern), or make a skeleton of that rank."
             )

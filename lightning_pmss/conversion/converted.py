@@ -1,4 +1,4 @@
-"""What is converted in a model already: as a whole, or in parts that were each converted as a model of its own."""
+"""Find the converted layers of a model, whether it was converted as a whole or its submodules were converted separately."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ONCE = "Build a fresh model and convert it as a whole, once; rank_pattern={...}
 
 
 class _Known(NamedTuple):
-    """A converted layer and the conversion that it went through."""
+    """Report of a converted layer, with the module and config of its conversion."""
 
     part: str
     config: AdapterConfig
@@ -31,16 +31,13 @@ class _Known(NamedTuple):
 
 
 def conversion_of(model: nn.Module, root: str | None = None) -> ConversionReport | None:
-    """The report of the conversion that this model went through as a whole, or None.
-
-    root: See `adapted_root`.
-    """
+    """Report of the conversion of the model as a whole; None without one. ``root`` as in `adapted_root`."""
     report: ConversionReport | None = adapted_root(model, root)[0].__dict__.get(_REPORT)
     return report
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
-    """The converted layers under their canonical names: those of the model's conversion, where it went through one."""
+    """Converted layers by canonical name; those in the model's report, if it has one."""
     layers = {name: m for name, m in canonical_modules(model).items() if isinstance(m, AdaptedLinear)}
     if (report := conversion_of(model)) is None:
         return layers
@@ -48,11 +45,11 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
 
 
 def converted(model: nn.Module, purpose: str) -> tuple[ConversionReport, dict[str, AdaptedLinear]]:
-    """The report and the layers of a converted model.
+    """Report and layers of a converted model.
 
     Args:
         model: Any module.
-        purpose: What is to be done with them, as a verb: "save".
+        purpose: Verb for the error message, such as "save".
 
     Raises:
         ValueError: The model as a whole was not converted.
@@ -67,7 +64,7 @@ def converted(model: nn.Module, purpose: str) -> tuple[ConversionReport, dict[st
         )
     if parts := list(parts_of(model)):
         raise ValueError(
-            f"{some(parts)} of this {kind} went through a conversion of their own, the {kind} as a whole did not. Either"
+            f"{some(parts)} of this {kind} were converted separately, the {kind} as a whole was not. Either"
             f" {purpose} them one by one, or call convert(model, config) with their config first, which joins them."
         )
     raise ValueError(
@@ -77,7 +74,7 @@ def converted(model: nn.Module, purpose: str) -> tuple[ConversionReport, dict[st
 
 
 def chosen_scope(model: nn.Module) -> str | None:
-    """Clean full name of the module that ``root=`` named in the conversion; None where none was named."""
+    """Clean full name of the module that the config's ``root`` names; None if it names none."""
     report, (_, prefix) = conversion_of(model), adapted_root(model)
     if report is None or report.config.root is None:
         return None
@@ -87,13 +84,13 @@ def chosen_scope(model: nn.Module) -> str | None:
 
 
 def beside_root(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Those of these canonical names that are not inside the root; they are full names."""
+    """Select the canonical names of modules outside the root; these are full names."""
     inside = {clean_name(name) for name, _ in adapted_root(model)[0].named_modules()}
     return [name for name in names if name not in inside]
 
 
 def frozen_but_fresh(module: nn.Module) -> set[str]:
-    """Names of the frozen parameters that no file of the base holds, as `ConversionReport.fresh` knows them."""
+    """Clean full names of the frozen parameters in `ConversionReport.fresh`."""
     report = conversion_of(module)
     fresh = set() if report is None else set(report.fresh or ())
     owners = {id(owner): name for name, owner in canonical_owners(module, None)}
@@ -106,12 +103,12 @@ def frozen_but_fresh(module: nn.Module) -> set[str]:
 
 
 def parts_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that went through a conversion of their own, by clean full name; "" is the model itself."""
+    """Modules that have a conversion report, by clean full name; "" is the model itself."""
     return {clean_name(n): m for n, m in model.named_modules() if _REPORT in m.__dict__}
 
 
 def record(model: nn.Module, report: ConversionReport) -> None:
-    """Note what was done; the conversions of parts are now parts of this one."""
+    """Store the report at the root, and delete the reports of submodules that it includes."""
     named = canonical_modules(model)
     ours = {id(named[layer.name]) for layer in report.layers}
     for part in parts_of(model).values():
@@ -121,14 +118,14 @@ def record(model: nn.Module, report: ConversionReport) -> None:
 
 
 def changed_fields(old: AdapterConfig, new: AdapterConfig, *, inside: bool = False) -> list[str]:
-    """In which fields two configs differ.
+    """Names of the fields in which two configs differ.
 
-    A root may be named later than the conversion of that module, and means nothing to the module itself.
+    ``root`` is not compared if the old config has none or if the model is the root itself.
 
     Args:
-        old: Of the conversion that was.
-        new: Of the one to come.
-        inside: Whether it is asked for by the root itself.
+        old: Config of the earlier conversion.
+        new: Config of the next conversion.
+        inside: Whether the model is the root itself.
     """
     if type(old) is not type(new):
         return ["method"]
@@ -139,17 +136,14 @@ def changed_fields(old: AdapterConfig, new: AdapterConfig, *, inside: bool = Fal
 
 
 def is_complete(model: nn.Module, report: ConversionReport, root: str | None = None) -> bool:
-    """Whether the conversion has seen every linear layer that is in the model now.
-
-    root: See `adapted_root`.
-    """
+    """Whether the report covers every linear layer of the model. ``root`` as in `adapted_root`."""
     known = {layer.name for layer in report.layers} | set(report.left_out)
     found = [n for n, m in canonical_modules(model, root).items() if is_linear(m) and not below(n, report.also_train)]
     return set(found) <= known
 
 
 def is_converted(model: nn.Module) -> bool:
-    """Whether the model as a whole went through a conversion, and nothing has come to it since."""
+    """Whether the model was converted as a whole and has no linear layer added since."""
     report = conversion_of(model)
     return report is not None and is_complete(model, report)
 
@@ -161,17 +155,17 @@ def layers_to_keep(
     ranks: Mapping[str, int],
     left_out: LeftOut,
 ) -> dict[str, LayerReport]:
-    """The targets that are converted already, with their reports under the names that they have now.
+    """Reports of the targets that are converted already, by their present names.
 
     Args:
-        model: About to be converted as a whole.
-        config: Of this conversion.
-        modules: By canonical name.
-        ranks: By name of each target.
-        left_out: What is no target.
+        model: The model to convert as a whole.
+        config: Config of this conversion.
+        modules: Result of `canonical_modules`.
+        ranks: Rank by name of target.
+        left_out: Parts of the model that are no targets.
 
     Raises:
-        ValueError: A part was converted otherwise than this conversion would.
+        ValueError: A submodule was converted differently from this conversion.
     """
     aside = (EXCLUDED, ASLEEP, IN_METRIC, outside_of(config.root))
     before = {
@@ -184,11 +178,11 @@ def layers_to_keep(
     for name, layer in before.items():
         if id(layer) not in known:
             raise ValueError(
-                f"`{name}` is converted already, and no conversion inside this {type(model).__name__} knows of it: it belongs"
+                f"`{name}` is converted already, but no conversion inside this {type(model).__name__} includes it: it belongs"
                 " to a larger model, or was taken from one. Convert that one, or build the layer anew."
             )
         part, others, report = known[id(layer)]
-        what = f"`{part}` was converted before as a model of its own" if part else "the model was converted before"
+        what = f"`{part}` was converted separately before" if part else "the model was converted before"
         changed = changed_fields(others, config)
         if config.root is not None and not below(part, [config.root]):
             changed.append("root")
@@ -198,7 +192,9 @@ def layers_to_keep(
             reason = left_out.reasons.get(name, "not a target")
             raise ValueError(f"{what}, and now its `{name}` would be left out ({reason}). {_ONCE}")
         if report.rank != layer.method.rank_of(canonical_shape(layer), ranks[name]):
-            raise ValueError(f"{what}, with rank {report.rank} of `{name}`, which is to have {ranks[name]}. {_ONCE}")
+            raise ValueError(
+                f"{what}, with rank {report.rank} of `{name}`; this conversion has rank {ranks[name]}. {_ONCE}"
+            )
         if layer.merged:
             raise ValueError(f"{what}, and is merged: call `unmerge` on it first.")
         kept[name] = replace(report, name=name)
@@ -206,7 +202,7 @@ def layers_to_keep(
 
 
 def _known_layers(model: nn.Module) -> dict[int, _Known]:
-    """The converted layers by id."""
+    """Converted layers by id."""
     known = {}
     for part, module in parts_of(model).items():
         report: ConversionReport = module.__dict__[_REPORT]

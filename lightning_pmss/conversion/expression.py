@@ -1,4 +1,4 @@
-"""Regular expressions that somebody typed, with an end to their search."""
+"""Regular expressions from users, with a time limit."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ PATIENCE = 5.0  # seconds for all names of a model; a usual expression takes a m
 
 
 class Expression:
-    """A regular expression that somebody typed. It has a few seconds for all names: some take centuries.
+    """A user's regular expression. `PATIENCE` limits its time over all names, since some would run for centuries.
 
     Args:
-        pattern: For whole names.
-        field: The option, for messages.
+        pattern: Expression for whole names.
+        field: Name of the option, for messages.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The pattern is not a regular expression.
     """
 
     def __init__(self, pattern: str, field: str) -> None:
@@ -31,10 +31,10 @@ class Expression:
             ) from error
 
     def matches(self, name: str) -> bool:
-        """Whether it matches the whole name.
+        """Whether the expression matches the whole name.
 
         Raises:
-            ValueError: Its time is up.
+            ValueError: The time limit is reached.
         """
         begun = time.perf_counter()
         try:

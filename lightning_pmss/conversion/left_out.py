@@ -1,4 +1,4 @@
-"""What a conversion leaves as it is, and why: heads, networks that are not trained, weights that no layer of ours owns."""
+"""Parts of a model that a conversion leaves unchanged, with reasons: heads, resting networks, weights of other modules."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ UNTARGETED = "not in target_modules"
 
 
 class LeftOut(NamedTuple):
-    """What is not converted.
+    """Parts of a model that are not converted.
 
     Attributes:
-        reasons: Linear layers, and parameters of two and more dimensions of other modules, by canonical name.
-        unowned: Those parameters among them that no option could have had converted.
-        asleep: The topmost modules that were frozen and in eval mode beside others that were not.
+        reasons: Reason by canonical name of linear layers, and of other modules' parameters of two and more dimensions.
+        unowned: Names of the parameters among them that no option converts.
+        asleep: Names of the topmost modules that were frozen and in eval mode while others were not.
     """
 
     reasons: dict[str, str]
@@ -34,11 +34,11 @@ class LeftOut(NamedTuple):
 
 
 class Resting(NamedTuple):
-    """Networks inside a model that nobody means to train.
+    """Networks inside a model that are not meant to be trained.
 
     Attributes:
         names: Clean full names of the topmost modules, with the reason.
-        modules: The reason by id, of each module in them that is not reached from outside, too.
+        modules: Reason by id of each module inside them, except modules that the rest of the model also uses.
     """
 
     names: dict[str, str]
@@ -46,10 +46,10 @@ class Resting(NamedTuple):
 
 
 def resting(model: nn.Module) -> Resting:
-    """What lies inside a torchmetrics Metric, and what is frozen and in eval mode as a whole while something beside it is not.
+    """Find networks inside a torchmetrics Metric, and networks that are frozen and in eval mode while others are not.
 
-    Such are a perceptual loss network, a reference, a teacher. Where all of the model is frozen and in eval mode, that tells
-    nothing apart; nor does it of quantised weights, which are always frozen.
+    Examples are a perceptual loss network, a reference model and a teacher. If the whole model is frozen and in eval mode,
+    none of it rests. Quantised weights are ignored, since they are always frozen.
     """
     found: dict[str, tuple[nn.Module, str]] = {}
     outside: set[int] = set()
@@ -78,16 +78,16 @@ def resting(model: nn.Module) -> Resting:
 def frozen_weights(
     name: str, module: nn.Module, accounted: set[int], below: Mapping[int, str]
 ) -> Iterator[tuple[str, str, bool]]:
-    """A module's own parameters of two and more dimensions that are not accounted for, which now they are.
+    """Yield a module's own parameters of two and more dimensions that are not in ``accounted``, and add them to it.
 
     Args:
-        name: Canonical name; "" where it has none.
-        module: The module.
-        accounted: ids of the parameters that are converted, trained in full, or listed already.
-        below: Reason by id of module, for whole branches that are left out.
+        name: Canonical name; "" for the model and its root.
+        module: Module that owns the parameters.
+        accounted: Ids of the parameters that are converted, trained in full, or listed already.
+        below: Reason by id of module, for branches left out as a whole.
 
     Returns:
-        (name, reason, whether no option could have had it converted) of each; a linear layer goes by its own name.
+        (name, reason, whether no option converts it) of each; the name is the layer's if the module is a linear layer.
     """
     for key, parameter in module._parameters.items():
         if parameter is None or id(parameter) in accounted or len(whole_shape(parameter)) < 2:
@@ -108,7 +108,7 @@ def _kind(module: nn.Module, dims: int) -> str:
 
 
 def _asleep(model: nn.Module) -> set[int]:
-    """ids of the modules that are frozen and in eval mode with everything below them."""
+    """Ids of the modules that are frozen and in eval mode with all their submodules."""
     found: set[int] = set()
 
     def look(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""What a conversion did, as data and as a table."""
+"""Report of a conversion, as data and as a table."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_pmss.conversion.left_out import HEAD
 from lightning_pmss.messages import kind_of
 from lightning_pmss.methods.config import AdapterConfig
 
-UNOWNED_LIMIT = 0.1  # share of the model in weights that cannot be converted, above which a user is warned
+UNOWNED_LIMIT = 0.1  # share of the model, 0 to 1, in weights that cannot be converted; above it a warning is given
 
 
 @dataclass
@@ -20,16 +20,16 @@ class LayerReport:
     Attributes:
         name: Canonical module name.
         shape: ``(out, in)`` of W.
-        rank: After clipping.
+        rank: Rank after clipping.
         requested_rank: The rank asked for.
-        trainable: Numbers that are trained.
+        trainable: Number of trained parameters.
         kept_bytes_per_token: Bytes that the adapter keeps for the backward pass per token, in the base's dtype.
         file_bytes: Bytes of the layer's tensors in the adapter file.
-        edit: Of PMSS: which product of the layer carries the update.
-        residual: Of PMSS: ``||W - C C^+ W||_F / ||W||_F``; None where W was not at hand.
-        rounding_error: Share of an update that is lost where the layer computes in bfloat16 (float16 on such a base), see
+        edit: PMSS only: the form in which the update is computed, such as ``"input"``.
+        residual: PMSS only: ``||W - C C^+ W||_F / ||W||_F``; None where W was not available.
+        rounding_error: Share of an update that is lost if the layer computes in bfloat16 (float16 on such a base), see
             `lightning_pmss.methods.pmss.rounding`.
-        fitting_rank: A rank at which little is lost, where that is too much at this one; else None.
+        fitting_rank: A lower rank that loses little, where this rank loses too much; else None.
     """
 
     name: str
@@ -47,24 +47,24 @@ class LayerReport:
 
 @dataclass
 class ConversionReport:
-    """What `convert` did; ``print`` it for a table.
+    """Report of `convert`; ``print`` shows it as a table.
 
     Attributes:
         config: The configuration used.
         layers: One entry per converted layer, in model order.
-        left_out: Linear layers that were not converted, and frozen parameters of two and more dimensions of other modules,
-            with the reason.
-        shares: Of the model's parameters, by name in `left_out`.
-        unowned: Names in `left_out` of parameters that no option could have had converted.
-        asleep: The topmost modules left out because they were frozen and in eval mode beside others that were not.
+        left_out: Reason by name of linear layers that were not converted, and of other modules' frozen parameters of two and
+            more dimensions.
+        shares: Share of the model's parameters, 0 to 1, by name in `left_out`.
+        unowned: Names in `left_out` of parameters that no option converts.
+        asleep: Names of the topmost modules left out because they were frozen and in eval mode while others were not.
         children: Number of converted layers by top-level child of the model.
-        fresh: Tensors that no file of the base holds, by name, with the number of their rows that the files do hold
-            (`lightning_pmss.files.fresh`); None where nobody has looked.
+        fresh: Number of rows in the base's files by name of each tensor that these files lack, wholly or in part
+            (`lightning_pmss.files.fresh`); None before that check.
         also_train: Names of the modules trained in full.
-        trainable: Parameters that train: all U and ``also_train``.
-        total: All parameters of the model (without the frozen coordinate factors).
+        trainable: Number of trained parameters, of adapters and ``also_train``.
+        total: Number of all parameters of the model, without frozen tensors that a method derived.
         also_train_bytes: Bytes of ``also_train`` in the adapter file.
-        notes: Anything else a user should know.
+        notes: Further lines for the table.
     """
 
     config: AdapterConfig
@@ -88,7 +88,7 @@ class ConversionReport:
 
     @property
     def adapter_bytes(self) -> int:
-        """Bytes of the adapter's tensors (the file adds a header of about 300 bytes per layer)."""
+        """Bytes of the adapter's tensors; the file adds a header of about 300 bytes per layer."""
         return sum(layer.file_bytes for layer in self.layers) + self.also_train_bytes
 
     @property
@@ -97,21 +97,21 @@ class ConversionReport:
         return sum(layer.kept_bytes_per_token for layer in self.layers)
 
     def rounding_warning(self, dtype: str) -> str | None:
-        """What a user should know where layers compute in a low precision; None where there is nothing to say."""
+        """Warning where a low-precision dtype would destroy much of an update; None if no layer is affected."""
         lossy = sorted((layer for layer in self.layers if layer.fitting_rank), key=lambda layer: -layer.rounding_error)
         if not lossy:
             return None
         worst, pattern = lossy[0], ", ".join(f"{layer.name!r}: {layer.fitting_rank}" for layer in lossy[:3])
         more = f" and so on for {len(lossy) - 3} more" if len(lossy) > 3 else ""
         return (
-            f"In {dtype} rounding would take {min(1.0, worst.rounding_error):.0%} of the update of `{worst.name}` (rank"
+            f"In {dtype} rounding would destroy {min(1.0, worst.rounding_error):.0%} of the update of `{worst.name}` (rank"
             f" {worst.rank} of {min(worst.shape)} possible), and more than a tenth in {len(lossy)} of {len(self.layers)}"
             f" layers: their rows or columns are nearly dependent. Type rank_pattern={{{pattern}}}{more}, or"
             " coordinates='spectral', or compute in float32."
         )
 
     def unowned_warning(self) -> str | None:
-        """What a user should know where much of the model is in weights that cannot be converted; None where it is little."""
+        """Warning where more than `UNOWNED_LIMIT` of the model cannot be converted; None otherwise."""
         total = sum(self.shares.get(name, 0.0) for name in self.unowned)
         if total <= UNOWNED_LIMIT:
             return None
@@ -127,12 +127,12 @@ class ConversionReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, fit for JSON."""
+        """Plain values for JSON."""
         sums = {name: getattr(self, name) for name in ("share", "adapter_bytes", "kept_bytes_per_token")}
         return asdict(self) | {"config": self.config.to_dict()} | sums
 
     def __str__(self) -> str:
-        """The table, with layers of equal kind folded into one line (a 32-layer model has 7 kinds)."""
+        """Table with one line per kind of layer (a 32-layer model has 7 kinds)."""
         kinds: dict[tuple[Any, ...], list[LayerReport]] = {}
         for layer in self.layers:
             kinds.setdefault((kind_of(layer.name), layer.shape, layer.rank, layer.edit), []).append(layer)
@@ -179,7 +179,7 @@ def _bykind_of(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _kinds(names: Sequence[str]) -> list[str]:
-    """Names, those of equal kind as one with their number."""
+    """Names, with those of equal kind merged into one and their number."""
     return [group[0] if len(group) == 1 else f"{kind} ({len(group)})" for kind, group in _bykind_of(names).items()]
 
 

@@ -1,4 +1,4 @@
-"""Names of the modules of a model, and which module inside it they are relative to."""
+"""Canonical names of a model's modules, and the root that they are relative to."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import nn
 from lightning_pmss.conversion.left_out import resting
 from lightning_pmss.layers.parts import clean_name
 
-_ROOT = "pmss_root"  # where a conversion notes the root that it settled on
+_ROOT = "pmss_root"  # attribute in which a conversion stores its root, relative to that module
 
 
 def adapted_root(model: nn.Module, root: str | None = None) -> tuple[nn.Module, str]:
-    """The module inside ``model`` that names are relative to, and its dotted prefix.
+    """Module inside ``model`` that names are relative to, and its dotted prefix.
 
-    That is the one that the conversion settled on; before one, or where nothing was to choose, the one outermost Hugging Face
-    model, else ``model`` itself.
+    A root that a conversion stored is used first, then the outermost Hugging Face model if there is exactly one, then
+    ``model`` itself.
 
     Args:
         model: Any module.
-        root: Full name of another module to take, such as one that an adapter file names.
+        root: Full name of a module to use instead, such as the one in an adapter file.
     """
     named = {clean_name(name): module for name, module in model.named_modules()}
     if root is None:
@@ -33,10 +33,7 @@ def adapted_root(model: nn.Module, root: str | None = None) -> tuple[nn.Module, 
 
 
 def noted_root(model: nn.Module) -> str | None:
-    """Full name of the module that the conversion settled on; None where it had nothing to choose.
-
-    A conversion of a part of the model does not count.
-    """
+    """Full name of the root that a conversion of the whole model stored; None if it stored none."""
     named = {clean_name(name): module for name, module in model.named_modules()}
     noted = {n: m for n, m in named.items() if _ROOT in m.__dict__}
     for outer, holder in noted.items():
@@ -47,14 +44,14 @@ def noted_root(model: nn.Module) -> str | None:
 
 
 def choose_root(model: nn.Module, wanted: str | None) -> str:
-    """Full name of the module whose names a conversion uses; "" for the model itself.
+    """Choose the root of a conversion; return its full name, "" for the model itself.
 
     Args:
-        model: Not converted yet.
-        wanted: ``PMSSConfig.root``; where a Hugging Face model lies inside of that module, it is that one.
+        model: A model before its conversion.
+        wanted: Option ``root`` of the config. A single Hugging Face model inside that module is chosen instead of it.
 
     Raises:
-        ValueError: No module is called so.
+        ValueError: No module has the name ``wanted``.
     """
     named = {clean_name(name): module for name, module in model.named_modules()}
     if wanted is None:
@@ -72,7 +69,7 @@ def choose_root(model: nn.Module, wanted: str | None) -> str:
 
 
 def settle_root(model: nn.Module, root: str) -> None:
-    """Let `adapted_root` find the chosen root from now on, also from a module around ``model``."""
+    """Store the chosen root where `adapted_root` finds it, also from a module around ``model``."""
     if adapted_root(model)[1].removesuffix(".") != root:
         {clean_name(name): module for name, module in model.named_modules()}[""].__dict__[_ROOT] = root
 
@@ -84,7 +81,7 @@ def hugging_face_models(model: nn.Module) -> list[nn.Module]:
 
 
 def _hugging_face_models(named: Mapping[str, nn.Module]) -> list[str]:
-    """Names of the outermost ones."""
+    """Names of the outermost Hugging Face models."""
     found: list[str] = []
     for name, module in named.items():
         if is_hugging_face(module) and not any(outer == "" or below(name, [outer]) for outer in found):
@@ -93,18 +90,18 @@ def _hugging_face_models(named: Mapping[str, nn.Module]) -> list[str]:
 
 
 def canonical_modules(model: nn.Module, root: str | None = None) -> dict[str, nn.Module]:
-    """All modules by canonical name: relative to the root (see `adapted_root`), full names outside of it.
+    """All modules by canonical name: relative to the root (see `adapted_root`) inside it, the full name outside.
 
-    So an adapter trained inside a LightningModule loads into the plain model. Where the two would collide, all names
-    stay full.
+    Therefore an adapter trained inside a LightningModule loads into the plain model. If two names collide, all names stay
+    full.
     """
     return {name: module for name, module in canonical_owners(model, root) if name}
 
 
 def canonical_owners(model: nn.Module, root: str | None) -> list[tuple[str, nn.Module]]:
-    """The same with the modules whose name is empty: the model, and the root."""
+    """(canonical name, module) of all modules, including the model and the root, whose names are empty."""
     _, prefix = adapted_root(model, root)
-    # A wrapper and what it wraps have one clean name, and come in this order: the wrapped module stays.
+    # A wrapper and its wrapped module have the same clean name; the wrapped module comes later and replaces the wrapper.
     named = {clean_name(name): module for name, module in model.named_modules()}
     short = [(f"{name}.".removeprefix(prefix).removesuffix("."), module) for name, module in named.items()]
     names = [name for name, _ in short if name]
@@ -112,7 +109,7 @@ def canonical_owners(model: nn.Module, root: str | None) -> list[tuple[str, nn.M
 
 
 def below(name: str, roots: Sequence[str]) -> bool:
-    """Whether the module of this name is one of these or lies inside one."""
+    """Whether a module is one of these roots or inside one of them, by name."""
     return any(name == root or name.startswith(f"{root}.") for root in roots)
 
 

@@ -1,4 +1,4 @@
-"""Which modules of a model are meant: canonical names, target patterns, and what must be refused before any work."""
+"""Resolve the patterns of a config to modules, and refuse modules that cannot be converted."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.methods.given import Given
 from lightning_pmss.methods.method import Method
 
-# Names by which models that are no Hugging Face model usually call their output head.
+# Usual names of the output head in models that are not Hugging Face models.
 HEAD_NAMES = ("lm_head", "head", "heads", "classifier", "score", "qa_outputs", "embed_out")
 
 
 @dataclass(frozen=True)
 class Names:
-    """What a file says is converted: full names, which are taken as they stand. Nothing in a file is run as a pattern.
+    """Converted layers as a file lists them. The names are literal: nothing in a file is run as a pattern.
 
     Attributes:
-        root: Full name of the module that the others are relative to; see `adapted_root`.
+        root: Full name of the module that the other names are relative to; see `adapted_root`.
         targets: Canonical names of the layers.
         also_train: Canonical names of the modules trained in full.
-        ranks: Of the layers, by name.
+        ranks: Rank by name of layer.
     """
 
     root: str
@@ -63,14 +63,14 @@ def find_targets(
     """Resolve ``target_modules`` and ``exclude_modules``.
 
     Args:
-        model: Not converted yet.
+        model: A model before its conversion.
         config: The patterns.
-        modules: Of `canonical_modules`, with the same ``root``.
+        modules: Result of `canonical_modules` with the same ``root``.
         also_train: Canonical names of the modules trained in full.
         root: See `adapted_root`.
 
     Returns:
-        Names to convert, and what is left out with why.
+        Names of the layers to convert, and the parts left out with their reasons.
 
     Raises:
         ValueError: A pattern matches nothing, or nothing is left to convert.
@@ -95,7 +95,7 @@ def find_targets(
             reasons[name] = EXCLUDED
         elif everything and below(name, also_train):
             reasons[name] = IN_FULL
-        elif id(modules[name]) in away and name not in named:  # a full name is meant as it stands
+        elif id(modules[name]) in away and name not in named:  # a listed full name overrides the reason
             reasons[name] = away[id(modules[name])]
         elif name in heads:
             reasons[name] = heads[name]
@@ -114,7 +114,7 @@ def find_targets(
 
 
 def named_targets(model: nn.Module, names: Names, modules: Mapping[str, nn.Module]) -> tuple[list[str], LeftOut]:
-    """The same for names that a file gives."""
+    """Layers to convert and parts left out, for the names in a file."""
     targets = [name for name in modules if name in set(names.targets)]
     owners = canonical_owners(model, names.root)
     return targets, _left_out(owners, modules, targets, names.also_train, {}, _away(model, None))
@@ -128,24 +128,24 @@ def _left_out(
     reasons: dict[str, str],
     branches: Mapping[int, str],
 ) -> LeftOut:
-    """All that is not converted.
+    """Collect the parts of a model that are not converted.
 
     Args:
-        owners: Of `canonical_owners`.
-        modules: The same by name.
-        targets: What is converted.
-        also_train: What is trained in full.
-        reasons: Of the layers that were looked at one by one; the others are added.
-        branches: Reason by id of module, for whole branches.
+        owners: Result of `canonical_owners`.
+        modules: Result of `canonical_modules`.
+        targets: Names of the layers to convert.
+        also_train: Names of the modules trained in full.
+        reasons: Reasons known so far, by name of layer; the others are added.
+        branches: Reason by id of module, for branches left out as a whole.
     """
     accounted = {id(p) for n in (*targets, *also_train, *reasons) for p in modules[n].parameters()}
     unowned = []
-    for owner, module in sorted(owners, key=lambda item: not is_linear(item[1])):  # a tied weight is the linear layer's
+    for owner, module in sorted(owners, key=lambda item: not is_linear(item[1])):  # tied: listed under the linear layer
         for name, reason, nobodys in frozen_weights(owner, module, accounted, branches):
             reasons[name] = reason
             if nobodys:
                 unowned.append(name)
-    for name, module in modules.items():  # linear layers without a parameter that is theirs alone
+    for name, module in modules.items():  # linear layers whose parameters are all shared
         if is_linear(module) and name not in targets and not below(name, also_train):
             reasons.setdefault(name, branches.get(id(module), UNTARGETED))
     asleep: list[str] = []
@@ -175,12 +175,12 @@ def _refuse_nothing(
 
 
 def outside_of(root: str | None) -> str:
-    """The reason of what lies beside the chosen root."""
+    """Reason given for modules outside the chosen root."""
     return f"outside of root={root!r}"
 
 
 def _away(model: nn.Module, root: str | None) -> dict[int, str]:
-    """Reason by id of the modules that are left out as a whole: those outside of the chosen root, those that rest."""
+    """Reason by id of the modules left out as a whole: those outside the chosen root, and resting ones."""
     if root is None:
         return resting(model).modules
     named = {clean_name(name): module for name, module in model.named_modules()}
@@ -197,15 +197,23 @@ def match_modules(
     linear: bool = False,
     owners: Sequence[tuple[str, nn.Module]] = (),
 ) -> list[str]:
-    """Module names that match; each pattern must match at least one (with ``linear``: at least one linear layer).
+    """Names of the modules that match a regular expression, or a list of names and name endings.
 
-    owners: Of `canonical_owners`, so that a parameter of the model itself is known when it is named.
+    Args:
+        patterns: The expression or the list.
+        modules: Result of `canonical_modules`.
+        field: Name of the option, for messages.
+        linear: Whether each pattern must match a linear layer.
+        owners: Result of `canonical_owners`, to recognise parameters of the model itself.
+
+    Raises:
+        ValueError: A pattern matches nothing.
     """
     patterns = _names(patterns, modules)
     if isinstance(patterns, str):
         expression = Expression(patterns, field)
         hits = [n for n in modules if expression.matches(n)]
-        # A regular expression may run over containers and norms on its way; a named module must itself be convertible.
+        # A regular expression may also match containers and norms; a listed module must itself be convertible.
         usable = [n for n in hits if is_supported(modules[n]) or why_no_own_weight(modules[n])] if linear else hits
         if not usable:
             if not hits:
@@ -224,7 +232,7 @@ def match_modules(
 
 
 def _names(patterns: str | Sequence[str], modules: Iterable[str]) -> str | Sequence[str]:
-    """A lone string that is the name, or the ending of the name, of a module means what a list of it means."""
+    """Put a lone string into a list if it is the name of a module or the end of one."""
     lone = isinstance(patterns, str) and any(_ends_in(patterns, name) for name in modules)
     return [patterns] if lone else patterns  # type: ignore[list-item]
 
@@ -236,7 +244,7 @@ def _ends_in(pattern: str, name: str) -> bool:
 def _refuse_parameter(
     pattern: str, matches: Callable[[str], bool], owners: Iterable[tuple[str, nn.Module]], field: str
 ) -> None:
-    """Say so if a pattern that matches no module is the name of a parameter."""
+    """Raise ValueError if a pattern that matches no module names a parameter."""
     for name, module in owners:
         for key, parameter in module._parameters.items():
             if parameter is None or not matches(f"{name}.{key}".lstrip(".")):
@@ -264,7 +272,7 @@ def _refuse_nomatch_modules(
 
 
 def _remedy(pattern: str, modules: Mapping[str, nn.Module], linear: bool) -> str:
-    """What to type instead of a pattern that matches nothing."""
+    """Advice on a pattern that matches nothing."""
     several = [part for part in re.split(r"[\s,;\[\]'\"]+", pattern) if part]
     if len(several) > 1 and all(any(_ends_in(part, name) for name in modules) for part in several):
         return f"for several names type [{', '.join(several)}]"
@@ -273,8 +281,8 @@ def _remedy(pattern: str, modules: Mapping[str, nn.Module], linear: bool) -> str
     try:
         expression = Expression(pattern, "")
         if any(map(expression.matches, modules)):
-            return "a list holds names; type a regular expression alone, not in a list"
-    except ValueError:  # no regular expression, so a name
+            return "a list contains names; type a regular expression alone, not in a list"
+    except ValueError:  # a name, not a regular expression
         pass
     known = [n for n in modules if not linear or is_supported(modules[n])]
     endings = {n.rsplit(".", 1)[-1] for n in known}
@@ -330,7 +338,7 @@ def refuse_unconvertible(
             )
         if given is not None and name not in given.layers:
             raise ValueError(
-                f"{given.source} has no rows and columns for `{name}`; it holds {some(sorted(given.layers))}."
+                f"{given.source} has no rows and columns for `{name}`; it has those of {some(sorted(given.layers))}."
             )
         if weight.is_meta and (reason := method.why_underived(given, name)):
             raise ValueError(f"`{name}` {reason}")
@@ -340,7 +348,7 @@ def refuse_unconvertible(
 
 
 def _parameters_used(module: nn.Module) -> list[Tensor]:
-    """A module's own parameters, and the weight of another one that it takes through an attribute or a property."""
+    """A module's own parameters, and a weight of another module that it uses as its attribute or property."""
     own: list[Tensor] = list(module.parameters(recurse=False))
     if is_linear(module) and "weight" not in module._parameters and "parametrizations" not in module._modules:
         own += [w for w in [getattr(module, "weight", None)] if isinstance(w, nn.Parameter)]
@@ -359,7 +367,7 @@ def ranks_of(config: AdapterConfig, targets: list[str], modules: Mapping[str, nn
 
 
 def _heads(root: nn.Module, modules: Mapping[str, nn.Module], candidates: list[str]) -> dict[str, str]:
-    """The linear layers that ``"all-linear"`` leaves out, with the reason."""
+    """Reason by name of the linear layers that ``"all-linear"`` leaves out."""
     heads: dict[str, str] = {}
     embedded = {id(m._parameters.get("weight")) for m in modules.values() if isinstance(m, nn.Embedding)} - {id(None)}
     body = getattr(root, getattr(root, "base_model_prefix", "") or "_", root)

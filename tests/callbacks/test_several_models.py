@@ -131,7 +131,7 @@ def test_a_reference_that_runs_without_gradients_is_no_expert(tiny_llama: str, t
 def test_several_awake_models_are_pointed_out(tiny_llama: str) -> None:
     report = convert(Preference(tiny_llama, rest=False), PMSSConfig(rank=4))
     assert report.children == {"policy": 14, "reference": 14}
-    assert "`policy`, `reference` are models of their own: root='policy' makes" in str(report)
+    assert "`policy`, `reference` are separate Hugging Face models: root='policy' limits" in str(report)
     for options in ({"rest": True}, {}):
         alone = Preference(tiny_llama, **options)
         config = PMSSConfig(rank=4, root=None if options else "policy")

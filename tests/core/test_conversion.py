@@ -162,7 +162,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"target_modules": "q_prj"}, "'q_prj' matches no module; closest names: q_proj"),
     ({"target_modules": "q_proj,v_proj"}, r"matches no module; for several names type \[q_proj, v_proj\]"),
     ({"target_modules": "q_proj v_proj"}, r"for several names type \[q_proj, v_proj\]"),
-    ({"target_modules": [r".*q_proj"]}, "a list holds names; type a regular expression alone, not in a list"),
+    ({"target_modules": [r".*q_proj"]}, "a list contains names; type a regular expression alone, not in a list"),
     ({"target_modules": ["all-linear"]}, "type all-linear alone, not in a list"),
     ({"also_train": "haed"}, "also_train: 'haed' matches no module; closest names: head"),
     ({"target_modules": ["norm"]}, "is a LayerNorm whose weight cannot be read"),

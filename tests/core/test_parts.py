@@ -1,4 +1,4 @@
-"""A model of which parts were converted before, each as a model of its own."""
+"""A model whose submodules were converted separately before."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_every_way_out_asks_for_the_whole(tmp_path: Path) -> None:
         lambda: save_skeleton(model, tmp_path / "a"),
         lambda: disable_adapter(model).__enter__(),
     ):
-        with pytest.raises(ValueError, match=r"`encoder` of this Whole went through a conversion of their own"):
+        with pytest.raises(ValueError, match=r"`encoder` of this Whole were converted separately"):
             refused()
     convert(model, CONFIG)
     with pytest.raises(ValueError, match=r"\(`0`, `2`\) belong to the conversion of a larger model: save that one"):
@@ -154,9 +154,7 @@ def test_another_config_is_refused_and_nothing_is_touched(
     model = Whole()
     convert(model.encoder, PMSSConfig(**first))
     before = {name: type(m) for name, m in model.named_modules()}
-    with pytest.raises(
-        ValueError, match=rf"`encoder` was converted before as a model of its own, {message}.*fresh model"
-    ):
+    with pytest.raises(ValueError, match=rf"`encoder` was converted separately before, {message}.*fresh model"):
         convert(model, PMSSConfig(**second))
     assert before == {name: type(m) for name, m in model.named_modules()}
     assert conversion_of(model.encoder) is not None
@@ -166,7 +164,7 @@ def test_a_part_that_the_whole_would_leave_out_is_refused() -> None:
     model = nn.ModuleDict({"body": body(), "head": body()})
     convert(model["head"], CONFIG)
     with pytest.raises(
-        ValueError, match=r"`head` was converted before.*now its `head\.0` would be left out \(output head\)"
+        ValueError, match=r"`head` was converted separately before.*now its `head\.0` would be left out \(output head\)"
     ):
         convert(model, CONFIG)
     assert not adapted_layers(model["body"])
@@ -221,7 +219,7 @@ def test_a_layer_out_of_another_conversion_is_refused_by_name() -> None:
     convert(donor, CONFIG)
     model = nn.Sequential(donor[0], nn.Linear(24, 16).double())
     with pytest.raises(
-        ValueError, match=r"`0` is converted already, and no conversion inside this Sequential knows of it"
+        ValueError, match=r"`0` is converted already, but no conversion inside this Sequential includes it"
     ):
         convert(model, CONFIG)
 
@@ -248,7 +246,7 @@ def test_merged_parts_are_unmerged_first() -> None:
     convert(model.encoder, CONFIG)
     train(model.encoder)
     merge(model.encoder)
-    with pytest.raises(ValueError, match=r"`encoder` was converted before.*is merged: call `unmerge`"):
+    with pytest.raises(ValueError, match=r"`encoder` was converted separately before.*is merged: call `unmerge`"):
         convert(model, CONFIG)
     unmerge(model.encoder)
     assert len(convert(model, CONFIG).layers) == 4
@@ -271,7 +269,7 @@ def test_the_body_of_a_hugging_face_model_and_then_all_of_it(rank: int, tiny_lla
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     convert(model.model, PMSSConfig(rank=4))
     if rank == 6:
-        with pytest.raises(ValueError, match=r"`model` was converted before.*differs in rank"):
+        with pytest.raises(ValueError, match=r"`model` was converted separately before.*differs in rank"):
             convert(model, PMSSConfig(rank=rank))
         return
     report = convert(model, PMSSConfig(rank=rank))

@@ -70,7 +70,7 @@ def square(dtype: torch.dtype) -> nn.Module:
 
 
 def test_convert_warns_on_a_bfloat16_base_alone() -> None:
-    with pytest.warns(UserWarning, match=r"In bfloat16 rounding would take .* `0` .*rank_pattern=\{'0': \d+"):
+    with pytest.warns(UserWarning, match=r"In bfloat16 rounding would destroy .* `0` .*rank_pattern=\{'0': \d+"):
         report = convert(square(torch.bfloat16), PMSSConfig(rank=32))
     assert report.layers[0].fitting_rank is not None
     with warnings.catch_warnings():
@@ -102,9 +102,9 @@ def test_callback_warns_under_mixed_precision(tmp_path_factory: pytest.TempPathF
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad])
 
-    with pytest.warns(UserWarning, match="In bf16-mixed rounding would take"):
+    with pytest.warns(UserWarning, match="In bf16-mixed rounding would destroy"):
         trainer("bf16-mixed", 32).fit(Square())
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*rounding would take")
+        warnings.filterwarnings("error", message=".*rounding would destroy")
         trainer("32-true", 32).fit(Square())
         trainer("bf16-mixed", 8).fit(Square())

@@ -297,7 +297,7 @@ def test_a_skeleton_is_refused_for_the_same_reasons(tiny_llama: str, adapter: Pa
     wrong = {
         "none.safetensors": (None, FileNotFoundError, "does not exist; make it with"),
         "cut.safetensors": (file.read_bytes()[:-3], ValueError, "is not a complete safetensors file"),
-        "same.safetensors": (file.read_bytes(), ValueError, "holds rank 6 for `.*`, this run asks for 5"),
+        "same.safetensors": (file.read_bytes(), ValueError, "has rank 6 for `.*`, this run asks for 5"),
     }
     for name, (content, error, message) in wrong.items():
         if content is not None:
