@@ -9,10 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from lightning_pmss.cli.words import patterns, rank_entry
-from lightning_pmss.estimate.quantised import QUANTISATIONS
-from lightning_pmss.estimate.strategies import OPTIMIZERS, STRATEGIES, ZeroSettings
-from lightning_pmss.methods.pmss.config import MEMORY_MODES, PMSSConfig
-from lightning_pmss.methods.pmss.coordinates import COORDINATES
+from lightning_pmss.estimate.run import (
+    OPTIMIZERS,
+    PRECISIONS,
+    QUANTISATIONS,
+    STRATEGIES,
+    WEIGHTS_DTYPES,
+    Run,
+    ZeroSettings,
+)
+from lightning_pmss.methods.pmss.config import COORDINATES, MEMORY_MODES, PMSSConfig
 from lightning_pmss.store import read_json
 from lightning_pmss.store.disk import atomic_file
 
@@ -37,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quantisation", choices=QUANTISATIONS, help="linear layers in 4-bit codes of bitsandbytes (default: no)")
     add("--micro-batch", type=int, default=1, help="sequences per device and pass (default: 1)")
     add("--sequence-length", type=int, default=2048, help="tokens of the longest sequence (default: 2048)")
-    add("--precision", choices=("32-true", "bf16-mixed", "bf16-true"), default="bf16-true", help="default: bf16-true")
-    add("--weights-dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="default: the config's")
+    add("--precision", choices=PRECISIONS, default="bf16-true", help="default: bf16-true")
+    add("--weights-dtype", choices=WEIGHTS_DTYPES, default="auto", help="default: the config's")
     add(
         "--gradient-checkpointing",
         action=argparse.BooleanOptionalAction,
@@ -68,7 +74,7 @@ def run(parser: argparse.ArgumentParser, args: Sequence[str]) -> None:
         _refuse_others(Path(given.output).expanduser())
 
     from lightning_pmss.estimate.advice import remedies
-    from lightning_pmss.estimate.memory import Run, estimate
+    from lightning_pmss.estimate.memory import estimate
     from lightning_pmss.estimate.table import table
 
     config = PMSSConfig(

@@ -56,10 +56,7 @@ def _extract(args: Sequence[str]) -> None:
 
 
 def _select(args: Sequence[str]) -> None:
-    from lightning_pmss.files.select import select_files
-    from lightning_pmss.methods.pmss.config import PMSSConfig
-    from lightning_pmss.methods.pmss.coordinates import COORDINATES
-    from lightning_pmss.methods.pmss.selection import ROW_MODES, SELECTORS
+    from lightning_pmss.methods.pmss.config import COORDINATES, ROW_MODES, SELECTIONS, PMSSConfig
 
     usual = PMSSConfig()
     parser = _parser("select")
@@ -73,7 +70,7 @@ def _select(args: Sequence[str]) -> None:
     parser.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="modules left out, with all below them")
     parser.add_argument("--rank", type=int, help=f"rows and columns per matrix (default: {usual.rank})")
     parser.add_argument("--rank-pattern", nargs="+", metavar="NAME=RANK", help="rank of some modules, as v_proj=128")
-    parser.add_argument("--selection", choices=SELECTORS, help=f"rule (default: {usual.selection})")
+    parser.add_argument("--selection", choices=SELECTIONS, help=f"rule (default: {usual.selection})")
     parser.add_argument("--row-mode", choices=ROW_MODES, help=f"default: {usual.row_mode}")
     parser.add_argument("--oversample", type=int, help=f"extra rows of lupp's sketch (default: {usual.oversample})")
     parser.add_argument("--seed", type=int, help=f"of the selection (default: {usual.seed})")
@@ -85,6 +82,9 @@ def _select(args: Sequence[str]) -> None:
             given[key] = patterns(given[key])
     if "rank_pattern" in given:
         given["rank_pattern"] = dict(rank_entry(entry) for entry in given["rank_pattern"])
+
+    from lightning_pmss.files.select import select_files
+
     print(select_files(config=PMSSConfig(**given), **files))
 
 

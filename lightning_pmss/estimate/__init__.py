@@ -1,5 +1,5 @@
 """Estimate the memory of a run before it is started, from a model's ``config.json`` alone."""
 
-from lightning_pmss.estimate.memory import Estimate, MethodEstimate, Run, estimate
+import lazy_loader
 
-__all__ = ["Estimate", "MethodEstimate", "Run", "estimate"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_pmss.estimate.memory import Run, estimate, with_options
+from lightning_pmss.estimate.memory import estimate
+from lightning_pmss.estimate.run import Run, with_options
 
 CHECKPOINTING = "--gradient-checkpointing"
 MOST_DEVICES = 64

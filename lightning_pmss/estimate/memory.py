@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -22,13 +22,10 @@ from lightning_pmss.estimate.model import (
     read_config,
     weights_dtype,
 )
-from lightning_pmss.estimate.quantised import QUANTISATIONS, largest_matrix, quantised_pieces
-from lightning_pmss.estimate.quantised import STRATEGIES as WHOLE_STRATEGIES
+from lightning_pmss.estimate.quantised import largest_matrix, quantised_pieces
+from lightning_pmss.estimate.run import Run
 from lightning_pmss.estimate.simulate import StepBytes
 from lightning_pmss.estimate.strategies import (
-    OPTIMIZERS,
-    STRATEGIES,
-    ZeroSettings,
     engine_dtype,
     host_bytes,
     place,
@@ -39,75 +36,6 @@ from lightning_pmss.layers.convertible import canonical_shape
 from lightning_pmss.layers.products import core_dtype
 from lightning_pmss.methods.method import file_bytes
 from lightning_pmss.methods.pmss.config import PMSSConfig
-
-PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
-
-
-@dataclass(frozen=True)
-class Run:
-    """Options of the run to estimate.
-
-    Args:
-        model: Folder with ``config.json``, or the file.
-        strategy: One of `STRATEGIES`.
-        devices: Devices per node.
-        nodes: Number of nodes.
-        config: Options of the conversion.
-        micro_batch: Sequences per device and pass.
-        sequence_length: Tokens of the longest sequence.
-        precision: Precision of the Trainer, one of `PRECISIONS`.
-        weights_dtype: Dtype of the loaded weights: ``"auto"`` (the configuration's), ``"float32"``, ``"bfloat16"``.
-        gradient_checkpointing: Whether decoder layers are recomputed in the backward pass.
-        optimizer: One of `OPTIMIZERS`.
-        zero: DeepSpeed's settings.
-        quantisation: None, or the 4-bit type of the linear layers: one of `QUANTISATIONS`. Full fine-tuning is then omitted.
-
-    Raises:
-        ValueError: A value is out of its range; the message says what to type.
-    """
-
-    model: str
-    strategy: str = "single"
-    devices: int = 1
-    nodes: int = 1
-    config: PMSSConfig = field(default_factory=PMSSConfig)
-    micro_batch: int = 1
-    sequence_length: int = 2048
-    precision: str = "bf16-true"
-    weights_dtype: str = "auto"
-    gradient_checkpointing: bool = False
-    optimizer: str = "adamw"
-    zero: ZeroSettings = field(default_factory=ZeroSettings)
-    quantisation: str | None = None
-
-    def __post_init__(self) -> None:
-        allowed = {
-            "strategy": STRATEGIES,
-            "precision": PRECISIONS,
-            "weights_dtype": ("auto", "float32", "bfloat16"),
-            "optimizer": tuple(OPTIMIZERS),
-            "quantisation": (None, *QUANTISATIONS),
-        }
-        for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {list(values)}.")
-        for name in ("devices", "nodes", "micro_batch", "sequence_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        if self.zero.bucket < 0:
-            raise ValueError(f"bucket={self.zero.bucket} must not be negative; it is a number of elements.")
-        if self.quantisation is not None and self.strategy not in WHOLE_STRATEGIES:
-            raise ValueError(
-                f"quantisation={self.quantisation!r} cannot be kept in parts, as {self.strategy!r} would; choose one of"
-                f" {list(WHOLE_STRATEGIES)}."
-            )
-        if self.strategy == "single" and self.world > 1:
-            raise ValueError(f"strategy 'single' has one device, not {self.world}; choose 'ddp', 'fsdp2' or 'zero3'.")
-
-    @property
-    def world(self) -> int:
-        """Number of processes."""
-        return self.devices * self.nodes
 
 
 @dataclass(frozen=True)
@@ -323,12 +251,3 @@ def _adapter_bytes(model: nn.Module, config: PMSSConfig) -> int:
 
 def _file_bytes(layer: AdaptedLinear) -> int:
     return file_bytes(layer.method, canonical_shape(layer), layer.rank, core_dtype(layer.weight.dtype))
-
-
-def with_options(run: Run, **changes: Any) -> Run:
-    """Return the run with other options; ``rank`` also limits the ranks of ``rank_pattern``."""
-    rank = changes.pop("rank", None)
-    if rank is not None:
-        pattern = {key: min(value, rank) for key, value in run.config.rank_pattern.items()}
-        changes["config"] = replace(run.config, rank=rank, rank_pattern=pattern)
-    return replace(run, **changes)

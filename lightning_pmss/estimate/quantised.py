@@ -10,8 +10,6 @@ from torch import nn
 from lightning_pmss.estimate.model import Piece
 from lightning_pmss.layers.convertible import canonical_shape
 
-QUANTISATIONS = ("nf4", "fp4")
-STRATEGIES = ("single", "ddp")  # quantised weights cannot be sharded
 BLOCK, SCALES = 64, 256  # weights per scale; scales per second-level scale
 
 

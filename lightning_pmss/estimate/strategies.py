@@ -11,30 +11,11 @@ import math
 from dataclasses import dataclass, replace
 
 from lightning_pmss.estimate.model import Piece
+from lightning_pmss.estimate.run import OPTIMIZERS, ZeroSettings
 
-STRATEGIES = ("single", "ddp", "fsdp", "fsdp2", "zero2", "zero3", "zero3_offload")
-# Optimizer states per trained element; each has the parameter's dtype (DeepSpeed: float32).
-OPTIMIZERS: dict[str, float] = {"adamw": 2, "adam": 2, "lion": 1, "sgd-momentum": 1, "sgd": 0}
 PROCESS_BYTES = 2_000_000_000  # Python, PyTorch, transformers and CUDA's libraries in host memory
 RESERVE_ALONE = 1_000_000_000  # CUDA context, workspaces of cuBLAS, a little fragmentation
 RESERVE_AMONG_SEVERAL = 2_000_000_000  # and NCCL's buffers
-
-
-@dataclass(frozen=True)
-class ZeroSettings:
-    """Settings of DeepSpeed that affect memory. Defaults are DeepSpeed's, except ``bucket`` and ``overlap``.
-
-    Attributes:
-        bucket: ``reduce_bucket_size`` in elements; the default is that of ``configs/strategy``, a tenth of DeepSpeed's.
-        overlap: ``overlap_comm``; ZeRO-2 then fills a second bucket meanwhile. The default is that of ``configs/strategy``.
-        persistence: ``stage3_param_persistence_threshold`` in elements; smaller parameters stay whole.
-        live: ``stage3_max_live_parameters``, the most elements gathered at once.
-    """
-
-    bucket: int = 50_000_000
-    overlap: bool = True
-    persistence: int = 100_000
-    live: int = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -69,9 +50,9 @@ def place(
 
     Args:
         pieces: Tensors of the model, with the dtypes of the run (see `engine_dtype`).
-        strategy: One of `STRATEGIES`.
+        strategy: One of `run.STRATEGIES`.
         world: Number of processes.
-        optimizer: One of `OPTIMIZERS`.
+        optimizer: One of `run.OPTIMIZERS`.
         settings: Settings of DeepSpeed.
     """
     zero = settings or ZeroSettings()
@@ -140,7 +121,7 @@ def host_bytes(base: int, placement: Placement, strategy: str, devices: int) -> 
     Args:
         base: Bytes of the base's weights as loaded.
         placement: Bytes of one process.
-        strategy: One of `STRATEGIES`.
+        strategy: One of `run.STRATEGIES`.
         devices: Processes on the node.
     """
     # With FSDP2 and ZeRO-3, rank 0 loads and broadcasts; with the others every process loads.

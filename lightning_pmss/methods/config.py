@@ -7,13 +7,13 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cache
 from typing import Any, ClassVar, Self, get_type_hints
 
-import torch
 from pydantic import Field, create_model
 
 from lightning_pmss.messages import some
 from lightning_pmss.store import Record, checked
 
-_NUMBERS = torch.finfo(torch.float32)
+# Of float32, by its definition (IEEE 754): torch takes seconds to import, and a command's help needs these classes.
+_TINY, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,10 @@ class AdapterConfig:
         """
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{name}={value!r} is no number.")
-        if not _NUMBERS.tiny <= abs(value) <= _NUMBERS.max:
+        if not _TINY <= abs(value) <= _LARGEST:
             raise ValueError(
                 f"{name}={value!r} must be finite and not zero, else the update can never change the layer; its size is held"
-                f" in float32, from {_NUMBERS.tiny:.3g} to {_NUMBERS.max:.3g}."
+                f" in float32, from {_TINY:.3g} to {_LARGEST:.3g}."
             )
 
     def scale_of(self, rank: int) -> float:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_pmss import PMSSConfig, convert
-from lightning_pmss.methods.pmss.coordinates import COORDINATES
+from lightning_pmss.methods.pmss.config import COORDINATES
 
 
 @pytest.mark.parametrize("coordinates", COORDINATES)

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_pmss import PMSSCallback, PMSSConfig, convert
 from lightning_pmss.files.select import select_files
-from lightning_pmss.methods.pmss.coordinates import COORDINATES, coordinate_frame
+from lightning_pmss.methods.pmss.config import COORDINATES
+from lightning_pmss.methods.pmss.coordinates import coordinate_frame
 from lightning_pmss.methods.pmss.selection import SELECTORS, select_skeleton
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_pmss.methods.pmss.selection import ROW_MODES, SELECTORS, projection_residual, select_skeleton
+from lightning_pmss.methods.pmss.config import ROW_MODES, SELECTIONS
+from lightning_pmss.methods.pmss.selection import SELECTORS, projection_residual, select_skeleton
 
 DRAWN = ("lupp", "random", "inverse_norm")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -34,6 +35,10 @@ def _check(rows: Tensor, cols: Tensor, shape: tuple[int, int], rank: int) -> Non
         assert index.shape == (rank,)
         assert len(set(index.tolist())) == rank
         assert 0 <= int(index.min()) <= int(index.max()) < size
+
+
+def test_every_selection_of_the_config_has_its_rule() -> None:
+    assert tuple(SELECTORS) == SELECTIONS
 
 
 @pytest.mark.parametrize("row_mode", ROW_MODES)

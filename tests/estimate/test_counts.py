@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_leaves
 from lightning_pmss import PMSSConfig
 from lightning_pmss.checkpoints.contents import trained_shapes
 from lightning_pmss.conversion.convert import conversion_of
-from lightning_pmss.estimate import Run, estimate
+from lightning_pmss.estimate import Run, ZeroSettings, estimate
 from lightning_pmss.estimate.model import Architecture, Piece, count, decoder_blocks, inventory, read_config
-from lightning_pmss.estimate.strategies import ZeroSettings, host_bytes, place
+from lightning_pmss.estimate.strategies import host_bytes, place
 from lightning_pmss.files import save_adapter
-from lightning_pmss.methods.pmss.coordinates import COORDINATES
+from lightning_pmss.methods.pmss.config import COORDINATES
 from tests.estimate.small import loss_of, pmss_config, small_model, write_config
 
 QV = ["q_proj", "v_proj"]

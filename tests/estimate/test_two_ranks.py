@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from lightning_pmss.estimate import Run, estimate
-from lightning_pmss.estimate.strategies import ZeroSettings
+from lightning_pmss.estimate import Run, ZeroSettings, estimate
 from tests.distributed.launch import on_two_processes
 from tests.estimate.small import BATCH, LENGTH, near, pmss_config, write_config
 

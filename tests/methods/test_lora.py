@@ -106,6 +106,15 @@ def test_an_alpha_with_which_nothing_can_be_trained(alpha: Any) -> None:
         LoRAConfig(alpha=alpha)
 
 
+def test_the_range_of_a_factor_is_float32s() -> None:
+    numbers = torch.finfo(torch.float32)
+    for last in (numbers.tiny, numbers.max):
+        assert LoRAConfig(alpha=last).alpha == last
+    for beyond in (numbers.tiny * (1 - 1e-9), numbers.max * (1 + 1e-9)):
+        with pytest.raises(ValueError, match="must be finite and not zero"):
+            LoRAConfig(alpha=beyond)
+
+
 def test_an_update_that_the_trained_numbers_cannot_hold_is_refused_before_anything_is_touched(tmp_path: Path) -> None:
     def plain() -> torch.nn.Sequential:
         return torch.nn.Sequential(torch.nn.Linear(4, 4))

@@ -7,9 +7,10 @@ from typing import Any
 
 from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.methods.documentation import inherit_options
-from lightning_pmss.methods.pmss.coordinates import COORDINATES
-from lightning_pmss.methods.pmss.selection import ROW_MODES, SELECTORS
 
+SELECTIONS = ("lupp", "pivoted_qr", "leverage", "norm", "random", "inverse_norm")
+ROW_MODES = ("independent", "nested")
+COORDINATES = ("orthonormal", "rotation", "spectral", "raw")
 EDITS = ("auto", "input", "output", "weight")
 MEMORY_MODES = ("keep", "regather")
 # The rank at which scale="auto" is 1. Adam moves each entry of V by the learning rate, so the update grows with the rank.
@@ -68,7 +69,7 @@ class PMSSConfig(AdapterConfig):
         if self.skeleton_file is not None:
             object.__setattr__(self, "skeleton_file", str(self.skeleton_file))
         for name, allowed in (
-            ("selection", tuple(SELECTORS)),
+            ("selection", SELECTIONS),
             ("row_mode", ROW_MODES),
             ("coordinates", COORDINATES),
             ("edit", EDITS),

@@ -19,8 +19,6 @@ from lightning_pmss.layers.adapter import Adapter, FrozenTensors
 from lightning_pmss.layers.products import core_dtype, without_autocast
 from lightning_pmss.methods.pmss.rotation import cayley_minus_identity, cayley_parameters, packed_shape
 
-COORDINATES = ("orthonormal", "rotation", "spectral", "raw")
-
 
 class Frame(NamedTuple):
     """What turns the trained V ``[c, r]`` into U: ``U = gain * (left @ V @ right)``; parts that a frame lacks are None.

@@ -16,7 +16,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-ROW_MODES = ("independent", "nested")
+from lightning_pmss.methods.pmss.config import ROW_MODES
+
 _BLOCK = 2**22  # elements that are converted to float32 at a time: W itself is never copied
 
 

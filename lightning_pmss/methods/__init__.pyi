@@ -1,0 +1,3 @@
+from .registry import METHODS, method_of
+
+__all__ = ["METHODS", "method_of"]
