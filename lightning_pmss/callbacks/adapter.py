@@ -2,7 +2,7 @@
 Adapter callback
 ^^^^^^^^^^^^^^^^
 
-Fine-tunes the model of any LightningModule by an adapter.
+Fine-tunes the model of any LightningModule with an adapter.
 """
 
 from __future__ import annotations
@@ -59,30 +59,30 @@ MERGE_ON_SAVE = ("end", "checkpoint", None)
 
 
 class AdapterCallback(L.Callback):
-    """Converts the targeted linear layers, trains the adapter only, keeps checkpoints small, merges on save.
+    """Convert the targeted linear layers, train only the adapter, keep checkpoints small, and merge on save.
 
     The model is converted in ``setup`` when its layers exist, or right after ``configure_model`` where the LightningModule
-    builds them there. Checkpoints hold what is trained and resume exactly; at the end of ``fit`` the adapter folder
-    ``<output_dir>/adapter`` and the merged model ``<output_dir>/merged`` are written.
+    builds them there. Checkpoints contain the trained tensors and resume exactly. The end of ``fit`` writes the adapter to
+    ``<output_dir>/adapter`` and the merged model to ``<output_dir>/merged``.
 
-    Works on a single device and under DDP, FSDP1 (`FSDPStrategy`), FSDP2 (`ModelParallelStrategy`) and DeepSpeed ZeRO-2 and
+    Supports a single device, DDP, FSDP1 (`FSDPStrategy`), FSDP2 (`ModelParallelStrategy`) and DeepSpeed ZeRO-2 and
     ZeRO-3. Under FSDP2 the LightningModule calls `lightning_pmss.model_built(self)` in ``configure_model`` between building
-    and ``fully_shard``; what cannot work is refused before any work.
+    and ``fully_shard``. Unsupported setups are refused before any work.
 
     Args:
         config: The method and its options, such as ``LoRAConfig(rank=16)``.
-        output_dir: Where adapter and merged model go; the run's log directory by default. Earlier results of this library
-            there are replaced.
+        output_dir: Folder of adapter and merged model; default: the run's log directory. Earlier results of this library in
+            it are replaced.
         merge_on_save: ``end``: write the merged model when ``fit`` ends; ``checkpoint``: also beside each checkpoint, as
             ``<checkpoint's name>-merged``; None: never.
-        on_nonfinite: What happens at a loss or gradient that is NaN or infinite: ``stop`` the training before it is taken in,
-            or ``skip`` the optimizer step and go on.
+        on_nonfinite: Reaction to a NaN or infinite loss or gradient: ``stop`` the training before the optimizer step, or
+            ``skip`` that step and continue.
         log_throughput: Log seconds per step and, also in the progress bar, tokens per second and peak memory.
-        log_u_norm: Log the Frobenius norm of what each layer's update is stored as (of PMSS: ``s U``).
+        log_u_norm: Log the Frobenius norm of each layer's stored update (of PMSS: ``s U``).
 
     Raises:
-        ValueError: The options do not fit one another or the model; the model is left as it was.
-        MisconfigurationException: The optimizer lacks U, something else trains, or the strategy is not supported.
+        ValueError: The options contradict one another or do not fit the model, which stays unchanged.
+        MisconfigurationException: A trained tensor is in no optimizer, others train, or the strategy is not supported.
 
     Example::
 
@@ -118,14 +118,14 @@ class AdapterCallback(L.Callback):
         self._clock = StepClock()
         self._stop = GracefulStop()
         self._ending: Ending | None = None
-        self._accumulated, self._figures = AccumulatedGradients(), dict[str, float]()  # figures: of a loaded checkpoint
+        self._accumulated, self._figures = AccumulatedGradients(), dict[str, float]()  # figures of a loaded checkpoint
         follow_launchers()
 
     # -- conversion ---------------------------------------------------------------------------------------------------
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Look at where results go, then convert, now or right after ``configure_model``."""
+        """Check the output folders, then convert, now or right after ``configure_model``."""
         catch_in_launched(trainer)
         self._engine = prepare_strategy(trainer, pl_module)
         refuse_averages(trainer, self._engine)
@@ -137,7 +137,7 @@ class AdapterCallback(L.Callback):
 
             @functools.wraps(original)
             def configure_model() -> None:
-                # The patch goes first: it must not survive in a pickle or a copy, nor run twice.
+                # Remove the patch first: it must not survive in a pickle or a copy, nor run twice.
                 del pl_module.configure_model
                 original()
                 self._attach(trainer, pl_module)
@@ -147,7 +147,7 @@ class AdapterCallback(L.Callback):
             self._attach(trainer, pl_module)
 
     def on_model_built(self, trainer: L.Trainer, pl_module: L.LightningModule, everywhere: bool = True) -> None:
-        """Convert in the middle of ``configure_model``, before it shards: what `lightning_pmss.model_built` calls."""
+        """Convert the model before it is sharded; `lightning_pmss.model_built` calls this inside ``configure_model``."""
         if not is_converted(pl_module):
             refuse_quantised(self._engine, pl_module)
             if everywhere and not is_sharded(pl_module):
@@ -162,7 +162,7 @@ class AdapterCallback(L.Callback):
 
     def _attach(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.on_model_built(trainer, pl_module)
-        self.report = convert(pl_module, self.config)  # converted before: the same config, or an error
+        self.report = convert(pl_module, self.config)  # refuses an earlier conversion with another config
         self._advice = look_for_fresh(pl_module, self.report, self._engine)
         pl_module.strict_loading = False
         if self._seam is not None:
@@ -185,7 +185,7 @@ class AdapterCallback(L.Callback):
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check that U, and nothing but U and ``also_train``, is going to be trained."""
+        """Check that exactly the adapter and ``also_train`` are going to be trained."""
         layers = adapted_layers(pl_module)
         refuse_merged(layers)
         warn(self._advice)
@@ -211,7 +211,7 @@ class AdapterCallback(L.Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Look at the frozen weights, let loaders go on where they were, watch for signals."""
+        """Sample the frozen weights, restore the positions of loaders, and install signal handlers."""
         refuse_copies(pl_module)
         log_hyperparameters(trainer, pl_module, self.report, own_options(self), again=True)
         restore_loaders(trainer)
@@ -225,7 +225,7 @@ class AdapterCallback(L.Callback):
 
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """On resume, restore the global RNG so a loader that shuffles with it yields the same order as an uninterrupted run."""
+        """Restore the global random state on resume, so that a shuffling loader yields the order of an uninterrupted run."""
         begin_epoch(trainer, self._resume)
         self._resume = None
 
@@ -233,7 +233,7 @@ class AdapterCallback(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Begin the step's random stream and its clock."""
+        """Set the random state of training steps and start the clock."""
         count_epoch(trainer)
         self._resume = None
         if self._finite is not None:
@@ -243,14 +243,14 @@ class AdapterCallback(L.Callback):
 
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Any) -> None:
-        """Note whether the loss is finite; from here to the end of the batch, gradients may be of a part of it."""
+        """Record whether the loss is finite, and that gradients are incomplete until the batch ends."""
         self._accumulated.in_batch = True
         if self._finite is not None:
             self._finite.backward(loss)
 
     @override
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """After the first backward pass: every U has a finite gradient."""
+        """Check after the first backward passes that every U has a finite gradient."""
         where = f"batch {trainer.fit_loop.epoch_loop.batch_idx} in epoch {trainer.current_epoch}"
         if self._gradients is not None and self._gradients.check(where):
             self._gradients = None
@@ -259,7 +259,7 @@ class AdapterCallback(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """End the step's random stream; log time, throughput and norms."""
+        """Restore the random state outside of steps; log time, throughput and norms."""
         self._randomness.leave()
         if self._ending is not None and not trainer.fit_loop.epoch_loop._should_accumulate():
             self._ending.trained, self._ending.torn = True, False
@@ -274,13 +274,13 @@ class AdapterCallback(L.Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        """Look at the gradients before they are clipped."""
+        """Check the gradients before they are clipped."""
         if self._finite is not None:
             self._finite.before_clipping(optimizer)
 
     @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop before a validation rather than after it."""
+        """Stop before a validation if a stop is requested."""
         self._stop.before_validation(trainer)
 
     @override
@@ -293,30 +293,30 @@ class AdapterCallback(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Stop in the middle of a validation."""
+        """Stop inside a validation if a stop is requested."""
         self._stop.in_validation(trainer)
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Let signals stop the process again."""
+        """Restore the former signal handlers."""
         self._stop.release()
 
     def _write_results(self) -> None:
-        """After every ``on_train_end``, where callbacks may change the weights (averages do); later, the strategy is gone."""
+        """Write the results after every ``on_train_end``, where averaging callbacks set weights, and before teardown."""
         if self._ending is not None:
             self._ending.finish()
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Leave a checkpoint and the adapter of what was trained."""
-        self._stop.agreed = self._stop.agreed or isinstance(exception, NonFiniteError)  # all ranks came to it
+        """Save a checkpoint and the adapter as trained so far."""
+        self._stop.agreed = self._stop.agreed or isinstance(exception, NonFiniteError)  # raised on all ranks
         if self._ending is not None:
             self._ending.stopped(exception)
             self._ending = None
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Nothing is written any more."""
+        """Remove hooks and signal handlers, and write nothing from here on."""
         self._stop.release()
         if self._finite is not None:
             self._finite.close()
@@ -327,18 +327,18 @@ class AdapterCallback(L.Callback):
             self._ending = None
 
     def before_results(self, trainer: L.Trainer, state: Mapping[str, Any]) -> None:
-        """Convert the module of the process that launched the training, which gets the state dict of the one that trained."""
+        """Convert the module of the launching process, which loads the state dict of the trained module next."""
         self.report = convert_like(trainer, state, self.config)
 
     def output_folder(self, trainer: L.Trainer) -> Path:
-        """Where the results go: ``output_dir``, else the log directory (call it on all ranks)."""
+        """Folder of the results: ``output_dir``, else the log directory; call it on all ranks."""
         return self.output_dir or local_folder(trainer.log_dir or trainer.default_root_dir, "adapter and merged model")
 
     # -- state --------------------------------------------------------------------------------------------------------
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The random states of every rank, so that dropout goes on as if nothing had happened, and figures for the card."""
+        """Random states of all ranks, so that dropout resumes exactly; metrics for the model card; accumulated gradients."""
         state: dict[str, Any] = {"random_states": self._randomness.states_of_ranks()}
         if (ending := self._ending) is not None:
             state["figures"] = ending.figures()

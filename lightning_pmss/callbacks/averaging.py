@@ -1,8 +1,8 @@
-"""Lightning's averages of models beside `PMSSCallback`: of what is trained alone, and never of the frozen weights.
+"""Support for Lightning's weight averaging: only trained tensors are averaged, never the frozen weights.
 
 ``WeightAveraging`` (also ``EMAWeightAveraging``) and ``StochasticWeightAveraging`` copy the whole module in ``setup``, average
-every parameter, frozen ones with the rounding of the mean, and store the copy in checkpoints. Here the copy is replaced by one
-that owns the trained tensors and shows the module's own frozen ones: swapping and copying these changes nothing.
+every parameter, which rounds frozen ones, and store the copy in checkpoints. A `TrainedCopy` replaces that copy. It owns the
+trained tensors and refers to the module's frozen ones, which swapping and copying therefore leave unchanged.
 """
 
 from __future__ import annotations
@@ -27,10 +27,14 @@ from lightning_pmss.messages import some
 
 
 class TrainedCopy(nn.Module):
-    """What an averaging callback takes for a deep copy of the module.
+    """Replacement for an averaging callback's deep copy of the module.
 
-    ``parameters()`` and ``buffers()`` have the module's order and length; where a parameter is frozen, it is the module's own.
-    The state dict has what a checkpoint keeps: trained parameters, buffers and indices.
+    ``parameters()`` and ``buffers()`` have the module's order and length; frozen parameters are the module's own. The state
+    dict contains trained parameters, buffers and indices.
+
+    Attributes:
+        of: The module.
+        alone: Whether ``parameters()`` and ``buffers()`` are limited to tensors that are averaged.
     """
 
     of: nn.Module
@@ -38,7 +42,7 @@ class TrainedCopy(nn.Module):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.__dict__["of"] = module  # by assignment it would become a child
+        self.__dict__["of"] = module  # an assignment would register it as a child
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 self._parameters[clean_name(name)] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
@@ -49,7 +53,7 @@ class TrainedCopy(nn.Module):
                 self._non_persistent_buffers_set.add(name)
 
     def __deepcopy__(self, memo: Any) -> TrainedCopy:
-        return self  # `AveragedModel` copies what it is given, and this one was made for it
+        return self  # `AveragedModel` copies its argument, which was made for it
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """The averages and, unless ``alone``, the module's own frozen parameters."""
@@ -67,7 +71,7 @@ class TrainedCopy(nn.Module):
                 yield buffer if own is None else own
 
     def has_mean(self, buffer: Tensor) -> bool:
-        """Whether a mean of values of this buffer means anything: not of whole numbers."""
+        """Whether a buffer can be averaged, which integers cannot."""
         return buffer.is_floating_point()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -87,12 +91,12 @@ class TrainedCopy(nn.Module):
     ) -> None:
         cleaned = {clean_name(key): value for key, value in state_dict.items()}
         super()._load_from_state_dict(cleaned, prefix, local_metadata, strict, missing, unexpected, errors)
-        # Names with dots look like those of children that are not there; and the indices are the module's.
+        # torch expects children for names with dots, and the indices belong to the module.
         unexpected[:] = [key for key in unexpected if not key.startswith(prefix)]
 
 
 class _Trained:
-    """The part of a module that a `TrainedCopy` averages, as `AveragedModel.update_parameters` asks for it."""
+    """The averaged tensors of a module, as `AveragedModel.update_parameters` reads them."""
 
     def __init__(self, copy: TrainedCopy) -> None:
         self.copy = copy
@@ -105,7 +109,7 @@ class _Trained:
 
 
 class TrainedAverage(AveragedModel):
-    """An average of the trained tensors of a module, with the settings of the one that it replaces."""
+    """Average of a module's trained tensors, with the settings of the `AveragedModel` that it replaces."""
 
     def __init__(self, module: nn.Module, settings: AveragedModel) -> None:
         super().__init__(
@@ -117,12 +121,12 @@ class TrainedAverage(AveragedModel):
         )
 
     def update_parameters(self, model: nn.Module) -> None:
-        """Take the module's present values into the average."""
+        """Add the module's current values to the average."""
         copy: Any = self.module
         present = {clean_name(name): buffer for name, buffer in model.named_buffers()}
         averaged = {name: own for name, own in copy._buffers.items() if copy.has_mean(present[name])}
         before = {name: own.clone() for name, own in averaged.items()}
-        copy.alone = True  # a mean of a frozen tensor with itself rounds it
+        copy.alone = True  # averaging a frozen tensor with itself would round it
         try:
             super().update_parameters(_Trained(copy))  # type: ignore[arg-type]
         finally:
@@ -130,12 +134,12 @@ class TrainedAverage(AveragedModel):
         with torch.no_grad():
             for name, own in copy._buffers.items():
                 same = before[name] == present[name] if name in before else None
-                # So does one of a constant with itself, and of infinities it is NaN.
+                # Averaging would also round a constant, and turn infinities into NaN.
                 own.copy_(present[name] if same is None else torch.where(same, present[name], own))
 
 
 def average_the_trained(trainer: L.Trainer, module: L.LightningModule) -> None:
-    """Replace the copies that averaging callbacks made of the whole module in ``setup``, converted by then or not.
+    """Replace the copies of the whole module that averaging callbacks made in ``setup``.
 
     Call it after all setups and ``configure_model``, before a checkpoint is loaded.
     """
@@ -150,30 +154,30 @@ def average_the_trained(trainer: L.Trainer, module: L.LightningModule) -> None:
 
 
 def _mean(mean: Any, average: Tensor, current: Tensor, count: Tensor) -> Tensor:
-    """The mean of two tensors by ``mean``; of a frozen one, which is both, the tensor as it is."""
+    """Average two tensors by ``mean``; return a frozen tensor, which is passed as both, unchanged."""
     same = average.data_ptr() == current.data_ptr()
     return average if same else mean(average, current, count)
 
 
 def refuse_averages(trainer: L.Trainer, engine: Engine) -> None:
-    """Averages of models that a strategy keeps in parts.
+    """Refuse averaging callbacks where the strategy shards the model.
 
     Raises:
-        MisconfigurationException: With the remedy.
+        MisconfigurationException: The Trainer has such a callback.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if engine != "plain" and isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
             raise MisconfigurationException(
                 f"`{type(callback).__name__}` copies whole models and cannot average one that"
-                f" `{type(trainer.strategy).__name__}` keeps in parts. Train on one device or under 'ddp', or leave it out."
+                f" `{type(trainer.strategy).__name__}` shards. Train on one device or under 'ddp', or remove the callback."
             )
 
 
 def refuse_copies(module: L.LightningModule) -> None:
-    """Copies of converted layers inside the module, such as a teacher or an average of it.
+    """Refuse copies of converted layers inside the module, such as a teacher or an average.
 
     Raises:
-        MisconfigurationException: There are some; the message names them.
+        MisconfigurationException: The module has such copies; the message names them.
     """
     averaged = {id(x) for m in module.modules() if isinstance(m, AveragedModel) for x in m.modules()}
     own = {id(layer) for layer in adapted_layers(module).values()} - averaged
@@ -182,7 +186,7 @@ def refuse_copies(module: L.LightningModule) -> None:
     ]:
         raise MisconfigurationException(
             f"{some(copies)} are converted layers in a copy of the model that is part of the module: an average or a teacher."
-            " The adapter and the checkpoints are of one model and would mix the two. For an average of what is trained put"
-            " `lightning.pytorch.callbacks.EMAWeightAveraging` beside PMSSCallback. Make a copy for another purpose after"
-            " the conversion (in `on_fit_start`), and keep it where it is no child: `self.__dict__['teacher'] = deepcopy(...)`."
+            " Adapter and checkpoints contain one model and would mix the two. To average the trained tensors, add the callback"
+            " `lightning.pytorch.callbacks.EMAWeightAveraging` to the Trainer. Make a copy for another purpose after the"
+            " conversion (in `on_fit_start`), and do not register it as a child: `self.__dict__['teacher'] = deepcopy(...)`."
         )

@@ -1,4 +1,4 @@
-"""What `PMSSCallback` makes sure of before the first step, on every rank."""
+"""Checks before the first training step, on every rank."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lightning_pmss.store import not_finite
 
 
 def agree_on_weights(trainer: L.Trainer, module: L.LightningModule, engine: Engine) -> None:
-    """Warn where ranks begin with different weights: FSDP would put shards of different models together."""
+    """Warn if ranks start with different weights: FSDP would combine shards of different models."""
     if trainer.world_size == 1 or engine not in ("fsdp1", "fsdp2"):
         return
     if getattr(trainer.strategy, "kwargs", {}).get("sync_module_states"):
@@ -34,8 +34,8 @@ def agree_on_weights(trainer: L.Trainer, module: L.LightningModule, engine: Engi
     torch.distributed.all_gather_object(others, sums)
     if differ := [n for n in sums if any(o.get(n, sums[n]) != sums[n] for o in others)]:
         rank_zero_warn(
-            f"{len(differ)} parameters differ between the ranks before sharding ({some(differ)}), and each rank keeps its"
-            " shard of its own. Load the same weights everywhere, or call `seed_everything` with one seed on all ranks."
+            f"{len(differ)} parameters differ between the ranks before sharding ({some(differ)}), and each rank keeps a"
+            " shard of its own weights. Load the same weights everywhere, or call `seed_everything` with one seed on all ranks."
         )
 
 
@@ -66,14 +66,14 @@ def agree_on_indices(trainer: L.Trainer, module: L.LightningModule) -> None:
 
 
 def say_what_was_converted(report: ConversionReport, precision: str) -> None:
-    """Print the report, and warn about what rounding takes in this precision; on a base of low precision `convert` has."""
+    """Print the report, and warn about rounding under mixed precision; `convert` warns for a low-precision base."""
     rank_zero_info(f"PMSS:\n{report}")
     if "mixed" in precision and (warning := report.rounding_warning(precision)):
         rank_zero_warn(warning)
 
 
 def refuse_merged(layers: Mapping[str, AdaptedLinear]) -> None:
-    """A merged layer does not use U.
+    """Refuse to train merged layers, whose U has no effect.
 
     Raises:
         MisconfigurationException: A layer is merged.
@@ -83,10 +83,10 @@ def refuse_merged(layers: Mapping[str, AdaptedLinear]) -> None:
 
 
 def check_bases(trainer: L.Trainer, module: L.LightningModule) -> None:
-    """Layers that were converted without their weights: the weights that came must be those the skeleton was made from.
+    """Compare weights that were loaded after the conversion with the skeleton file that it used.
 
     Raises:
-        MisconfigurationException: They are not.
+        MisconfigurationException: The skeleton file was made from other weights.
     """
     unproven = {n: layer for n, layer in adapted_layers(module).items() if layer.on_trust}
     if strangers := [n for n, x in unproven.items() if x.fingerprint and not same_base(x.fingerprint, *x.reads())]:
@@ -99,10 +99,11 @@ def check_bases(trainer: L.Trainer, module: L.LightningModule) -> None:
 
 
 def check_optimizers(trainer: L.Trainer, pl_module: L.LightningModule, also_train: Sequence[str]) -> None:
-    """U, and nothing but U and ``also_train``, is going to be trained.
+    """Check that exactly the adapter and ``also_train`` are going to be trained.
 
     Raises:
-        MisconfigurationException: The optimizer lacks U, or is none for its coordinates, or something else trains.
+        MisconfigurationException: A trained tensor is in no optimizer, the optimizer does not suit the coordinates, or other
+            parameters require gradients.
     """
     layers = adapted_layers(pl_module)
     trained = {clean_name(n): p for n, p in pl_module.named_parameters() if p.requires_grad}
@@ -131,7 +132,7 @@ def check_optimizers(trainer: L.Trainer, pl_module: L.LightningModule, also_trai
 
 
 def _held(trainer: L.Trainer) -> set[int]:
-    """Ids of the parameters that the optimizers step; ZeRO flattens them, but keeps its own list of the originals."""
+    """Ids of the optimizers' parameters; ZeRO flattens these, but lists the originals elsewhere."""
     held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
     engine_optimizer = getattr(trainer.strategy.model, "optimizer", None)
     for name in ("bit16_groups", "fp16_groups"):
@@ -141,54 +142,54 @@ def _held(trainer: L.Trainer) -> set[int]:
 
 
 def look_for_fresh(pl_module: L.LightningModule, report: ConversionReport, engine: Engine) -> list[str]:
-    """Note in the report which tensors no file of the base holds, where nobody has looked yet; before a strategy shards.
+    """Record in the report which tensors the base's files lack, unless it is known; call it before sharding.
 
     Returns:
-        What a user should know before training of tensors that stay frozen and may be freshly initialised.
+        Warnings about frozen tensors that may be freshly initialised.
     """
     if report.fresh is None:
         report.fresh = fresh_tensors(pl_module)
     advice = fresh_warnings(pl_module, report)
     if engine in ("fsdp1", "zero") and (lost := list(untrained(report.fresh or {}, report))):
         advice.append(
-            f"{some(lost)} are freshly initialised and frozen, and checkpoints under {engine} hold what is trained only: a run"
-            " that is resumed in another process would go on with other values there. Train them (also_train), or use one"
+            f"{some(lost)} are freshly initialised and frozen, and checkpoints under {engine} contain only trained"
+            " tensors: a run resumed in another process would have other values there. Train them (also_train), or use one"
             " device, 'ddp' or FSDP2."
         )
     if beside := frozen_beside(pl_module, report):
         listed = ", ".join(repr(name) for name in beside[:8])
         advice.append(
-            f"{some(beside)} stay frozen as they are, and no adapter file holds them. If they are freshly initialised, type"
-            f" also_train=[{listed}]; if they were loaded, all is well."
+            f"{some(beside)} stay frozen as they are, and no adapter file contains them. If they are freshly initialised, type"
+            f" also_train=[{listed}]; if they were loaded, do nothing."
         )
     return advice
 
 
 def refuse_infinite(module: nn.Module, also_train: Sequence[str], engine: Engine) -> None:
-    """Constants that are not finite, in what the adapter file is to hold.
+    """Refuse NaN or infinite constants in the modules of ``also_train``, which the adapter file contains.
 
     Raises:
-        MisconfigurationException: There are some.
+        MisconfigurationException: A module has such a constant.
     """
-    if engine != "plain":  # where they may be in parts
+    if engine != "plain":  # tensors may be sharded
         return
     kept = {clean_name(n): m for n, m in module.named_modules()}
     kept = {n: m for n, m in kept.items() if any(n == a or n.endswith(f".{a}") for a in also_train)}
     if broken := not_finite({f"{n}.{key}": value for n, m in kept.items() for key, value in m.state_dict().items()}):
         raise MisconfigurationException(
-            f"{some(broken)} have NaN or infinite values before the training, and adapter files hold none. If it is a mask,"
+            f"{some(broken)} have NaN or infinite values before the training, and adapter files contain none. If it is a mask,"
             " type `self.register_buffer(name, mask, persistent=False)`: the module makes it again."
         )
 
 
 def warn(advice: Sequence[str]) -> None:
-    """Say each on the first rank."""
+    """Issue these warnings on rank 0."""
     for text in advice:
         rank_zero_warn(text)
 
 
 def wake(pl_module: L.LightningModule) -> None:
-    """Put the Hugging Face models with converted layers into training mode, but for what was left out as frozen and in eval.
+    """Set converted Hugging Face models to training mode, except modules left out as frozen and in eval mode.
 
     `from_pretrained` leaves eval mode, in which dropout and transformers' activation checkpointing are off.
     """
@@ -204,7 +205,7 @@ def wake(pl_module: L.LightningModule) -> None:
 
 
 def warn_about_batch_norm(pl_module: L.LightningModule, also_train: Sequence[str]) -> None:
-    """Running statistics change while training and are not in the adapter file."""
+    """Warn about running statistics, which change in training and are not in the adapter file."""
     kept = [m for n, m in pl_module.named_modules() if any(clean_name(n).endswith(a) for a in also_train)]
     inside = {id(m) for k in kept for m in k.modules()}
     moving = [
@@ -218,5 +219,5 @@ def warn_about_batch_norm(pl_module: L.LightningModule, also_train: Sequence[str
     if moving:
         rank_zero_warn(
             f"`{moving[0]}` ({len(moving)} such) updates its running statistics while training, which the adapter file"
-            " does not hold: name it in also_train, or put it into eval mode."
+            " does not contain: name it in also_train, or put it into eval mode."
         )

@@ -1,4 +1,4 @@
-"""How a fit ends, and what it leaves: at its end, where it is stopped, and where there was nothing left to train."""
+"""Write the results of a fit at its end, when it is stopped, and when nothing was left to train."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ from lightning_pmss.store.kinds import ADAPTER
 
 
 class Ending:
-    """Writes the results of one fit, once.
+    """Write the results of one fit, once.
 
     Args:
-        trainer: Of the fit.
-        module: Converted.
-        folder: Where adapter and merged model go.
-        merge: ``PMSSCallback``'s ``merge_on_save``.
-        stop: Knows of signals.
-        earlier: Figures of the checkpoint that the run goes on from.
+        trainer: Trainer of the fit.
+        module: The converted LightningModule.
+        folder: Folder of adapter and merged model.
+        merge: Option ``merge_on_save`` of the callback.
+        stop: Handler of signals.
+        earlier: Metrics from the checkpoint that the run resumed.
 
     Attributes:
-        trained: Whether an optimizer step was finished in this fit.
-        torn: Whether an optimizer step is running, which may have changed some tensors and others not.
-        watch: Knows whether somebody has changed the frozen weights.
+        trained: Whether this fit has completed an optimizer step.
+        torn: Whether an optimizer step is running, so that only some tensors may be updated.
+        watch: Detects changes of the frozen weights; None under sharding engines.
     """
 
     def __init__(
@@ -62,39 +62,39 @@ class Ending:
         self.earlier = earlier
         self.trained = self.torn = False
         self.watch: FrozenWatch | None = None
-        self._adapter: Path | None = None  # that was written
-        self._written: dict[str, Tensor] = {}  # what is trained, as it is in the results
+        self._adapter: Path | None = None  # where the adapter was written
+        self._written: dict[str, Tensor] = {}  # trained tensors as in the results
         self._done = False
-        self._found = (folder / "adapter").exists()  # of an earlier run, which only a training that ends well replaces
+        self._found = (folder / "adapter").exists()  # an earlier run's; only a completed training replaces it
         self._teardown = BeforeTeardown(trainer.strategy, self._without_training)
 
     def disarm(self) -> None:
-        """Write nothing any more."""
+        """Write nothing from here on."""
         self._done = True
         self._teardown.remove()
 
     def begin_step(self) -> None:
-        """From here to the step's end, tensors of two steps may be mixed."""
+        """Mark the start of an optimizer step, during which tensors of two steps may be mixed."""
         self.torn = True
 
     def look_for_late_changes(self) -> None:
-        """Warn where a hook behind ``on_train_end`` has changed what is trained, which the results then do not have."""
+        """Warn if a hook after ``on_train_end`` changed trained tensors, which the results then lack."""
         now = _trained_values(self.module) if self._written else {}
         changed = [
             n for n, value in self._written.items() if n in now and not torch.equal(now[n].to(value.dtype), value)
         ]
         if changed:
             rank_zero_warn(
-                f"PMSS: {some(changed)} were changed after the results of this fit were written, so that adapter and merged"
-                " model are of the values before. Change them in `on_train_end`, or write them with `save_adapter` afterwards."
+                f"PMSS: {some(changed)} were changed after the results of this fit were written, so adapter and merged"
+                " model contain the earlier values. Change them in `on_train_end`, or call `save_adapter` afterwards."
             )
 
     def figures(self) -> dict[str, float]:
-        """Metrics for the card, as they stand; those of the checkpoint that the run goes on from included."""
+        """Current metrics for the model card, including those from the resumed checkpoint."""
         return {**self.earlier, **figures(self.trainer)}
 
     def make_up_for_merged(self) -> None:
-        """Write the merged model beside the checkpoint that the run goes on from, if a kill came before it was there."""
+        """Write the merged model beside the resumed checkpoint, if a kill prevented that."""
         if self.merge != "checkpoint" or self.trainer.ckpt_path is None:
             return
         checkpoint = local_path(self.trainer.ckpt_path)
@@ -106,7 +106,7 @@ class Ending:
     # -- at the end ---------------------------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """Write adapter and merged model; call it on every rank while the strategy is up."""
+        """Write adapter and merged model; call it on every rank before teardown."""
         self._done = True
         trainer, module = self.trainer, self.module
         if self.watch is not None:
@@ -136,7 +136,7 @@ class Ending:
             raise RuntimeError(other)
 
     def _remove_of_stopped(self) -> None:
-        """What an interruption of this run left is of no use any more."""
+        """Remove the checkpoint and adapter that an interruption of this run left."""
         if is_checkpoint(checkpoint := self._stopped_checkpoint()):
             remove(checkpoint)
         adapter = self.folder / STOPPED_ADAPTER
@@ -147,7 +147,7 @@ class Ending:
                 rank_zero_warn(f"{adapter} stays, although the training has ended: {error}")
 
     def _without_training(self) -> None:
-        """Before the strategy is torn down: Lightning does not call ``on_train_end`` where its loops had nothing to do."""
+        """Write the results before teardown if Lightning's loops had nothing to do, which skips ``on_train_end``."""
         trainer = self.trainer
         if self._done or trainer.state.fn is not TrainerFn.FITTING or trainer.state.status is not TrainerStatus.RUNNING:
             return
@@ -162,7 +162,7 @@ class Ending:
     # -- stopped ------------------------------------------------------------------------------------------------------
 
     def stopped(self, exception: BaseException) -> None:
-        """Leave a checkpoint and the adapter of what was trained, as far as the ranks are together, and say where."""
+        """Save a checkpoint and the adapter, as far as the ranks are in step, and report their paths."""
         self.stop.release()
         self.stop.mark(exception, self.trainer)
         if self._done and self._adapter is not None:
@@ -233,14 +233,14 @@ def _trained_values(module: L.LightningModule) -> dict[str, Tensor]:
 
 
 class BeforeTeardown:
-    """Calls back on every rank before a strategy is torn down, the last moment at which its ranks can work together."""
+    """Call an action on every rank before a strategy's teardown, the last moment for collectives."""
 
     def __init__(self, strategy: Strategy, action: Callable[[], None]) -> None:
         self.strategy, self.action, self._inner = strategy, action, strategy.teardown
         strategy.teardown = self._call  # type: ignore[method-assign]
 
     def remove(self) -> None:
-        """Take it off the strategy."""
+        """Restore the strategy's ``teardown``."""
         if self.strategy.__dict__.get("teardown") == self._call:
             del self.strategy.teardown
 
@@ -251,7 +251,7 @@ class BeforeTeardown:
 
 
 def why_nothing_was_trained(trainer: L.Trainer) -> str:
-    """The reason for which Lightning's loops had nothing to do."""
+    """Reason why Lightning's loops had nothing to do."""
     loop: Any = trainer.fit_loop
     if trainer.limit_train_batches == 0:
         return "limit_train_batches=0"

@@ -1,4 +1,4 @@
-"""What a run knows of itself, for the model card beside its adapter."""
+"""Facts about a run, for the model card beside its adapter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_pmss.callbacks.throughput import SHORT
 
 
 def figures(trainer: L.Trainer) -> dict[str, float]:
-    """The last value of each metric that was logged, but for the speed and memory of this process."""
+    """Last value of each logged metric, except speed and memory."""
     metrics = trainer.callback_metrics.items()
     return {k: float(v) for k, v in metrics if not k.startswith("pmss/") and k not in SHORT.values()}
 
@@ -20,13 +20,13 @@ def figures(trainer: L.Trainer) -> dict[str, float]:
 def run_facts(
     trainer: L.Trainer, module: L.LightningModule, earlier: Mapping[str, float], stopped: str | None
 ) -> dict[str, dict[str, Any]]:
-    """Sections of a model card: how it was trained, and the last value of each metric; the same on every rank.
+    """Sections of a model card: training settings, and the last value of each metric; equal on all ranks.
 
     Args:
-        trainer: Of this run.
-        module: What was trained.
-        earlier: Figures of the checkpoint that the run went on from.
-        stopped: What stopped the training before its end; None: nothing did.
+        trainer: Trainer of this run.
+        module: The trained module.
+        earlier: Metrics from the checkpoint that the run resumed.
+        stopped: Signal or error that stopped the training early; None without one.
     """
     data: Any = getattr(trainer, "datamodule", None)
     training: dict[str, Any] = {"module": type(module).__name__}
@@ -43,7 +43,7 @@ def run_facts(
         optimizer = trainer.optimizers[0]
         group = optimizer.param_groups[0]
         training["optimizer"] = type(getattr(optimizer, "optimizer", optimizer)).__name__
-        # With a schedule the rate has fallen by now; the schedule keeps the one it began with.
+        # A schedule lowers `lr`, and keeps its first value in `initial_lr`.
         training["learning rate"] = group.get("initial_lr", group.get("lr"))
     training["precision"] = str(trainer.precision)
     training["strategy"] = f"{type(trainer.strategy).__name__}, {trainer.world_size} processes"

@@ -1,7 +1,7 @@
-"""Notices when something outside has changed the frozen weights of converted layers during a fit.
+"""Detect changes that other code makes to the frozen weights of converted layers during a fit.
 
-A callback of one's own that averages ``pl_module.parameters()`` and copies the average back rounds W. The update ``s C U R`` is
-of the W that was there before, and so is the adapter.
+A user's callback that averages ``pl_module.parameters()`` and copies the average back rounds W, for example. The update
+``s C U R``, and with it the adapter, belongs to the former W.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.messages import some
 
 _ROUNDING = 1e-5
-_SAMPLES = 1024  # of each weight: whoever averages a model changes far more than one number in a thousand
+_SAMPLES = 1024  # per weight; an average changes far more than one number in a thousand
 
 
 class FrozenWatch:
-    """Compares samples of the frozen weights with what they were.
+    """Compare samples of the frozen weights with their values at the start of the training.
 
     Args:
-        layers: Canonical name -> converted layer, whole on this device; those that are kept in codes are left out.
+        layers: Converted layers by canonical name, not sharded; weights of quantised ones are not compared.
     """
 
     def __init__(self, layers: Mapping[str, AdaptedLinear]) -> None:
@@ -34,38 +34,38 @@ class FrozenWatch:
         self._prints = {name: layer.fingerprint for name, layer in self.layers.items()}
 
     def changes(self) -> dict[str, float]:
-        """Layers whose weight has changed, with the change relative to the weight's norm."""
+        """Norm of the change relative to the norm of the weight, by name of each changed layer."""
         changes = {}
         for name, layer in self.layers.items():
             now = _sample(layer.weight)
             before = self._before[name].to(now.dtype)  # a cast is no change
             indices = self._indices[name]
             if any(not torch.equal(index, indices[part]) for part, index in _on_cpu(layer.indices()).items()):
-                changes[name] = float("inf")  # the update is of other rows and columns now
+                changes[name] = float("inf")  # the update now uses other rows and columns
             elif not torch.allclose(now, before, rtol=0, atol=0, equal_nan=True):
                 norm = float(before.double().norm())
                 changes[name] = float((now.double() - before.double()).norm()) / norm if norm else float("inf")
         return changes
 
     def keep_fingerprints(self) -> None:
-        """A state dict with rounded weights that was loaded would have the adapter belong to these, which no file holds."""
+        """Restore the fingerprints of the original weights, which loading a state dict clears."""
         for name, layer in self.layers.items():
             layer.fingerprint = layer.fingerprint or self._prints[name]
 
     def other_base(self, adapter: Path) -> str | None:
-        """Why no merged model can be made of these weights, and what to do; None if they are what they were, or as good as.
+        """Error message if the frozen weights were changed; None if they were not.
 
-        A change within the rounding of float32, such as an average of equal values leaves, is only warned about.
+        A change within the rounding of float32, as from an average of equal values, gives only a warning.
 
         Args:
-            adapter: Where the adapter is written, which holds nothing of them.
+            adapter: Folder of the adapter, for the message.
         """
         if not (changes := self.changes()):
             return None
         what = (
             f"the frozen weights of {some(list(changes))} were changed during the training (by up to"
             f" {max(changes.values()):.1e} of their norm). Something outside of PMSSCallback writes to all parameters of the"
-            " module, such as an average that is copied back; let it take those that require grad, or use Lightning's"
+            " module, such as an average that is copied back; limit it to those that require grad, or use Lightning's"
             " EMAWeightAveraging."
         )
         if max(changes.values()) <= _ROUNDING:

@@ -1,4 +1,4 @@
-"""The check after the first backward passes that every U is really being trained."""
+"""Check after the first backward passes that every U gets a gradient."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lightning_pmss.messages import some
 
 
 class GradientCheck:
-    """U's gradient is non-zero from the first step although U is zero, so silence means that something is cut off.
+    """Check that every U gets a finite gradient. A zero U also gets one, so a missing gradient means a broken graph.
 
     Args:
-        layers: Canonical name -> converted layer.
-        infinities_are_normal: Under a loss scaler the first steps overflow on purpose.
-        sharded: Engines take gradients away as they come, and give a rank without a share of U none: the gradient of what
-            the core returns is looked at instead.
+        layers: Converted layers by canonical name.
+        infinities_are_normal: Whether infinite gradients are accepted, as a loss scaler makes them in its first steps.
+        sharded: Whether an engine shards U. It frees gradients early, and gives none to a rank without a shard: the gradient
+            of the core's output is checked instead.
     """
 
     def __init__(
@@ -38,20 +38,20 @@ class GradientCheck:
             self._hooks = [x.core.register_forward_hook(self._watching(n)) for n, x in self.layers.items()]
 
     def _gradient(self, name: str) -> bool | None:
-        """Whether the gradient of U is finite, None where there is none."""
+        """Whether the gradient of U is finite; None without a gradient."""
         if self._passed is not None:
             return self._passed.get(name)
         grads = [p.grad for p in self.layers[name].core.trained().values() if p.grad is not None]
         return all(bool(torch.isfinite(grad).all()) for grad in grads) if grads else None
 
     def check(self, where: str) -> bool:
-        """Look at the gradients after a backward pass; True when there is nothing more to look at.
+        """Check the gradients after a backward pass; return whether the check is complete.
 
         Args:
             where: The batch, for messages.
 
         Raises:
-            MisconfigurationException: No U got a gradient; or one did not although its layer ran; or one is not finite.
+            MisconfigurationException: No U got a gradient, one got none although its layer ran, or one is not finite.
         """
         found = {name: self._gradient(name) for name in self.layers}
         silent = [name for name, finite in found.items() if finite is None]
@@ -76,7 +76,7 @@ class GradientCheck:
         if not silent:
             self._remove_hooks()
             return True
-        if self._looked:  # the second look: these layers did not run, or not to be trained
+        if self._looked:  # the second pass: these layers did not run, or ran without training
             self._remove_hooks()
             self._warn(silent)
             return True
@@ -92,12 +92,12 @@ class GradientCheck:
         if ran:
             rank_zero_warn(
                 f"U of {len(ran)} converted layers gets no gradient, since these layers ran in evaluation mode or without"
-                f" gradients only: {some(ran)}. If they are of a reference, teacher or metric, freeze them and call `eval()`"
+                f" gradients only: {some(ran)}. If they belong to a reference, teacher or metric, freeze them and call `eval()`"
                 " before `fit`, or list them in `exclude_modules`; if they are to be adapted, call `train()`."
             )
         if experts:
             rank_zero_warn(
-                f"U of {len(experts)} converted layers got no gradient, since no token came to these experts in the first two"
+                f"U of {len(experts)} converted layers got no gradient, since no token reached these experts in the first two"
                 f" steps: {some(experts)}. If that stays so, list them in `exclude_modules`."
             )
         if others:

@@ -1,4 +1,4 @@
-"""The options and figures of a conversion among the hyper-parameters that loggers keep of a run."""
+"""Log the options and figures of a conversion as hyper-parameters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _OWN = ("merge_on_save", "on_nonfinite", "output_dir", "log_throughput", "log_u_
 
 
 def own_options(callback: L.Callback) -> dict[str, Any]:
-    """The options of `PMSSCallback` that the config of the conversion does not have, as plain values."""
+    """Options of the callback that are not in its config, as plain values."""
     values = {name: getattr(callback, name) for name in _OWN}
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
@@ -27,17 +27,17 @@ def log_hyperparameters(
     *,
     again: bool = False,
 ) -> None:
-    """Give every logger the options as ``pmss/<name>``, with the hyper-parameters that the module and its data have saved.
+    """Log the options as ``pmss/<name>``, together with the hyper-parameters that the module and the DataModule saved.
 
-    Lightning logs the latter between ``on_fit_start`` and ``on_train_start``. Some loggers keep what they are given first
-    (TensorBoard's page of hyper-parameters), some what they are given last.
+    Lightning logs the saved ones between ``on_fit_start`` and ``on_train_start``. Some loggers keep their first call
+    (TensorBoard's page of hyper-parameters), others their last.
 
     Args:
-        trainer: Of the fit.
+        trainer: Trainer of the fit.
         module: The LightningModule.
-        report: Of the conversion.
-        more: Options beside those of the config.
-        again: Whether Lightning has logged its part by now; if it had none, there is nothing to do.
+        report: Report of the conversion.
+        more: Options besides those of the config.
+        again: Whether this call comes after Lightning's; without saved hyper-parameters it logs nothing.
     """
     if report is None or trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
         return
@@ -57,7 +57,7 @@ def log_hyperparameters(
 
 
 def _saved(holder: Any) -> dict[str, Any]:
-    """What ``save_hyperparameters`` of a module or DataModule is to be logged with."""
+    """Hyper-parameters that a module or DataModule saved to be logged."""
     if holder is None or not holder._log_hyperparams:
         return {}
     return {k: v for k, v in holder.hparams_initial.items() if k != "_class_path"}  # LightningCLI's own

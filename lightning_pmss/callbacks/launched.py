@@ -1,15 +1,15 @@
-"""The result of a training in launched processes comes back into the process that called ``fit``.
+"""Load the result of a training in launched processes in the process that called ``fit``.
 
 ``ddp_spawn``, ``ddp_fork`` and ``ddp_notebook`` (Lightning's choice in a notebook with several GPUs) train a copy of the module
-in other processes and send its state dict back. The module here was never converted, so Lightning, which loads what fits,
-would leave it as it was without a word.
+in other processes and send its state dict back. The module of the calling process is not converted, so Lightning's non-strict
+loading would silently leave it unchanged.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
@@ -29,11 +29,17 @@ from lightning_pmss.methods.given import Given, GivenLayer
 from lightning_pmss.methods.method import Kind, Method
 
 _RECOVER = "_recover_results_in_main_process"
-_BEFORE = "before_results"  # of a callback: what is called here before Lightning loads the state dict
+
+
+@runtime_checkable
+class TakesResults(Protocol):
+    """A callback that prepares the module for the state dict of a training in launched processes."""
+
+    def before_results(self, trainer: L.Trainer, state: Mapping[str, Any]) -> None: ...
 
 
 def catch_in_launched(trainer: L.Trainer) -> None:
-    """In a launched process, let callbacks hear of an exception: Lightning tells them in the launching process alone."""
+    """Call ``on_exception`` in launched processes, too; Lightning calls it in the launching process alone."""
     if not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         return
     inner = trainer._run_stage
@@ -51,17 +57,17 @@ def catch_in_launched(trainer: L.Trainer) -> None:
 
 def _no_checkpoint(*args: Any, **kwargs: Any) -> None:
     raise MisconfigurationException(
-        "This process launched the training and has what was trained, but neither steps nor optimizer states, so no checkpoint"
-        " can be made here. Put ModelCheckpoint into the Trainer, which writes them where the training runs; for the trained"
+        "This process launched the training and has the trained tensors, but neither steps nor optimizer states, so it cannot"
+        " make a checkpoint. Add ModelCheckpoint to the Trainer, which writes them where the training runs; for the trained"
         " tensors alone type `save_adapter(module, folder)`."
     )
 
 
 def follow_launchers() -> None:
-    """From now on, before Lightning loads the result of launched processes, callbacks are asked to make room for it.
+    """Call `TakesResults.before_results` of callbacks before Lightning loads the result of launched processes.
 
-    No hook of a callback runs in the process that launches, and the launcher is made before the first one. So this replaces
-    the method of Lightning's class, once; for a Trainer without our callback nothing changes.
+    No hook of a callback runs in the launching process, and the launcher is made before the first hook. So this patches the
+    method of Lightning's class, once; a Trainer without such a callback behaves as before.
 
     Raises:
         AttributeError: This version of Lightning has no such method.
@@ -74,8 +80,9 @@ def follow_launchers() -> None:
     def recover(launcher: Any, worker_output: Any, trainer: L.Trainer) -> None:
         if worker_output.weights_path is not None:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if (ready := getattr(callback, _BEFORE, None)) is not None:
-                    ready(trainer, launcher._strategy.checkpoint_io.load_checkpoint(worker_output.weights_path))
+                if isinstance(callback, TakesResults):
+                    state = launcher._strategy.checkpoint_io.load_checkpoint(worker_output.weights_path)
+                    callback.before_results(trainer, state)
         inner(launcher, worker_output, trainer)
 
     setattr(_MultiProcessingLauncher, _RECOVER, recover)
@@ -85,14 +92,14 @@ def convert_like(trainer: L.Trainer, state: Mapping[str, Tensor], config: Adapte
     """Build and convert the Trainer's module so that a state dict of the converted module fits it.
 
     Args:
-        trainer: Of the process that launched the others.
-        state: The state dict of the module that was trained.
-        config: That it was converted with.
+        trainer: Trainer of the launching process.
+        state: State dict of the trained module.
+        config: Config of its conversion.
     """
     module = trainer.lightning_module
     if (report := conversion_of(module)) is None:
         module.trainer = trainer
-        _call_configure_model(trainer)  # as the other processes did; nothing where the layers exist
+        _call_configure_model(trainer)  # as in the other processes; does nothing if the layers exist
         report = conversion_of(module)  # `model_built` may have converted them
     if report is None:
         module.load_state_dict(state, strict=False)
@@ -112,7 +119,7 @@ def convert_like(trainer: L.Trainer, state: Mapping[str, Tensor], config: Adapte
 
 
 def _stored(state: Mapping[str, Tensor], prefix: str, method: Method[Any], shape: tuple[int, int]) -> GivenLayer | None:
-    """Frozen and index tensors of a layer in the state dict of the converted module; None: it was not converted."""
+    """Frozen and index tensors of a layer in a state dict of the converted module; None if it was not converted."""
     kinds = {name: spec.kind for name, spec in method.specs(shape, 1).items()}
     if not any(f"{prefix}{trained_key(name)}" in state for name, kind in kinds.items() if kind is Kind.TRAINED):
         return None

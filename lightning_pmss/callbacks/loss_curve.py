@@ -2,7 +2,7 @@
 Loss curve
 ^^^^^^^^^^
 
-Draws the losses of a training into one picture.
+Draws the losses of a training as a picture.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ from lightning_pmss.store.disk import atomic_file
 
 
 class LossCurve(L.Callback):
-    """Collects the training loss of every step and the validation losses, and writes ``loss.png`` when training ends.
+    """Collect the training loss of every step and the validation losses, and write ``loss.png`` when training ends.
 
-    The training loss is what ``training_step`` returns, averaged over processes and accumulated batches; the validation
-    loss is what the module logs as `validation`. The points are part of the checkpoint: a resumed run draws the whole
-    curve.
+    The training loss is the result of ``training_step``, averaged over processes and accumulated batches. The validation
+    loss is the metric named ``validation``. Checkpoints contain the points, so a resumed run draws the whole curve.
 
     Args:
         dirpath: Folder of the picture; the trainer's log folder by default.
@@ -59,7 +58,7 @@ class LossCurve(L.Callback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse at once what would fail only after the training."""
+        """Check that matplotlib is installed, before the training."""
         if stage == "fit" and importlib.util.find_spec("matplotlib") is None:
             raise ModuleNotFoundError(
                 "`LossCurve` draws with matplotlib, which is not installed. Type: pip install 'lightning-pmss[plots]', "
@@ -70,11 +69,11 @@ class LossCurve(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Remember the loss, on its device: reading it here would make the host wait for every step."""
+        """Store the loss on its device: reading it here would synchronise host and device in every step."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         weighted = isinstance(pl_module, TokenWeighted) and hasattr(pl_module, "step_part")
         if isinstance(loss, Tensor):
-            # Lightning has divided the loss by the number of batches that it accumulates, also where fewer come.
+            # Lightning divides the loss by accumulate_grad_batches, also where fewer batches are accumulated.
             whole = loss.detach() * trainer.accumulate_grad_batches
             self._pending.append(pl_module.step_part if weighted else whole)  # type: ignore[arg-type]
         last = self._train[-1][0] if self._train else 0
@@ -85,18 +84,18 @@ class LossCurve(L.Callback):
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remember the validation loss of a training."""
+        """Store the validation loss during ``fit``."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking and self.validation in trainer.callback_metrics:
             self._val.append((trainer.global_step, float(trainer.callback_metrics[self.validation])))
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Look where the picture goes, while the strategy is up (the log folder is a broadcast)."""
+        """Determine the output folder before teardown, since reading the log folder is a collective."""
         self._folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the picture, also of a finished run that was resumed, for which ``on_train_end`` is not called."""
+        """Write the picture, also for a finished run that is resumed, for which Lightning skips ``on_train_end``."""
         if not getattr(trainer, "fast_dev_run", False) and (self._train or self._val):
             self._write(self._folder / "loss.png")
 
@@ -130,7 +129,7 @@ def draw(file: BinaryIO, train: list[tuple[int, float]], val: list[tuple[int, fl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # A figure of its own with the Agg canvas: neither pyplot's global state nor a display is touched.
+    # A separate figure with the Agg canvas uses neither pyplot's global state nor a display.
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss per response token", title="Loss")

@@ -1,7 +1,7 @@
-"""A loss or gradient that is NaN or infinite stops the training before it reaches the trained tensors, or its step is left out.
+"""Stop the training, or skip the optimizer step, at a NaN or infinite loss or gradient.
 
-After one such step Adam's moments and all trained tensors are NaN, and nothing that follows can mend them. All ranks decide
-alike, and a device waits for its host once per optimizer step.
+A single such step makes Adam's moments and all trained tensors NaN for good. All ranks decide alike, and host and device
+synchronise once per optimizer step.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ from lightning_pmss.layers.parts import clean_name, own_part
 from lightning_pmss.messages import some
 
 ON_NONFINITE = ("stop", "skip")
-_RANK = 1 << 20  # more than batches in a step
-_MOST = 10  # steps left out one after the other: then it is not the data
-_SMALLEST_SCALE = 2.0**-20  # of a loss scaler that begins with 2^16; what overflows then is no large gradient
+_RANK = 1 << 20  # above the number of batches in a step
+_MOST = 10  # skipped steps in a row, after which the data cannot be the cause
+_SMALLEST_SCALE = 2.0**-20  # of a loss scaler that starts at 2^16; an overflow below it is a NaN or infinity
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient that is NaN or infinite; raised on all ranks at the same step."""
+    """NaN or infinite loss or gradient; raised on all ranks at the same step."""
 
 
 class NonFiniteCheck:
-    """Looks at each loss and, before each optimizer step, at the gradients.
+    """Check each loss and, before each optimizer step, the gradients.
 
-    The last look is in a hook of the optimizer itself: behind gradient clipping and every other hook, and also where manual
-    optimization steps an optimizer without Lightning.
+    The last check is in a pre-hook of ``optimizer.step``. It runs after gradient clipping and all other hooks, also in manual
+    optimization.
 
     Args:
         action: ``stop`` or ``skip``.
-        trainer: Of the fit.
-        module: Converted.
-        layers: Canonical name -> converted layer.
-        engine: Of the strategy.
-        begin_step: Called when a step has been found fine and begins to change tensors.
+        trainer: Trainer of the fit.
+        module: The converted module.
+        layers: Converted layers by canonical name.
+        engine: Engine of the strategy.
+        begin_step: Called before each step that passes the check.
 
     Attributes:
-        skipped: Optimizer steps that were left out.
-        names_layers: Whether `GradientCheck` may stop at a gradient that is not finite, and name its layers.
+        skipped: Number of skipped optimizer steps.
+        names_layers: Whether `GradientCheck` may raise for a gradient that is not finite, and name its layers.
 
     Raises:
-        MisconfigurationException: ``skip`` under DeepSpeed, whose engine takes the gradients before anyone can.
+        MisconfigurationException: ``skip`` under DeepSpeed, whose engine gives no access to the gradients.
     """
 
     def __init__(
@@ -64,22 +64,22 @@ class NonFiniteCheck:
     ) -> None:
         if action == "skip" and engine == "zero":
             raise MisconfigurationException(
-                "on_nonfinite='skip' is not possible under DeepSpeed, whose engine holds the gradients; type 'stop'."
+                "on_nonfinite='skip' is not possible under DeepSpeed, whose engine owns the gradients; type 'stop'."
             )
         self.action, self.trainer, self.module, self.begin_step = action, trainer, module, begin_step
         self.skipped = self._in_a_row = 0
-        # On the ranks of a sharding engine gradients differ, and one rank that stops alone has the others wait.
+        # Under a sharding engine gradients differ between ranks, and a rank that stops alone leaves the others waiting.
         self.names_layers = action == "stop" and engine == "plain" and trainer.precision != "16-mixed"
-        self._scaled = trainer.precision == "16-mixed"  # whose scaler leaves steps out that overflow, on purpose
+        self._scaled = trainer.precision == "16-mixed"  # its scaler skips steps that overflow, on purpose
         self._batches: list[tuple[int, int]] = []  # (epoch, batch) since the last optimizer step, the same on all ranks
         self._losses: list[Tensor] = []  # whether each of their losses is finite
-        self._passed: list[Tensor] = []  # whether each gradient is finite that passed a core of an engine
+        self._passed: list[Tensor] = []  # whether each gradient that was checked early is finite
         self._engines = engine == "zero"
         self._hooks: list[Any] = []
-        self._hooked: set[int] = set()  # ids of optimizers that look by themselves
+        self._hooked: set[int] = set()  # ids of the optimizers with a pre-hook
         if self._engines:
             self._hooks = [x.core.register_forward_hook(self._watch) for x in layers.values()]
-        elif not self._scaled:  # a scaler does not come to the optimizer where a gradient is not finite
+        elif not self._scaled:  # a scaler does not call the optimizer if a gradient is not finite
             for optimizer in trainer.optimizers:
                 if isinstance(optimizer, torch.optim.Optimizer):
                     self._hooks.append(optimizer.register_step_pre_hook(self._within_step))
@@ -87,37 +87,37 @@ class NonFiniteCheck:
         self._statistics = RunningStatistics(module)
 
     def backward(self, loss: Tensor) -> None:
-        """Note a loss whose backward pass begins."""
+        """Record whether a loss is finite, before its backward pass."""
         loop = self.trainer.fit_loop.epoch_loop
         self._batches.append((self.trainer.current_epoch, loop.batch_idx))
         value = loss.detach()
-        # The scaler's factor may have made it infinite, but not NaN.
+        # The scaler's factor can make a loss infinite, but not NaN.
         self._losses.append(~value.isnan().any() if self._scaled else value.isfinite().all())
 
     def before_batch(self) -> None:
-        """Keep the running statistics of the module as they are before the first batch of a step."""
+        """Copy the running statistics of the module before the first batch of a step."""
         if not self._losses:
             self._statistics.keep()
 
     def before_clipping(self, optimizer: Any) -> None:
-        """Look at gradients that may be clipped now; of an optimizer that does not look by itself, it is the last look.
+        """Check gradients before they are clipped; for an optimizer without a pre-hook this is the last check.
 
         Raises:
-            NonFiniteError: As `before_step`.
+            NonFiniteError: See `before_step`.
         """
         if id(optimizer) in self._hooked:
             self._passed += self._flags(optimizer)
         elif self._scaled and self._scale_is_gone():
             raise NonFiniteError(
                 f"the gradients were NaN or infinite at every scale of the loss, down to {_SMALLEST_SCALE:.0e} (optimizer step"
-                f" {self.trainer.global_step}). The training stops here; what was trained until now is intact. Look at the"
-                " batches and at the learning rate, or take precision='bf16-mixed' or '32-true'."
+                f" {self.trainer.global_step}). The training stops here; the trained tensors are intact. Check the batches"
+                " and the learning rate, or use precision='bf16-mixed' or '32-true'."
             )
         else:
             self.before_step(optimizer)
 
     def _within_step(self, optimizer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        """The optimizer's own hook: look now, or after the closure that makes the gradients."""
+        """Pre-hook of ``optimizer.step``: check now, or after the closure that computes the gradients."""
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self.before_step(optimizer)
@@ -131,10 +131,10 @@ class NonFiniteCheck:
         return args[:1], {**kwargs, "closure": looking}
 
     def before_step(self, optimizer: Any) -> bool:
-        """Whether the step is to be left out; its gradients are gone then.
+        """Check the losses and gradients of a step; return whether it is skipped, with its gradients set to None.
 
         Raises:
-            NonFiniteError: A loss or gradient is not finite, and the action is ``stop``, or steps are left out all the time.
+            NonFiniteError: A loss or gradient is not finite, and the action is ``stop`` or too many steps were skipped.
         """
         batches, losses, passed = self._batches, self._losses, self._passed
         self._batches, self._losses, self._passed = [], [], []
@@ -148,13 +148,13 @@ class NonFiniteCheck:
         what = self._describe(rank, place, batches, optimizer)
         if self.action == "stop":
             raise NonFiniteError(
-                f"{what}. The training stops before this step, so what was trained until now is intact. Look at the batch"
-                " (no label that is trained on? values out of range?) and at the learning rate; on_nonfinite='skip' leaves"
+                f"{what}. The training stops before this step, so the trained tensors are intact. Check the batch (no"
+                " label that is trained on? values out of range?) and the learning rate; on_nonfinite='skip' leaves"
                 " such steps out."
             )
         self.skipped, self._in_a_row = self.skipped + 1, self._in_a_row + 1
         if self._in_a_row >= _MOST:
-            raise NonFiniteError(f"{what}, and so it was in {_MOST} steps in a row: the training has diverged.")
+            raise NonFiniteError(f"{what}, now in {_MOST} steps in a row: the training has diverged.")
         rank_zero_warn(f"{what}. The step is left out, the {self.skipped}. so far.", category=UserWarning)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -162,12 +162,12 @@ class NonFiniteCheck:
         return True
 
     def close(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         while self._hooks:
             self._hooks.pop().remove()
 
     def _flags(self, optimizer: Any) -> list[Tensor]:
-        """Whether the gradients are finite, and their squares, of which Adam keeps a mean; nothing where others look."""
+        """Whether the gradients and their squares, which Adam averages, are finite; [] under a scaler or DeepSpeed."""
         gradients = [] if self._scaled or self._engines else list(_gradients(optimizer))
         if not gradients:
             return []
@@ -179,18 +179,18 @@ class NonFiniteCheck:
         return scaler is not None and scaler.get_scale() < _SMALLEST_SCALE
 
     def _worst(self, losses: list[Tensor], passed: list[Tensor]) -> tuple[int | None, int]:
-        """(a rank where something is not finite, the place of the first such loss there or one behind the last)."""
+        """(a rank with a non-finite value or None, index of its first such loss or the number of losses)."""
         device, count = self.trainer.strategy.root_device, len(losses)
         fine = torch.ones((), dtype=torch.bool, device=device)
         for flag in passed:
             fine = fine & flag.to(device)
         flags = torch.stack([flag.to(device) for flag in (*losses, fine)])
-        # 0 where all is finite, else the larger the earlier; the largest number over the ranks tells a rank and its place.
+        # 0 if all is finite, else larger for earlier losses; the maximum over ranks encodes a rank and its index.
         early = torch.arange(count + 1, 0, -1, device=device)
         code = torch.where(flags, 0, self.trainer.global_rank * _RANK + early).max()
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(code, op=torch.distributed.ReduceOp.MAX)
-        found = int(code)  # here the host waits
+        found = int(code)  # synchronises host and device
         rank, early_there = divmod(found, _RANK)
         return (rank, count + 1 - early_there) if found else (None, 0)
 
@@ -206,7 +206,7 @@ class NonFiniteCheck:
             if isinstance(p.grad, Tensor) and not bool(_square(_local(p.grad)).isfinite().all())
         ]
         what = f"gradients ({some(names)})" if names else "gradients"
-        # Without Lightning's own backward pass nobody has noted a batch: it is the present one.
+        # Without Lightning's backward pass no batch was recorded: it is the current one.
         batches = batches or [(self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_idx)]
         seen = sorted({batch for _, batch in batches})
         told = f"batches {seen[0]} to {seen[-1]}" if len(seen) > 1 else f"batch {seen[0]}"
@@ -233,5 +233,5 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _square(tensor: Tensor) -> Tensor:
-    """Of numbers in float32, or float64 as they are."""
+    """Square in float32; in float64 for float64."""
     return (tensor if tensor.dtype == torch.float64 else tensor.float()).square()

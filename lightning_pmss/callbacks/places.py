@@ -1,4 +1,4 @@
-"""Where a run writes: looked at before the training; and another place, where one fails after it."""
+"""Check the output folders of a run before the training, and write elsewhere if one fails after it."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from lightning_pmss.store.disk import clean_folder
 from lightning_pmss.store.kinds import ADAPTER, MERGED
 
 T = TypeVar("T")
-# Of a run that was stopped. Trainer.fit(ckpt_path="last") finds it: the newest of those whose names begin with "last".
+# Checkpoint of a stopped run. Trainer.fit(ckpt_path="last") finds it: the newest file whose name begins with "last".
 STOPPED_CHECKPOINT = "last-interrupted.ckpt"
-STOPPED_ADAPTER = "adapter-interrupted"  # where an earlier run has left an adapter
+STOPPED_ADAPTER = "adapter-interrupted"  # used if an earlier run left an adapter
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REMEDY = "Give --pmss.output_dir (in Python: PMSSCallback(output_dir=...)) another folder"
 
 
 def local_folder(folder: str | os.PathLike[str], what: str) -> Path:
-    """A folder of this machine.
+    """Path of a folder on this machine.
 
     Args:
         folder: Path or URL.
-        what: What is written there, for the message.
+        what: Content of the folder, for the message.
 
     Raises:
-        ValueError: It is a URL of another file system.
+        ValueError: ``folder`` is a URL of another file system.
     """
     if (path := local_path(folder)) is None:
         raise ValueError(
@@ -52,18 +52,18 @@ def local_folder(folder: str | os.PathLike[str], what: str) -> Path:
 
 
 def check_before_conversion(trainer: L.Trainer, folder: Path, merge: str | None) -> None:
-    """Refuse, on every rank, what would fail after hours: what is in the way of results, and where nothing can be written.
+    """Refuse, on every rank, output folders that are not writable or contain foreign files.
 
-    What killed runs left unfinished in these places is removed.
+    Unfinished files of killed runs are removed from these folders.
 
     Args:
-        trainer: Of the fit.
-        folder: Where adapter and merged model go.
-        merge: ``merge_on_save``.
+        trainer: Trainer of the fit.
+        folder: Folder of adapter and merged model.
+        merge: Option ``merge_on_save``.
 
     Raises:
-        OSError: With what is in the way and what to type.
-        ValueError: A merged model was asked for beside checkpoints that are not on this machine.
+        OSError: A folder is not writable, or other files are in the way.
+        ValueError: Merged models are requested beside checkpoints that are not on this machine.
     """
     targets = {folder / "adapter": ADAPTER, folder / STOPPED_ADAPTER: ADAPTER}
     targets |= {} if merge is None else {folder / "merged": MERGED}
@@ -86,7 +86,7 @@ def check_before_conversion(trainer: L.Trainer, folder: Path, merge: str | None)
 
 
 def check_before_training(trainer: L.Trainer, module: L.LightningModule, folder: Path, merge: str | None) -> None:
-    """The same when the model is there and all folders of checkpoints are known; warn where the disk has too little room.
+    """Repeat `check_before_conversion` with all checkpoint folders known; check the base's folder and disk space.
 
     Raises:
         OSError: See `check_before_conversion`.
@@ -103,7 +103,7 @@ def check_before_training(trainer: L.Trainer, module: L.LightningModule, folder:
 
 
 def _check_writable(folder: Path) -> None:
-    """Ask the system whether a folder can be made here, and files in it; nothing is written, which a kill could leave."""
+    """Raise OSError if a folder and files in it cannot be created; writes no test file, which a kill would leave."""
     existing = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
     if not existing.is_dir():
         number = errno.ENOTDIR
@@ -117,7 +117,7 @@ def _check_writable(folder: Path) -> None:
 
 
 def _check_base_is_elsewhere(module: L.LightningModule, merged: Path) -> None:
-    """A merge that is streamed from the base needs a place outside of it; any other one may lie inside."""
+    """Refuse to merge into the base's folder; only a merge in memory may write to a folder inside it."""
     base = base_of(module).folder
     if base is None:
         return
@@ -131,7 +131,7 @@ def _check_base_is_elsewhere(module: L.LightningModule, merged: Path) -> None:
 
 
 def _warn_about_space(module: L.LightningModule, folder: Path, checkpoints: dict[Path, int], *, merge: bool) -> None:
-    """Warn where the disk has less room than what is going to be written, roughly."""
+    """Warn if a disk has less free space than the run will need, roughly."""
     report = conversion_of(module)
     if report is None:
         return
@@ -139,7 +139,7 @@ def _warn_about_space(module: L.LightningModule, folder: Path, checkpoints: dict
     model = sum(whole_size(p) * p.element_size() for p in module.parameters() if id(p) not in ours)
     parts = [(folder, report.adapter_bytes, "the adapter")]
     parts += [(folder, model, "the merged model")] if merge else []
-    # A checkpoint holds what is trained and Adam's two moments; the new one is complete before an old one goes.
+    # A checkpoint contains trained tensors and Adam's two moments; it is complete before an old one is removed.
     parts += [(place, 12 * report.trainable * (kept + 1), "checkpoints") for place, kept in checkpoints.items()]
     disks: dict[int, list[tuple[Path, int, str]]] = {}
     for part in parts:
@@ -162,18 +162,18 @@ def _gigabytes(size: int) -> str:
 
 
 def somewhere(trainer: L.Trainer, target: Path, write: Callable[[Path], T]) -> tuple[Path, T]:
-    """Write to `target`, or beside it, or elsewhere: what was trained must not be lost to what is in the way now.
+    """Write to ``target`` or, if that fails, beside it or elsewhere, so that the trained tensors are not lost.
 
     Args:
-        trainer: Of all ranks; call it on all.
-        target: Where the result belongs.
-        write: Writes to a place; only rank 0's may fail with an OSError. It is called again for the next place.
+        trainer: Trainer of the fit; call this on all ranks.
+        target: Intended path of the result.
+        write: Writes to a path, and is called again for the next one; only rank 0 may raise an OSError.
 
     Returns:
-        The place that took it, and what `write` returned.
+        The path written, and the result of ``write``.
 
     Raises:
-        OSError: The first place's error, if none took it.
+        OSError: The error at ``target``, if all other paths fail, too.
     """
     places = _places(target, local_path(trainer.default_root_dir))
     first: OSError | None = None
@@ -193,7 +193,7 @@ def somewhere(trainer: L.Trainer, target: Path, write: Callable[[Path], T]) -> t
 
 
 def _places(target: Path, root: Path | None) -> Iterator[Path]:
-    """Where else something may go; what exists is never touched."""
+    """Alternatives to ``target``, none of which exists."""
     elsewhere = [folder for folder in (root, Path(tempfile.gettempdir())) if folder is not None]
     named = [target, *(folder / f"{target.parent.name}-{target.name}" for folder in elsewhere)]
     for place in named:
@@ -202,7 +202,7 @@ def _places(target: Path, root: Path | None) -> Iterator[Path]:
 
 
 def _next(places: Iterator[Path], target: Path, error: OSError) -> Path | None:
-    """The next place; one on the same disk is no help where that is full."""
+    """Next alternative; if the disk is full, the next one on another disk."""
     for place in places:
         if error.errno not in _FULL or _existing(place.parent).stat().st_dev != _existing(target.parent).stat().st_dev:
             return place
@@ -210,11 +210,11 @@ def _next(places: Iterator[Path], target: Path, error: OSError) -> Path | None:
 
 
 def checkpoint_folders(trainer: L.Trainer, *, local: bool = False) -> dict[Path, int]:
-    """Folders of the checkpoint callbacks that are known by now, on this machine -> how many are kept in each.
+    """Number of checkpoints kept, by local folder of the checkpoint callbacks, as far as these are known.
 
     Args:
-        trainer: With its callbacks.
-        local: Refuse those on other machines, since merged models are written beside the checkpoints.
+        trainer: Trainer with its callbacks.
+        local: Refuse folders on other machines, since merged models are written beside the checkpoints.
     """
     found: dict[Path, int] = {}
     for callback in trainer.checkpoint_callbacks:

@@ -18,9 +18,9 @@ from lightning_pmss.methods.pmss.config import PMSSConfig
 
 @inherit_options(AdapterCallback, PMSSConfig)
 class PMSSCallback(AdapterCallback):
-    """Converts the targeted linear layers to PMSS, trains U only, keeps checkpoints small, merges on save.
+    """Convert the targeted linear layers to PMSS, train only U, keep checkpoints small, and merge on save.
 
-    It is ``AdapterCallback(PMSSConfig(...))``, with the options of both by name.
+    Equals ``AdapterCallback(PMSSConfig(...))``, with the options of both as arguments.
 
     Raises:
         ValueError: See `AdapterCallback`.
@@ -35,7 +35,7 @@ class PMSSCallback(AdapterCallback):
 
     def __init__(
         self,
-        target_modules: str | Sequence[str] = "all-linear",  # the one option that may be given without its name
+        target_modules: str | Sequence[str] = "all-linear",  # the only positional option
         *,
         output_dir: str | Path | None = None,
         merge_on_save: str | None = "end",

@@ -1,4 +1,4 @@
-"""The tokenizer and processors that a run works with, wherever they live."""
+"""Find the tokenizer and processors of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_pmss.conversion.roots import adapted_root
 
-# The usual attributes; they also cover properties, and classes that transformers does not know.
+# The usual attribute names; they also cover properties, and classes outside of transformers.
 _NAMES = ("processor", "tokenizer", "image_processor", "video_processor", "feature_extractor")
 _CLASSES = {
     "processor": ("transformers.processing_utils", "ProcessorMixin"),
@@ -25,9 +25,9 @@ _NAMED = ("tokenizer", "tokenizer_name", "tokenizer_name_or_path")  # attributes
 
 
 def processing_of(trainer: L.Trainer, module: L.LightningModule) -> list[Any]:
-    """What a merged model needs beside its weights: objects with ``save_pretrained``, at most one of each kind.
+    """Objects with ``save_pretrained`` to save with a merged model, at most one of each kind.
 
-    Looked for in the LightningModule, then in the DataModule, then in the collate functions of the training loaders; a
+    They are searched in the LightningModule, then in the DataModule, then in the collate functions of the training loaders. A
     DataModule may also give the name of its tokenizer.
     """
     found: dict[str, Any] = {}
@@ -39,16 +39,16 @@ def processing_of(trainer: L.Trainer, module: L.LightningModule) -> list[Any]:
         tokenizer = next((t for owner in owners for t in _by_name(owner)), None)
         if tokenizer is not None:
             found["tokenizer"] = tokenizer
-    # A processor writes its tokenizer, too, and one that was found on its own is written over that.
+    # A processor also writes its tokenizer; one that was found separately is written later and replaces it.
     parts = [found[kind] for kind in sorted(found, key=lambda kind: kind != "processor")]
     stops = _generation_config(trainer, module)
     return parts if stops is None else [*parts, stops]
 
 
 def _generation_config(trainer: L.Trainer, module: L.LightningModule) -> Any:
-    """The model's generation config with the token that the DataModule ends responses with, where that is missing in it.
+    """The model's generation config with the DataModule's end token added; None if nothing is missing.
 
-    The end of a turn in a chat template need not be the base's end of sequence, and the merged model would not stop there.
+    A chat template may end a turn by another token than the base's end of sequence; generation would not stop there.
     """
     end = getattr(getattr(trainer, "datamodule", None), "end_id", None)
     config: Any = getattr(adapted_root(module)[0], "generation_config", None)
@@ -68,7 +68,7 @@ def _collate_functions(trainer: L.Trainer) -> list[Any]:
 
 
 def _parts(owner: Any) -> Iterator[tuple[str, Any]]:
-    """(kind, object) of what an object holds under the usual names or of transformers' classes."""
+    """(kind, object) of attributes with the usual names or of transformers' classes."""
     if owner is None:
         return
     for name in _NAMES:
@@ -77,7 +77,7 @@ def _parts(owner: Any) -> Iterator[tuple[str, Any]]:
             yield name, value
     for value in list(getattr(owner, "__dict__", {}).values()):
         for kind, (module, name) in _CLASSES.items():
-            # Not imported: a run without such objects should not load what they need.
+            # No import: a run without such objects should not load their dependencies.
             class_ = getattr(sys.modules.get(module), name, None)
             if class_ is not None and isinstance(value, class_):
                 yield kind, value

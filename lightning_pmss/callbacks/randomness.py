@@ -1,8 +1,8 @@
-"""Random states that survive a resume: training steps draw from a stream of their own.
+"""Separate random states for training steps, so that a resumed run is exact.
 
-Between two steps other things draw from the global generators: a loader's iterator takes a seed when it is created, a
-shuffling sampler its order, a validation loop its own iterator. A resumed run creates these at other moments, so one saved
-state could not fit. With a stream for the steps alone, dropout goes on exactly where it stopped, whatever is drawn between.
+Between steps, loaders, shuffling samplers and validation loops draw from the global generators. A resumed run creates these
+at other moments, so a single saved state does not fit. With separate states for the steps, dropout continues exactly where it
+stopped, whatever is drawn between.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from lightning_pmss.messages import reason
 
 
 class StepRandomness:
-    """Swaps the global random states at both ends of a training step.
+    """Swap the global random states at both ends of a training step.
 
     Attributes:
-        inside: States of the steps' stream, taken at the end of the last step; None before the first one, which goes on
-            from the global states and so respects the user's seed.
-        outside: States of everything else, taken at the beginning of the running step.
+        inside: States of the steps, saved at the end of the last one; None before the first one, which uses the global
+            states and so respects the user's seed.
+        outside: States of all other code, saved at the start of the running step; None between steps.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class StepRandomness:
             self.outside = None
 
     def state(self) -> dict[str, Any]:
-        """Plain values and tensors, fit for a checkpoint that is loaded with ``weights_only=True``."""
+        """Both states as plain values and tensors, which load with ``weights_only=True``."""
         return {"inside": self.inside, "outside": self.outside or random_states()}
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -53,7 +53,7 @@ class StepRandomness:
         set_random_states(state["outside"])
 
     def states_of_ranks(self) -> list[Any]:
-        """The states of all processes, the same list on each."""
+        """States of all processes, as an equal list on each; a collective."""
         if not (dist.is_available() and dist.is_initialized()):
             return [self.state()]
         states: list[Any] = [None] * dist.get_world_size()
@@ -61,7 +61,7 @@ class StepRandomness:
         return states
 
     def load_of_ranks(self, states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-        """Take this process's states back and return them; None where they were made on another number of devices."""
+        """Restore and return this process's states; None if the number of processes changed."""
         distributed = dist.is_available() and dist.is_initialized()
         rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
         if len(states) != world:
@@ -74,11 +74,11 @@ class StepRandomness:
 
 
 def begin_epoch(trainer: L.Trainer, resumed: Mapping[str, Any] | None) -> None:
-    """In the first epoch that a resumed run begins, go on from the random state outside of steps.
+    """Restore the random states outside of steps at the first epoch that a resumed run begins.
 
     Args:
-        trainer: Of the fit, in ``on_train_epoch_start``; Lightning creates the epoch's iterator afterwards.
-        resumed: This rank's states from the checkpoint, until a step was made.
+        trainer: Trainer in ``on_train_epoch_start``; Lightning creates the epoch's iterator afterwards.
+        resumed: This rank's states from the checkpoint; None after the first step.
     """
     loop = trainer.fit_loop
     begins = trainer.current_epoch > 0 and not loop.is_resuming and not loop.epoch_loop.restarting
@@ -87,7 +87,7 @@ def begin_epoch(trainer: L.Trainer, resumed: Mapping[str, Any] | None) -> None:
 
 
 def random_states() -> dict[str, Any]:
-    """The states of all random generators that a training step draws from, as plain values and tensors."""
+    """States of all random generators that a training step uses, as plain values and tensors."""
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     version, internal, gauss = random.getstate()
     return {
@@ -114,10 +114,10 @@ def set_random_states(states: Mapping[str, Any]) -> None:
 
 
 def refuse_damaged_states(state: Mapping[str, Any], where: str) -> None:
-    """Try the states of `StepRandomness.state` on generators of their own.
+    """Check the states of `StepRandomness.state` by setting them on separate generators.
 
     Raises:
-        ValueError: They are no states.
+        ValueError: A state is damaged.
     """
     try:
         for states in (state["outside"], *([] if state["inside"] is None else [state["inside"]])):
@@ -134,7 +134,7 @@ def refuse_damaged_states(state: Mapping[str, Any], where: str) -> None:
 
 
 def _as_kept(states: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The states of ``random`` and numpy in the form that these take."""
+    """Arguments for ``random.setstate`` and ``numpy.random.set_state`` from stored states."""
     version, internal, gauss = states["python"]
     name, keys, position, has_gauss, cached = states["numpy"]
     return (version, tuple(internal), gauss), (name, keys.numpy().astype(np.uint32), position, has_gauss, cached)

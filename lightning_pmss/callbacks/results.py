@@ -1,4 +1,4 @@
-"""What a run writes besides Lightning's checkpoints: the adapter folder and the merged model, under every strategy."""
+"""Write the adapter folder and the merged model of a run, under every strategy."""
 
 from __future__ import annotations
 
@@ -29,32 +29,30 @@ def write_adapter(
     earlier: Mapping[str, float] | None = None,
     stopped: str | None = None,
 ) -> None:
-    """Write the adapter, an earlier one of ours is replaced. Call it on every rank where the model is sharded; rank 0 writes.
+    """Write the adapter on rank 0, replacing an earlier one; call it on every rank if the model is sharded.
 
     Args:
-        trainer: Of this run.
-        module: Converted.
-        folder: Where the adapter goes.
+        trainer: Trainer of this run.
+        module: The converted LightningModule.
+        folder: Adapter folder to write.
         earlier: See `run_facts`.
         stopped: See `run_facts`.
     """
     if is_sharded(module) or trainer.is_global_zero:
-        # FSDP1's root owns what is in no unit of its own.
-        model: Any = trainer.strategy.model if is_fsdp1(module) else module
-        facts = run_facts(trainer, module, earlier or {}, stopped)
+        model, facts = _root(trainer, module), run_facts(trainer, module, earlier or {}, stopped)
         save_adapter(model, folder, overwrite=True, run=facts, tokenizer=processing_of(trainer, module))
 
 
 def write_merged_model(trainer: L.Trainer, module: L.LightningModule, adapter: Path | None, folder: Path) -> Any:
-    """Write the merged model, an earlier one of ours is replaced. Call it on every rank; rank 0 writes.
+    """Write the merged model on rank 0, replacing an earlier one; call it on every rank.
 
-    A sharded base is never gathered where its checkpoint lies on disk: the adapter is merged into that, tensor by tensor.
+    A sharded base is not gathered if its checkpoint is on disk: the adapter is merged into that, tensor by tensor.
 
     Args:
-        trainer: Of this run.
-        module: Converted.
-        adapter: Folder of the adapter as it is now; only needed where the model is sharded.
-        folder: Where the merged model goes.
+        trainer: Trainer of this run.
+        module: The converted LightningModule.
+        adapter: Folder of the present adapter; only needed if the model is sharded.
+        folder: Folder to write.
 
     Returns:
         The merge report on the rank that merged, else None.
@@ -70,21 +68,24 @@ def write_merged_model(trainer: L.Trainer, module: L.LightningModule, adapter: P
         return None
     if sharded:
         rank_zero_info("PMSS: no checkpoint of the base on disk; gathering it on rank 0, one matrix at a time.")
-    # FSDP1's root owns what is in no unit of its own.
-    model: Any = trainer.strategy.model if is_fsdp1(module) else module
-    return write_merged(model, folder, tokenizer=processing_of(trainer, module), overwrite=True)
+    return write_merged(_root(trainer, module), folder, tokenizer=processing_of(trainer, module), overwrite=True)
+
+
+def _root(trainer: L.Trainer, module: L.LightningModule) -> Any:
+    """The module or, under FSDP1, its wrapper, which owns the parameters outside of the wrapped submodules."""
+    return trainer.strategy.model if is_fsdp1(module) else module
 
 
 def streamed_base(module: L.LightningModule) -> Path | None:
-    """The base's folder of safetensors that a sharded model is merged into; None for a whole one, or without such a folder."""
+    """Folder of the base's safetensors to merge a sharded model into; None if not sharded, or without such a folder."""
     folder = base_of(module).folder if is_sharded(module) else None
     return folder if folder is not None and any(folder.glob("*.safetensors")) else None
 
 
 def merge_beside(trainer: L.Trainer, module: L.LightningModule, checkpoint: Path) -> None:
-    """Write the merged model beside a checkpoint (all ranks); the training goes on where that fails.
+    """Write the merged model beside a checkpoint; call it on all ranks. A failure gives only a warning.
 
-    Not beside the checkpoint of a run that is being stopped: a scheduler gives it seconds.
+    The checkpoint of a run that is being stopped is skipped: a scheduler allows it only seconds.
     """
     folder = beside(checkpoint)
     if checkpoint.name == STOPPED_CHECKPOINT:
@@ -106,7 +107,7 @@ def merge_beside(trainer: L.Trainer, module: L.LightningModule, checkpoint: Path
 
 
 def remove_beside(trainer: L.Trainer, checkpoint: Path) -> None:
-    """Remove what `merge_beside` wrote for this checkpoint, if nobody has put anything there."""
+    """Remove the merged model of a removed checkpoint; warn if its folder contains other files."""
     folder = beside(checkpoint)
     if not trainer.is_global_zero or not folder.exists():
         return
@@ -117,5 +118,5 @@ def remove_beside(trainer: L.Trainer, checkpoint: Path) -> None:
 
 
 def beside(checkpoint: Path) -> Path:
-    """Where the merged model of a checkpoint goes."""
+    """Path of the merged model of a checkpoint."""
     return checkpoint.with_name(f"{checkpoint.stem}-merged")

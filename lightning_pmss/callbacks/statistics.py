@@ -1,4 +1,4 @@
-"""Running statistics of a module, such as BatchNorm's: a forward pass changes them, long before anyone can see its loss."""
+"""Restore running statistics, such as BatchNorm's, which the forward passes of a skipped step have changed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ _Place = tuple[nn.Module, str]
 
 
 class RunningStatistics:
-    """Keeps the buffers that forward passes change, so that a batch that is left out leaves no trace in them.
+    """Copy and restore the buffers that forward passes change, so that skipped batches have no effect on them.
 
-    These are the buffers of norms with running statistics, and those of other modules once they were seen to change.
+    These are the buffers of norms with running statistics, and those of other modules from their first change on.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -22,7 +22,7 @@ class RunningStatistics:
 
     @torch.no_grad()
     def keep(self) -> None:
-        """Copy them as they are now."""
+        """Copy the present values of these buffers."""
         self._kept = []
         for module in self.module.modules():
             norm = isinstance(module, nn.modules.batchnorm._NormBase)
@@ -37,7 +37,7 @@ class RunningStatistics:
 
     @torch.no_grad()
     def give_back(self) -> None:
-        """Set them to what they were at the last `keep`."""
+        """Restore the values of the last `keep`."""
         for (module, name), value in self._kept:
             buffer = module._buffers[name]
             if buffer is not None:

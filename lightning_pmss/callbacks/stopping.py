@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM end a training between two optimizer steps, at the same one on all processes.
+"""Stop a training on Ctrl-C or SIGTERM between two optimizer steps, at the same step on all processes.
 
-Lightning raises KeyboardInterrupt wherever the program happens to be, and looks at SIGTERM on each process for itself. From
-either nothing exact can be saved, and with several processes nothing at all: each waits for the others somewhere else.
+Lightning raises KeyboardInterrupt at any point of the program, and each process checks SIGTERM alone. Neither allows an exact
+checkpoint, and several processes can save nothing at all, since each waits in another collective.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 class GracefulStop:
-    """Handlers that note a signal, and the moments at which it is obeyed.
+    """Signal handlers that record a request to stop, and the points at which the training stops.
 
-    A second Ctrl-C stops at once, as without us. Handlers that are not Python's or Lightning's own are left alone.
+    A second Ctrl-C stops at once. Handlers that are neither Python's nor Lightning's are left alone.
 
     Attributes:
-        requested: The signal that came; None so far.
-        agreed: All processes stop: what follows may be a collective.
+        requested: The signal received; None without one.
+        agreed: Whether all processes stop, so that collectives are possible.
     """
 
     def __init__(self) -> None:
@@ -38,29 +38,29 @@ class GracefulStop:
 
     @property
     def name(self) -> str:
-        """How the user calls what stopped the training."""
+        """Name of the signal, for messages."""
         return _NAMES.get(self.requested, "another process") if self.requested else "another process"
 
     def watch(self, trainer: L.Trainer) -> None:
-        """Install the handlers; call it in ``on_train_start``, when Lightning has installed its own."""
+        """Install the handlers; call it in ``on_train_start``, after Lightning has installed its own."""
         self.requested, self.agreed = None, False
         if threading.current_thread() is not threading.main_thread():
-            return  # signals cannot be handled there, and Lightning does not either
+            return  # Python allows no handlers there; Lightning installs none either
         self._process, self._speaks = os.getpid(), trainer.is_global_zero
-        lightning_s = trainer._signal_connector._original_handlers  # what was there before Lightning
+        lightning_s = trainer._signal_connector._original_handlers  # the handlers before Lightning's
         for number in _SIGNALS:
             if lightning_s.get(number) in (signal.SIG_DFL, signal.default_int_handler):
                 self._before[number] = signal.signal(number, self._note)
 
     def release(self) -> None:
-        """Put the former handlers back."""
+        """Restore the former handlers."""
         while self._before:
             number, handler = self._before.popitem()
             if signal.getsignal(number) == self._note:
                 signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a loader's worker, forked since: its parent ends it
+        if os.getpid() != self._process:  # a loader's forked worker, which its parent ends
             if number == signal.SIGTERM:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
@@ -72,44 +72,44 @@ class GracefulStop:
             text = (
                 f"\n{_NAMES[signal.Signals(number)]}: PMSS stops after this step and saves what was trained.{again}\n"
             )
-            os.write(2, text.encode())  # a print may be what was interrupted
+            os.write(2, text.encode())  # print is not re-entrant
         self.requested = self.requested or signal.Signals(number)
 
     def after_batch(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Obey after a whole optimizer step: gradients that are still being accumulated are in no checkpoint."""
+        """Stop after a complete optimizer step, not between accumulated batches."""
         loop = trainer.fit_loop.epoch_loop
         if module.automatic_optimization and loop._should_accumulate():
             return
         if not self.agreed:
             wanted = self.requested is not None
-            # A device that is ahead of its host waits here, once per optimizer step; Lightning lets it wait in each batch.
+            # Host and device synchronise here, once per optimizer step; Lightning's check does so in each batch.
             self.agreed = (
                 trainer.strategy.reduce_boolean_decision(wanted, all=False) if trainer.world_size > 1 else wanted
             )
         if self.agreed and not loop._is_training_done:
-            # Obeyed by Lightning when all callbacks have had this step. At the end of an epoch it would be obeyed after the
-            # epoch was counted, from where Lightning cannot resume: then in validation, or after the next step.
+            # Lightning stops when all callbacks have handled this step. At the end of an epoch it would stop after counting
+            # the epoch, from where it cannot resume; the stop then waits for a validation or the next step.
             trainer._signal_connector.received_sigterm = True
 
     def before_validation(self, trainer: L.Trainer) -> None:
-        """Obey before a validation, which a resumed run makes up for."""
+        """Stop before a validation, which a resumed run then does."""
         if self.agreed and not trainer.sanity_checking and not _has_all_steps(trainer):
             raise SIGTERMException
 
     def in_validation(self, trainer: L.Trainer) -> None:
-        """Obey in the middle of a validation; with several processes it has to end, as their batches may differ."""
+        """Stop inside a validation; several processes complete it first, since their batches may differ in number."""
         alone = trainer.world_size == 1 and not trainer.sanity_checking
         if self.requested is not None and alone and not _has_all_steps(trainer):
             self.agreed = True
             raise SIGTERMException
 
     def mark(self, exception: BaseException, trainer: L.Trainer) -> None:
-        """Let the process end with the status that the signal stands for; Lightning's is 0 after SIGTERM."""
-        # A launched process that does not end with 0 has the others killed, which may still be writing.
+        """Set the exit status of the signal; Lightning exits with 0 after SIGTERM."""
+        # Another status than 0 in a launched process kills the others, which may still be writing.
         if isinstance(exception, SIGTERMException) and self.agreed and trainer.is_global_zero:
             exception.code = 1 if self.requested is signal.SIGINT else 128 + signal.SIGTERM
 
 
 def _has_all_steps(trainer: L.Trainer) -> bool:
-    """Whether ``max_steps`` are done: a run that goes on from there would not validate, so this validation is let end."""
+    """Whether ``max_steps`` is reached: a run resumed from there would not validate, so the validation is completed."""
     return 0 <= trainer.max_steps <= trainer.global_step

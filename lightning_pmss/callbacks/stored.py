@@ -1,4 +1,4 @@
-"""What `PMSSCallback` has put into a checkpoint, looked at before anything of the checkpoint is loaded."""
+"""Check the callback's state in a checkpoint before anything of the checkpoint is loaded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_pmss.store import Record, checked
 
 
 class _Stored(Record):
-    """The callback's state; figures and accumulated gradients came later."""
+    """The callback's state; earlier versions have no figures and no accumulated gradients."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -24,16 +24,16 @@ class _Stored(Record):
 
 
 def check_stored(key: str, module: nn.Module, checkpoint: Mapping[str, Any], where: str) -> None:
-    """Refuse a damaged state; a checkpoint need not have one.
+    """Refuse a damaged state; a checkpoint without one is accepted.
 
     Args:
-        key: Of the callback in the checkpoint.
-        module: That is going to be trained.
-        checkpoint: As Lightning has read it.
+        key: Key of the callback in the checkpoint.
+        module: The module to train.
+        checkpoint: Content of the checkpoint.
         where: The checkpoint, for messages.
 
     Raises:
-        ValueError: Something is missing, or is no state of a random generator, or no gradient of the module's.
+        ValueError: A part is missing, a random state is damaged, or a gradient does not fit the module.
     """
     if (state := checkpoint.get("callbacks", {}).get(key)) is None:
         return

@@ -1,4 +1,4 @@
-"""How fast a run trains and what it holds: the figures that `PMSSCallback` logs per step."""
+"""Measure and log the speed, memory and update norms of training steps."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from lightning_pmss.distributed.gathering import whole_update
 from lightning_pmss.files.process_memory import peak_memory
 from lightning_pmss.methods.method import Update
 
-# What a progress bar has room for.
+# Names in the progress bar, which has little room.
 SHORT = {"pmss/tokens_per_second": "tok/s", "pmss/peak_memory_gb": "peak GB"}
 
 
 class StepClock:
-    """Measures training steps by wall time, from the start of a batch to its end."""
+    """Measure training steps by wall time, from the start of a batch to its end."""
 
     def __init__(self) -> None:
         self._started = 0.0
 
     def start(self) -> None:
-        """A batch begins."""
+        """Start the clock at the beginning of a batch."""
         self._started = time.perf_counter()
 
     def log(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
-        """Log the figures of the step that ends, and show some of them in the progress bar."""
+        """Log the figures of a completed step, and show some of them in the progress bar."""
         values = self.figures(batch, trainer.world_size)
         if (peak := peak_memory_gb(module.device)) is not None:
             values["pmss/peak_memory_gb"] = peak
@@ -39,7 +39,7 @@ class StepClock:
         module.log_dict(shown, prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1)
 
     def figures(self, batch: Any, world_size: int) -> dict[str, float]:
-        """Seconds since `start` and, of a language model's batch, tokens per second over all processes."""
+        """Seconds since `start` and, for a language model's batch, tokens per second over all processes."""
         seconds = time.perf_counter() - self._started
         values = {"pmss/step_seconds": seconds}
         if (tokens := _tokens(batch)) is not None:
@@ -48,7 +48,7 @@ class StepClock:
 
 
 def log_u_norms(trainer: L.Trainer, module: L.LightningModule) -> None:
-    """Log the Frobenius norm of what each layer's update is stored as (``s U``), in the steps that Lightning logs."""
+    """Log the Frobenius norm of each layer's stored update (of PMSS: ``s U``), every ``log_every_n_steps`` steps."""
     if trainer.fit_loop.epoch_loop._batches_that_stepped % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
         updates = {name: whole_update(module, layer) for name, layer in adapted_layers(module).items()}
         norms = {f"pmss/u_norm/{name}": _norm(update) for name, update in updates.items()}
@@ -60,7 +60,7 @@ def _norm(update: Update) -> Tensor:
 
 
 def peak_memory_gb(device: torch.device) -> float | None:
-    """Peak so far in 10^9 bytes: what the allocator of a CUDA device held, else the resident memory of this process.
+    """Peak memory so far in 10^9 bytes: allocated on a CUDA device, else the resident memory of this process.
 
     None where the system does not report the memory of a process (Windows).
     """
@@ -71,7 +71,7 @@ def peak_memory_gb(device: torch.device) -> float | None:
 
 
 def _tokens(batch: Any) -> int | None:
-    """Tokens of a language model's batch; None for any other batch."""
+    """Number of tokens in a language model's batch; None for any other batch."""
     if not isinstance(batch, Mapping):
         return None
     if isinstance(mask := batch.get("attention_mask"), Tensor):

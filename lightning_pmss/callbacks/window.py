@@ -1,4 +1,4 @@
-"""An optimizer step that is over several batches, in a checkpoint that is made between two of them."""
+"""Save accumulated gradients in a checkpoint that is made inside an optimizer step."""
 
 from __future__ import annotations
 
@@ -14,46 +14,46 @@ from lightning_pmss.modules.token_weighted import TokenWeighted, gradients_so_fa
 
 
 class AccumulatedGradients:
-    """Keeps the gradients so far in checkpoints, and gives them back.
+    """Save accumulated gradients in checkpoints, and restore them.
 
-    Lightning forgets them: a run that goes on from such a checkpoint would make its first step of the batches that are left.
-    `TokenWeighted` modules do it for themselves.
+    Lightning drops them, so the first step of a resumed run would use only the remaining batches. `TokenWeighted` modules save
+    their gradients themselves.
 
     Attributes:
-        in_batch: A backward pass has begun, and its batch is not at its end: gradients may be of a part of it.
+        in_batch: Whether a backward pass has begun in a batch that has not ended, so that gradients may be incomplete.
     """
 
     def __init__(self) -> None:
         self.in_batch = False
-        self._open = False  # batches were trained on since the last optimizer step
+        self._open = False  # gradients were accumulated since the last optimizer step
         self._stored: Mapping[str, Any] | None = None
 
     def after_batch(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """See whether the step goes on."""
+        """Record whether the optimizer step continues with the next batch."""
         self.in_batch = False
         mine = module.automatic_optimization and not isinstance(module, TokenWeighted)
         self._open = mine and trainer.fit_loop.epoch_loop._should_accumulate()
 
     def state(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
-        """What a checkpoint needs; a collective under DDP."""
+        """State for a checkpoint; a collective under DDP."""
         if not self._open:
             return {}
         return {"gradients": {} if self.in_batch else gradients_so_far(trainer, module)}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take them back; they are given to the parameters before the first batch."""
+        """Load the state; `give_back` restores the gradients from it."""
         self._stored = state.get("gradients")
 
     def give_back(self, module: L.LightningModule) -> None:
-        """Call it in ``on_train_start``, when Lightning has cleared the gradients."""
+        """Restore the gradients; call it in ``on_train_start``, after Lightning has cleared them."""
         stored, self._stored = self._stored, None
         self.in_batch = self._open = False
         if stored is None:
             return
         if not stored:
             rank_zero_warn(
-                "Resuming inside an optimizer step whose first gradients are not in the checkpoint: this step is made of the"
-                " batches that are left. Make checkpoints between steps (val_check_interval, every_n_train_steps)."
+                "Resuming inside an optimizer step whose first gradients are not in the checkpoint: this step uses only the"
+                " remaining batches. Make checkpoints between steps (val_check_interval, every_n_train_steps)."
             )
         parameters = {clean_name(name): parameter for name, parameter in module.named_parameters()}
         for name, gradient in stored.items():

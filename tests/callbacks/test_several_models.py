@@ -309,5 +309,5 @@ class Experts(Toy):
 
 
 def test_experts_without_tokens_are_called_so(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"no token came to these experts.*`experts\.1`, `experts\.2`"):
+    with pytest.warns(UserWarning, match=r"no token reached these experts.*`experts\.1`, `experts\.2`"):
         trainer(tmp_path, PMSSCallback(rank=4, output_dir=tmp_path), max_epochs=1).fit(Experts(), plain_loader())
