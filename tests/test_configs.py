@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from lightning_pmss.cli import PMSSCLI, main
-from lightning_pmss.cli.estimate import add_arguments
+from lightning_pmss.cli.estimate import CONVERSION, add_arguments
+from lightning_pmss.methods.pmss.config import PMSSConfig
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 OVERLAYS = sorted((FOLDER / "strategy").glob("*.yaml"))
@@ -202,8 +203,8 @@ def test_the_line_for_the_estimate_parses_and_is_that_of_the_recipe(path: Path) 
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     given = parser.parse_args(words[words.index("estimate") + 1 :])
-    assert given.rank == recipe["pmss"]["rank"]
+    conversion = PMSSConfig(**CONVERSION.take(vars(given)))
+    assert conversion.rank == recipe["pmss"]["rank"]
+    assert conversion.target_modules == recipe["pmss"]["target_modules"]
     assert given.micro_batch == recipe["data"]["init_args"]["batch_size"]
     assert given.sequence_length == recipe["data"]["init_args"]["max_length"]
-    targets = recipe["pmss"]["target_modules"]
-    assert given.target_modules == ([targets] if isinstance(targets, str) else targets)

@@ -5,58 +5,32 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lightning_pmss.cli.words import patterns, rank_entry
-from lightning_pmss.estimate.run import (
-    OPTIMIZERS,
-    PRECISIONS,
-    QUANTISATIONS,
-    STRATEGIES,
-    WEIGHTS_DTYPES,
-    Run,
-    ZeroSettings,
-)
-from lightning_pmss.methods.pmss.config import COORDINATES, MEMORY_MODES, PMSSConfig
+from lightning_pmss.cli.options import Options
+from lightning_pmss.estimate.run import Run, ZeroSettings
+from lightning_pmss.methods.pmss.config import PMSSConfig
 from lightning_pmss.store import read_json
 from lightning_pmss.store.disk import atomic_file
 
 EPILOG = "Only config.json is read. What is counted and what is not: docs/estimate.md."
 
 
+RUN = Options(Run, [option.name for option in fields(Run) if option.name not in ("config", "zero")])
+CONVERSION = Options(PMSSConfig, ("target_modules", "exclude_modules", "rank", "rank_pattern", "coordinates", "memory"))
+ZERO = Options(ZeroSettings, ("bucket",))
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The tool's options."""
     parser.epilog = EPILOG
-    add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="folder with config.json, or such a file")
-    add("--strategy", choices=STRATEGIES, help="default: single on one device, fsdp2 (quantised: ddp) on several")
-    add("--devices", type=int, default=1, help="devices per node (default: 1)")
-    add("--nodes", type=int, default=1, help="default: 1")
-    add("--rank", type=int, default=256, help="default: 256")
-    add("--rank-pattern", nargs="+", default=[], metavar="NAME=RANK", help="rank of some modules, as v_proj=128")
-    names = "'all-linear', names (endings) of modules, or one regular expression"
-    add("--target-modules", nargs="+", default=["all-linear"], metavar="NAME", help=f"{names} (default: all-linear)")
-    add("--exclude-modules", nargs="+", default=[], metavar="NAME", help="modules left out, with all below them")
-    add("--coordinates", choices=COORDINATES, default="orthonormal", help="default: orthonormal")
-    add("--memory", choices=MEMORY_MODES, default="regather", help="default: regather")
-    add("--quantisation", choices=QUANTISATIONS, help="linear layers in 4-bit codes of bitsandbytes (default: no)")
-    add("--micro-batch", type=int, default=1, help="sequences per device and pass (default: 1)")
-    add("--sequence-length", type=int, default=2048, help="tokens of the longest sequence (default: 2048)")
-    add("--precision", choices=PRECISIONS, default="bf16-true", help="default: bf16-true")
-    add("--weights-dtype", choices=WEIGHTS_DTYPES, default="auto", help="default: the config's")
-    add(
-        "--gradient-checkpointing",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="recompute decoder layers (default: no)",
-    )
-    add("--optimizer", choices=tuple(OPTIMIZERS), default="adamw", help="default: adamw")
-    bucket = ZeroSettings().bucket
-    add("--bucket", type=int, default=bucket, metavar="N", help=f"DeepSpeed's reduce_bucket_size (default: {bucket})")
-    add("--gpu", type=_bytes, metavar="SIZE", help="memory of one device, such as 80GB: does it fit?")
-    add("--json", action="store_true", help="print JSON, sizes in bytes")
-    add("--output", metavar="FILE", help="write the JSON there too")
+    for options in (RUN, CONVERSION, ZERO):
+        options.add_to(parser)
+    parser.add_argument("--gpu", type=_bytes, metavar="SIZE", help="Memory of one device, such as 80GB: does it fit?")
+    parser.add_argument("--json", action="store_true", help="Print JSON, sizes in bytes.")
+    parser.add_argument("--output", metavar="FILE", help="Write the JSON there too.")
 
 
 def run(parser: argparse.ArgumentParser, args: Sequence[str]) -> None:
@@ -77,30 +51,9 @@ def run(parser: argparse.ArgumentParser, args: Sequence[str]) -> None:
     from lightning_pmss.estimate.memory import estimate
     from lightning_pmss.estimate.table import table
 
-    config = PMSSConfig(
-        target_modules=patterns(given.target_modules),
-        exclude_modules=patterns(given.exclude_modules) if given.exclude_modules else (),
-        rank=given.rank,
-        rank_pattern=dict(rank_entry(entry) for entry in given.rank_pattern),
-        coordinates=given.coordinates,
-        memory=given.memory,
-    )
-    several = given.devices * given.nodes > 1
-    asked = Run(
-        model=given.model,
-        strategy=given.strategy or (("ddp" if given.quantisation else "fsdp2") if several else "single"),
-        devices=given.devices,
-        nodes=given.nodes,
-        config=config,
-        micro_batch=given.micro_batch,
-        sequence_length=given.sequence_length,
-        precision=given.precision,
-        weights_dtype=given.weights_dtype,
-        gradient_checkpointing=given.gradient_checkpointing,
-        optimizer=given.optimizer,
-        zero=ZeroSettings(bucket=given.bucket),
-        quantisation=given.quantisation,
-    )
+    options = vars(given)
+    config, zero = PMSSConfig(**CONVERSION.take(options)), ZeroSettings(**ZERO.take(options))
+    asked = Run(**RUN.take(options), config=config, zero=zero)
     result = estimate(asked)
     found = None
     if given.gpu is not None and result.methods["pmss"].total > given.gpu:

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Sequence
 
 from lightning_pmss.cli.debugging import debugging
-from lightning_pmss.cli.words import patterns, rank_entry
 
 PROGRAM = "python -m lightning_pmss"
 _BASE = "folder of the base model (safetensors), or a safetensors file with a state dict"
@@ -56,36 +55,23 @@ def _extract(args: Sequence[str]) -> None:
 
 
 def _select(args: Sequence[str]) -> None:
-    from lightning_pmss.methods.pmss.config import COORDINATES, ROW_MODES, SELECTIONS, PMSSConfig
+    from lightning_pmss.cli.options import Options
+    from lightning_pmss.methods.pmss.config import SKELETON_OPTIONS, PMSSConfig
 
-    usual = PMSSConfig()
     parser = _parser("select")
-    parser.add_argument("--model", required=True, metavar="MODEL_DIR", help="folder of the model (safetensors)")
-    parser.add_argument("--output", required=True, metavar="FILE", help="skeleton file to write (.safetensors)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the file, or unfinished work, if it exists")
-    parser.add_argument("--workers", type=int, metavar="N", help="matrices at a time (default: the CPU cores at hand)")
-    parser.add_argument("--architecture", metavar="CLASS", help="class of transformers (default: config.json's)")
-    names = "'all-linear', names (endings) of modules, or one regular expression"
-    parser.add_argument("--target-modules", nargs="+", metavar="NAME", help=f"{names} (default: all-linear)")
-    parser.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="modules left out, with all below them")
-    parser.add_argument("--rank", type=int, help=f"rows and columns per matrix (default: {usual.rank})")
-    parser.add_argument("--rank-pattern", nargs="+", metavar="NAME=RANK", help="rank of some modules, as v_proj=128")
-    parser.add_argument("--selection", choices=SELECTIONS, help=f"rule (default: {usual.selection})")
-    parser.add_argument("--row-mode", choices=ROW_MODES, help=f"default: {usual.row_mode}")
-    parser.add_argument("--oversample", type=int, help=f"extra rows of lupp's sketch (default: {usual.oversample})")
-    parser.add_argument("--seed", type=int, help=f"of the selection (default: {usual.seed})")
-    parser.add_argument("--coordinates", choices=COORDINATES, help=f"default: {usual.coordinates}")
-    given = {key: value for key, value in vars(parser.parse_args(args)).items() if value is not None}
-    files = {key: given.pop(key) for key in ("model", "output", "overwrite", "workers", "architecture") if key in given}
-    for key in ("target_modules", "exclude_modules"):
-        if key in given:
-            given[key] = patterns(given[key])
-    if "rank_pattern" in given:
-        given["rank_pattern"] = dict(rank_entry(entry) for entry in given["rank_pattern"])
+    parser.add_argument("--model", required=True, metavar="MODEL_DIR", help="Folder of the model (safetensors).")
+    parser.add_argument("--output", required=True, metavar="FILE", help="Skeleton file to write (.safetensors).")
+    parser.add_argument("--overwrite", action="store_true", help="Replace the file, or unfinished work, if it exists.")
+    parser.add_argument("--workers", type=int, metavar="N", help="Matrices at a time (default: the CPU cores at hand)")
+    parser.add_argument("--architecture", metavar="CLASS", help="Class of transformers (default: config.json's)")
+    options = Options(PMSSConfig, SKELETON_OPTIONS)
+    options.add_to(parser)
+    given = vars(parser.parse_args(args))
+    config = PMSSConfig(**options.take(given))
 
     from lightning_pmss.files.select import select_files
 
-    print(select_files(config=PMSSConfig(**given), **files))
+    print(select_files(config=config, **given))
 
 
 def _estimate(args: Sequence[str]) -> None:

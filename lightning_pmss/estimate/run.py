@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lightning_pmss.methods.choices import check_choices, one_of
 from lightning_pmss.methods.pmss.config import PMSSConfig
 
 STRATEGIES = ("single", "ddp", "fsdp", "fsdp2", "zero2", "zero3", "zero3_offload")
 # Optimizer states per trained element; each has the parameter's dtype (DeepSpeed: float32).
 OPTIMIZERS: dict[str, float] = {"adamw": 2, "adam": 2, "lion": 1, "sgd-momentum": 1, "sgd": 0}
-PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
-WEIGHTS_DTYPES = ("auto", "float32", "bfloat16")
-QUANTISATIONS = ("nf4", "fp4")
 WHOLE_STRATEGIES = ("single", "ddp")  # quantised weights cannot be sharded
 
 
@@ -20,8 +18,9 @@ WHOLE_STRATEGIES = ("single", "ddp")  # quantised weights cannot be sharded
 class ZeroSettings:
     """Settings of DeepSpeed that affect memory. Defaults are DeepSpeed's, except ``bucket`` and ``overlap``.
 
-    Attributes:
-        bucket: ``reduce_bucket_size`` in elements; the default is that of ``configs/strategy``, a tenth of DeepSpeed's.
+    Args:
+        bucket: DeepSpeed's ``reduce_bucket_size`` in elements. The default is that of ``configs/strategy``, a tenth of
+            DeepSpeed's own.
         overlap: ``overlap_comm``; ZeRO-2 then fills a second bucket meanwhile. The default is that of ``configs/strategy``.
         persistence: ``stage3_param_persistence_threshold`` in elements; smaller parameters stay whole.
         live: ``stage3_max_live_parameters``, the most elements gathered at once.
@@ -39,53 +38,48 @@ class Run:
 
     Args:
         model: Folder with ``config.json``, or the file.
-        strategy: One of `STRATEGIES`.
+        strategy: Strategy of the Trainer. ``"auto"`` means single on one device and fsdp2 (quantised: ddp) on several.
         devices: Devices per node.
         nodes: Number of nodes.
         config: Options of the conversion.
         micro_batch: Sequences per device and pass.
         sequence_length: Tokens of the longest sequence.
-        precision: Precision of the Trainer, one of `PRECISIONS`.
-        weights_dtype: Dtype of the loaded weights: ``"auto"`` (the configuration's), ``"float32"``, ``"bfloat16"``.
+        precision: Precision of the Trainer.
+        weights_dtype: Dtype of the loaded weights. ``"auto"`` means the one that ``config.json`` names.
         gradient_checkpointing: Whether decoder layers are recomputed in the backward pass.
-        optimizer: One of `OPTIMIZERS`.
+        optimizer: Optimizer, which defines the size of the states.
         zero: DeepSpeed's settings.
-        quantisation: None, or the 4-bit type of the linear layers: one of `QUANTISATIONS`. Full fine-tuning is then omitted.
+        quantisation: 4-bit type of the linear layers, by bitsandbytes; full fine-tuning is then omitted. Default: the layers
+            are not quantised.
 
     Raises:
         ValueError: A value is out of its range; the message says what to type.
     """
 
     model: str
-    strategy: str = "single"
+    strategy: str = field(default="auto", metadata=one_of("auto", *STRATEGIES))
     devices: int = 1
     nodes: int = 1
     config: PMSSConfig = field(default_factory=PMSSConfig)
     micro_batch: int = 1
     sequence_length: int = 2048
-    precision: str = "bf16-true"
-    weights_dtype: str = "auto"
+    precision: str = field(default="bf16-true", metadata=one_of("32-true", "bf16-mixed", "bf16-true"))
+    weights_dtype: str = field(default="auto", metadata=one_of("auto", "float32", "bfloat16"))
     gradient_checkpointing: bool = False
-    optimizer: str = "adamw"
+    optimizer: str = field(default="adamw", metadata=one_of(*OPTIMIZERS))
     zero: ZeroSettings = field(default_factory=ZeroSettings)
-    quantisation: str | None = None
+    quantisation: str | None = field(default=None, metadata=one_of(None, "nf4", "fp4"))
 
     def __post_init__(self) -> None:
-        allowed = {
-            "strategy": STRATEGIES,
-            "precision": PRECISIONS,
-            "weights_dtype": WEIGHTS_DTYPES,
-            "optimizer": tuple(OPTIMIZERS),
-            "quantisation": (None, *QUANTISATIONS),
-        }
-        for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {list(values)}.")
+        check_choices(self)
         for name in ("devices", "nodes", "micro_batch", "sequence_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.zero.bucket < 0:
             raise ValueError(f"bucket={self.zero.bucket} must not be negative; it is a number of elements.")
+        if self.strategy == "auto":
+            several = "fsdp2" if self.quantisation is None else "ddp"
+            object.__setattr__(self, "strategy", several if self.world > 1 else "single")
         if self.quantisation is not None and self.strategy not in WHOLE_STRATEGIES:
             raise ValueError(
                 f"quantisation={self.quantisation!r} cannot be kept in parts, as {self.strategy!r} would; choose one of"

@@ -28,7 +28,7 @@ from lightning_pmss.files.select_report import SelectedLayer, SelectReport
 from lightning_pmss.files.skeleton_file import refuse_others
 from lightning_pmss.layers.fingerprint import fingerprint, same_base
 from lightning_pmss.layers.products import core_dtype
-from lightning_pmss.methods.pmss.config import PMSSConfig
+from lightning_pmss.methods.pmss.config import PER_MATRIX, SKELETON_OPTIONS, PMSSConfig
 from lightning_pmss.methods.pmss.coordinates import coordinate_frame
 from lightning_pmss.methods.pmss.number_range import why_out_of_range
 from lightning_pmss.methods.pmss.selection import projection_residual, select_skeleton
@@ -37,10 +37,7 @@ from lightning_pmss.store import describe_tensors
 from lightning_pmss.store.disk import atomic_file
 from lightning_pmss.store.shards import ShardReader, ShardWriter, TensorInfo, few, open_shards
 
-# What is done to one matrix. The patterns that choose the matrices are apart: changing them keeps what is finished.
-PER_MATRIX = ("rank", "selection", "row_mode", "oversample", "seed", "coordinates")
 Result = TypeVar("Result")
-OPTIONS = (*PER_MATRIX, "target_modules", "exclude_modules", "rank_pattern")
 
 
 def select_files(
@@ -60,7 +57,7 @@ def select_files(
     Args:
         model: Folder with ``config.json`` and safetensors weights, single or sharded.
         output: File to write; appears only when it is complete. Format: `lightning_pmss.methods.pmss.skeleton`.
-        config: Targets, ranks, selection, seed and coordinates (`OPTIONS`); its other fields play no part.
+        config: Targets, ranks, selection, seed and coordinates (`SKELETON_OPTIONS`); its other fields play no part.
         architecture: Class of transformers to convert; by default the one that ``config.json`` names.
         workers: Matrices at a time, one thread each; by default the CPU cores that this process may use. Each holds one
             matrix and its float32 copies in memory.
@@ -93,7 +90,7 @@ def select_files(
             selecting = time.perf_counter() - begun
         about = {
             "format_version": FORMAT_VERSION,
-            "options": {name: getattr(config, name) for name in OPTIONS},
+            "options": {name: getattr(config, name) for name in SKELETON_OPTIONS},
             "coordinates": config.coordinates,
             "base": {"name": folder.resolve().name, "architecture": type(net).__name__},
             "versions": library_versions(),

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self, get_type_hints
 from pydantic import Field, create_model
 
 from lightning_pmss.messages import some
+from lightning_pmss.methods.choices import check_choices
 from lightning_pmss.store import Record, checked
 
 # Of float32, by its definition (IEEE 754): torch takes seconds to import, and a command's help needs these classes.
@@ -61,6 +62,7 @@ class AdapterConfig:
         for where, rank in (("rank", self.rank), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())):
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise ValueError(f"{where}={rank!r} is not a rank; type a whole number of at least 1.")
+        check_choices(self)
 
     @staticmethod
     def check_factor(name: str, value: Any) -> None:

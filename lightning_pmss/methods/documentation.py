@@ -33,6 +33,12 @@ def inherit_options(*owners: type) -> Callable[[T], T]:
     return complete
 
 
+def option_texts(owner: type) -> dict[str, str]:
+    """The text of each option in the ``Args`` section of a class: on one line, without marks of code."""
+    entries = _entries(owner.__doc__ or "")
+    return {name: " ".join(entry.partition(": ")[2].split()).replace("`", "") for name, entry in entries.items()}
+
+
 def _entries(doc: str) -> dict[str, str]:
     found = _ARGS.search(doc)
     return {} if found is None else {m[1]: m[0] for m in _ENTRY.finditer(found[1] + "\n")}

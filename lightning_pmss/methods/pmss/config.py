@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from lightning_pmss.methods.choices import one_of
 from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.methods.documentation import inherit_options
 
@@ -13,6 +14,9 @@ ROW_MODES = ("independent", "nested")
 COORDINATES = ("orthonormal", "rotation", "spectral", "raw")
 EDITS = ("auto", "input", "output", "weight")
 MEMORY_MODES = ("keep", "regather")
+# The options that a skeleton depends on: those of each matrix, and those that choose the matrices and their ranks.
+PER_MATRIX = ("rank", "selection", "row_mode", "oversample", "seed", "coordinates")
+SKELETON_OPTIONS = (*PER_MATRIX, "target_modules", "exclude_modules", "rank_pattern")
 # The rank at which scale="auto" is 1. Adam moves each entry of V by the learning rate, so the update grows with the rank.
 REFERENCE_RANK = 64
 
@@ -53,30 +57,21 @@ class PMSSConfig(AdapterConfig):
     )
 
     rank: int = 256
-    selection: str = "lupp"
-    row_mode: str = "independent"
+    selection: str = field(default="lupp", metadata=one_of(*SELECTIONS))
+    row_mode: str = field(default="independent", metadata=one_of(*ROW_MODES))
     oversample: int = 10
     seed: int = 0
     scale: float | str = "auto"
-    coordinates: str = "orthonormal"
+    coordinates: str = field(default="orthonormal", metadata=one_of(*COORDINATES))
     dropout: float = 0.0
-    edit: str = "auto"
+    edit: str = field(default="auto", metadata=one_of(*EDITS))
     skeleton_file: str | None = None
-    memory: str = "regather"
+    memory: str = field(default="regather", metadata=one_of(*MEMORY_MODES))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.skeleton_file is not None:
             object.__setattr__(self, "skeleton_file", str(self.skeleton_file))
-        for name, allowed in (
-            ("selection", SELECTIONS),
-            ("row_mode", ROW_MODES),
-            ("coordinates", COORDINATES),
-            ("edit", EDITS),
-            ("memory", MEMORY_MODES),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {list(allowed)}.")
         if isinstance(self.oversample, bool) or not isinstance(self.oversample, int) or self.oversample < 0:
             raise ValueError(f"oversample={self.oversample!r} must be a whole number of at least 0.")
         if isinstance(self.scale, (str, bool)) and self.scale != "auto":
