@@ -39,7 +39,7 @@ from lightning_pmss.files.adapter_record import (
 from lightning_pmss.files.processing import save_processing
 from lightning_pmss.layers.fingerprint import same_base
 from lightning_pmss.messages import one_line
-from lightning_pmss.methods import METHODS
+from lightning_pmss.methods import METHODS, method_of
 from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.methods.method import Update
 from lightning_pmss.store import (
@@ -261,17 +261,17 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
     if missing:
         raise FileNotFoundError(f"{folder} lacks {' and '.join(missing)}: not a complete adapter folder.")
     config = _read_config(folder / CONFIG_FILE)
-    method = _KINDS[config.peft_type]
-    options = method.config_class.from_file(config.config, str(folder / CONFIG_FILE), _AGAIN)
+    options = _KINDS[config.peft_type].config_class.from_file(config.config, str(folder / CONFIG_FILE), _AGAIN)
     file = folder / WEIGHTS_FILE
     tensors = read_tensors(file, _AGAIN)
-    parts = method.update_class.names()
+    update_class = method_of(options).update_class
+    parts = update_class.names()
     of_layers = {f"{name}.{part}" for name in config.modules for part in parts}
     _check_names(file, config, of_layers, len(parts), set(tensors))
     if broken := not_finite(tensors):
         raise ValueError(f"{file}: NaN or infinite values in {few(broken)}. Use an earlier adapter or checkpoint.")
     modules = {
-        name: _checked_module(file, name, entry, method.update_class, {p: tensors[f"{name}.{p}"] for p in parts})
+        name: _checked_module(file, name, entry, update_class, {p: tensors[f"{name}.{p}"] for p in parts})
         for name, entry in config.modules.items()
     }
     entries: dict[str, FreshRecord] = getattr(config, "fresh", {})

@@ -188,8 +188,16 @@ class Method(ABC, Generic[C]):
     layer_class: ClassVar[type[AdaptedLinear]] = AdaptedLinear
     doing: ClassVar[str] = "converting"
 
+    variants: ClassVar[Sequence[Mapping[str, Any]]] = ()
+    """Options that choose other mathematics. The tests of all methods ask the same of each of them."""
+
     def __init__(self, config: C) -> None:
         self.config = config
+
+    @classmethod
+    def of(cls, config: C) -> Method[C]:
+        """The method with these options."""
+        return cls(config)
 
     # -- tensors ------------------------------------------------------------------------------------------------------
 

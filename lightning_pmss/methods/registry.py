@@ -16,4 +16,4 @@ METHODS: Mapping[str, type[Method[Any]]] = {m.config_class.method: m for m in (P
 
 def method_of(config: AdapterConfig) -> Method[Any]:
     """The method that a configuration is for."""
-    return METHODS[config.method](config)
+    return METHODS[config.method].of(config)

@@ -12,10 +12,11 @@ from lightning_pmss.methods.documentation import inherit_options
 SELECTIONS = ("lupp", "pivoted_qr", "leverage", "norm", "random", "inverse_norm")
 ROW_MODES = ("independent", "nested")
 COORDINATES = ("orthonormal", "rotation", "spectral", "raw")
+COLUMNS = ("selected", "all")
 EDITS = ("auto", "input", "output", "weight")
 MEMORY_MODES = ("keep", "regather")
 # The options that a skeleton depends on: those of each matrix, and those that choose the matrices and their ranks.
-PER_MATRIX = ("rank", "selection", "row_mode", "oversample", "seed", "coordinates")
+PER_MATRIX = ("rank", "columns", "selection", "row_mode", "oversample", "seed", "coordinates")
 SKELETON_OPTIONS = (*PER_MATRIX, "target_modules", "exclude_modules", "rank_pattern")
 # The rank at which scale="auto" is 1. Adam moves each entry of V by the learning rate, so the update grows with the rank.
 REFERENCE_RANK = 64
@@ -27,7 +28,11 @@ class PMSSConfig(AdapterConfig):
     """Options of PMSS. Every field can be given to `PMSSCallback` and on the command line as ``--pmss.<field>``.
 
     Args:
-        rank: Rows and columns selected per layer; clipped to the smaller side of a layer, which the report says.
+        columns: ``"selected"``: the paper's square core between selected columns and rows. ``"all"``: select rows only and
+            train one number per output and row (`lightning_pmss.methods.pmss.one_sided`); at equal parameters its step is
+            cheaper, and its LoRA export has this rank.
+        rank: Rows and columns selected per layer; clipped to the smaller side of a layer, which the report says. Default: 256,
+            with all columns 16.
         selection: Rule that selects columns and rows: ``lupp``, ``pivoted_qr``, ``leverage``, ``norm``, ``random`` or
             ``inverse_norm``.
         row_mode: ``"independent"`` selects rows from W, ``"nested"`` from the selected columns.
@@ -56,7 +61,8 @@ class PMSSConfig(AdapterConfig):
         " (PMSS, arXiv 2409.16722, with lightning-pmss). It means nothing on other weights, and loading on them is refused."
     )
 
-    rank: int = 256
+    columns: str = field(default="selected", metadata=one_of(*COLUMNS))
+    rank: int = None  # type: ignore[assignment]  # __post_init__ sets it
     selection: str = field(default="lupp", metadata=one_of(*SELECTIONS))
     row_mode: str = field(default="independent", metadata=one_of(*ROW_MODES))
     oversample: int = 10
@@ -69,11 +75,23 @@ class PMSSConfig(AdapterConfig):
     memory: str = field(default="regather", metadata=one_of(*MEMORY_MODES))
 
     def __post_init__(self) -> None:
+        if self.rank is None:
+            object.__setattr__(self, "rank", 16 if self.columns == "all" else 256)
         super().__post_init__()
         if self.skeleton_file is not None:
             object.__setattr__(self, "skeleton_file", str(self.skeleton_file))
         if isinstance(self.oversample, bool) or not isinstance(self.oversample, int) or self.oversample < 0:
             raise ValueError(f"oversample={self.oversample!r} must be a whole number of at least 0.")
+        if self.columns == "all":
+            for name, only in (("row_mode", "independent"), ("edit", "auto"), ("memory", "regather")):
+                if getattr(self, name) != only:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} is for columns='selected'; with columns='all' leave it out."
+                    )
+            if self.coordinates == "rotation":
+                raise ValueError(
+                    "coordinates='rotation' rotates selected columns; with columns='all' type 'orthonormal'."
+                )
         if isinstance(self.scale, (str, bool)) and self.scale != "auto":
             raise ValueError(f"scale={self.scale!r} is not known; type 'auto' or a number.")
         if not isinstance(self.scale, str):
@@ -87,8 +105,9 @@ class PMSSConfig(AdapterConfig):
 
     def summary(self) -> str:
         """Selection, coordinates, scale."""
-        return f"selection {self.selection}, {self.coordinates} coordinates, scale {self.scale}"
+        sides = "rows only, " if self.columns == "all" else ""
+        return f"{sides}selection {self.selection}, {self.coordinates} coordinates, scale {self.scale}"
 
     def meaning(self) -> dict[str, Any]:
-        """Coordinates and scale say what V is."""
-        return {"coordinates": self.coordinates, "scale": self.scale}
+        """Columns, coordinates and scale say what V is."""
+        return {"columns": self.columns, "coordinates": self.coordinates, "scale": self.scale}

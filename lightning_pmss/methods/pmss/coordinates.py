@@ -124,9 +124,18 @@ def _rotating(frame: Frame, columns: Tensor, rows: Tensor, weight: Tensor, power
     return frame._replace(core=core, gain=(8 * mean_square).rsqrt())
 
 
-def check_frame(frame: Frame, coordinates: str, columns: int, rows: int) -> str | None:
-    """Why these factors, finite but of unknown origin, are none of a layer with so many columns and rows; None if they fit."""
-    parts = {"raw": (), "spectral": ("gain",), "orthonormal": ("left", "right")}.get(coordinates, Frame._fields)
+def check_frame(frame: Frame, coordinates: str, columns: int | None, rows: int) -> str | None:
+    """Why these factors, finite but of unknown origin, are none of a layer with so many columns and rows; None if they fit.
+
+    Args:
+        frame: The factors.
+        coordinates: Their name.
+        columns: C; None for a one-sided skeleton, which has no factor for columns.
+        rows: R.
+    """
+    parts: tuple[str, ...] = Frame._fields
+    parts = {"raw": (), "spectral": ("gain",), "orthonormal": ("left", "right")}.get(coordinates, parts)
+    parts = tuple(part for part in parts if part != "left" or columns is not None)
     if present := [part for part, value in frame._asdict().items() if (value is not None) != (part in parts)]:
         return (
             f"in {coordinates} coordinates a layer has {', '.join(parts) or 'none'}, and {present[0]} does not fit that"
@@ -136,7 +145,7 @@ def check_frame(frame: Frame, coordinates: str, columns: int, rows: int) -> str 
     if frame.core is not None and frame.core.shape != (columns, rows):
         return f"core is {list(frame.core.shape)}, and must be {[columns, rows]}"
     for part, value, size in (("left", frame.left, columns), ("right", frame.right, rows)):
-        if value is None:
+        if value is None or size is None:
             continue
         if value.shape != (size, size):
             return f"{part} is {list(value.shape)}, and must be {[size, size]}"

@@ -77,7 +77,7 @@ class PMSSLinear(AdaptedLinear):
         dtype = compute_dtype(flat)
         update = self.core_update()
         indices = self.indices_on(flat.device)
-        own_product = self._own_product(flat.dtype, dtype)
+        own_product = has_own_product(self, flat.dtype, dtype)
         if self.edit == "weight":
             if reason := why_no_weight_edit(self, self.dropout) or (None if own_product else OWN_PRODUCT):
                 raise ValueError(f"edit='weight' {reason}")
@@ -100,12 +100,6 @@ class PMSSLinear(AdaptedLinear):
         output = OutputEdit.apply(flat, source, update, *indices, *self._options(flat))
         output = output.view(base.shape)
         return output if self.bias is None else output + self.bias.to(output.dtype)
-
-    def _own_product(self, *dtypes: torch.dtype) -> bool:
-        """Whether the base product can be done within the edit: a frozen weight, a known forward, one dtype throughout."""
-        weight = self.weight
-        known = has_known_forward(self) and not self.quantised
-        return known and not weight.requires_grad and all(d == weight.dtype for d in dtypes)
 
     def _options(self, flat: Tensor) -> tuple[Tensor | None, bool, bool]:
         """(dropout mask of h or None, keep the slices, transposed) for the edits."""
@@ -149,8 +143,15 @@ def can_output_edit(layer: nn.Module) -> bool:
 
 def has_known_forward(layer: nn.Module) -> bool:
     """Whether the base's forward is ``nn.Linear``'s or ``Conv1D``'s own."""
-    base: type[Any] = layer.base_class if isinstance(layer, PMSSLinear) else type(layer)
+    base: type[Any] = layer.base_class if isinstance(layer, AdaptedLinear) else type(layer)
     return base.forward is nn.Linear.forward or is_conv1d(layer)
+
+
+def has_own_product(layer: AdaptedLinear, *dtypes: torch.dtype) -> bool:
+    """Whether an edit can do the base product itself: a frozen weight, a known forward, one dtype throughout."""
+    weight = layer.weight
+    known = has_known_forward(layer) and not layer.quantised
+    return known and not weight.requires_grad and all(d == weight.dtype for d in dtypes)
 
 
 def pmss_layers(model: nn.Module) -> dict[str, PMSSLinear]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def is_merged(base: Tensor, loaded: Tensor, rows: Tensor, cols: Tensor) -> bool:
+def is_merged(base: Tensor, loaded: Tensor, rows: Tensor, cols: Tensor | None) -> bool:
     """Whether ``loaded`` is ``base + base[:, cols] @ U @ base[rows]`` for some U, up to its own rounding.
 
     False where U has room for any change, as in a square layer of full rank: there nothing can be told.
@@ -16,11 +16,11 @@ def is_merged(base: Tensor, loaded: Tensor, rows: Tensor, cols: Tensor) -> bool:
         base: W ``[out, in]``.
         loaded: Of the same shape, any floating dtype.
         rows: ``[r]``.
-        cols: ``[c]``.
+        cols: ``[c]``; None: ``base + U @ base[rows]``.
     """
     if loaded.shape != base.shape or torch.equal(loaded.to(base.dtype), base.to(loaded.device)):
         return False
-    if len(rows) * len(cols) > base.numel() / 2:
+    if len(rows) * (len(base) if cols is None else len(cols)) > base.numel() / 2:
         return False
     # Of the stored weights (uniform, at most half a step each), and of the products that made them.
     steps = max(torch.finfo(base.dtype).eps, torch.finfo(loaded.dtype).eps)
@@ -30,6 +30,9 @@ def is_merged(base: Tensor, loaded: Tensor, rows: Tensor, cols: Tensor) -> bool:
     change = loaded.to(base.device).double() - base
     if not float(change.norm()) > 2 * rounding:  # too near to tell, or not finite
         return False
-    left, right = torch.linalg.qr(base[:, cols.to(base.device)]).Q, torch.linalg.qr(base[rows.to(base.device)].T).Q
-    between = left @ (left.T @ change @ right) @ right.T
+    right = torch.linalg.qr(base[rows.to(base.device)].T).Q
+    between = change @ right @ right.T
+    if cols is not None:
+        left = torch.linalg.qr(base[:, cols.to(base.device)]).Q
+        between = left @ (left.T @ between)
     return float((change - between).norm()) <= rounding

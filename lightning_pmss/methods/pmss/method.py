@@ -19,9 +19,10 @@ from lightning_pmss.methods.pmss.coordinates import Frame, PMSSCore, coordinate_
 from lightning_pmss.methods.pmss.layer import PMSSLinear, can_output_edit, choose_edit, why_no_weight_edit
 from lightning_pmss.methods.pmss.merged_twice import is_merged
 from lightning_pmss.methods.pmss.number_range import why_out_of_range
+from lightning_pmss.methods.pmss.one_sided import OneSided
 from lightning_pmss.methods.pmss.rounding import LIMIT, LOW_PRECISION, fitting_rank, rounding_error
 from lightning_pmss.methods.pmss.selection import projection_residual, select_skeleton
-from lightning_pmss.methods.pmss.skeleton import read_skeleton
+from lightning_pmss.methods.pmss.skeleton import read_skeleton, why_no_skeleton
 from lightning_pmss.store import why_no_index
 
 
@@ -90,6 +91,12 @@ class PMSS(Method[PMSSConfig]):
     update_class = PMSSUpdate
     layer_class = PMSSLinear
     doing = "selecting rows and columns"
+    variants = ({"columns": "all"},)
+
+    @classmethod
+    def of(cls, config: PMSSConfig) -> Method[PMSSConfig]:
+        """With all columns the mathematics is that of `one_sided`."""
+        return OneSided(config) if config.columns == "all" else cls(config)
 
     def specs(self, shape: Shape, rank: int) -> dict[str, Spec]:
         """V, the parts of the `Frame`, rows and columns."""
@@ -130,23 +137,12 @@ class PMSS(Method[PMSSConfig]):
     def read_given(self) -> Given | None:
         """``skeleton_file``."""
         config = self.config
-        return None if config.skeleton_file is None else read_skeleton(config.skeleton_file, config.coordinates)
+        file = config.skeleton_file
+        return None if file is None else read_skeleton(file, config.coordinates, config.columns)
 
     def why_underived(self, given: Given | None, name: str) -> str | None:
         """Rows and columns, and coordinates other than raw, need W, or a skeleton file that has them."""
-        wanted = self.config.coordinates
-        if given is None:
-            return (
-                "is on the meta device: its rows and columns cannot be chosen; load the weights first or give"
-                " skeleton_file=."
-            )
-        if wanted == "raw" or given.coordinates == wanted:
-            return None
-        return (
-            f"is on the meta device and coordinates={wanted!r} need W, but {given.source} holds"
-            f" {given.coordinates or 'no'} coordinates. Make it with `python -m lightning_pmss select --coordinates {wanted}`,"
-            " or load the weights first."
-        )
+        return why_no_skeleton(given, self.config.coordinates)
 
     def values(self, tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
         """``s U`` from V."""

@@ -236,11 +236,32 @@ def select_skeleton(
     Raises:
         ValueError: W is not a matrix, holds NaN or infinity, is all zeros, or an argument is out of range.
     """
+    if row_mode not in ROW_MODES:
+        raise ValueError(f"row_mode={row_mode!r} is not known; choose one of {list(ROW_MODES)}.")
+    select, scaled, generator = _prepared(weight, rank, selection, seed, name)
+    if select is lupp and row_mode == "independent":
+        return _lupp_both(scaled, rank, generator, oversample)
+    cols = select(scaled, rank, generator, oversample)
+    of_rows = scaled.T if row_mode == "independent" else Scaled(scaled.weight[:, cols].T, scaled.largest)
+    rows = select(of_rows, rank, generator, oversample)
+    return rows, cols
+
+
+def select_rows(
+    weight: Tensor, rank: int, *, selection: str = "lupp", oversample: int = 10, seed: int = 0, name: str = ""
+) -> Tensor:
+    """Choose rows of a weight alone: int64 ``[rank]``. Arguments and errors are those of `select_skeleton`."""
+    select, scaled, generator = _prepared(weight, rank, selection, seed, name)
+    return select(scaled.T, rank, generator, oversample)
+
+
+def _prepared(
+    weight: Tensor, rank: int, selection: str, seed: int, name: str
+) -> tuple[Selector, Scaled, torch.Generator]:
+    """The rule, W without its magnitude, and the source of randomness; all arguments are checked."""
     where = f"`{name}`: " if name else ""
     if selection not in SELECTORS:
         raise ValueError(f"selection={selection!r} is not known; choose one of {sorted(SELECTORS)}.")
-    if row_mode not in ROW_MODES:
-        raise ValueError(f"row_mode={row_mode!r} is not known; choose one of {list(ROW_MODES)}.")
     if weight.dim() != 2:
         raise ValueError(f"{where}a skeleton needs a matrix, got a weight of shape {tuple(weight.shape)}.")
     if not 1 <= rank <= min(weight.shape):
@@ -251,15 +272,8 @@ def select_skeleton(
         raise ValueError(f"{where}the weight holds NaN or infinite values; load a sound checkpoint before converting.")
     if largest == 0:
         raise ValueError(f"{where}the weight is all zeros, so C U R can never change it; exclude this module.")
-    scaled = Scaled(matrix, largest)
-    select = SELECTORS[selection]
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
-    if select is lupp and row_mode == "independent":
-        return _lupp_both(scaled, rank, generator, oversample)
-    cols = select(scaled, rank, generator, oversample)
-    of_rows = scaled.T if row_mode == "independent" else Scaled(matrix[:, cols].T, largest)
-    rows = select(of_rows, rank, generator, oversample)
-    return rows, cols
+    return SELECTORS[selection], Scaled(matrix, largest), generator
 
 
 def projection_residual(weight: Tensor, cols: Tensor) -> float:

@@ -3,8 +3,8 @@
 With it a conversion needs no weights: a model that is born on the meta device or already partitioned gets its indices, its
 coordinates and the proof of its base (fingerprints) from the file. Format, safetensors, under canonical module names:
 
-    <module>.rows, <module>.cols    int32 [r], [c], canonical layout [out, in]
-    <module>.left, <module>.right   float32 [c, c], [r, r]: the frame of orthonormal coordinates (see `layers.Frame`)
+    <module>.rows, <module>.cols    int32 [r], [c], canonical layout [out, in]; a one-sided skeleton has no cols and no left
+    <module>.left, <module>.right   float32 [c, c], [r, r]: the frame of orthonormal coordinates (see `coordinates.Frame`)
     <module>.gain                   float32 scalar: the frame of spectral and rotation coordinates
     <module>.core                   float32 [c, r]: the frame of rotation coordinates, beside left, right and gain
     metadata["pmss_skeleton"]       JSON: format_version, selection options, coordinates, base, and per module its shape,
@@ -87,12 +87,13 @@ class SkeletonRecord(SkeletonRecord1):
 _RECORDS: dict[int, type[SkeletonRecord1]] = {1: SkeletonRecord1, 2: SkeletonRecord}
 
 
-def read_skeleton(path: str | os.PathLike[str], coordinates: str | None = None) -> Given:
+def read_skeleton(path: str | os.PathLike[str], coordinates: str | None = None, columns: str | None = None) -> Given:
     """Read and check a skeleton file, or the indices in an adapter's ``adapter_model.safetensors``.
 
     Args:
         path: The file.
         coordinates: Wanted; factors of others are left out. None: as they are.
+        columns: Wanted, ``"selected"`` or ``"all"``; a file of the other kind is refused. None: as it is.
 
     Raises:
         FileNotFoundError: No such file.
@@ -108,12 +109,22 @@ def read_skeleton(path: str | os.PathLike[str], coordinates: str | None = None) 
         keys = set(opened.keys())
         about = _read_about((opened.metadata() or {}).get(METADATA), source)
         names = sorted(key.removesuffix(".rows") for key in keys if key.endswith(".rows"))
-        if not names or any(f"{n}.cols" not in keys for n in names):
-            raise ValueError(f"{source} does not hold `<module>.rows` and `<module>.cols` in pairs. {_AGAIN}")
-        if about is None:
-            parts: tuple[str, ...] = ("rows", "cols")
-        else:
-            parts = ("rows", "cols", *(Frame._fields if about.coordinates is not None else ()))
+        indices = ("rows",) if about is not None and about.options.get("columns") == "all" else ("rows", "cols")
+        if about is None and not any(key.endswith(".cols") for key in keys):
+            indices = ("rows",)  # an adapter of a one-sided skeleton
+        if not names or any(f"{n}.{part}" not in keys for n in names for part in indices):
+            what = " and ".join(f"`<module>.{part}`" for part in indices)
+            raise ValueError(f"{source} does not hold {what}{' in pairs' if len(indices) > 1 else ''}. {_AGAIN}")
+        if columns is not None and (columns == "all") != (indices == ("rows",)):
+            has = "all" if indices == ("rows",) else "selected"
+            raise ValueError(
+                f"{source} is for columns={has!r}, and this run has columns={columns!r}. Make another one with"
+                f" `python -m lightning_pmss select --columns {columns}`, or set columns={has!r}."
+            )
+        parts: tuple[str, ...] = indices
+        if about is not None and about.coordinates is not None:
+            parts = (*indices, *Frame._fields)
+        if about is not None:
             expected = {f"{n}.{part}" for n in about.modules for part in parts}
             if lost := sorted(set(about.modules) - set(names)):
                 raise ValueError(f"{source} promises {some(lost)} but does not hold them. {_AGAIN}")
@@ -130,8 +141,26 @@ def read_skeleton(path: str | os.PathLike[str], coordinates: str | None = None) 
     return Given({n: _without_factors(layer) for n, layer in layers.items()}, source, about.coordinates, about.options)
 
 
+def why_no_skeleton(given: Given | None, coordinates: str) -> str | None:
+    """Why a layer on the meta device cannot be converted with a skeleton, behind its name; None if it can.
+
+    Args:
+        given: The skeleton; None without one.
+        coordinates: Wanted.
+    """
+    if given is None:
+        return "is on the meta device: its rows and columns cannot be chosen; load the weights first or give skeleton_file=."
+    if coordinates == "raw" or given.coordinates == coordinates:
+        return None
+    return (
+        f"is on the meta device and coordinates={coordinates!r} need W, but {given.source} holds"
+        f" {given.coordinates or 'no'} coordinates. Make it with `python -m lightning_pmss select --coordinates"
+        f" {coordinates}`, or load the weights first."
+    )
+
+
 def _without_factors(layer: GivenLayer) -> GivenLayer:
-    return replace(layer, tensors={part: layer.tensors[part] for part in ("rows", "cols")})
+    return replace(layer, tensors={part: t for part, t in layer.tensors.items() if part not in Frame._fields})
 
 
 def _read_about(text: str | None, source: str) -> SkeletonRecord1 | None:
@@ -159,7 +188,8 @@ def _layer(
     """One layer's tensors, checked."""
     out_features, in_features = entry.shape if entry is not None else (_ANY_SIZE, _ANY_SIZE)
     check_index(found["rows"], out_features, f"{name}.rows", source, _AGAIN)
-    check_index(found["cols"], in_features, f"{name}.cols", source, _AGAIN)
+    if "cols" in found:
+        check_index(found["cols"], in_features, f"{name}.cols", source, _AGAIN)
     frame = None
     if about is not None and about.coordinates is not None:
         frame = Frame(*(found.get(part) for part in Frame._fields))
@@ -169,14 +199,16 @@ def _layer(
             raise ValueError(f"{source}: the coordinates of `{name}` are not float32 or float64 numbers. {_AGAIN}")
         if broken := not_finite(factors):
             raise ValueError(f"{source}: NaN or infinite values in {some(broken)}. {_AGAIN}")
-        if reason := check_frame(frame, about.coordinates, len(found["cols"]), len(found["rows"])):
+        columns = len(found["cols"]) if "cols" in found else None
+        if reason := check_frame(frame, about.coordinates, columns, len(found["rows"])):
             raise ValueError(f"{source}: the coordinates of `{name}` cannot be used: {reason}. {_AGAIN}")
     if isinstance(entry, SkeletonLayerRecord):
         if odd := sorted(set(entry.tensors) ^ set(found)):
             raise ValueError(f"{source}: `{name}` differs from its header in {some(odd)}. {_AGAIN}")
         check_sums(found, entry.tensors, f"{source}, `{name}`", _AGAIN)
     return GivenLayer(
-        {"rows": found["rows"].long(), "cols": found["cols"].long()} | ({} if frame is None else frame.present()),
+        {part: found[part].long() for part in ("rows", "cols") if part in found}
+        | ({} if frame is None else frame.present()),
         None if entry is None else entry.fingerprint.model_dump(),
         None if entry is None else (out_features, in_features),
         {} if entry is None or entry.residual is None else {"residual": entry.residual},

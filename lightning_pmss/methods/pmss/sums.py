@@ -89,6 +89,15 @@ def _extended(factor: Tensor, columns: Tensor) -> Tensor:
     return torch.block_diag(factor, more)
 
 
+def frame_of_rows(rows: Tensor, own: int, coordinates: str) -> Frame:
+    """The frame of a one-sided skeleton of rows ``[k, in]``: the first `own` are an update's, the others fill up."""
+    one = torch.ones(1, 1, dtype=rows.dtype, device=rows.device)
+    frame = _frame(one, rows[:own], coordinates, core_dtype(rows.dtype))._replace(left=None)
+    if frame.right is None or own == len(rows):
+        return frame
+    return frame._replace(right=_extended(frame.right, rows[own:].T))
+
+
 def _union(parts: Sequence[Tensor]) -> Tensor:
     union: Tensor = torch.cat(list(parts)).unique()  # sorted
     return union
