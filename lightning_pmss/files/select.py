@@ -28,10 +28,9 @@ from lightning_pmss.files.select_report import SelectedLayer, SelectReport
 from lightning_pmss.files.skeleton_file import refuse_others
 from lightning_pmss.layers.fingerprint import fingerprint, same_base
 from lightning_pmss.layers.products import core_dtype
+from lightning_pmss.methods import method_of
+from lightning_pmss.methods.method import Update
 from lightning_pmss.methods.pmss.config import PER_MATRIX, SKELETON_OPTIONS, PMSSConfig
-from lightning_pmss.methods.pmss.coordinates import coordinate_frame
-from lightning_pmss.methods.pmss.number_range import why_out_of_range
-from lightning_pmss.methods.pmss.selection import projection_residual, select_skeleton
 from lightning_pmss.methods.pmss.skeleton import FORMAT_VERSION, METADATA
 from lightning_pmss.store import describe_tensors
 from lightning_pmss.store.disk import atomic_file
@@ -80,7 +79,8 @@ def select_files(
     with keeping(target_file, options, overwrite=overwrite) as pieces:
         count = max(1, min(workers or _cores(), len(targets)))
         with one_thread(), ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            _check_base(pieces, reader, targets, partial(_each, pool, progress), overwrite)
+            update_class = method_of(config).update_class
+            _check_base(pieces, reader, targets, partial(_each, pool, progress), overwrite, update_class)
             finished = [target for target in targets if _is_finished(pieces, target)]
             todo = [target for target in targets if target not in finished]
             begun = time.perf_counter()
@@ -100,7 +100,7 @@ def select_files(
     return SelectReport(
         output=str(target_file),
         architecture=type(net).__name__,
-        selection=f"{config.selection}, {config.row_mode} rows, {config.coordinates} coordinates",
+        selection=config.summary(),
         layers=layers,
         left_out=left_out,
         resumed=len(finished),
@@ -156,28 +156,17 @@ def _each(
 def _select(target: Target, reader: ShardReader, config: PMSSConfig, pieces: Pieces) -> None:
     """Select from one matrix and keep the result."""
     weight = _read(target, reader)
-    rows, cols = select_skeleton(
-        weight,
-        target.rank,
-        selection=config.selection,
-        row_mode=config.row_mode,
-        oversample=config.oversample,
-        seed=config.seed,
-        name=target.name,
-    )
-    rows, cols = rows.sort().values, cols.sort().values  # as `convert` does: gathers read memory in order
-    rows_of_w, columns_of_w = weight[rows], weight[:, cols]
-    frame = coordinate_frame(columns_of_w, rows_of_w, config.coordinates, target.name, weight=weight)
+    method = method_of(config)
+    derived = method.derive(weight, target.rank, target.name, {})
     # In the widest dtype that the model can be loaded in: a narrower one is checked when the model is converted.
-    scale, dtype = config.scale_of(len(cols)), core_dtype(weight.dtype)
-    if reason := why_out_of_range(weight, (columns_of_w, rows_of_w), frame, config.coordinates, scale, dtype):
+    scale, dtype = config.scale_of(target.rank), core_dtype(weight.dtype)
+    if reason := method.why_untrainable(weight, derived, scale, dtype):
         raise ValueError(f"`{target.name}` {reason}")
-    tensors = {"rows": rows.to(torch.int32), "cols": cols.to(torch.int32)}
-    tensors |= {part: value for part, value in frame._asdict().items() if value is not None}
+    tensors = {part: t if t.is_floating_point() else t.to(torch.int32) for part, t in derived.items()}
     layer = {
         "shape": list(target.shape),
-        "fingerprint": fingerprint(rows_of_w, columns_of_w),
-        "residual": projection_residual(weight, cols),
+        "fingerprint": fingerprint(*method.update_class.reads(weight, derived)),
+        "residual": method.figures(weight, derived, dtype)["residual"],
         "tensors": describe_tensors(tensors),
     }
     pieces.save(target.name, tensors, target.rank, _source(target, reader), layer)
@@ -205,15 +194,14 @@ def _check_base(
     targets: Sequence[Target],
     each: Callable[[Callable[[Target], bool], Sequence[Target], str], Iterator[tuple[Target, bool]]],
     overwrite: bool,
+    update_class: type[Update],
 ) -> None:
     """Where a file of the base changed in size or time, go on only if its weights are those of the finished pieces."""
 
     def same(target: Target) -> bool:
         layer, stored = pieces.load(target.name)
-        weight = _read(target, reader)
-        return same_base(
-            layer.fingerprint.model_dump(), weight[stored["rows"].long()], weight[:, stored["cols"].long()]
-        )
+        indices = {part: t.long() for part, t in stored.items() if not t.is_floating_point()}
+        return same_base(layer.fingerprint.model_dump(), *update_class.reads(_read(target, reader), indices))
 
     finished = [target for target in targets if _is_finished(pieces, target)]
     suspects = [target for target in finished if pieces.found[target.name].source != _source(target, reader)]

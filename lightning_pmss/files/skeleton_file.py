@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_pmss.conversion.converted import converted
 from lightning_pmss.layers.convertible import canonical_shape
 from lightning_pmss.layers.fingerprint import fingerprint
-from lightning_pmss.methods.pmss.layer import PMSSLinear
+from lightning_pmss.methods.pmss.config import PMSSConfig
 from lightning_pmss.methods.pmss.skeleton import FORMAT_VERSION, METADATA
 from lightning_pmss.store import describe_tensors, open_tensors
 from lightning_pmss.store.disk import atomic_file
@@ -35,25 +35,24 @@ def save_skeleton(model: nn.Module, file: str | os.PathLike[str]) -> Path:
     target = Path(file).expanduser()
     refuse_others(target)
     report, found = converted(model, "save the skeleton of")
-    layers = {name: layer for name, layer in found.items() if isinstance(layer, PMSSLinear)}
-    if len(layers) < len(found):
+    if not isinstance(report.config, PMSSConfig):
         raise ValueError(f"{report.config.label()} selects no rows and columns; a skeleton file is for PMSS.")
     residuals = {layer.name: layer.residual for layer in report.layers}
     tensors: dict[str, Tensor] = {}
     modules = {}
-    for name, layer in layers.items():
+    for name, layer in found.items():
         own = {part: index.int() for part, index in layer.indices().items()} | layer.core.frozen()
         tensors |= {f"{name}.{part}": value for part, value in own.items()}
         modules[name] = {
             "shape": list(canonical_shape(layer)),
-            "fingerprint": fingerprint(*layer.slices()),
+            "fingerprint": fingerprint(*layer.reads()),
             "residual": residuals[name],
             "tensors": describe_tensors(own),
         }
     about = {
         "format_version": FORMAT_VERSION,
         "options": report.config.to_dict(),
-        "coordinates": next(iter(layers.values())).coordinates,
+        "coordinates": report.config.coordinates,
         "base": None,
         "modules": modules,
     }

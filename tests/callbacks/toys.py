@@ -31,6 +31,7 @@ class Toy(L.LightningModule):
         super().__init__()
         self.net: Any = make_net()
         self.losses: list[float] = []
+        self.lr = 0.02
 
     def loss(self, batch: Any) -> Tensor:
         (x,) = batch
@@ -52,7 +53,7 @@ class Toy(L.LightningModule):
         return self.net(batch[0])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.02)
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.lr)
 
 
 class LateToy(Toy):

@@ -23,13 +23,14 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_pmss import METHODS, AdapterCallback, PMSSCallback, model_built
+from lightning_pmss import AdapterCallback, PMSSCallback, model_built
 from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.datamodules.sampler import LengthGroupedSampler, ResumableDataLoader, TrainerProgress
 from lightning_pmss.distributed.gathering import gathered, whole_update
 from lightning_pmss.layers.parts import clean_name
 from tests.distributed.strategies import make_strategy
 from tests.leaving import leave
+from tests.methods.cases import CASES
 
 WIDTH, VOCABULARY, LENGTH, EXAMPLES = 32, 40, 12, 32
 DEFAULTS: dict[str, Any] = {
@@ -223,7 +224,7 @@ def run(task: dict[str, Any]) -> None:
     if task["method"] == "pmss":
         callback = PMSSCallback(output_dir=folder / "out", **options)
     else:
-        callback = AdapterCallback(METHODS[task["method"]].config_class(**options), output_dir=folder / "out")
+        callback = AdapterCallback(CASES[task["method"]](**options), output_dir=folder / "out")
     saver = ModelCheckpoint(
         folder / "saved",
         "last" if task["one_file"] else "{step}",

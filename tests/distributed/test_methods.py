@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lightning_pmss import METHODS
 from tests.distributed.launch import launch, ranks, require
+from tests.methods.cases import CASES
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 NAMES = ["fsdp1", "fsdp2", "zero2", "zero3"]
@@ -25,7 +25,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     @functools.cache
     def launched(name: str) -> Path:
         tasks = []
-        for method in METHODS:
+        for method in CASES:
             folder = parent / name / method
             task = {"steps": 6, "strategy": name, "method": method}
             tasks.append(task | {"folder": str(folder / "whole")})
@@ -41,7 +41,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return run
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", list(CASES))
 @pytest.mark.parametrize("name", NAMES)
 def test_losses_updates_and_files_are_ddps(runs: Any, name: str, method: str) -> None:
     own, ddp = (runs(which) / method / "whole" for which in (name, "ddp"))
@@ -57,7 +57,7 @@ def test_losses_updates_and_files_are_ddps(runs: Any, name: str, method: str) ->
             torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", list(CASES))
 @pytest.mark.parametrize("name", ["ddp", *NAMES])
 def test_resume_equals_never_stopped(runs: Any, name: str, method: str) -> None:
     folder = runs(name) / method

@@ -39,11 +39,11 @@ def check_equal(folder: str, config: PMSSConfig, output: Path) -> None:
     assert skeleton.layers.keys() == layers.keys()
     for name, layer in layers.items():
         stored = skeleton.layers[name]
-        assert torch.equal(stored.tensors["rows"], layer.rows)
-        assert torch.equal(stored.tensors["cols"], layer.cols)
-        assert stored.fingerprint == fingerprint(layer.weight_rows(), layer.weight_columns())
+        indices = layer.indices()
+        assert all(torch.equal(stored.tensors[part], index) for part, index in indices.items())
+        assert stored.fingerprint == fingerprint(*layer.reads())
         frame = layer.core.frozen()
-        assert stored.tensors.keys() == {"rows", "cols", *frame}
+        assert stored.tensors.keys() == {*indices, *frame}
         for part, ours in frame.items():
             kept = stored.tensors[part]
             torch.testing.assert_close(kept, ours.reshape(kept.shape), rtol=1e-5, atol=1e-6)
@@ -61,6 +61,15 @@ def check_equal(folder: str, config: PMSSConfig, output: Path) -> None:
 def test_equals_convert_on_llama(tiny_llama: str, tmp_path: Path, coordinates: str) -> None:
     # Rank 24 is clipped to 16 in the key and value projections; the tied head is left out.
     check_equal(tiny_llama, PMSSConfig(rank=24, seed=3, coordinates=coordinates), tmp_path / "s.safetensors")
+
+
+@pytest.mark.parametrize("coordinates", ["orthonormal", "spectral", "raw"])
+@pytest.mark.parametrize("selection", ["lupp", "random", "leverage"])
+def test_equals_convert_of_a_one_sided_skeleton(
+    tiny_llama: str, tmp_path: Path, coordinates: str, selection: str
+) -> None:
+    config = PMSSConfig(columns="all", rank=5, seed=3, coordinates=coordinates, selection=selection)
+    check_equal(tiny_llama, config, tmp_path / "s.safetensors")
 
 
 def test_equals_convert_on_a_sharded_bfloat16_checkpoint(sharded_llama: str, tmp_path: Path) -> None:

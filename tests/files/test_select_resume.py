@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_pmss.files import select as module
 from lightning_pmss.files.select import select_files
+from lightning_pmss.methods.pmss import method as module
 from lightning_pmss.methods.pmss.config import PMSSConfig
 from lightning_pmss.methods.pmss.skeleton import read_skeleton
 from tests import forks
@@ -26,7 +26,8 @@ MATRICES = 14
 _KILLED = """
 import sys, time
 from lightning_pmss.methods.pmss.config import PMSSConfig
-from lightning_pmss.files import select as module
+from lightning_pmss.files import select
+from lightning_pmss.methods.pmss import method as module
 whole, calls = module.select_skeleton, []
 def stuck(*args, **kwargs):
     calls.append(kwargs["name"])
@@ -35,7 +36,7 @@ def stuck(*args, **kwargs):
         time.sleep(600)
     return whole(*args, **kwargs)
 module.select_skeleton = stuck
-module.select_files(*sys.argv[1:], PMSSConfig(rank=8), workers=1, progress=False)
+select.select_files(*sys.argv[1:], PMSSConfig(rank=8), workers=1, progress=False)
 """
 
 

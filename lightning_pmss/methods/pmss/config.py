@@ -104,8 +104,8 @@ class PMSSConfig(AdapterConfig):
         return REFERENCE_RANK / rank if isinstance(self.scale, str) else float(self.scale)
 
     def summary(self) -> str:
-        """Selection, coordinates, scale."""
-        sides = "rows only, " if self.columns == "all" else ""
+        """Columns, selection, coordinates, scale."""
+        sides = "all columns, " if self.columns == "all" else ""
         return f"{sides}selection {self.selection}, {self.coordinates} coordinates, scale {self.scale}"
 
     def meaning(self) -> dict[str, Any]:

@@ -37,12 +37,12 @@ class Frame(NamedTuple):
 
 
 def coordinate_frame(
-    columns: Tensor, rows: Tensor, coordinates: str, name: str = "", *, weight: Tensor | None = None
+    columns: Tensor | None, rows: Tensor, coordinates: str, name: str = "", *, weight: Tensor | None = None
 ) -> Frame:
     """Compute the frame of one layer from its slices.
 
     Args:
-        columns: C ``[out, c]``.
+        columns: C ``[out, c]``; None for a one-sided skeleton, whose frame has no `left`.
         rows: R ``[r, in]``.
         coordinates: ``"raw"``: U = V. ``"spectral"``: U = V / (norm2(C) norm2(R)), one scalar. ``"orthonormal"``: with thin
             QR ``C = Q_C T_C``, ``R^T = Q_R T_R``: U = T_C^-1 V T_R^-T, so that ``C U R = Q_C V Q_R^T`` and the update's
@@ -57,20 +57,22 @@ def coordinate_frame(
     Raises:
         ValueError: The slices hold NaN or infinity, or are linearly dependent, so that orthonormal coordinates do not exist.
     """
-    dtype = core_dtype(columns.dtype)
-    largest = max(float(columns.detach().abs().max()), float(rows.detach().abs().max()))
+    dtype = core_dtype(rows.dtype)
+    slices = [part.detach() for part in (columns, rows) if part is not None]
+    largest = max(float(part.abs().max()) for part in slices)
     if not math.isfinite(largest):
         raise ValueError(f"`{name}`: the selected rows or columns hold NaN or infinite values; load sound weights.")
     if coordinates == "raw":
         return Frame()
     power = math.frexp(largest)[1]  # scaling by a power of two rounds nothing
-    c, r = (scaled(part.detach().double(), -power) for part in (columns, rows))
+    if columns is None:
+        return _one_sided(slices[0], power, coordinates, name)
+    c, r = (scaled(part.double(), -power) for part in slices)
     t_c, t_r = torch.linalg.qr(c, mode="r").R, torch.linalg.qr(r.T, mode="r").R
     singular = torch.linalg.svdvals(t_c), torch.linalg.svdvals(t_r)
     if coordinates == "spectral":
         return rescaled(Frame(gain=(1.0 / (singular[0][0] * singular[1][0])).to(dtype)), -power)
-    # Slices that depend on one another up to float32 rounding have no usable inverse factors.
-    usable = [int((s > s[0] * 1e-5).sum()) for s in singular]
+    usable = [_usable(s) for s in singular]
     if usable[0] < t_c.shape[0] or usable[1] < t_r.shape[0]:
         fewer = f"set rank_pattern={{{name!r}: {min(usable)}}} or" if min(usable) else "set"
         raise ValueError(
@@ -85,6 +87,29 @@ def coordinate_frame(
         assert weight is not None
         frame = _rotating(frame, c, r, weight, power, name)
     return rescaled(frame, -power)
+
+
+def _one_sided(rows: Tensor, power: int, coordinates: str, name: str) -> Frame:
+    """The frame of rows alone, computed on ``rows / 2**power``."""
+    dtype, rows = core_dtype(rows.dtype), scaled(rows.double(), -power)
+    t_r = torch.linalg.qr(rows.T, mode="r").R
+    singular = torch.linalg.svdvals(t_r)
+    if coordinates == "spectral":
+        return Frame(gain=scaled((1.0 / singular[0]).to(dtype), -power))
+    if (usable := _usable(singular)) < len(rows):
+        fewer = f"set rank_pattern={{{name!r}: {usable}}} or" if usable else "set"
+        raise ValueError(
+            f"`{name}`: the {len(rows)} selected rows have only numerical rank {usable}; {fewer} coordinates='spectral', or"
+            " exclude the module."
+        )
+    eye = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+    right = torch.linalg.solve_triangular(t_r, eye, upper=True).T.contiguous().to(dtype)
+    return Frame(right=scaled(right, -power))
+
+
+def _usable(singular: Tensor) -> int:
+    """The numerical rank: slices that depend on one another up to float32 rounding have no usable inverse factors."""
+    return int((singular > singular[0] * 1e-5).sum())
 
 
 def rescaled(frame: Frame, power: int) -> Frame:

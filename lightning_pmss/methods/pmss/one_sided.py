@@ -189,8 +189,7 @@ class OneSided(Method[PMSSConfig]):
             found["rows"] = rows.sort().values  # gathers then read memory in order
         if weight is not None and not any(part in found for part in Frame._fields):
             (r,) = OneSidedUpdate.reads(weight, found)
-            frame = coordinate_frame(_one(r), r, config.coordinates, name)
-            found |= frame._replace(left=None).present()
+            found |= coordinate_frame(None, r, config.coordinates, name).present()
         return found
 
     def read_given(self) -> Given | None:
@@ -301,8 +300,3 @@ class OneSided(Method[PMSSConfig]):
         if weight is not None:
             found["residual"] = projection_residual(weight.T, tensors["rows"].to(weight.device))
         return found
-
-
-def _one(rows: Tensor) -> Tensor:
-    """In the place of the columns: one that is orthonormal by itself."""
-    return torch.ones(1, 1, dtype=rows.dtype, device=rows.device)

@@ -91,8 +91,12 @@ def _extended(factor: Tensor, columns: Tensor) -> Tensor:
 
 def frame_of_rows(rows: Tensor, own: int, coordinates: str) -> Frame:
     """The frame of a one-sided skeleton of rows ``[k, in]``: the first `own` are an update's, the others fill up."""
-    one = torch.ones(1, 1, dtype=rows.dtype, device=rows.device)
-    frame = _frame(one, rows[:own], coordinates, core_dtype(rows.dtype))._replace(left=None)
+    try:
+        frame = coordinate_frame(None, rows[:own], coordinates)
+    except ValueError:  # rows that depend on one another have no orthonormal coordinates
+        frame = Frame(
+            right=_extended(torch.zeros(0, 0, dtype=core_dtype(rows.dtype), device=rows.device), rows[:own].T)
+        )
     if frame.right is None or own == len(rows):
         return frame
     return frame._replace(right=_extended(frame.right, rows[own:].T))
