@@ -39,7 +39,7 @@ def adapter_card(
     head = ModelCardData(library_name="lightning-pmss", base_model=hub_id, tags=tags, license=licence)
     lines = ["---", head.to_yaml(), "---", "", f"# {options.label()} adapter", ""]
     lines += [
-        options.card,
+        options.card(),
         "",
         f"- Base: {base or 'not recorded'}{f', revision {revision}' if revision else ''}, unmerged"
         f"{f', quantised ({kinds})' if kinds else ''}.",

@@ -179,6 +179,19 @@ def skeleton_energy(weight: Tensor, rows: Tensor, columns: Tensor) -> tuple[floa
     return _energy(weight, torch.linalg.qr(columns.double()), torch.linalg.qr(rows.T.double()))
 
 
+def _energy_of_rows(weight: Tensor, rows: Tensor) -> tuple[float, float]:
+    """``||W P_R||^2 / ||W||^2`` and ``||W||_F``: for a one-sided skeleton, whose update has no columns of W."""
+    q, triangle = torch.linalg.qr(rows.double().T)
+    basis = q @ _spanned(triangle)
+    inside = total = 0.0
+    step = max(1, _BLOCK // weight.shape[1])
+    for start in range(0, weight.shape[0], step):
+        block = weight[start : start + step].to(basis.dtype)
+        inside += float((block @ basis).square().sum())
+        total += float(block.square().sum())
+    return (inside / total if total else 0.0), total**0.5
+
+
 def _energy(weight: Tensor, of_c: tuple[Tensor, Tensor], of_r: tuple[Tensor, Tensor]) -> tuple[float, float]:
     """The same from the thin QR of C and of R^T."""
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -217,7 +230,10 @@ def _with_base(adapter: AdapterFile, base: Path, progress: bool) -> list[Inspect
             factors, weight = source.factors(name), source.weight(name)
             singular = update_spectrum(factors)
             energy = None
-            if reads := source.update(name).read(weight):
+            reads = source.update(name).read(weight)
+            if len(reads) == 1:
+                energy, size = _energy_of_rows(weight, *reads)
+            elif reads:
                 energy, size = _energy(weight, *(torch.linalg.qr(part.double()) for part in (reads[1], reads[0].T)))
             else:
                 size = float(torch.linalg.vector_norm(weight, dtype=torch.float64))

@@ -40,8 +40,6 @@ class AdapterConfig:
 
     method: ClassVar[str]
     """Name of the method in `lightning_pmss.METHODS`."""
-    card: ClassVar[str]
-    """Sentences for a model card: what an adapter of this method is, and its source."""
 
     target_modules: str | Sequence[str] = "all-linear"
     exclude_modules: str | Sequence[str] = ()
@@ -86,6 +84,10 @@ class AdapterConfig:
     def meaning(self) -> dict[str, Any]:
         """The options without which trained tensors mean something else: a checkpoint with others is not loaded."""
         return {}
+
+    def card(self) -> str:
+        """Sentences for a model card: the update of this method, and its source."""
+        raise NotImplementedError
 
     def summary(self) -> str:
         """The options that say most, in a few words."""

@@ -33,8 +33,6 @@ class LoRAConfig(AdapterConfig):
     """
 
     method = "lora"
-    card = "`W' = W + B A`: both factors were trained (LoRA, arXiv 2106.09685, with lightning-pmss)."
-
     alpha: float = 16.0
     dropout: float = 0.0
     seed: int = 0
@@ -48,6 +46,10 @@ class LoRAConfig(AdapterConfig):
     def scale_of(self, rank: int) -> float:
         """``alpha / rank``."""
         return self.alpha / rank
+
+    def card(self) -> str:
+        """Both factors."""
+        return "`W' = W + B A`: both factors were trained (LoRA, arXiv 2106.09685, with lightning-pmss)."
 
     def summary(self) -> str:
         """alpha."""

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lightning_pmss import PMSSConfig, convert
+from lightning_pmss import PMSSConfig, convert, save_adapter
 from lightning_pmss.files import save_skeleton
+from lightning_pmss.inspect.inspection import inspect_adapter
 from lightning_pmss.methods.pmss.one_sided import OneSidedEdit, OneSidedLinear
 
 SHAPES = [(12, 20), (16, 16), (24, 10)]
@@ -242,3 +244,19 @@ def test_the_report_says_what_of_w_the_rows_span() -> None:
     assert entry.residual == pytest.approx(float(rest.norm() / layer.weight.norm()), rel=1e-5)
     assert entry.trainable == 12 * 4
     assert math.isfinite(entry.rounding_error)
+
+
+def test_inspect_and_the_card_say_what_it_is(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(20, 12))
+    save_file(net.state_dict(), tmp_path / "model.safetensors")
+    convert(net, PMSSConfig(target_modules=["0"], columns="all", rank=4))
+    layer: Any = net[0]
+    nn.init.normal_(layer.core.weight)
+    save_adapter(net, tmp_path / "adapter")
+    assert "`W' = W + U R`" in (tmp_path / "adapter" / "README.md").read_text()
+    (entry,) = inspect_adapter(tmp_path / "adapter", tmp_path, progress=False).layers
+    q = torch.linalg.qr(layer.weight_rows().double().T).Q
+    weight = layer.base_weight().double()
+    assert entry.skeleton_energy == pytest.approx(float((weight @ q).norm() / weight.norm()) ** 2, rel=1e-6)
+    update = layer.core_update().double() @ layer.weight_rows().double()
+    assert entry.update_norm == pytest.approx(float(update.detach().norm()), rel=1e-5)

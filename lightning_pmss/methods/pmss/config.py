@@ -56,11 +56,6 @@ class PMSSConfig(AdapterConfig):
     """
 
     method = "pmss"
-    card = (
-        "`W' = W + C (s U) R`: C and R are columns and rows of the base's own weights, stored as indices; U was trained"
-        " (PMSS, arXiv 2409.16722, with lightning-pmss). It means nothing on other weights, and loading on them is refused."
-    )
-
     columns: str = field(default="selected", metadata=one_of(*COLUMNS))
     rank: int = None  # type: ignore[assignment]  # __post_init__ sets it
     selection: str = field(default="lupp", metadata=one_of(*SELECTIONS))
@@ -102,6 +97,18 @@ class PMSSConfig(AdapterConfig):
     def scale_of(self, rank: int) -> float:
         """The factor s of a layer with ``rank`` rows and columns."""
         return REFERENCE_RANK / rank if isinstance(self.scale, str) else float(self.scale)
+
+    def card(self) -> str:
+        """The update, and what it is bound to."""
+        if self.columns == "all":
+            update = "`W' = W + U R`: R is rows of the base's own weights, stored as indices; U was trained (PMSS, one-sided,"
+        else:
+            update = (
+                "`W' = W + C (s U) R`: C and R are columns and rows of the base's own weights, stored as indices; U was"
+            )
+            update += " trained (PMSS,"
+        bound = "It means nothing on other weights, and loading on them is refused."
+        return f"{update} arXiv 2409.16722, with lightning-pmss). {bound}"
 
     def summary(self) -> str:
         """Columns, selection, coordinates, scale."""
