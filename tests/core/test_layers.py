@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_pmss.methods.pmss.coordinates import coordinate_frame
-from lightning_pmss.methods.pmss.edits import InputEdit, LinearInputEdit, LinearOutputEdit, OutputEdit
+from lightning_pmss.methods.pmss.edits import InputEdit, Options, OutputEdit
 from lightning_pmss.methods.pmss.layer import PMSSLinear
 from lightning_pmss.methods.pmss.method import PMSSUpdate
 
@@ -161,7 +161,7 @@ def test_gradcheck(function: Any, keep: bool, transposed: bool, masked: bool) ->
     u = random_like(2, 3).requires_grad_()
 
     def run(tokens: Tensor, u: Tensor) -> Tensor:
-        result: Tensor = function.apply(tokens, weight, u, rows, cols, mask, keep, transposed)
+        result: Tensor = function.apply(tokens, weight, None, u, rows, cols, mask, Options(False, keep, transposed))
         return result
 
     assert torch.autograd.gradcheck(run, (tokens, u))
@@ -173,7 +173,7 @@ def test_gradcheck(function: Any, keep: bool, transposed: bool, masked: bool) ->
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("function", [LinearInputEdit, LinearOutputEdit])
+@pytest.mark.parametrize("function", [InputEdit, OutputEdit])
 def test_gradcheck_with_the_base_product(
     function: Any, keep: bool, transposed: bool, masked: bool, trained: str
 ) -> None:
@@ -184,7 +184,7 @@ def test_gradcheck_with_the_base_product(
     parts = {k: t.requires_grad_(k in trained.split()) for k, t in parts.items()}
 
     def run(x: Tensor, u: Tensor, bias: Tensor) -> Tensor:
-        result: Tensor = function.apply(x, weight, bias, u, rows, cols, mask, keep, transposed)
+        result: Tensor = function.apply(x, weight, bias, u, rows, cols, mask, Options(True, keep, transposed))
         return result
 
     assert torch.autograd.gradcheck(run, tuple(parts.values()))

@@ -3,14 +3,14 @@
 Plain autograd would keep the slices of W and intermediate activations; these keep h ``[tokens, r]``, U and indices, and the
 slice only if asked to. Equal to the plain form (tested, also by gradcheck in float64).
 
-Two pairs: `InputEdit` and `OutputEdit` stand before and behind a base product that they know nothing of (quantised layers,
-autocast, a trained weight). `LinearInputEdit` and `LinearOutputEdit` hold the product of a frozen ``nn.Linear`` or ``Conv1D``
-themselves, and so may write into tensors that autograd would have to copy: y before anyone has seen it, and dx.
+`InputEdit` changes x before the base product, `OutputEdit` changes y behind it. Either stands beside a base product that it
+knows nothing of (quantised layers, autocast, a trained weight), or computes that of a frozen ``nn.Linear`` or ``Conv1D`` itself
+(``Options.base``) and so may write into tensors that autograd would have to copy: y before anyone has seen it, and dx.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,20 @@ from torch.autograd.function import once_differentiable
 
 from lightning_pmss.layers.products import product
 from lightning_pmss.layers.quantised import SliceReader
+
+
+class Options(NamedTuple):
+    """How an edit computes.
+
+    Attributes:
+        base: Compute the base product too. Weight, x and U must then have one dtype, and the weight be frozen.
+        keep: Keep the slice of W for the backward pass; otherwise it is gathered again.
+        transposed: The weight is W^T.
+    """
+
+    base: bool
+    keep: bool
+    transposed: bool
 
 
 def slice_of(weight: Tensor | SliceReader, index: Tensor, dim: int, transposed: bool, dtype: torch.dtype) -> Tensor:
@@ -33,171 +47,108 @@ def _masked(h: Tensor, mask: Tensor | None) -> Tensor:
     return h if mask is None else h * mask
 
 
-class LinearOutputEdit(torch.autograd.Function):
-    """``y = y0 + (h U^T) C^T + b`` with ``y0 = x W^T`` and ``h = y0[:, rows]``, row-wise over tokens; U carries the scale.
+class OutputEdit(torch.autograd.Function):
+    """``y = y0 + (h U^T) C^T (+ b)`` with ``h = y0[:, rows]``, row-wise over tokens; U carries the scale.
 
-    x ``[tokens, in]``, weight as stored and frozen, bias ``[out]`` or None, U ``[c, r]``, all of one dtype; mask
-    ``[tokens, r]`` or None multiplies h. Saved for backward: h, U, indices, mask, a reference to the weight, and C (``keep``).
+    x is y0 ``[tokens, out]``, or with ``options.base`` the layer's input ``[tokens, in]``, from which ``y0 = x W^T``. weight as
+    stored; bias ``[out]`` or None, with ``options.base`` alone; U ``[c, r]`` in y0's dtype; mask ``[tokens, r]`` or None
+    multiplies h.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | SliceReader,
         bias: Tensor | None,
         u: Tensor,
         rows: Tensor,
         cols: Tensor,
         mask: Tensor | None,
-        keep: bool,
-        transposed: bool,
+        options: Options,
     ) -> Tensor:
-        c = slice_of(weight, cols, 1, transposed, x.dtype)
-        y = product(x, weight, None, transposed)
+        c = slice_of(weight, cols, 1, options.transposed, x.dtype)
+        y = product(x, weight, None, options.transposed) if options.base else x  # type: ignore[arg-type]
         h = _masked(y.index_select(1, rows), mask)  # before the bias: in bfloat16 a large one would swamp h
-        y.addmm_(h @ u.T, c.T)
+        y = y.addmm_(h @ u.T, c.T) if options.base else torch.addmm(y, h @ u.T, c.T)
         if bias is not None:
             y += bias
-        ctx.save_for_backward(h, u, rows, cols, mask, weight, c if keep else None)
-        ctx.transposed = transposed
+        _save(ctx, weight, c, options, h, u, rows, cols, mask)
         return y
 
     @staticmethod
     @once_differentiable  # h is no input, so a second derivative would silently miss its part: refuse it
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        h, u, rows, cols, mask, weight, c = ctx.saved_tensors
-        c = slice_of(weight, cols, 1, ctx.transposed, h.dtype) if c is None else c
-        through_c = grad @ c
+        h, u, rows, cols, mask, weight, kept = ctx.saved_tensors
+        through_c = grad @ (_gathered(ctx, weight, cols, 1, h.dtype) if kept is None else kept)
         grad_u = through_c.T @ h
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_y0 = grad.index_add(1, rows, _masked(through_c @ u, mask))
-            grad_x = product(grad_y0, weight, None, not ctx.transposed)
+            grad_x = grad.index_add(1, rows, _masked(through_c @ u, mask))
+            if ctx.options.base:
+                grad_x = product(grad_x, weight, None, not ctx.options.transposed)
         grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
-        return grad_x, None, grad_bias, grad_u, None, None, None, None, None
+        return grad_x, None, grad_bias, grad_u, None, None, None, None
 
 
-class LinearInputEdit(torch.autograd.Function):
-    """``y = x' W^T + b`` with ``x' = x + scatter_cols(h U^T)`` and ``h = x R^T``, row-wise over tokens; U carries the scale.
+class InputEdit(torch.autograd.Function):
+    """``x' = x + scatter_cols(h U^T)`` with ``h = x R^T``, row-wise over tokens; with ``options.base`` ``y = x' W^T + b``.
 
-    Arguments and what is saved as for `LinearOutputEdit`, with R ``[r, in]`` in C's place.
+    Arguments as of `OutputEdit`. x' is summed in x's own dtype: the base may still cast it, as under autocast, but it is
+    rounded only once.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | SliceReader,
         bias: Tensor | None,
         u: Tensor,
         rows: Tensor,
         cols: Tensor,
         mask: Tensor | None,
-        keep: bool,
-        transposed: bool,
+        options: Options,
     ) -> Tensor:
-        r = slice_of(weight, rows, 0, transposed, x.dtype)
-        h = _masked(x @ r.T, mask)
-        ctx.save_for_backward(h, u, rows, cols, mask, weight, r if keep else None)
-        ctx.transposed = transposed
-        return product(x.index_add(1, cols, h @ u.T), weight, bias, transposed)
-
-    @staticmethod
-    @once_differentiable  # h is no input, so a second derivative would silently miss its part: refuse it
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        h, u, rows, cols, mask, weight, r = ctx.saved_tensors
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            r = slice_of(weight, rows, 0, ctx.transposed, h.dtype) if r is None else r
-            grad_x = product(grad, weight, None, not ctx.transposed)
-            at_cols = grad_x.index_select(1, cols)
-            grad_x.addmm_(_masked(at_cols @ u, mask), r)
-        else:  # the first layers of a model: no product with the whole of W is needed
-            at_cols = grad @ slice_of(weight, cols, 1, ctx.transposed, h.dtype)
-        grad_u = at_cols.T @ h
-        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
-        return grad_x, None, grad_bias, grad_u, None, None, None, None, None
-
-
-class OutputEdit(torch.autograd.Function):
-    """``y = y0 + (h U^T) C^T`` with ``h = y0[:, rows]``, row-wise over tokens; U carries the scale.
-
-    y0 ``[tokens, out]``, weight as stored, U ``[c, r]`` in y0's dtype; mask ``[tokens, r]`` or None multiplies h. Saved for
-    backward: h, U, the indices, and C (``keep``) or nothing but a reference to the weight, from which C is gathered again.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y0: Tensor,
-        weight: Tensor | SliceReader,
-        u: Tensor,
-        rows: Tensor,
-        cols: Tensor,
-        mask: Tensor | None,
-        keep: bool,
-        transposed: bool,
-    ) -> Tensor:
-        c = slice_of(weight, cols, 1, transposed, y0.dtype)
-        h = _masked(y0.index_select(1, rows), mask)
-        ctx.reader = weight if isinstance(weight, SliceReader) else None
-        ctx.save_for_backward(h, u, rows, cols, mask, c if keep else None if ctx.reader else weight)
-        ctx.keep, ctx.transposed = keep, transposed
-        return torch.addmm(y0, h @ u.T, c.T)
-
-    @staticmethod
-    @once_differentiable  # h is no input, so a second derivative would silently miss its part: refuse it
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        h, u, rows, cols, mask, source = ctx.saved_tensors
-        c = source if ctx.keep else slice_of(ctx.reader or source, cols, 1, ctx.transposed, h.dtype)
-        through_c = grad @ c
-        grad_u = through_c.T @ h
-        grad_y0 = None
-        if ctx.needs_input_grad[0]:
-            grad_y0 = grad.index_add(1, rows, _masked(through_c @ u, mask))
-        return grad_y0, None, grad_u, None, None, None, None, None
-
-
-class InputEdit(torch.autograd.Function):
-    """``x' = x + scatter_cols(h U^T)`` with ``h = x R^T``, row-wise over tokens; U carries the scale.
-
-    x ``[tokens, in]``, U ``[c, r]`` in the compute dtype. The sum is taken in x's own dtype: the base may
-    still cast it, as under autocast, but it is rounded only once. Saved for backward: h, U, the indices, R or the weight.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | SliceReader,
-        u: Tensor,
-        rows: Tensor,
-        cols: Tensor,
-        mask: Tensor | None,
-        keep: bool,
-        transposed: bool,
-    ) -> Tensor:
-        r = slice_of(weight, rows, 0, transposed, u.dtype)
+        r = slice_of(weight, rows, 0, options.transposed, u.dtype)
         h = _masked(x.to(u.dtype) @ r.T, mask)
-        ctx.reader = weight if isinstance(weight, SliceReader) else None
-        ctx.save_for_backward(h, u, rows, cols, mask, r if keep else None if ctx.reader else weight)
-        ctx.keep, ctx.transposed = keep, transposed
-        return x.index_add(1, cols, (h @ u.T).to(x.dtype))
+        _save(ctx, weight, r, options, h, u, rows, cols, mask)
+        edited = x.index_add(1, cols, (h @ u.T).to(x.dtype))
+        return product(edited, weight, bias, options.transposed) if options.base else edited  # type: ignore[arg-type]
 
     @staticmethod
     @once_differentiable  # h is no input, so a second derivative would silently miss its part: refuse it
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        h, u, rows, cols, mask, source = ctx.saved_tensors
-        at_cols = grad.index_select(1, cols).to(h.dtype)
-        grad_u = at_cols.T @ h
-        grad_x = None
+        h, u, rows, cols, mask, weight, kept = ctx.saved_tensors
+        base, transposed = ctx.options.base, ctx.options.transposed
+        if (
+            base and not ctx.needs_input_grad[0]
+        ):  # the first layers of a model: no product with the whole of W is needed
+            at_cols = grad @ slice_of(weight, cols, 1, transposed, h.dtype)
+        else:
+            grad_x = product(grad, weight, None, not transposed) if base else grad
+            at_cols = grad_x.index_select(1, cols).to(h.dtype)
         if ctx.needs_input_grad[0]:
-            r = source if ctx.keep else slice_of(ctx.reader or source, rows, 0, ctx.transposed, h.dtype)
+            r = _gathered(ctx, weight, rows, 0, h.dtype) if kept is None else kept
             grad_h = _masked(at_cols @ u, mask)
-            grad_x = torch.addmm(grad, grad_h, r) if grad.dtype == r.dtype else grad + (grad_h @ r).to(grad.dtype)
-        return grad_x, None, grad_u, None, None, None, None, None
+            if base:
+                grad_x.addmm_(grad_h, r)
+            elif grad.dtype == r.dtype:
+                grad_x = torch.addmm(grad, grad_h, r)
+            else:
+                grad_x = grad + (grad_h @ r).to(grad.dtype)
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
+        return grad_x if ctx.needs_input_grad[0] else None, None, grad_bias, at_cols.T @ h, None, None, None, None
+
+
+def _save(ctx: Any, weight: Tensor | SliceReader, part: Tensor, options: Options, *tensors: Tensor | None) -> None:
+    """Keep tensors, a reference to the weight, and the slice if asked to."""
+    ctx.options, ctx.reader = options, weight if isinstance(weight, SliceReader) else None
+    ctx.save_for_backward(*tensors, None if ctx.reader else weight, part if options.keep else None)
+
+
+def _gathered(ctx: Any, weight: Any, index: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """The slice that was not kept."""
+    return slice_of(ctx.reader or weight, index, dim, ctx.options.transposed, dtype)

@@ -24,7 +24,7 @@ from lightning_pmss.layers.parts import clean_name
 from lightning_pmss.layers.products import compute_dtype, product
 from lightning_pmss.layers.quantised import SliceReader, is_quantised
 from lightning_pmss.methods.pmss.coordinates import PMSSCore
-from lightning_pmss.methods.pmss.edits import InputEdit, LinearInputEdit, LinearOutputEdit, OutputEdit
+from lightning_pmss.methods.pmss.edits import InputEdit, Options, OutputEdit
 from lightning_pmss.methods.pmss.weight_edit import LinearWeightEdit
 
 OWN_PRODUCT = (
@@ -75,39 +75,43 @@ class PMSSLinear(AdaptedLinear):
         """The layer's forward pass."""
         flat = x.reshape(-1, x.shape[-1])
         dtype = compute_dtype(flat)
-        update = self.core_update()
-        indices = self.indices_on(flat.device)
         own_product = has_own_product(self, flat.dtype, dtype)
         if self.edit == "weight":
-            if reason := why_no_weight_edit(self, self.dropout) or (None if own_product else OWN_PRODUCT):
-                raise ValueError(f"edit='weight' {reason}")
-            y = LinearWeightEdit.apply(flat, self.weight, self.bias, update, *indices, self.transposed)
+            y = self._weight_edit(flat, own_product)
             return y.view(*x.shape[:-1], y.shape[-1])
-        if own_product:
-            edit = LinearInputEdit if self.edit == "input" else LinearOutputEdit
-            u = update.to(dtype)
-            y = edit.apply(flat, self.weight, self.bias, u, *indices, *self._options(flat))
-            return y.view(*x.shape[:-1], y.shape[-1])
-        source = SliceReader(self) if self.quantised else self.weight
-        if self.edit == "input":
-            edited = InputEdit.apply(flat, source, update.to(dtype), *indices, *self._options(flat))
-            return self.base(edited.view(x.shape))
-        # The gather must come before the bias: in bfloat16 a large bias would swamp h.
-        base = self.base(x) if self.bias is None else product(x, self.weight, None, self.transposed)
-        base = base.to(dtype) if self.quantised else base  # bitsandbytes answers in x's dtype, also under autocast
-        flat = base.reshape(-1, base.shape[-1])
-        update = update.to(flat.dtype)
-        output = OutputEdit.apply(flat, source, update, *indices, *self._options(flat))
-        output = output.view(base.shape)
-        return output if self.bias is None else output + self.bias.to(output.dtype)
+        if not own_product and self.edit == "output":
+            return self._behind_the_base(x, dtype)
+        u, source = self.core_update().to(dtype), SliceReader(self) if self.quantised else self.weight
+        edit = InputEdit if self.edit == "input" else OutputEdit
+        bias = self.bias if own_product else None
+        y = edit.apply(flat, source, bias, u, *self.indices_on(flat.device), *self._options(flat, own_product))
+        return y.view(*x.shape[:-1], y.shape[-1]) if own_product else self.base(y.view(x.shape))
 
-    def _options(self, flat: Tensor) -> tuple[Tensor | None, bool, bool]:
-        """(dropout mask of h or None, keep the slices, transposed) for the edits."""
+    def _weight_edit(self, flat: Tensor, own_product: bool) -> Tensor:
+        if reason := why_no_weight_edit(self, self.dropout) or (None if own_product else OWN_PRODUCT):
+            raise ValueError(f"edit='weight' {reason}")
+        update, indices = self.core_update(), self.indices_on(flat.device)
+        y: Tensor = LinearWeightEdit.apply(flat, self.weight, self.bias, update, *indices, self.transposed)
+        return y
+
+    def _behind_the_base(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The output edit of a base product that is not ours."""
+        # The gather must come before the bias: in bfloat16 a large bias would swamp h.
+        y = self.base(x) if self.bias is None else product(x, self.weight, None, self.transposed)
+        y = y.to(dtype) if self.quantised else y  # bitsandbytes answers in x's dtype, also under autocast
+        flat = y.reshape(-1, y.shape[-1])
+        u, source = self.core_update().to(flat.dtype), SliceReader(self) if self.quantised else self.weight
+        indices = self.indices_on(flat.device)
+        changed = OutputEdit.apply(flat, source, None, u, *indices, *self._options(flat, False)).view(y.shape)
+        return changed if self.bias is None else changed + self.bias.to(changed.dtype)
+
+    def _options(self, flat: Tensor, own_product: bool) -> tuple[Tensor | None, Options]:
+        """The dropout mask of h or None, and the options of the edits."""
         mask = None
         if self.dropout > 0 and self.training:
             ones = torch.ones(flat.shape[0], self.rows.shape[0], dtype=compute_dtype(flat), device=flat.device)
             mask = F.dropout(ones, self.dropout)
-        return mask, self.memory == "keep", self.transposed
+        return mask, Options(own_product, self.memory == "keep", self.transposed)
 
 
 def choose_edit(layer: nn.Module, shape: tuple[int, int]) -> str:
