@@ -27,7 +27,7 @@ class LossCurve(L.Callback):
     """Collect the training loss of every step and the validation losses, and write ``loss.png`` when training ends.
 
     The training loss is the result of ``training_step``, averaged over processes and accumulated batches. The validation
-    loss is the metric named ``validation``. Checkpoints contain the points, so a resumed run draws the whole curve.
+    loss is the metric that ``validation`` names. Checkpoints contain the points, so a resumed run draws the whole curve.
 
     Args:
         dirpath: Folder of the picture; the trainer's log folder by default.

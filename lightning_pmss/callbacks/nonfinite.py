@@ -24,7 +24,7 @@ from lightning_pmss.messages import some
 ON_NONFINITE = ("stop", "skip")
 _RANK = 1 << 20  # above the number of batches in a step
 _MOST = 10  # skipped steps in a row, after which the data cannot be the cause
-_SMALLEST_SCALE = 2.0**-20  # of a loss scaler that starts at 2^16; an overflow below it is a NaN or infinity
+_SMALLEST_SCALE = 2.0**-20  # of a loss scaler (2^16 at first); below it, large gradients explain no overflow
 
 
 class NonFiniteError(RuntimeError):

@@ -1,1 +1,1 @@
-"""Lightning checkpoints of a converted module: what they hold, how they are checked, restored and extracted."""
+"""Lightning checkpoints of a converted module: contents, checks, restoring, and extraction of the adapter."""

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: enough to write its adapter without the program that trained it."""
+"""Make the ``pmss`` entry of a checkpoint, from which its adapter can be written without the training program."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from lightning_pmss.layers.quantised import quantisation_of
 
 
 class FullName(NamedTuple):
-    """Where a checkpoint keeps a tensor that is trained in full.
+    """Key of a checkpoint's tensor that belongs to no converted layer.
 
     Attributes:
-        key: In the state dict: of a tied tensor the first of its names.
-        tied: Its other canonical names.
+        key: Key in the state dict; the first name of a tied tensor.
+        tied: Other canonical names of the tensor.
     """
 
     key: str
@@ -33,9 +33,9 @@ class FullName(NamedTuple):
 
 
 def full_names(module: nn.Module) -> dict[str, FullName]:
-    """The tensors trained in full and those that no file of the base holds, by canonical name.
+    """Tensors trained in full, and tensors missing in the base's files, by canonical name.
 
-    To be asked before a strategy wraps the module.
+    Call it before a strategy wraps the module.
     """
     report, named = conversion_of(module), canonical_modules(module)
     assert report is not None
@@ -61,12 +61,12 @@ def full_names(module: nn.Module) -> dict[str, FullName]:
 def describe(
     module: nn.Module, trained: Mapping[str, tuple[int, ...]], *, full: Mapping[str, FullName]
 ) -> dict[str, Any]:
-    """The ``pmss`` entry of a checkpoint, as `CheckpointRecord` has it; on a sharded model a collective.
+    """Make the ``pmss`` entry of a checkpoint, see `CheckpointRecord`; a collective on a sharded model.
 
     Args:
         module: The converted LightningModule.
-        trained: Keys and shapes of the tensors that the checkpoint keeps.
-        full: Of `full_names`.
+        trained: Shapes of the checkpoint's tensors by key.
+        full: Result of `full_names`.
     """
     report, layers = conversion_of(module), adapted_layers(module)
     assert report is not None

@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits a converted module: asked before anything of it is loaded."""
+"""Check that a checkpoint fits a converted module, before anything of it is loaded."""
 
 from __future__ import annotations
 
@@ -36,40 +36,40 @@ def check(
 
     Args:
         module: The converted module.
-        trained: Keys and shapes that it needs, from `trained_shapes`.
-        known: All keys of its state dict.
-        stored: Keys and shapes that the checkpoint holds.
-        made: What the checkpoint says of itself.
+        trained: Result of `trained_shapes` for the module.
+        known: All keys of the module's state dict.
+        stored: Shapes of the checkpoint's tensors by key.
+        made: The ``pmss`` entry of the checkpoint.
         where: The checkpoint, for messages.
 
     Raises:
-        ValueError: It lacks trained tensors, holds foreign ones, has other shapes, or another meaning.
+        ValueError: The checkpoint lacks trained tensors, contains foreign ones, or was made with other shapes or options.
     """
     config = conversion_of(module).config  # type: ignore[union-attr]
     if not any(key in stored for key in _adapter_keys(module)):
         raise ValueError(
-            f"{where} holds no {config.label()} adapter of this model's layers. To start from its weights, load them into the"
-            " model before the Trainer runs, and drop ckpt_path."
+            f"{where} contains no {config.label()} adapter of this model's layers. To start from its weights, load them into"
+            " the model before the Trainer runs, and drop ckpt_path."
         )
     problems = []
     lacking = set(trained) - set(stored)
     if random := sorted(lacking & frozen_but_fresh(module)):
         warnings.warn(
-            f"{where} does not hold {some(random)}, which are in no file of the base either: an earlier version made it. They"
-            " have other values now than in the run that made it.",
+            f"{where} does not contain {some(random)}, which are in no file of the base either: an earlier version made it."
+            " They have other values now than in the run that made it.",
             stacklevel=2,
         )
     if missing := sorted(lacking - set(random)):
         problems.append(f"lacks {some(missing)}")
     if foreign := sorted(set(stored) - known):
-        problems.append(f"holds {some(foreign)}, which this model does not have")
+        problems.append(f"contains {some(foreign)}, which this model does not have")
     shapes = [k for k in sorted(set(stored) & set(trained)) if tuple(stored[k]) != trained[k]]
     if shapes:
         k = shapes[0]
-        problems.append(f"holds `{k}` of shape {tuple(stored[k])} where this run has {trained[k]} ({len(shapes)} such)")
+        problems.append(f"has `{k}` of shape {tuple(stored[k])} where this run has {trained[k]} ({len(shapes)} such)")
     if made.method != config.method:
         problems.append(f"was made by the method {made.method!r}, this run has {config.method!r}")
-    for field, value in config.meaning().items():  # shapes tell the rest
+    for field, value in config.meaning().items():  # shapes show the other options
         if made.method == config.method and field in made.config and made.config[field] != value:
             problems.append(f"was made with {field}={made.config[field]!r}, this run has {value!r}")
     if lost := sorted(set(adapted_layers(module)) - set(made.prints)):
@@ -81,17 +81,17 @@ def check(
 
 
 def check_state(module: nn.Module, made: Record, state: Mapping[str, Any], where: str) -> None:
-    """Refuse tensors that are none of this model's, before anything is loaded.
+    """Refuse tensors that do not belong to this model's weights, before anything is loaded.
 
     Args:
-        module: The converted module, whose weights are whole here.
-        made: What the checkpoint says of itself.
+        module: The converted module, not sharded.
+        made: The ``pmss`` entry of the checkpoint.
         state: The checkpoint's state dict.
         where: The checkpoint, for messages.
 
     Raises:
-        ValueError: Some are no indices or would not be finite; the rows and columns of some layers differ from those that the
-            fingerprints were taken of.
+        ValueError: Indices are invalid, values would not be finite, or the rows and columns of a layer differ from the
+            fingerprints.
     """
     prefixes = {id(m): clean_name(n) for n, m in module.named_modules()}
     strangers, broken = [], []
@@ -123,16 +123,16 @@ def check_state(module: nn.Module, made: Record, state: Mapping[str, Any], where
 def refuse_nonfinite(
     module: nn.Module, states: Mapping[str, Mapping[str, Any]], path: Any, but: Collection[str] = ()
 ) -> None:
-    """Refuse to save trained tensors that are NaN or infinite; a collective where they are kept in parts.
+    """Refuse to save trained tensors that are NaN or infinite; a collective if they are sharded.
 
     Args:
         module: The converted module, as the strategy trains it.
-        states: State dicts that are about to be written, of whole tensors under clean names.
-        path: Of the checkpoint.
-        but: Clean names of buffers that never were finite, such as an attention mask.
+        states: State dicts to write, with whole tensors under clean names.
+        path: Path of the checkpoint, for the message.
+        but: Clean names of buffers that are not finite on purpose, such as an attention mask.
 
     Raises:
-        RuntimeError: Some are; on all ranks.
+        RuntimeError: A trained tensor is NaN or infinite; raised on all ranks.
     """
     live = {clean_name(n): own_part(p) for n, p in module.named_parameters() if p.requires_grad}
     found = {k: v for state in states.values() for k, v in state.items() if v.is_floating_point() and k not in but}
@@ -149,7 +149,7 @@ def refuse_nonfinite(
 
 
 def _derived(layer: AdaptedLinear, weight: Tensor, indices: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Frozen and index tensors of a layer with these indices: its own where it has them, else derived from W."""
+    """Frozen and index tensors of a layer for given indices: the layer's own if it has these, else derived from W."""
     if all(torch.equal(own.to(weight.device), indices[part]) for part, own in layer.indices().items()):
         return layer.core.frozen() | dict(indices)
     found = layer.method.derive(weight, layer.rank, name, indices)
@@ -167,10 +167,10 @@ def _adapter_keys(module: nn.Module) -> list[str]:
 
 
 def refuse_strangers(strangers: list[str], where: str) -> None:
-    """Name the layers whose weights are not those that a checkpoint was trained on.
+    """Refuse a checkpoint that was trained on other weights than these layers have.
 
     Raises:
-        ValueError: There are some.
+        ValueError: ``strangers`` is not empty.
     """
     if strangers:
         raise ValueError(
@@ -181,7 +181,7 @@ def refuse_strangers(strangers: list[str], where: str) -> None:
 
 def same_print(here: Mapping[str, str], there: Mapping[str, str]) -> bool:
     """Whether two fingerprints agree in the coarser of their dtypes."""
-    if not here or not there:  # of an update that is not bound to its base
+    if not here or not there:  # the update reads nothing of its base
         return not here and not there
     names = {here["dtype"], there["dtype"]}
     narrow = names - {"float32"} or names

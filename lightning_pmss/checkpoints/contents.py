@@ -1,14 +1,14 @@
-"""What a Lightning checkpoint of a converted model holds, and how it comes back, under every strategy.
+"""Save and load Lightning checkpoints of a converted model, under every strategy.
 
-A checkpoint holds what is trained (V, indices, ``also_train``), the model's buffers, and Lightning's own optimizer, loop and
-callback state; the frozen weights stay where they came from. The filter sits on the strategy's own methods: callback
-hooks are skipped for ``save_weights_only=True``, and a hook on the module's state dict would change what users see.
+A checkpoint contains the trained tensors (V, ``also_train``), indices, the model's buffers, and Lightning's optimizer, loop and
+callback states, but no frozen weights. Wrapped methods of the strategy filter it: Lightning skips callback hooks for
+``save_weights_only=True``, and a hook on the module's state dict would change it for users.
 
     single device, DDP    one file; `save_checkpoint` filters the state dict, `load_model_state_dict` checks it
-    FSDP1, FSDP2          file or folder; while the strategy saves or loads, the module shows only what is trained
+    FSDP1, FSDP2          file or folder; while the strategy saves or loads, the module's state dict has only trained tensors
     ZeRO-2, ZeRO-3        folder; the engine leaves out frozen parameters (``exclude_frozen_parameters``)
 
-A file or folder is written under another name and put in place when it is complete, so that a killed run leaves the last one.
+A file or folder is written under another name and renamed when complete, so that a killed run keeps its last checkpoint.
 """
 
 from __future__ import annotations
@@ -71,12 +71,11 @@ _LOOPS = {
 
 
 def trained_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Clean names in ``module.state_dict()`` that a checkpoint keeps, with their whole shapes: of all but frozen parameters.
+    """Whole shapes of the tensors that a checkpoint contains, by clean name in ``module.state_dict()``.
 
-    Of a tensor with several names (tied, or of a module that is also a child in compiled form) the first.
-
-    Frozen tensors that no file of the base holds are kept, too. Call it before a strategy wraps the module: names and shapes
-    are then the plain ones.
+    These are trained parameters, buffers, indices, and frozen parameters that the base's files lack. A tensor with several
+    names (tied, or of a module that is also a child in compiled form) has its first. Call it before a strategy wraps the
+    module, when names and shapes are the plain ones.
     """
     kept = frozen_but_fresh(module)
     live: dict[str, Tensor] = {
@@ -88,26 +87,26 @@ def trained_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def record_fingerprints(module: nn.Module) -> None:
-    """Take the fingerprints of the base while its weights can be reached; a collective where they are kept in parts."""
+    """Compute missing fingerprints of the base, unless its weights are on the meta device; a collective if sharded."""
     for layer in adapted_layers(module).values():
         if layer.fingerprint is None and not layer.weight.is_meta:
             layer.fingerprint = fingerprint(*layer.reads())
 
 
 class CheckpointSeam:
-    """Puts our part on one strategy object, and takes it off again.
+    """Wrap the checkpoint methods of one strategy object; `remove` restores them.
 
     Args:
-        trainer: Its strategy is the one; it has not wrapped the module yet (or shards it without wrappers).
+        trainer: Trainer with the strategy, which has not wrapped the module yet (or shards it without wrappers).
         module: The converted LightningModule.
         describe: Makes the checkpoint's `METADATA` entry; called on every rank with the module and `trained_shapes`.
-        announce: Given each checkpoint before it is written, and the module; may add entries.
+        announce: Called with each checkpoint before it is written, and the module; may add entries.
         after_save: Called on every rank with the checkpoint's path after each save.
-        after_remove: The same after ModelCheckpoint removed one.
-        check_loaded: Given each checkpoint that was read, and its name for messages, before anything of it is used (folders:
-            after the engine has loaded it); raises ValueError.
-        before_load: Called before the weights of a checkpoint are loaded, when the module has its layers.
-        at_end: Called on every rank when a training has ended and all callbacks' and the module's ``on_train_end`` are done.
+        after_remove: Called on every rank with the path of each removed checkpoint.
+        check_loaded: Called with each checkpoint that was read, and its name for messages, before anything of it is used
+            (folders: after the engine has loaded it); raises ValueError.
+        before_load: Called before the weights of a checkpoint are loaded, after ``configure_model``.
+        at_end: Called on every rank at the end of training, after the ``on_train_end`` of all callbacks and the module.
     """
 
     def __init__(
@@ -125,16 +124,16 @@ class CheckpointSeam:
         self.trainer, self.module = trainer, module
         self.trained, self.known = trained_shapes(module), set(clean_state(module))
         self._masks = not_finite({clean_name(n): b for n, b in module.named_buffers() if not b.is_meta})
-        if engine_of(trainer.strategy) in ("fsdp1", "zero"):  # which keep nothing frozen
+        if engine_of(trainer.strategy) in ("fsdp1", "zero"):  # these engines save no frozen parameters
             self.trained = {k: shape for k, shape in self.trained.items() if k not in frozen_but_fresh(module)}
         self.strategy = trainer.strategy
         self.engine: Engine = engine_of(self.strategy)
         self.describe, self.announce, self.after_save, self.after_remove = describe, announce, after_save, after_remove
         self.check_loaded, self.before_load, self.at_end = check_loaded, before_load, at_end
-        self._source = "the checkpoint"  # that is being loaded, for messages
-        self._newest: Path | None = None  # the file or folder that was saved last
+        self._source = "the checkpoint"  # name of the one being loaded, for messages
+        self._newest: Path | None = None  # file or folder saved last
         use_atomic_files(self.strategy)
-        self._metadata: dict[str, Any] = {}  # hashing the slices takes time, and they only change when one is loaded
+        self._metadata: dict[str, Any] = {}  # cached: hashing takes time, and changes only after loading
         self._inner = {name: getattr(self.strategy, name) for name in self._methods()}
         self._patched = {name: getattr(self, f"_{name}") for name in self._inner}
         for name, function in self._patched.items():
@@ -182,12 +181,12 @@ class CheckpointSeam:
                 self.after_save(path)
 
     def _short_indices(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Rows and columns as int32: in int64 they are 1.6 % of what rank 256 trains. Loading copies them into int64."""
+        """Convert indices to int32: as int64 they would be 1.6 % of U at rank 256. Loading copies them into int64."""
         short = index_tensors(self.module)
         return {k: v.to(torch.int32) if k in short else v for k, v in state.items()}
 
     def _save_beside(self, checkpoint: dict[str, Any], path: Path, storage_options: Any) -> None:
-        """Let the strategy write a hidden sibling, on all ranks, and put it in the place of the last checkpoint."""
+        """Let the strategy write a hidden sibling, on all ranks, which then replaces the last checkpoint."""
         folder, first = self._writes_folders(), self.strategy.is_global_zero
 
         def begin() -> Path:
@@ -218,7 +217,7 @@ class CheckpointSeam:
         return self.engine == "zero" or sharded or bool(getattr(self.strategy, "_save_distributed_checkpoint", False))
 
     def _describe(self) -> dict[str, Any]:
-        """Plain values that make a checkpoint say what its V means and which base it belongs to."""
+        """The checkpoint's `METADATA` entry, as plain values."""
         if not self._metadata:
             self._metadata = self.describe(self.module, self.trained)
         return dict(self._metadata)
@@ -229,13 +228,13 @@ class CheckpointSeam:
             self._keep_last_link(path)
         try:
             self._inner["remove_checkpoint"](filepath)
-        except OSError as error:  # the training goes on with an old checkpoint too many
+        except OSError as error:  # the training continues, and the old checkpoint stays
             rank_zero_warn(f"The old checkpoint {filepath} could not be removed: {error}")
         if path is not None and self.after_remove is not None:
             self.after_remove(path)
 
     def _keep_last_link(self, removed: Path) -> None:
-        """ModelCheckpoint(save_last="link") moves its link only after what it points to is gone; a kill between loses it."""
+        """Move the link of ModelCheckpoint(save_last="link") before its target is removed; a kill in between would lose it."""
         for callback in self.trainer.checkpoint_callbacks:
             link = Path(getattr(callback, "last_model_path", ""))
             if link.is_symlink() and self._newest not in (None, removed) and link.resolve() == removed.resolve():
@@ -255,11 +254,11 @@ class CheckpointSeam:
         made = read_record(checkpoint.get(METADATA), self._source)
         stored = {k: tuple(v.shape) for k, v in state.items()}
         check(self.module, self.trained, self.known, stored, made, self._source)
-        # Under DDP rank 0's weights are sent to all ranks, but only after this: those of the others do not count yet.
+        # DDP broadcasts rank 0's weights only after this, so the other ranks' weights may still differ.
         if self.strategy.is_global_zero:
             check_state(self.module, made, state, self._source)
         self._metadata = {}
-        # `check` was strict about everything that counts.
+        # `check` has compared all trained tensors.
         make_whole(checkpoint, self.module, self.trained, self.known)
         self._inner["load_model_state_dict"](checkpoint, strict=False)
 
@@ -275,7 +274,7 @@ class CheckpointSeam:
         )
 
     def _load_whole(self, checkpoint_path: Any, weights_only: bool | None) -> dict[str, Any]:
-        """One file, of which the model is given its part later."""
+        """Read a checkpoint file; Lightning loads the model from it later."""
         self._source, path = f"the checkpoint {checkpoint_path}", local_path(checkpoint_path)
         if path is not None and path.is_dir():
             raise ValueError(
@@ -300,7 +299,7 @@ class CheckpointSeam:
         return loaded
 
     def _load_parts(self, checkpoint_path: Any, weights_only: bool | None) -> dict[str, Any]:
-        """A file or folder of an engine, which loads the model at once."""
+        """Load a file or folder of an engine, together with the model."""
         path = Path(self.strategy.broadcast(checkpoint_path))
         stage = self.trainer.state.fn or TrainerFn.FITTING
         if (
@@ -336,7 +335,7 @@ class CheckpointSeam:
         return loaded
 
     def _load_by_clean_names(self, path: Path) -> None:
-        """Of one file Lightning loads what it finds under full names among parameters and buffers: no indices, for example."""
+        """Load the tensors of a single file that Lightning skips, such as indices: it matches full names of parameters."""
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
         state = {clean_name(key): value for key, value in state.items()}
         places: dict[str, Tensor] = dict(index_tensors(self.module))
@@ -347,9 +346,9 @@ class CheckpointSeam:
                 fill(places[name], state[name])
 
     def _follow_indices(self, before: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Keep the checkpoint's indices, and derive anew every layer whose indices changed.
+        """Derive the frozen tensors of layers again whose indices the checkpoint changed.
 
-        Selection may differ between machines.
+        The selection may differ between machines.
         """
         root: Any = self.strategy.model
         for name, layer in adapted_layers(self.module).items():
@@ -361,7 +360,7 @@ class CheckpointSeam:
 
     @contextmanager
     def _only_trained(self) -> Iterator[None]:
-        """While a strategy saves or loads, its module shows only what is trained."""
+        """Limit the state dict of the strategy's module to trained tensors inside the ``with`` block."""
         root: Any = self.module if self.engine == "zero" else self.strategy.model
         if self.engine == "plain" or (self.engine != "zero" and not is_sharded(root)):
             yield
@@ -375,7 +374,7 @@ class CheckpointSeam:
 
 
 def read_description(path: Path, where: str) -> tuple[dict[str, tuple[int, ...]], Record]:
-    """(keys and shapes, metadata) of a checkpoint file or folder, without reading the tensors of a folder."""
+    """(shapes by key, metadata) of a checkpoint file or folder; reads no tensors of a folder."""
     if path.is_dir():
         about = read_record(read_sidecar(path), where)
         if about.tensors is None:

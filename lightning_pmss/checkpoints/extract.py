@@ -1,9 +1,9 @@
-"""From a checkpoint to the adapter that `fit` would have written at that step, without the program that trained it.
+"""Write the adapter of a checkpoint, as `fit` would have written it at that step, without the training program.
 
-A checkpoint holds V, the base gives what turns it into U: ``U = left V right`` with factors that follow from the selected rows
-and columns. The base is streamed, one matrix at a time. The result equals `fit`'s bit for bit where the factors do: on the same
-machine with the same number of threads, and where they were not read from a skeleton file that another machine made. DeepSpeed
-with ``bf16`` forms U from bfloat16 copies; here it comes from the float32 masters.
+A checkpoint contains V, and ``U = left V right`` with factors from the base's selected rows and columns. The base is streamed,
+one matrix at a time. The result equals `fit`'s bit for bit if the factors do: on the same machine with the same number of
+threads, and without a skeleton file of another machine. DeepSpeed with ``bf16`` computes U from bfloat16 copies; here the
+float32 masters are used.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ _GO_ON = "resume the run with it as ckpt_path and max_steps at its step: fit the
 
 @dataclass(frozen=True)
 class ExtractReport:
-    """What `extract_files` did; ``print`` it.
+    """Report of `extract_files`; ``print`` shows it as one line.
 
     Attributes:
-        checkpoint: The checkpoint.
-        output: The adapter folder.
+        checkpoint: Path of the checkpoint.
+        output: Path of the adapter folder.
         layers: Number of converted layers.
-        step: Optimizer steps that the run had made; None where the checkpoint does not say.
+        step: Number of optimizer steps at the checkpoint; None if it does not say.
     """
 
     checkpoint: str
@@ -73,7 +73,7 @@ def extract_files(
 
     Args:
         ckpt: Checkpoint of a run with `PMSSCallback`: file, or folder of FSDP1, FSDP2, ZeRO-2 or ZeRO-3.
-        base: What the run started from: folder with safetensors weights, or a safetensors file with a state dict.
+        base: Base of the run: folder with safetensors weights, or a safetensors file with a state dict.
         output: Folder to write; appears only when it is complete.
         overwrite: Replace an earlier adapter.
         progress: Show a progress bar.
@@ -81,9 +81,9 @@ def extract_files(
     Raises:
         FileNotFoundError: Checkpoint or base is missing.
         FileExistsError: See `atomic_folder`.
-        PermissionError: A file must not be read.
-        ValueError: A damaged checkpoint or one without PMSS, another base, a base in codes, or an output equal to, inside or
-            around base or checkpoint.
+        PermissionError: A file is not readable.
+        ValueError: The checkpoint is damaged or has no adapter, the base is another one or quantised, or the output is equal
+            to, inside or around base or checkpoint.
     """
     source, base, output = (Path(path).expanduser() for path in (ckpt, base, output))
     refuse_overlap(output, {"base": base, "checkpoint": source})
@@ -105,7 +105,7 @@ def merge_checkpoint(
     progress: bool = True,
     **options: Any,
 ) -> FileMergeReport:
-    """Merge what a checkpoint has trained into its base on disk; `extract_files` and `merge_files` in one.
+    """Merge the adapter of a checkpoint into its base on disk, as `extract_files` and `merge_files` would.
 
     Args:
         ckpt: See `extract_files`.
@@ -113,10 +113,10 @@ def merge_checkpoint(
         output: See `merge_files`.
         overwrite: See `merge_files`.
         progress: Show progress bars.
-        **options: Of `merge_files`: ``dtype``, ``max_shard_size``.
+        **options: Options of `merge_files`: ``dtype``, ``max_shard_size``.
 
     Raises:
-        OSError, ValueError: As `extract_files` and `merge_files`.
+        OSError, ValueError: See `extract_files` and `merge_files`.
     """
     source, base, output = (Path(path).expanduser() for path in (ckpt, base, output))
     refuse_overlap(output, {"base": base, "checkpoint": source})
@@ -127,7 +127,7 @@ def merge_checkpoint(
 
 @torch.no_grad()
 def adapter_of_checkpoint(ckpt: Path, base: Path, *, progress: bool = True) -> tuple[AdapterFile, int | None]:
-    """The adapter of a checkpoint, and the optimizer steps that the run had made; raises as `extract_files`."""
+    """Adapter of a checkpoint, and its number of optimizer steps; raises as `extract_files`."""
     where = f"the checkpoint {ckpt}"
     content = read_checkpoint(ckpt)
     for key, value in content["state_dict"].items():
@@ -186,7 +186,7 @@ def _numbers(modules: Mapping[str, AdapterModule]) -> dict[str, Tensor]:
 def _module(
     layer: FoundLayer, stored: Tensor, state: Mapping[str, Tensor], options: AdapterConfig, name: str, where: str
 ) -> AdapterModule | None:
-    """One layer of the adapter; None where the base's weight is not the one that it was trained on."""
+    """One layer of the adapter; None if it was trained on another weight than the base's."""
     layouts, method = ("linear", "conv1d") if layer.layout is None else (layer.layout,), method_of(options)
     for number, layout in enumerate(layouts):
         weight = stored.T if layout == "conv1d" else stored
@@ -194,13 +194,13 @@ def _module(
         try:
             found = check_layer(state, shape, method, layer.key, where, layer.rank)
         except ValueError:
-            if number < len(layouts) - 1:  # format 1 does not say the layout: in the other one the indices may fit
+            if number < len(layouts) - 1:  # format 1 does not contain the layout: the indices may fit the other one
                 continue
             raise
         cls = method.update_class
         if cls.bound_to_base and not same_base(layer.fingerprint, *cls.reads(weight, found.indices)):
             continue
-        # As it was when the run derived frozen tensors from it; a cast to the dtype of the file changes nothing.
+        # The dtype from which the run derived frozen tensors; the trip through the file's dtype is exact.
         weight = weight.to(_DTYPES[layer.frame_dtype]) if layer.frame_dtype is not None else weight
         dtype = core_dtype(weight.dtype)
         derived = method.derive(weight, found.rank, name, found.indices)
@@ -214,7 +214,7 @@ def _module(
 def _names(found: Found, reader: ShardReader, base: Path, ckpt: Path) -> Callable[[str], str]:
     if found.quantisation:
         raise ValueError(
-            f"{ckpt} was trained on quantised weights ({few(found.quantisation)}), which are not those on disk. Load it in"
+            f"{ckpt} was trained on quantised weights ({few(found.quantisation)}), not on those on disk. Load it in"
             " Python: MODULE.load_from_checkpoint(CKPT), then save_adapter(module, ADAPTER_DIR)."
         )
     stored: dict[str, tuple[int, ...] | None] = {

@@ -1,7 +1,7 @@
-"""State dicts of the module in a Lightning checkpoint: saved without the frozen weights, whole again when they are loaded.
+"""State dicts of the module in a Lightning checkpoint: saved without the frozen weights, and completed when loaded.
 
-``checkpoint["state_dict"]`` is one. Callbacks add others: ``WeightAveraging`` puts its average there and the weights that the
-training goes on with into ``checkpoint["current_model_state"]``.
+``checkpoint["state_dict"]`` is one, and callbacks may add others: ``WeightAveraging`` stores its average in this one, and the
+weights to resume from in ``checkpoint["current_model_state"]``.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from lightning_pmss.layers.parts import clean_name, clean_state, own_keys
 
 
 def module_states(checkpoint: Mapping[str, Any], trained: Collection[str], known: Collection[str]) -> dict[str, Any]:
-    """The entries of a checkpoint that are state dicts of the module, under clean names.
+    """Find the entries of a checkpoint that are state dicts of the module; return them with clean names.
 
     Args:
-        checkpoint: As Lightning makes or loads it.
-        trained: Clean names in the module's state dict that checkpoints keep.
-        known: All clean names in it.
+        checkpoint: Checkpoint as Lightning makes or loads it.
+        trained: Clean names in the module's state dict that checkpoints contain.
+        known: All clean names in the module's state dict.
     """
     trained, known = set(trained), set(known)
     found = {}
@@ -35,7 +35,7 @@ def module_states(checkpoint: Mapping[str, Any], trained: Collection[str], known
 
 
 def make_whole(checkpoint: dict[str, Any], module: nn.Module, trained: Collection[str], known: Collection[str]) -> None:
-    """Let callbacks load all state dicts of the module: under its own keys, and but for the first with the frozen weights."""
+    """Give all state dicts of the module its own keys, and those of callbacks its frozen weights."""
     for name, state in module_states(checkpoint, trained, known).items():
         whole = state if name == "state_dict" else clean_state(module) | state
         checkpoint[name] = own_keys(module, whole)
@@ -44,7 +44,7 @@ def make_whole(checkpoint: dict[str, Any], module: nn.Module, trained: Collectio
 @contextmanager
 @torch.no_grad()
 def holding(module: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
-    """Within it the module has the values of a state dict with clean names, where these are others than its own."""
+    """Set the module to the values of a state dict with clean names inside the ``with`` block, and restore it after."""
     own: dict[str, Tensor] = dict(module.named_parameters()) | dict(module.named_buffers())
     own = {clean_name(name): tensor for name, tensor in own.items()}
     others = {

@@ -1,4 +1,4 @@
-"""Which layers and modules a checkpoint holds, under their canonical names."""
+"""Find the layers and modules of a checkpoint by canonical name."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from lightning_pmss.store.shards import few
 
 @dataclass(frozen=True)
 class FoundLayer:
-    """One converted layer; what format 1 does not say is None.
+    """One converted layer; None stands for facts that format 1 does not contain.
 
     Attributes:
-        key: Of the layer in the state dict.
-        fingerprint: Of what the update reads of W.
+        key: Key of the layer in the state dict.
+        fingerprint: Fingerprint of the parts of W that the update reads.
         shape: (out, in) of W.
         layout: ``"linear"`` or ``"conv1d"``.
-        frame_dtype: Of W when frozen tensors were derived from it; None: as the base's file has it.
-        rank: None: the number of its indices says it.
+        frame_dtype: Dtype of W when frozen tensors were derived from it; None: that of the base's file.
+        rank: Rank; None: the number of indices.
     """
 
     key: str
@@ -45,8 +45,8 @@ class FoundTensor:
     """One tensor of a module trained in full.
 
     Attributes:
-        key: In the state dict.
-        tied: Its other canonical names.
+        key: Key in the state dict.
+        tied: Other canonical names of the tensor.
     """
 
     key: str
@@ -55,20 +55,20 @@ class FoundTensor:
 
 @dataclass(frozen=True)
 class Found:
-    """What a checkpoint holds, by canonical name, and of which base.
+    """Contents of a checkpoint by canonical name, and facts about its base.
 
     Attributes:
         layers: The converted layers.
         also_train: The tensors of the modules trained in full.
-        full_modules: These modules.
+        full_modules: Names of these modules.
         fresh: See `CheckpointRecord`.
         settings: See `CheckpointRecord`.
         base_model: Id or path of the base.
         root: See `CheckpointRecord`.
-        left_out: See `CheckpointRecord`; None where it is not known.
+        left_out: See `CheckpointRecord`; None if unknown.
         revision: Commit of the base.
         model_class: Dotted path of the model's class.
-        quantisation: How the base kept its weights.
+        quantisation: Kinds of quantisation of the base's weights.
         quantisation_settings: See `files.plain`.
     """
 
@@ -87,10 +87,10 @@ class Found:
 
 
 def described(record: CheckpointRecord, options: AdapterConfig, state: Mapping[str, Tensor], where: str) -> Found:
-    """By what the checkpoint says of itself, in format 2.
+    """Contents of a checkpoint of format 2, from its ``pmss`` entry.
 
     Raises:
-        ValueError: A tensor is missing, has another shape than it says, or belongs to nothing it says.
+        ValueError: A tensor is missing, has another shape than the entry says, or is not in the entry.
     """
     in_full = record.also_train | record.fresh
     wrong = [full.key for full in in_full.values() if full.key not in state]
@@ -103,9 +103,9 @@ def described(record: CheckpointRecord, options: AdapterConfig, state: Mapping[s
             )
     keys = [layer.key for layer in record.modules.values()]
     names = {n: (layer.key, [n]) for n, layer in record.modules.items()}
-    names |= {n: (full.key, [n, *full.tied]) for n, full in in_full.items()}  # a tied one is kept once
+    names |= {n: (full.key, [n, *full.tied]) for n, full in in_full.items()}  # a tied tensor is stored once
     if strange := [n for n, (key, own) in names.items() if not any(f".{key}".endswith(f".{name}") for name in own)]:
-        raise ValueError(f"{where} is damaged: {some(strange)} are no names of what it holds. {DAMAGED}")
+        raise ValueError(f"{where} is damaged: {some(strange)} are no names of its tensors. {DAMAGED}")
     if len(set(keys)) != len(keys):
         raise ValueError(f"{where} is damaged: two of its layers have one key. {DAMAGED}")
     if undescribed := sorted(_layers(state, options) - set(keys)):
@@ -139,12 +139,12 @@ def described(record: CheckpointRecord, options: AdapterConfig, state: Mapping[s
 def from_keys(
     prints: Mapping[str, dict[str, str]], options: AdapterConfig, state: Mapping[str, Tensor], where: str, base: str
 ) -> Found:
-    """By the fingerprints and the keys of the state dict, for format 1, which says no more.
+    """Contents of a checkpoint of format 1, from its fingerprints and the keys of its state dict.
 
-    The names of the layers differ from their keys by one prefix, that of the Hugging Face model in the LightningModule.
+    Keys and names of the layers differ by one prefix, that of the Hugging Face model in the LightningModule.
 
     Raises:
-        ValueError: The names do not fit the keys, or it cannot be said which modules were trained in full.
+        ValueError: The names do not fit the keys, or the modules trained in full are unknown.
     """
     keys = _layers(state, options)
     first = next(iter(prints))
@@ -157,7 +157,7 @@ def from_keys(
         raise ValueError(
             f"{where}: its layers ({few(sorted(keys))}) are not those it has fingerprints of ({few(sorted(prints))}). {DAMAGED}"
         )
-    # Of which dtype of W the coordinates were computed, format 1 does not say; that of the fingerprint is mostly the same.
+    # Format 1 does not contain the dtype from which coordinates were computed; the fingerprint's is mostly the same.
     narrow = {n: prints[n]["dtype"] if prints[n]["dtype"] != "float32" else None for n in prints}
     layers = {name: FoundLayer(own[name], dict(prints[name]), frame_dtype=narrow[name]) for name in prints}
     rest = [key for key in state if not any(key == k or key.startswith(f"{k}.") for k in own.values())]
@@ -167,7 +167,7 @@ def from_keys(
 def _full(
     options: AdapterConfig, keys: list[str], prefix: str, state: Mapping[str, Tensor], where: str
 ) -> tuple[dict[str, FoundTensor], list[str]]:
-    """The tensors of the modules trained in full, and these; a checkpoint also holds buffers of others."""
+    """Tensors of the modules trained in full, and the names of these modules; other keys are buffers."""
     names = {key.removeprefix(prefix): key for key in keys}
     modules = {name[: dot.start()] for name in names for dot in re.finditer(r"\.", name)}
     patterns = options.also_train
@@ -183,13 +183,13 @@ def _full(
         chosen = {m for m in modules if any(m == p or m.endswith(f".{p}") for p in patterns)}
         lost = [p for p in patterns if not any(m == p or m.endswith(f".{p}") for m in modules)]
     if lost:
-        raise ValueError(f"{where} holds nothing of {some(lost)}, which it was to train in full. {DAMAGED}")
+        raise ValueError(f"{where} contains nothing of {some(lost)}, which also_train names. {DAMAGED}")
     found = {name: key for name, key in names.items() if any(name.startswith(f"{module}.") for module in chosen)}
     return {name: FoundTensor(key, _tied(name, names, state)) for name, key in found.items()}, sorted(chosen)
 
 
 def _tied(name: str, names: Mapping[str, str], state: Mapping[str, Tensor]) -> list[str]:
-    """The other names under which a file has the same memory."""
+    """Other names of tensors that share this tensor's memory in the file."""
     own = state[names[name]]
     return [
         other

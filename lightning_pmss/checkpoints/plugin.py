@@ -1,7 +1,7 @@
-"""Checkpoint files that a kill cannot destroy.
+"""Write checkpoint files atomically, so that a kill cannot destroy the last one.
 
-Lightning writes a checkpoint into the temporary folder and moves it: a copy over the last one where the two are on different
-file systems, never flushed in either case. Here it is written beside its target, flushed, and renamed.
+Lightning writes a checkpoint to the temporary folder, moves it, which copies it over the last one on another file system, and
+never flushes it. This plugin writes beside the target, flushes, and renames.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing_extensions import override
 
 from lightning_pmss.store.disk import atomic_file
 
-# What Lightning, torch and DeepSpeed write into every checkpoint that is a folder.
+# Files of Lightning, torch and DeepSpeed, one of which is in every checkpoint folder.
 _OF_FOLDERS = ("meta.pt", ".metadata", "latest", "checkpoint")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's own, but that a local file is complete before it takes the place of the last one.
+    """Lightning's ``TorchCheckpointIO`` with atomic writing of local files.
 
-    URLs of other file systems (``s3://``, ...) are written as Lightning does.
+    Files on other file systems (``s3://``, ...) are written by Lightning.
     """
 
     @override
@@ -48,9 +48,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def use_atomic_files(strategy: Strategy) -> None:
-    """Let a strategy that would write checkpoints by Lightning's default write them by `AtomicCheckpointIO`.
+    """Replace a strategy's default checkpoint plugin by `AtomicCheckpointIO`.
 
-    Plugins of the user stay; one that wraps the default, such as ``AsyncCheckpointIO``, wraps ours.
+    Plugins of the user stay; one that wraps the default, such as ``AsyncCheckpointIO``, wraps the atomic one.
     """
     plugin: Any = strategy._checkpoint_io
     if isinstance(plugin, _WrappingCheckpointIO):
@@ -63,14 +63,14 @@ def use_atomic_files(strategy: Strategy) -> None:
 
 
 def refuse_other_folders(path: Path) -> None:
-    """Refuse to put a checkpoint in the place of a folder that is none.
+    """Refuse to replace a folder that is not a checkpoint.
 
     Raises:
-        IsADirectoryError: There is a folder without the files that FSDP or DeepSpeed write into theirs.
+        IsADirectoryError: ``path`` is a folder with other files than those of FSDP or DeepSpeed.
     """
     if path.is_dir() and not is_checkpoint(path) and any(path.iterdir()):
         raise IsADirectoryError(
-            f"{path} is a folder and holds no checkpoint, and one is to be written there. Move it away."
+            f"{path} is a folder without a checkpoint, and a checkpoint would replace it. Move it away."
         )
 
 

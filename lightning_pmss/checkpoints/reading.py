@@ -1,7 +1,7 @@
-"""Checkpoints of Lightning on the CPU, without the run that wrote them: a file, or a folder of FSDP or DeepSpeed.
+"""Read checkpoints of Lightning on the CPU, without the training program: a file, or a folder of FSDP or DeepSpeed.
 
-A folder is known by the ``pmss.json`` beside its parts, which names the tensors that belong to the model. Parts are pickled
-files, as the engines write them: load checkpoints only from where you would run a program.
+A folder contains a ``pmss.json`` beside its parts, which names the tensors of the model. The engines pickle these parts: load
+checkpoints only from people whose programs you would run.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ DAMAGED = "Use an earlier checkpoint."
 
 
 def read_checkpoint(path: Path, *, weights_only: bool = True) -> dict[str, Any]:
-    """What a checkpoint holds, with the model's trained tensors whole under ``state_dict``.
+    """Contents of a checkpoint, with the model's trained tensors whole under ``state_dict``.
 
     Args:
-        path: File, or folder of FSDP1, FSDP2, ZeRO-2 or ZeRO-3. Of a folder the optimizer's state is left out.
-        weights_only: Refuse a file with more than plain values and tensors, which could run a program.
+        path: File, or folder of FSDP1, FSDP2, ZeRO-2 or ZeRO-3, whose optimizer states are not read.
+        weights_only: Refuse a file with other objects than plain values and tensors, since unpickling could run code.
 
     Raises:
-        FileNotFoundError: Nothing is there.
-        PermissionError: It must not be read.
-        ValueError: Damaged, incomplete, or no checkpoint of Lightning.
-        ModuleNotFoundError: A folder of DeepSpeed, which is not installed here.
+        FileNotFoundError: The path does not exist.
+        PermissionError: The file is not readable.
+        ValueError: It is damaged, incomplete, or no checkpoint of Lightning.
+        ModuleNotFoundError: It is a folder of DeepSpeed, which is not installed.
     """
     if path.is_dir():
         return _read_folder(path)
     refuse_unreadable(path)
     with refusing_damage(path):
-        # Mapped: of the optimizer's state nothing is read.
+        # Memory-mapped, so that optimizer states are not read.
         content = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=zipfile.is_zipfile(path))
     check_content(content, f"the checkpoint {path}")
     refuse_flipped_bits(path)
@@ -58,7 +58,7 @@ def read_checkpoint(path: Path, *, weights_only: bool = True) -> dict[str, Any]:
 
 @contextmanager
 def refusing_damage(path: Path) -> Iterator[None]:
-    """What reading a checkpoint raises, in one sentence; which error a damaged file raises depends on where it is damaged.
+    """Convert errors in reading a checkpoint to ValueError; their type depends on the place of the damage.
 
     Raises:
         ValueError: The file cannot be read.
@@ -71,8 +71,8 @@ def refusing_damage(path: Path) -> Iterator[None]:
         if "weights_only" not in str(error):
             raise ValueError(f"the checkpoint {path} cannot be read ({reason(error)}). {DAMAGED}") from error
         raise ValueError(
-            f"the checkpoint {path} holds more than plain values and tensors ({reason(error)}). If it is yours, give"
-            f" weights_only=False where it is loaded; else: {DAMAGED}"
+            f"the checkpoint {path} contains more than plain values and tensors ({reason(error)}). If it is yours, load it"
+            f" with weights_only=False; else: {DAMAGED}"
         ) from error
     except Exception as error:
         raise ValueError(
@@ -81,12 +81,12 @@ def refusing_damage(path: Path) -> Iterator[None]:
 
 
 def refuse_flipped_bits(file: Path) -> None:
-    """Compare the checksums that every file of ``torch.save`` has, and that ``torch.load`` does not look at.
+    """Compare the checksums that ``torch.save`` writes and ``torch.load`` ignores.
 
     Raises:
-        ValueError: A part of the file is not what was written.
+        ValueError: A part of the file was changed after it was written.
     """
-    if not zipfile.is_zipfile(file):  # of torch before 1.6: no checksums
+    if not zipfile.is_zipfile(file):  # torch before 1.6 wrote no checksums
         return
     with zipfile.ZipFile(file) as archive:
         try:
@@ -101,10 +101,10 @@ def refuse_flipped_bits(file: Path) -> None:
 
 
 def check_content(content: Any, where: str) -> None:
-    """Refuse what is no checkpoint of Lightning.
+    """Refuse content that is no checkpoint of Lightning.
 
     Raises:
-        ValueError: A part that every checkpoint has is missing or of another type.
+        ValueError: An entry that every checkpoint has is missing or has another type.
     """
     kinds: dict[str, type | tuple[type, ...]] = {
         "state_dict": Mapping, "epoch": int, "global_step": int, "pytorch-lightning_version": str, "loops": Mapping,
@@ -128,18 +128,18 @@ def check_content(content: Any, where: str) -> None:
 
 
 def _is_of_today(content: Mapping[str, Any]) -> bool:
-    """Whether a version of Lightning wrote it that can hold what is ours; it converts older ones before we see them."""
+    """Whether the Lightning version is 2 or later; a checkpoint without a ``pmss`` entry may lack it."""
     version = content.get("pytorch-lightning_version", None if "pmss" in content else "2.0")
     return version is not None and re.match(r"[2-9]\.\d", version) is not None
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it is a tensor with its numbers in it, one after the other: neither sparse, nor of codes, nor empty of data."""
+    """Whether a value is a strided tensor with data: not sparse, quantised or on the meta device."""
     return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta and not value.is_quantized
 
 
 def _twice(state: Mapping[str, Tensor]) -> list[str]:
-    """Names that two keys stand for, with and without what a wrapper adds, whose values differ."""
+    """Clean names with two different values, from keys with and without a wrapper's prefix."""
     found: dict[str, Tensor] = {}
     return [
         name
@@ -149,20 +149,20 @@ def _twice(state: Mapping[str, Tensor]) -> list[str]:
 
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and checksum of each part of a checkpoint folder: what `refuse_changed_parts` compares with."""
+    """Size and checksum of each part of a checkpoint folder, for `refuse_changed_parts`."""
     parts = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SIDECAR)
     return {part.relative_to(folder).as_posix(): _file_record(part) for part in parts}
 
 
 def refuse_changed_parts(folder: Path, files: Mapping[str, FileRecord]) -> None:
-    """Compare the parts of a folder with what was written.
+    """Compare the parts of a folder with their sizes and checksums.
 
     Args:
         folder: The checkpoint.
-        files: What `describe_files` gave then.
+        files: Result of `describe_files` at the time of writing.
 
     Raises:
-        ValueError: A part is gone, or changed.
+        ValueError: A part is missing or changed.
     """
     for name, record in files.items():
         part = folder / name
@@ -180,12 +180,12 @@ def _file_record(file: Path) -> dict[str, Any]:
 
 
 class _Parts(Record):
-    """What the sidecar says of a folder's parts; the rest says what they mean."""
+    """Entries of the sidecar about a folder's parts."""
 
     model_config = ConfigDict(extra="ignore")
 
     tensors: dict[str, Shape]
-    files: dict[str, FileRecord] = {}  # format 1 had none
+    files: dict[str, FileRecord] = {}  # absent in format 1
 
 
 def _read_folder(folder: Path) -> dict[str, Any]:
@@ -204,11 +204,11 @@ def _read_folder(folder: Path) -> dict[str, Any]:
 
 
 def read_sidecar(folder: Path) -> dict[str, Any]:
-    """The JSON beside the parts of a checkpoint folder.
+    """Contents of the JSON file beside the parts of a checkpoint folder.
 
     Raises:
-        PermissionError: It must not be read.
-        ValueError: It is not there, or is no object of JSON.
+        PermissionError: The file is not readable.
+        ValueError: The file is missing, or contains no JSON object.
     """
     if not (folder / SIDECAR).is_file():
         raise ValueError(f"{folder} was made without PMSSCallback (it has no {SIDECAR}) or is not complete.")
@@ -219,18 +219,18 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
 
 
 def _read_fsdp(folder: Path, wanted: set[str]) -> dict[str, Any]:
-    """Tensor by tensor: the folder holds the optimizer's as well."""
+    """Read the model's tensors one by one, since the folder also contains the optimizer's."""
     from torch.distributed.checkpoint import FileSystemReader, load
 
     parts = FileSystemReader(folder).read_metadata().state_dict_metadata
     state: dict[str, Any] = {}
     for key, part in parts.items():
-        root, _, name = key.partition(".")  # of FSDP1 `model`, of FSDP2 `state_dict`
+        root, _, name = key.partition(".")  # FSDP1: `model`, FSDP2: `state_dict`
         if name in wanted and root in ("model", "state_dict"):
             tensor: Any = part
             state.setdefault(root, {})[name] = torch.empty(tensor.size, dtype=tensor.properties.dtype)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is meant here
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on purpose
         load(state, storage_reader=FileSystemReader(folder), no_dist=True)
     found = {name: value for root in state.values() for name, value in root.items()}
     rest = torch.load(folder / "meta.pt", map_location="cpu", weights_only=True)
@@ -238,7 +238,7 @@ def _read_fsdp(folder: Path, wanted: set[str]) -> dict[str, Any]:
 
 
 def _read_deepspeed(folder: Path) -> dict[str, Any]:
-    """Parameters from the optimizer's float32 copies, all else from the engine's copy of the model."""
+    """Read parameters from the optimizer's float32 copies, and all else from the engine's copy of the model."""
     try:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
     except ImportError as error:

@@ -1,7 +1,7 @@
-"""The ``pmss`` entry of a checkpoint: what its tensors mean, and whether they can be what it says.
+"""Schema of a checkpoint's ``pmss`` entry, which describes its tensors, and checks of these tensors.
 
-Format 2 makes a checkpoint enough to write its adapter, with nothing but the base's weights beside it. Format 1 had the
-options and the fingerprints alone; names are then read from the keys.
+A checkpoint of format 2 and the base's weights suffice to write the adapter. Format 1 contains only options and fingerprints,
+so names are read from the keys.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class LayerRecord(Record):
     """One converted layer.
 
     Attributes:
-        key: Its name in the state dict, without the last dot; "" where it is the LightningModule itself.
+        key: Key of the layer in the state dict, without the last dot; "" if it is the LightningModule itself.
         shape: (out, in) of W.
         layout: ``"linear"``: the base stores W; ``"conv1d"``: it stores W transposed.
-        frame_dtype: Of W when frozen tensors were derived from it; None: they were read from a skeleton file.
-        fingerprint: Of what the update reads of W; None where it reads nothing.
-        rank: Of the layer; None in earlier files, where the number of rows says it.
+        frame_dtype: Dtype of W when frozen tensors were derived from it; None: they were read from a skeleton file.
+        fingerprint: Fingerprint of the parts of W that the update reads; None if it reads nothing.
+        rank: Rank of the layer; None in earlier files, where it is the number of rows.
     """
 
     key: str
@@ -51,9 +51,9 @@ class FullRecord(Record):
     """One tensor of a module trained in full.
 
     Attributes:
-        key: Its name in the state dict.
-        shape: Its shape.
-        tied: Its other canonical names.
+        key: Key of the tensor in the state dict.
+        shape: Shape of the tensor.
+        tied: Other canonical names of the tensor.
     """
 
     key: str
@@ -62,17 +62,17 @@ class FullRecord(Record):
 
 
 class FreshRecord(FullRecord):
-    """One frozen tensor that no file of the base holds, or not all of.
+    """One frozen tensor that the base's files lack, wholly or in part.
 
     Attributes:
-        start: How many of its rows the files have.
+        start: Number of its rows that the files contain.
     """
 
     start: Annotated[int, Field(ge=0)]
 
 
 class BaseRecord(Record):
-    """The base, as an adapter's config has it."""
+    """The base, with the same fields as in an adapter's config."""
 
     name: str | None
     revision: str | None
@@ -82,7 +82,7 @@ class BaseRecord(Record):
 
 
 class CheckpointRecord1(Record):
-    """Format 1."""
+    """The ``pmss`` entry in format 1."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -90,7 +90,7 @@ class CheckpointRecord1(Record):
     method: Literal["pmss"] = "pmss"
     config: dict[str, Any]
     fingerprints: Annotated[dict[str, FingerprintRecord], Field(min_length=1)]
-    tensors: dict[str, Shape] | None = None  # beside a folder: keys and shapes of the trained tensors
+    tensors: dict[str, Shape] | None = None  # only beside a folder: shapes of the trained tensors by key
 
     @property
     def prints(self) -> dict[str, dict[str, str]]:
@@ -99,22 +99,22 @@ class CheckpointRecord1(Record):
 
 
 class CheckpointRecord(Record):
-    """Format 2: what is in the state dict, by canonical name.
+    """The ``pmss`` entry in format 2, with the contents of the state dict by canonical name.
 
     Attributes:
-        format_version: 2.
+        format_version: The number 2.
         method: Name of the method.
-        config: The options.
-        base: Of the model.
-        root: Full name of the module that the others are relative to, where the conversion had to choose.
-        left_out: Linear layers that were not converted.
+        config: Options of the method.
+        base: The base model.
+        root: Full name of the module that names are relative to; None if the conversion stored none.
+        left_out: Names of linear layers that were not converted.
         modules: The converted layers.
         also_train: The tensors of the modules trained in full.
-        full_modules: These modules.
-        fresh: The frozen tensors that no file of the base holds.
-        settings: What these change in the base's config.json.
-        tensors: Beside a folder: keys and shapes of the trained tensors.
-        files: Beside a folder: size and checksum of each part.
+        full_modules: Names of these modules.
+        fresh: The frozen tensors that the base's files lack.
+        settings: Changes that these tensors require in the base's config.json.
+        tensors: Only beside a folder: shapes of the trained tensors by key.
+        files: Only beside a folder: size and checksum of each part.
     """
 
     format_version: Literal[2]
@@ -133,7 +133,7 @@ class CheckpointRecord(Record):
 
     @property
     def prints(self) -> dict[str, dict[str, str]]:
-        """The fingerprints by canonical module name; empty where an update reads nothing of its base."""
+        """The fingerprints by canonical module name; {} for an update that reads nothing of its base."""
         found = {name: layer.fingerprint for name, layer in self.modules.items()}
         return {name: {} if record is None else record.model_dump() for name, record in found.items()}
 
@@ -142,19 +142,19 @@ _RECORDS: dict[int, type[CheckpointRecord1] | type[CheckpointRecord]] = {1: Chec
 
 
 def read_record(entry: Any, where: str) -> CheckpointRecord1 | CheckpointRecord:
-    """The entry of a checkpoint, checked.
+    """Check and parse the `METADATA` entry of a checkpoint.
 
     Args:
-        entry: What the checkpoint has under `METADATA`; None: nothing.
+        entry: The entry; None without one.
         where: The checkpoint, for messages.
 
     Raises:
-        ValueError: There is none, its format is not known, or it is damaged.
+        ValueError: The entry is missing or damaged, or its format is unknown.
     """
     if entry is None:
         raise ValueError(
-            f"{where} holds no PMSS adapter (it has no `{METADATA}` entry); it was made without PMSSCallback. To start from its"
-            " weights, load them into the model before the Trainer runs, and drop ckpt_path."
+            f"{where} contains no PMSS adapter (it has no `{METADATA}` entry); it was made without PMSSCallback. To start from"
+            " its weights, load them into the model before the Trainer runs, and drop ckpt_path."
         )
     version = entry.get("format_version") if isinstance(entry, dict) else None
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
@@ -170,14 +170,14 @@ def read_record(entry: Any, where: str) -> CheckpointRecord1 | CheckpointRecord:
 
 
 def options_of(record: CheckpointRecord1 | CheckpointRecord, where: str) -> AdapterConfig:
-    """The options of the conversion.
+    """Options of the conversion.
 
     Args:
-        record: Of the checkpoint.
+        record: Entry of the checkpoint.
         where: The checkpoint, for messages.
 
     Raises:
-        ValueError: They do not fit this version.
+        ValueError: The options do not fit this version.
     """
     if record.method not in METHODS:
         raise ValueError(f"{where} is of the method {record.method!r}, which this version does not know: upgrade it.")
@@ -188,9 +188,9 @@ class StoredLayer(NamedTuple):
     """Trained and index tensors of one layer of a checkpoint.
 
     Attributes:
-        rank: Of the layer.
-        trained: By name.
-        indices: By name, int64.
+        rank: Rank of the layer.
+        trained: Trained tensors by name.
+        indices: Index tensors by name, int64.
     """
 
     rank: int
@@ -206,18 +206,18 @@ def check_layer(
     where: str,
     rank: int | None = None,
 ) -> StoredLayer:
-    """The tensors of one layer, checked.
+    """Find and check the trained and index tensors of one layer.
 
     Args:
         tensors: The state dict of the checkpoint.
         shape: (out, in) of W.
-        method: Of the layer.
-        key: Of the layer in the state dict.
+        method: Method of the layer.
+        key: Key of the layer in the state dict.
         where: The checkpoint, for messages.
-        rank: Of the layer; None: the number of its indices.
+        rank: Rank of the layer; None: the number of its indices.
 
     Raises:
-        ValueError: One is missing, is no index vector or not of its shape, or is not finite.
+        ValueError: A tensor is missing, is not finite, has another shape, or is no valid index.
     """
     start = f"{key}." if key else ""
     kinds = {name: spec.kind for name, spec in method.specs(shape, 1).items()}

@@ -1,8 +1,8 @@
-"""``load_from_checkpoint`` of any LightningModule, from a checkpoint that `PMSSCallback` has made small.
+"""Support ``load_from_checkpoint`` of any LightningModule for checkpoints without the frozen weights.
 
-Lightning makes the module, lets it build its layers, shows it the checkpoint and loads the state dict. The layers have to be
-converted in between. A checkpoint may name the function that makes the module (``_instantiator``, which LightningCLI uses);
-ours makes it as Lightning would, and converts it when it is shown the checkpoint.
+Lightning makes the module, calls ``configure_model`` and ``on_load_checkpoint``, and loads the state dict; the layers must be
+converted in between. A checkpoint may name the function that makes the module (``_instantiator``, which LightningCLI uses).
+The functions here make it as Lightning does, and let ``on_load_checkpoint`` convert it.
 """
 
 from __future__ import annotations
@@ -42,46 +42,46 @@ _ANY_SIZE = 2**48
 
 
 def announce(checkpoint: dict[str, Any], module: L.LightningModule) -> None:
-    """Let ``load_from_checkpoint`` make the module by `instantiate`; nothing that LightningCLI would take for an option.
+    """Name `instantiate` in a checkpoint as the function that makes the module, in a form that LightningCLI accepts.
 
     Args:
-        checkpoint: About to be written; changed.
-        module: The LightningModule that it is of.
+        checkpoint: The checkpoint to write; changed in place.
+        module: The LightningModule of the checkpoint.
     """
     key = module.CHECKPOINT_HYPER_PARAMS_KEY
     saved = dict(checkpoint.get(key) or {})
     name = checkpoint.get(module.CHECKPOINT_HYPER_PARAMS_NAME)
     if name in inspect.signature(type(module).__init__).parameters:
-        return  # its hyper-parameters are one argument, which would be given this entry as well
+        return  # its hyper-parameters are one argument, which would contain this entry, too
     by_cli = str(saved.get(_ENTRY, "")).endswith("cli.instantiate_module")
     saved[_ENTRY] = f"{__name__}.{(instantiate_by_cli if by_cli else instantiate).__name__}"
     checkpoint[key] = saved
 
 
 def instantiate(cls: type, arguments: dict[str, Any]) -> Any:
-    """A module that is converted when it is shown its checkpoint."""
+    """Make a module whose ``on_load_checkpoint`` converts it."""
     return _converting(cls(**arguments))
 
 
 def instantiate_by_cli(cls: type, arguments: dict[str, Any]) -> Any:
-    """The same for a module whose hyper-parameters LightningCLI has saved."""
-    from lightning.pytorch.cli import instantiate_module  # needed for such modules alone
+    """Do the same as `instantiate` for a module whose hyper-parameters LightningCLI saved."""
+    from lightning.pytorch.cli import instantiate_module  # only such modules need jsonargparse
 
     return _converting(instantiate_module(cls, arguments))
 
 
 def restore(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Convert a module as the one that the checkpoint is of, with its rows and columns, ready for its state dict.
+    """Convert a module like the one in a checkpoint, with the same rows and columns, so that its state dict can be loaded.
 
-    The frozen weights are what the module was built with. They are added to the checkpoint's state dict, so that a strict
-    loading finds every key.
+    The module's present frozen weights are kept. They are added to the checkpoint's state dict, so that strict loading finds
+    every key.
 
     Args:
-        module: Built; converted or not.
-        checkpoint: As Lightning has read it; its ``state_dict`` is completed.
+        module: The module with its layers, converted or not.
+        checkpoint: Checkpoint as Lightning reads it; its ``state_dict`` is completed in place.
 
     Raises:
-        ValueError: A damaged checkpoint, one without PMSS, one of another base, or of another module.
+        ValueError: The checkpoint is damaged, has no adapter, or belongs to another base or module.
     """
     check_content(checkpoint, _SOURCE)
     record = read_record(checkpoint.get(METADATA), _SOURCE)
@@ -94,7 +94,7 @@ def restore(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
     own = clean_state(module)
     check(module, trained, set(own), {key: tuple(value.shape) for key, value in state.items()}, record, _SOURCE)
     check_state(module, record, state, _SOURCE)
-    # What is stored comes first: Lightning moves the module to the device of the first tensor.
+    # Stored tensors come first: Lightning moves the module to the device of the first one.
     checkpoint["state_dict"] = own_keys(module, state | {key: value for key, value in own.items() if key not in state})
 
 
@@ -104,25 +104,25 @@ def _found(
     options: AdapterConfig,
     state: dict[str, Tensor],
 ) -> tuple[Given, Names]:
-    """The rows and columns in the state dict, whose base is asked for later, and what is converted."""
+    """Rows and columns from the state dict, and names to convert; `check_state` compares the base later."""
     if isinstance(record, CheckpointRecord):
         found = described(record, options, state, _SOURCE)
     else:
         found = from_keys(record.prints, options, state, _SOURCE, "")
     layers, ranks, method = {}, {}, method_of(options)
     for name, layer in found.layers.items():
-        shape = layer.shape or (_ANY_SIZE, _ANY_SIZE)  # format 1 does not say it; `check_state` knows the module's
+        shape = layer.shape or (_ANY_SIZE, _ANY_SIZE)  # unknown in format 1; `check_state` uses the module's
         stored = check_layer(state, shape, method, layer.key, _SOURCE, layer.rank)
         layers[name] = GivenLayer({part: index.cpu() for part, index in stored.indices.items()})
         ranks[name] = stored.rank
-    # Keys are full names, and the others relative to the root; where all are equal, it is chosen as it was then.
+    # Keys are full names, the others are relative to the root; if all are equal, `choose_root` finds the same root.
     roots = {layer.key.removesuffix(name).removesuffix(".") for name, layer in found.layers.items()} - {""}
     root = next(iter(roots)) if roots else choose_root(module, options.root)
     here = root in {clean_name(name) for name, _ in module.named_modules()}
     known = set(canonical_modules(module, root)) if here else set()
     if absent := sorted((set(layers) | set(found.full_modules)) - known):
         raise ValueError(
-            f"{_SOURCE} has {some(absent)}, which this {type(module).__name__} has not: it is of another module."
+            f"{_SOURCE} has {some(absent)}, which this {type(module).__name__} does not have: it belongs to another module."
         )
     return Given(layers, source=_SOURCE), Names(root, list(layers), found.full_modules, ranks)
 
@@ -142,6 +142,6 @@ def _converting(module: Any) -> Any:
     return module
 
 
-# Lightning calls no function that a checkpoint names unless it is on this list; older versions had no list.
+# Lightning calls only functions on this list that a checkpoint names; older versions have no list.
 _allowed: set[str] = getattr(saving, "_ALLOWED_INSTANTIATORS", set())
 _allowed.update(f"{__name__}.{function.__name__}" for function in (instantiate, instantiate_by_cli))

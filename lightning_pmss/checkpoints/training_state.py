@@ -1,7 +1,7 @@
-"""What a resumed fit takes of a checkpoint besides the weights: progress of the loops, state of optimizers and schedulers.
+"""Check the training state in a checkpoint: progress of the loops, states of optimizers and schedulers.
 
-Lightning loads these after the weights, and believes them: a list that is too short is used as far as it goes, and moments
-that are NaN are trained with. So they are looked at first.
+Lightning loads these after the weights without checks: it accepts a list that is too short, and trains with moments that are
+NaN.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
 
 def check_progress(content: Mapping[str, Any], name: str, own: Mapping[str, Any], where: str) -> None:
-    """Refuse progress that a loop cannot go on from.
+    """Refuse loop progress that a run cannot resume from.
 
     Args:
         content: The checkpoint.
-        name: Of the loop in it, such as ``fit_loop``.
-        own: What that loop would write now.
+        name: Name of the loop in the checkpoint, such as ``fit_loop``.
+        own: State dict of that loop now.
         where: The checkpoint, for messages.
 
     Raises:
-        ValueError: There is none, or a part of it is of another type than Lightning writes.
+        ValueError: The progress is missing, or a part of it has another type than Lightning writes.
     """
     loops = content.get("loops")
     if not isinstance(loops, Mapping) or name not in loops:
@@ -43,7 +43,7 @@ def check_progress(content: Mapping[str, Any], name: str, own: Mapping[str, Any]
 
 
 def _differs(found: Any, own: Any) -> str | None:
-    """The first place, from a dot on, where types differ; what is missing or more, other versions of Lightning write."""
+    """First place, with a leading dot, where types differ; missing and further keys of other versions are accepted."""
     if isinstance(own, Mapping):
         if not isinstance(found, Mapping):
             return ""
@@ -56,10 +56,10 @@ def _differs(found: Any, own: Any) -> str | None:
 
 
 def check_training_state(content: Mapping[str, Any], where: str) -> None:
-    """Refuse a checkpoint without the state of optimizers and schedulers, or with values that would ruin what is trained.
+    """Refuse a checkpoint whose states of optimizers or schedulers are missing or not finite.
 
     Raises:
-        ValueError: The state is missing, no state, or has NaN or infinite values.
+        ValueError: A state is missing, is no mapping, or has NaN or infinite values.
     """
     for name in ("optimizer_states", "lr_schedulers"):
         if name not in content:
@@ -97,15 +97,15 @@ def _leaves(tree: Any, place: str) -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def loading_optimizers(optimizers: Sequence[Optimizer], content: Mapping[str, Any], where: str) -> Iterator[None]:
-    """While the states of optimizers are loaded: those of others are refused, whatever they raise.
+    """Refuse states of other optimizers before and while the ``with`` block loads them.
 
     Args:
-        optimizers: That get them.
+        optimizers: The optimizers that load the states.
         content: The checkpoint.
         where: The checkpoint, for messages.
 
     Raises:
-        ValueError: There are more or fewer optimizers, parameter groups or parameters, or a state is none.
+        ValueError: The number of optimizers, parameter groups or parameters differs, or a state does not fit.
     """
     states = content["optimizer_states"]
     remedy = "Resume with the optimizers of the run that made it, or use an earlier checkpoint."
@@ -124,7 +124,7 @@ def loading_optimizers(optimizers: Sequence[Optimizer], content: Mapping[str, An
 
 
 def _check_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """What `load_state_dict` of torch takes and the first step stumbles over, or not even that."""
+    """Raise ValueError for states that torch's ``load_state_dict`` accepts, although they do not fit the optimizer."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     needed = ("step", "exp_avg", "exp_avg_sq") if isinstance(optimizer, torch.optim.Adam) else ()  # AdamW is one
@@ -143,7 +143,7 @@ def _check_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
 
 
 def _check_options(optimizer: Optimizer, group: Mapping[str, Any]) -> None:
-    """Let one of torch's own optimizers look at the options, which `load_state_dict` does not."""
+    """Validate the options by making one of torch's optimizers; ``load_state_dict`` does not check them."""
     kind: Any = type(optimizer)
     if not kind.__module__.startswith("torch.optim."):
         return
@@ -155,7 +155,7 @@ def _check_options(optimizer: Optimizer, group: Mapping[str, Any]) -> None:
 
 
 def _is_like(value: Any, usual: Any) -> bool:
-    """Whether an option of an optimizer can be what its default is; switches came with later versions of torch."""
+    """Whether an option has a type like its default; later versions of torch added switches, which may be missing."""
     if usual is None or isinstance(usual, bool):
         return value is None or isinstance(value, bool | int | float | Tensor)
     if isinstance(usual, int | float | Tensor):

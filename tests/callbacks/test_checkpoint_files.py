@@ -86,7 +86,7 @@ def test_a_folder_that_holds_no_checkpoint_is_not_replaced(tmp_path: Path) -> No
         (tmp_path / "saved" / name).mkdir(parents=True)
         (tmp_path / "saved" / name / "thesis.txt").write_text("mine")
     saver = ModelCheckpoint(tmp_path / "saved", save_last=True, enable_version_counter=False)
-    with pytest.raises(IsADirectoryError, match="last.ckpt is a folder and holds no checkpoint.*Move it away"):
+    with pytest.raises(IsADirectoryError, match="last.ckpt is a folder without a checkpoint.*Move it away"):
         fit(tmp_path, saver, max_epochs=1)
     fit(tmp_path, ModelCheckpoint(tmp_path / "saved", "{epoch}"), max_epochs=1)
     for name in ("last.ckpt", "last-interrupted.ckpt"):

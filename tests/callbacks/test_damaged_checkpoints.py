@@ -174,7 +174,7 @@ def test_load_from_checkpoint_of_another_class_and_with_unknown_arguments(
         tmp_path, PMSSCallback(rank=4, output_dir=tmp_path, merge_on_save=None),
         ModelCheckpoint(tmp_path, "last", every_n_train_steps=1), max_steps=1,
     ).fit(Wrapped(tiny_llama), _ids())  # fmt: skip
-    with pytest.raises(ValueError, match="which this Other has not: it is of another module"):
+    with pytest.raises(ValueError, match="which this Other does not have: it belongs to another module"):
         Other.load_from_checkpoint(tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match="Reloaded has no argument `widht`"):
         Reloaded.load_from_checkpoint(checkpoint, widht=3)

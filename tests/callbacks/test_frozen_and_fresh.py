@@ -118,7 +118,7 @@ def test_a_checkpoint_of_an_early_version_says_what_it_does_not_hold(tiny_llama:
     del content["state_dict"]["model.score.weight"]
     torch.save(content, tmp_path / "early.ckpt")
     again = PMSSCallback(rank=4, output_dir=tmp_path / "again", merge_on_save=None)
-    with pytest.warns(UserWarning, match=r"does not hold `model\.score\.weight`.*an earlier version made it"):
+    with pytest.warns(UserWarning, match=r"does not contain `model\.score\.weight`.*an earlier version made it"):
         trainer(tmp_path, again, max_epochs=2).fit(
             Classifier(tiny_llama, 2), plain_loader(), ckpt_path=tmp_path / "early.ckpt"
         )

@@ -258,7 +258,7 @@ def other_base() -> Toy:
         (lambda c: c["state_dict"].pop("net.0.core.weight"), r"it lacks `net\.0\.core\.weight`"),
         (
             lambda c: c["state_dict"].update({"net.9.core.weight": torch.zeros(1)}),
-            r"it holds `net\.9\.core\.weight`, which",
+            r"it contains `net\.9\.core\.weight`, which",
         ),
         (
             lambda c: c["state_dict"].update({"net.0.rows": torch.arange(5)}),
@@ -266,7 +266,7 @@ def other_base() -> Toy:
         ),
         (lambda c: c["pmss"]["config"].update(coordinates="raw"), r"made with coordinates='raw', this run has"),
         (lambda c: c["pmss"]["config"].update(scale=2.0), r"made with scale=2.0, this run has 'auto'"),
-        (lambda c: c.update(state_dict=Toy().state_dict()), "holds no PMSS adapter"),
+        (lambda c: c.update(state_dict=Toy().state_dict()), "contains no PMSS adapter"),
     ],
 )
 def test_misfit_checkpoint_is_refused_before_loading(tmp_path: Path, change: Any, message: str) -> None:

@@ -220,7 +220,7 @@ def test_a_checkpoint_that_cannot_be_used_is_one_line(
         ("none.ckpt", "none.ckpt does not exist"),
         ("cut.ckpt", "cut.ckpt cannot be read: truncated, damaged, or no checkpoint"),
         ("folder.ckpt", "folder.ckpt was made without PMSSCallback (it has no pmss.json)"),
-        ("other.ckpt", "other.ckpt holds no PMSS adapter"),
+        ("other.ckpt", "other.ckpt contains no PMSS adapter"),
     ):
         with pytest.raises(SystemExit) as left:
             main(["fit", *small(tiny_llama, tmp_path), f"--ckpt_path={tmp_path / name}"])

@@ -165,7 +165,7 @@ def test_refusals_write_nothing(tiny_llama: str, tiny_gpt2: str, tmp_path: Path)
     cases: dict[str, tuple[Any, Any, str]] = {
         "other base": (None, other, "belongs to another base: the weights of model.layers.1.mlp.down_proj"),
         "other model": (None, tiny_gpt2, "has no weights for 14 of the 14 modules of the checkpoint"),
-        "plain": ({"state_dict": model.state_dict()}, tiny_llama, "holds no PMSS adapter"),
+        "plain": ({"state_dict": model.state_dict()}, tiny_llama, "contains no PMSS adapter"),
         "weights": (model.state_dict(), tiny_llama, "is no checkpoint of Lightning"),
         "quantised": (
             content | {"pmss": content["pmss"] | {"base": content["pmss"]["base"] | {"quantisation": ["x nf4"]}}},

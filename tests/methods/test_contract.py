@@ -296,7 +296,7 @@ def test_checkpoints_of_other_options_are_refused(method: str, tmp_path: Path) -
     fit = Fit(method, tmp_path)
     fit("whole", 3)
     others = [other for other in CASES if other != method]
-    with pytest.raises(ValueError, match=r"does not fit this run|lacks|holds no \w+ adapter"):
+    with pytest.raises(ValueError, match=r"does not fit this run|lacks|contains no \w+ adapter"):
         Fit(others[0], tmp_path)("other", 6, tmp_path / "whole" / "step=3.ckpt")
 
 
