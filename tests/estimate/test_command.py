@@ -41,6 +41,11 @@ def test_json_and_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert record["run"]["config"]["exclude_modules"] == ["down_proj"]
 
 
+def test_all_columns_train_a_number_per_output_and_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call(write_config(tmp_path), "--json", "--target-modules", "k_proj", "--columns", "all", "--rank", "8")
+    assert json.loads(capsys.readouterr().out)["methods"]["pmss"]["trainable"] == 4 * 128 * 8  # 4 layers of 128 outputs
+
+
 def test_another_estimate_is_replaced_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, file = write_config(tmp_path), tmp_path / "estimate.json"
     for _ in range(2):
