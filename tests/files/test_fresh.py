@@ -334,7 +334,7 @@ def test_adapters_with_heads_of_their_own(base: Path, tmp_path: Path) -> None:
     for name in "aba":
         set_adapter(model, name)
         close(logits(model), expected[name])
-    with pytest.raises(ValueError, match=r"'a' and 'b' were trained beside other values of `score\.weight`"):
+    with pytest.raises(ValueError, match=r"'a' and 'b' were trained with different values of `score\.weight`"):
         combine_adapters(model, "both", {"a": 0.5, "b": 0.5})
 
 
