@@ -33,7 +33,7 @@ from lightning_pmss.methods import method_of
 from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.store import not_finite, refuse_odd_type
 from lightning_pmss.store.atomic import check_target
-from lightning_pmss.store.kinds import ADAPTER, MERGED
+from lightning_pmss.store.kinds import ADAPTER, MERGED, FolderKind
 from lightning_pmss.store.shards import ShardReader, few, open_shards
 
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -85,15 +85,13 @@ def extract_files(
         ValueError: The checkpoint is damaged or has no adapter, the base is another one or quantised, or the output is equal
             to, inside or around base or checkpoint.
     """
-    source, base, output = (Path(path).expanduser() for path in (ckpt, base, output))
-    refuse_overlap(output, {"base": base, "checkpoint": source})
-    check_target(output, ADAPTER, overwrite=overwrite)
-    adapter, step = adapter_of_checkpoint(source, base, progress=progress)
-    facts: dict[str, Any] = {"checkpoint": source.name}
+    ckpt, base, output = (Path(path).expanduser() for path in (ckpt, base, output))
+    adapter, step = _adapter(ckpt, base, output, ADAPTER, overwrite=overwrite, progress=progress)
+    facts: dict[str, Any] = {"checkpoint": ckpt.name}
     if step is not None:
         facts["optimizer steps"] = step
     write_adapter(adapter, output, overwrite=overwrite, run={"Training": facts}, base=base if base.is_dir() else None)
-    return ExtractReport(str(source), str(output), len(adapter.modules), step)
+    return ExtractReport(str(ckpt), str(output), len(adapter.modules), step)
 
 
 def merge_checkpoint(
@@ -118,16 +116,18 @@ def merge_checkpoint(
     Raises:
         OSError, ValueError: See `extract_files` and `merge_files`.
     """
-    source, base, output = (Path(path).expanduser() for path in (ckpt, base, output))
-    refuse_overlap(output, {"base": base, "checkpoint": source})
-    check_target(output, MERGED, overwrite=overwrite)
-    adapter, _ = adapter_of_checkpoint(source, base, progress=progress)
+    ckpt, base, output = (Path(path).expanduser() for path in (ckpt, base, output))
+    adapter, _ = _adapter(ckpt, base, output, MERGED, overwrite=overwrite, progress=progress)
     return merge_files(base, adapter, output, overwrite=overwrite, progress=progress, **options)
 
 
 @torch.no_grad()
-def adapter_of_checkpoint(ckpt: Path, base: Path, *, progress: bool = True) -> tuple[AdapterFile, int | None]:
-    """Adapter of a checkpoint, and its number of optimizer steps; raises as `extract_files`."""
+def _adapter(
+    ckpt: Path, base: Path, output: Path, kind: FolderKind, *, overwrite: bool, progress: bool
+) -> tuple[AdapterFile, int | None]:
+    """Check the output, then read the checkpoint's adapter and its number of optimizer steps."""
+    refuse_overlap(output, {"base": base, "checkpoint": ckpt})
+    check_target(output, kind, overwrite=overwrite)
     where = f"the checkpoint {ckpt}"
     content = read_checkpoint(ckpt)
     for key, value in content["state_dict"].items():

@@ -1,4 +1,4 @@
-"""What is on disk: adapter folders, streamed safetensors, merged models."""
+"""Read and write adapter folders, merged models, LoRA exports and skeleton files."""
 
 from lightning_pmss.files.adapter import AdapterFile, AdapterModule, load_adapter, read_adapter, save_adapter
 from lightning_pmss.files.lora import export_files, export_lora

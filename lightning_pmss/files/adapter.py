@@ -1,4 +1,4 @@
-"""Save and load the adapter of a model; the format is described in `adapter_file`."""
+"""Save and load the adapter of a model; `adapter_file` describes the format."""
 
 from __future__ import annotations
 
@@ -60,18 +60,18 @@ def save_adapter(
     run: Mapping[str, Any] | None = None,
     tokenizer: Any = None,
 ) -> Path:
-    """Write the adapter of a converted model, and a model card; a sharded one on every rank, of which rank 0 writes.
+    """Write the adapter of a converted model, and a model card. Call it on every rank of a sharded model; rank 0 writes.
 
-    Frozen tensors that no file of the base holds are kept in it, too: a fresh head, the rows of added tokens.
+    The file also contains frozen tensors that no file of the base contains: a fresh head, the rows of added tokens.
 
     Args:
         model: Converted by `convert` or the callback; merged or not.
         folder: Written whole or not at all.
-        base: Id or path of the base model; default: what the Hugging Face model knows of itself.
-        revision: Commit of the base; default: likewise, or what the model hub's cache knows.
+        base: Id or path of the base model; default: the Hugging Face model's ``name_or_path``.
+        revision: Commit of the base; default: the commit in the model's config or in the hub's cache.
         overwrite: Replace an earlier adapter of this library.
-        run: What is known of the training, for the card: section -> text, or name -> number or text.
-        tokenizer: With ``save_pretrained`` (also several, in a list); kept with the adapter where tokens were added to the
+        run: Facts about the training, for the card: section -> text, or name -> number or text.
+        tokenizer: Object with ``save_pretrained``, or a list of such; saved with the adapter if tokens were added to the
             base's.
 
     Returns:
@@ -79,7 +79,7 @@ def save_adapter(
 
     Raises:
         FileExistsError: See `atomic_folder`.
-        ValueError: Not a converted model, a disabled adapter, or NaN or infinite values in what was trained.
+        ValueError: Not a converted model, a disabled adapter, or NaN or infinite trained values.
     """
     target = Path(folder).expanduser()
     check_target(target, ADAPTER, overwrite=overwrite)
@@ -141,11 +141,11 @@ def save_adapter(
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> ConversionReport:
-    """Load an adapter, to go on training or for inference.
+    """Load an adapter, to continue training or for inference.
 
     A model that is not converted is converted with the stored config and indices: exactly the layers that the file names,
-    whatever is frozen or in eval mode here. On one that is converted already, to the same layers and indices, only the
-    trained tensors are set; its own scale, coordinates and dropout stay. The model is touched only after every check has
+    also if they are frozen or in eval mode. In a model that is converted already, to the same layers and indices, only the
+    trained tensors are set; its own scale, coordinates and dropout stay. The model is changed only after every check has
     passed.
 
     Returns:
@@ -154,7 +154,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Conversion
     Raises:
         FileNotFoundError: Folder or file missing.
         ValueError: A damaged, incomplete or foreign file, another base, or a model that is merged or converted
-            otherwise. The message names file and modules.
+            differently. The message names file and modules.
     """
     adapter = read_adapter(folder)
     report = conversion_of(model)
@@ -173,7 +173,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Conversion
     fresh = fresh_tensors(model, None if names is None else names.root)
     warn_about_random(adapter, fresh)
 
-    with torch.no_grad():  # before the conversion: the weight of a converted layer may be among them
+    with torch.no_grad():  # before the conversion: a fresh tensor may be the weight of a layer to convert
         for name, place in new_rows(live, adapter.fresh).items():
             place.copy_(adapter.fresh[name].value)
     if report is None:
@@ -195,12 +195,12 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Conversion
 
 
 def linear_left_out(model: nn.Module) -> list[str]:
-    """The linear layers of a converted model that are not, for whatever reason: so the file knows the architecture."""
+    """Names of all linear layers that were not converted; the file records them to recognise the architecture."""
     return [n for n, m in canonical_modules(model).items() if is_linear(m) and not isinstance(m, AdaptedLinear)]
 
 
 def names_in(adapter: AdapterFile, model: nn.Module) -> Names:
-    """What the file names in a model that is not converted: its root there, and the modules trained in full."""
+    """Find the adapter's root, layers and modules trained in full in a model that is not converted."""
     known = {clean_name(name) for name, _ in model.named_modules()}
     wanted = adapter.options.root if adapter.options.root in known else None
     root = adapter.root if adapter.root is not None and adapter.root in known else choose_root(model, wanted)
@@ -222,23 +222,23 @@ def names_in(adapter: AdapterFile, model: nn.Module) -> Names:
 
 
 def _all_of(name: str, modules: Mapping[str, nn.Module]) -> set[str]:
-    """Keys of what a module's state holds, under its canonical name."""
+    """Keys of a module's state dict, under its canonical name."""
     return set(tensors_of([name], modules))
 
 
 def check_modules(adapter: AdapterFile, modules: Mapping[str, nn.Module], wanted: set[str] | None, model: str) -> None:
-    """The adapter's layers and the model's must be the same ones, shape by shape.
+    """Refuse a model whose layers are not the adapter's, or have other shapes.
 
     Args:
         adapter: The adapter.
-        modules: The model's, by canonical name.
-        wanted: Names of the layers that are converted already; None: those of the file are going to be.
-        model: Its class, for messages.
+        modules: The model's modules by canonical name.
+        wanted: Names of the layers that are converted already; None if the model is not converted.
+        model: Name of the model's class, for messages.
     """
     folder = adapter.folder
     if absent := [name for name in adapter.modules if name not in modules]:
         raise ValueError(
-            f"{folder} has layers that the model has not: {few(absent)}. Load it into the architecture it was trained "
+            f"{folder} has layers that the model does not have: {few(absent)}. Load it into the architecture it was trained "
             f"on ({one_line(adapter.base_model or 'name not recorded')}).{_where_else(absent, modules)}"
         )
     for name, stored in adapter.modules.items():
@@ -262,15 +262,15 @@ def check_modules(adapter: AdapterFile, modules: Mapping[str, nn.Module], wanted
         ]
         if more or less or differ:
             raise ValueError(
-                f"the model is already converted otherwise than {folder}: other layers or indices in "
+                f"the model is already converted differently from {folder}: other layers or indices in "
                 f"{few(more + less + differ)}. Load the adapter into a fresh model."
             )
 
 
 def _refuse_deeper(adapter: AdapterFile, modules: Mapping[str, nn.Module]) -> None:
-    """A model with further layers of the same kinds is another one: 24 blocks where the adapter has 16."""
+    """Refuse a model with further layers of the same kinds, such as 24 blocks for an adapter of 16."""
     left_out = adapter.left_out
-    if left_out is None:  # an early version: it says what it left out by patterns, which are not run
+    if left_out is None:  # written by an early version, with patterns instead of names; they are not run
         if adapter.options.target_modules != "all-linear" or adapter.options.exclude_modules:
             return
         left_out = []
@@ -284,7 +284,7 @@ def _refuse_deeper(adapter: AdapterFile, modules: Mapping[str, nn.Module]) -> No
 
 
 def _where_else(absent: list[str], modules: Mapping[str, nn.Module]) -> str:
-    """A hint where a module inside of the model has the names that are missing."""
+    """Suggest a module inside the model that has the missing names, if there is one."""
     first = absent[0]
     owners = [name.removesuffix(f".{first}") for name in modules if name.endswith(f".{first}")]
     owners = [owner for owner in owners if all(f"{owner}.{name}" in modules for name in absent)]
@@ -298,13 +298,15 @@ def _same_indices(layer: AdaptedLinear, stored: AdapterModule) -> bool:
 
 
 def check_base(adapter: AdapterFile, modules: Mapping[str, nn.Module], model: str) -> None:
-    """Refuse a base whose rows and columns are not those the adapter was trained on, and an update that would overflow."""
+    """Refuse a base whose selected rows and columns differ from the adapter's base, and an update that would overflow."""
     wrong, large = [], []
     for name, stored in adapter.modules.items():
         layer, own = modules[name], adapter.fresh.get(f"{name}.weight")
         with ExitStack() as stack:
-            if own is not None and not isinstance(layer, AdaptedLinear):  # this weight comes with the adapter
-                weight = stored.canonical(own.value)
+            if own is not None and not isinstance(
+                layer, AdaptedLinear
+            ):  # this weight, or its last rows, are the adapter's
+                weight = stored.canonical(own.whole(lambda layer=layer: layer.weight.detach()))  # type: ignore[misc]
             else:
                 live: Tensor = layer.weight  # type: ignore[assignment]
                 if live.is_meta:
@@ -327,7 +329,7 @@ def check_base(adapter: AdapterFile, modules: Mapping[str, nn.Module], model: st
 
 
 def check_also_train(adapter: AdapterFile, places: Mapping[str, Tensor], model: nn.Module) -> None:
-    """The tensors of modules trained in full must be the same ones, shape by shape."""
+    """Refuse a model whose modules trained in full have other tensors or shapes than the adapter's."""
     lost, foreign = sorted(set(places) - set(adapter.also_train)), sorted(set(adapter.also_train) - set(places))
     if lost or foreign:
         says = [f"lacks {few(lost)}"] if lost else []
@@ -342,18 +344,18 @@ def check_also_train(adapter: AdapterFile, places: Mapping[str, Tensor], model: 
 
 
 def warn_about_random(adapter: AdapterFile, fresh: Mapping[str, int]) -> None:
-    """Say so where a tensor of the model is neither in the base's files nor in the adapter: nobody has trained with it."""
+    """Warn of tensors that are neither in the base's files nor in the adapter, so that their values are random."""
     held = adapter.also_train.keys() | adapter.fresh.keys()
-    if missing := [name for name in fresh if name not in held and f"{name.rpartition('.')[0]}" not in adapter.modules]:
+    if missing := [name for name in fresh if name not in held and name.rpartition(".")[0] not in adapter.modules]:
         warnings.warn(
-            f"{few(missing)}: neither in the files of the base nor in {adapter.folder}, so the values are random ones of this"
-            " model and not those that the adapter was trained beside. Train it again with their module in also_train.",
+            f"{few(missing)}: neither in the files of the base nor in {adapter.folder}, so this model has random values instead"
+            " of those that the adapter was trained with. Train it again with their module in also_train.",
             stacklevel=3,
         )
 
 
 def tensors_of(names: list[str], modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Live parameters and persistent buffers of the modules trained in full."""
+    """Return the live parameters and persistent buffers of the named modules, by canonical name."""
     return {
         f"{name}.{key}": value
         for name in names
@@ -363,7 +365,7 @@ def tensors_of(names: list[str], modules: Mapping[str, nn.Module]) -> dict[str, 
 
 
 def other_names(extra: Mapping[str, Tensor], model: nn.Module) -> dict[str, list[str]]:
-    """Under which names each also_train tensor is known besides its own: a checkpoint stores a tied one only once."""
+    """Return the other names of each tied tensor: a checkpoint stores it under only one of them."""
     prefix = adapted_root(model)[1]
     if is_sharded(model):
         return {key: _aliases(key, model, prefix) for key in extra}
@@ -378,11 +380,11 @@ def other_names(extra: Mapping[str, Tensor], model: nn.Module) -> dict[str, list
 
 
 def class_path(model: nn.Module) -> str:
-    """Dotted path of a model's class, from which an export learns what kind of model it is."""
+    """Dotted path of a model's class, from which an export derives peft's task type."""
     return f"{type(model).__module__}.{type(model).__qualname__}"
 
 
 def _aliases(key: str, model: nn.Module, prefix: str) -> list[str]:
-    """The same for a sharded model, whose parts have addresses that say nothing: tied parameters are one object."""
+    """Return the other names in a sharded model by object identity: addresses of shards do not show what is tied."""
     live = {clean_name(n).removeprefix(prefix): p for n, p in model.named_parameters(remove_duplicate=False)}
     return [name for name, parameter in live.items() if name != key and parameter is live.get(key)]

@@ -1,4 +1,4 @@
-"""The model card of an adapter folder, in the form of the hub's: what it is, how it was made, how to load it."""
+"""The model card of an adapter folder, in the hub's format: contents, training, and how to load it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def adapter_card(
     run: Mapping[str, Any] | None = None,
     base_folder: Path | None = None,
 ) -> str:
-    """The card's text.
+    """Return the card's text.
 
     Args:
-        config: What ``adapter_config.json`` holds.
-        options: Of the conversion.
-        run: What is known of the training, printed as it comes: name -> number, text, or mapping of these.
-        base_folder: Where the base's files are, if its name does not say it (a snapshot in the hub's cache).
+        config: Contents of ``adapter_config.json``.
+        options: Options of the conversion.
+        run: Facts about the training, in the order to print: section -> text, or name -> number or text.
+        base_folder: Folder of the base's files if it is not its name (a snapshot in the hub's cache).
     """
     from huggingface_hub import ModelCardData
 
@@ -34,7 +34,7 @@ def adapter_card(
     revision = config["revision"]
     kinds = ", ".join(config.get("quantisation") or ())
     licence = _licence(base_folder or base)
-    hub_id = base if base and is_hub_id(base) else None  # a path is no id, and the hub refuses a card that names one
+    hub_id = base if base and is_hub_id(base) else None  # the hub refuses a card with a path as base_model
     tags = [options.method, "lightning", *([f"base_model:adapter:{hub_id}"] if hub_id else [])]
     head = ModelCardData(library_name="lightning-pmss", base_model=hub_id, tags=tags, license=licence)
     lines = ["---", head.to_yaml(), "---", "", f"# {options.label()} adapter", ""]
@@ -109,13 +109,13 @@ def _load(config: Mapping[str, Any]) -> list[str]:
 
 
 def class_of(path: str | None) -> tuple[str, str]:
-    """Module and name of a class, for a line of code; empty where the dotted path, which a file may give, is none."""
+    """Split a dotted path into module and class for a line of code; empty if it is no dotted path (it may come from a file)."""
     module, _, name = (path or "").rpartition(".")
     return (module, name) if all(part.isidentifier() for part in (path or "").split(".")) else ("", "")
 
 
 def _licence(base: str | Path | None) -> str | None:
-    """The licence in the front matter of the base's own card, if the base is a folder on this machine."""
+    """Return the licence in the front matter of the base's own card, if the base is a folder on this machine."""
     from huggingface_hub import metadata_load
 
     card = Path(base).expanduser() / CARD_FILE if base else None
@@ -123,7 +123,7 @@ def _licence(base: str | Path | None) -> str | None:
         return None
     try:
         head = metadata_load(card)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # the base's card is no reason to lose an adapter
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # a broken card must not prevent saving an adapter
         return None
     found = head.get("license") if head else None
     return found if isinstance(found, str) else None
@@ -134,5 +134,5 @@ def _value(value: Any) -> str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a base's name is an id of the model hub, and not a path."""
+    """Whether a base's name is an id of the model hub instead of a path."""
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()

@@ -1,16 +1,15 @@
 """The adapter folder: ``adapter_model.safetensors`` and ``adapter_config.json``.
 
-Tensors, under the module names of the outermost Hugging Face model where there is one (so that what was trained in a
-LightningModule loads into the plain model), else of the model that was saved:
+Names are relative to the outermost Hugging Face model if there is one (so an adapter trained in a LightningModule loads into
+the plain model), else to the saved model. All tensors have the canonical layout [out, in]:
 
-    <module>.<part> fields of the method's `Update`, with scale and coordinates folded in; numbers are float32 (float64 on a
+    <module>.<part> fields of the method's `Update`, including scale and coordinates; numbers are float32 (float64 on a
                     float64 base), indices int32. PMSS: U [c, r], rows [r], cols [c]. LoRA: A [r, in], B [out, r]
-    <name>          parameters and buffers of the modules trained in full (`also_train`), and of those frozen ones that no
-                    file of the base holds (`fresh`): all of it, or the rows that were added
+    <name>          parameters and buffers of the modules trained in full (`also_train`), and frozen tensors that no file
+                    of the base contains (`fresh`): the whole tensor, or the rows that were added
 
-in the canonical layout [out, in]. For PMSS the file means ``W' = W + W[:, cols] U W[rows]`` and nothing else. The config has
-a checksum of each tensor (format 2; format 1 had none). Loading is strict both ways and checks everything before it touches
-the model.
+A PMSS file defines ``W' = W + W[:, cols] U W[rows]``. The config has a checksum of each tensor (format 2; format 1 had none).
+Loading refuses missing and unknown tensors, and checks everything before it changes the model.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -67,7 +66,7 @@ class AdapterModule:
     Attributes:
         shape: (out, in) of W.
         layout: ``"linear"``: the base stores W; ``"conv1d"``: it stores W transposed.
-        fingerprint: See `lightning_pmss.layers.fingerprint`; empty where the update is not bound to a base.
+        fingerprint: See `lightning_pmss.layers.fingerprint`; empty if the update is not bound to a base.
         update: The change of W.
     """
 
@@ -77,21 +76,21 @@ class AdapterModule:
     update: Update
 
     def canonical(self, stored: Tensor) -> Tensor:
-        """W ``[out, in]`` from what the base stores."""
+        """Return W ``[out, in]`` from the tensor that the base stores."""
         return stored.T if self.layout == "conv1d" else stored
 
     def is_of(self, weight: Tensor) -> bool:
-        """Whether W ``[out, in]`` is the one that the layer was trained on, as far as that matters to the update."""
+        """Whether W ``[out, in]`` is the one that the layer was trained on, in the entries that the update depends on."""
         return same_base(self.fingerprint, *self.update.read(weight))
 
 
 @dataclass(frozen=True)
 class FreshTensor:
-    """What the file holds of a tensor that is not, or not all, in the base's files.
+    """Stored rows of a tensor that is not, or not completely, in the base's files.
 
     Attributes:
-        value: Its rows from ``start`` on, ``[rows - start, ...]``; all of it, where that is 0.
-        start: How many rows come before, from the base's files.
+        value: Rows from ``start`` on, ``[rows - start, ...]``; the whole tensor if ``start`` is 0.
+        start: Number of rows before, which come from the base's files.
     """
 
     value: Tensor
@@ -99,30 +98,37 @@ class FreshTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole tensor in the model."""
+        """Shape of the whole tensor in the model."""
         return () if self.value.dim() == 0 else (self.start + self.value.shape[0], *self.value.shape[1:])
+
+    def whole(self, stored: Callable[[], Tensor]) -> Tensor:
+        """Return the whole tensor; its first rows come from ``stored()``, the base's tensor, which also sets the dtype."""
+        if self.start == 0:
+            return self.value
+        before = stored()[: self.start]
+        return torch.cat([before, self.value.to(before.device, before.dtype)])
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter as its folder holds it: read and checked, or about to be written.
+    """Contents of an adapter folder, read and checked, or about to be written.
 
     Attributes:
-        folder: Where it comes from, for messages.
-        options: What it was made with.
+        folder: Source of the adapter, for messages.
+        options: Options of the conversion.
         base_model: Id or path of the base.
-        revision: Its commit.
+        revision: Commit of the base.
         modules: The converted layers by canonical name.
         model_class: Dotted path of the model's class; files of early versions lack it.
         also_train: Tensors of the modules trained in full.
-        tied: Other names of an ``also_train`` tensor.
-        quantisation: How the base kept its weights, such as "bitsandbytes nf4".
+        tied: Other names of the tensors in ``also_train`` and ``fresh``.
+        quantisation: Storage of the base's weights, such as "bitsandbytes nf4"; empty if not quantised.
         quantisation_settings: See `files.plain`.
-        root: Full name, in the model that was saved, of the module that names are relative to; None where that needs no
-            name (see `adapted_root`).
-        left_out: Linear layers of that model that were not converted; None in files of early versions.
-        fresh: Frozen tensors that the base's files do not hold, or not all of.
-        settings: What these change in the base's config.json; see `files.fresh`.
+        root: Full name, in the saved model, of the module that names are relative to; None if it needs no name (see
+            `adapted_root`).
+        left_out: Linear layers of the saved model that were not converted; None in files of early versions.
+        fresh: Frozen tensors that the base's files do not contain, or not completely.
+        settings: Entries of the base's config.json that the fresh tensors change; see `files.fresh`.
     """
 
     folder: Path
@@ -146,7 +152,7 @@ class AdapterFile:
         return self.options.to_dict()
 
     def wrong_base(self, modules: list[str], base: str) -> str:
-        """The message for a base that is not the one this adapter was trained on."""
+        """Message for a base that is not the one this adapter was trained on."""
         trained_on = self.base_model or "a base whose name is not recorded"
         revision = f", revision {self.revision}" if self.revision else ""
         return (
@@ -177,10 +183,10 @@ def write_adapter(
     """Write an adapter folder, whole or not at all.
 
     Args:
-        adapter: Finite, and of one model.
-        folder: Its place.
+        adapter: The adapter to write.
+        folder: The folder to write.
         overwrite: Replace an earlier adapter of this library.
-        run: For the card, see `save_adapter`.
+        run: Facts for the card, see `save_adapter`.
         base: Folder of the base, for the card.
         tokenizer: See `save_adapter`.
 
@@ -200,7 +206,7 @@ def write_adapter(
     tensors.update(extra)
     if broken := not_finite(tensors):
         raise ValueError(
-            f"NaN or infinite values in {few(broken)}: the training has diverged, and such an adapter is not saved. "
+            f"NaN or infinite values in {few(broken)}: the training has diverged, so the adapter is not saved. "
             "Lower the learning rate, or go back to an earlier checkpoint."
         )
     config = {
@@ -247,10 +253,10 @@ def _entry(module: AdapterModule) -> dict[str, Any]:
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
-    """Read and check an adapter folder; needs no model.
+    """Read and check an adapter folder, without a model.
 
     Raises:
-        FileNotFoundError: No folder, or a file of the two is missing.
+        FileNotFoundError: The folder or one of its two files is missing.
         PermissionError: A file must not be read.
         ValueError: See `load_adapter`.
     """
@@ -304,7 +310,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what takes part in a result."""
+    """Versions of Python and of the libraries that a result depends on."""
     found = {"python": platform.python_version()}
     for name in ("lightning-pmss", "torch", "lightning", "transformers", "safetensors"):
         try:
@@ -315,7 +321,7 @@ def library_versions() -> dict[str, str]:
 
 
 def _read_config(file: Path) -> AdapterRecord1:
-    """The config, with every part that is relied on later checked."""
+    """Read the config and check every entry that is used later."""
     config = read_json(file, _AGAIN)
     found = config.get("format_version") if isinstance(config, dict) else None
     named = config.get("peft_type") if isinstance(config, dict) else None
@@ -334,7 +340,7 @@ def _read_config(file: Path) -> AdapterRecord1:
 
 
 def _check_names(file: Path, config: AdapterRecord1, of_layers: set[str], parts: int, present: set[str]) -> None:
-    """Every tensor must be known, and every known one there."""
+    """Refuse unknown, missing and doubly named tensors."""
     also_train, fresh = set(config.also_train), set(getattr(config, "fresh", {}))
     if len(of_layers) != parts * len(config.modules) or of_layers & (also_train | fresh) or also_train & fresh:
         raise ValueError(f"{file.with_name(CONFIG_FILE)} gives two of its tensors one name. {_AGAIN}")
@@ -342,7 +348,7 @@ def _check_names(file: Path, config: AdapterRecord1, of_layers: set[str], parts:
     lost, foreign = sorted(expected - present), sorted(present - expected)
     if lost or foreign:
         says = [f"lacks {few(lost)}"] if lost else []
-        says += [f"holds {few(foreign)}, which {CONFIG_FILE} does not know"] if foreign else []
+        says += [f"has {few(foreign)}, which {CONFIG_FILE} does not list"] if foreign else []
         raise ValueError(f"{file} {' and '.join(says)}. The two files do not belong together; copy the folder again.")
     if config.tensors is not None and (odd := sorted(expected ^ set(config.tensors))):
         raise ValueError(

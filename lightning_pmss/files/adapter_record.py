@@ -1,4 +1,4 @@
-"""What ``adapter_config.json`` has to hold."""
+"""Schema of ``adapter_config.json``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FORMAT_VERSION = 2
 
 
 def peft_type(options: AdapterConfig) -> str:
-    """The method's name as the file has it: never one that peft knows (``LORA``), whose files have other tensors."""
+    """Return the method's name in the file. It is never one of peft's (``LORA``), whose files have other tensors."""
     return "PMSS" if options.method == "pmss" else options.method
 
 
@@ -36,13 +36,13 @@ class FullRecord(Record):
 
 
 class FreshRecord(FullRecord):
-    """One tensor that the base's files do not hold, or not all of: its shape in the model, and the first row that is here."""
+    """One tensor that the base's files do not contain completely: its shape in the model, and the first stored row."""
 
     start: Annotated[int, Field(ge=0)] = 0
 
 
 class AdapterRecord1(Record):
-    """Format 1: nothing proves the tensors."""
+    """Format 1, without checksums."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -60,11 +60,11 @@ class AdapterRecord1(Record):
     modules: Annotated[dict[str, LayerRecord], Field(min_length=1)]
     also_train: dict[str, FullRecord]
     versions: dict[str, str] = {}
-    tensors: dict[str, TensorRecord] | None = None  # there, where somebody edited the number of a later format
+    tensors: dict[str, TensorRecord] | None = None  # present if somebody edited the version number of a later format
 
 
 class AdapterRecord(AdapterRecord1):
-    """Format 2: with dtype, shape and checksum of every tensor in the file of the weights."""
+    """Format 2, with dtype, shape and checksum of every tensor in the weights file."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -1,4 +1,4 @@
-"""A model folder's architecture without its weights, and where the checkpoint keeps the layers that PMSS would convert."""
+"""Build a model folder's architecture without weights, and find the layers to convert in its checkpoint."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _IN_PYTHON = "load the model in Python and convert it there: convert(model, PMSS
 
 @dataclass(frozen=True)
 class Target:
-    """One matrix on disk that is going to be converted.
+    """One matrix on disk to select from.
 
     Attributes:
         name: Canonical module name.
         key: Name of the tensor in the checkpoint.
         shape: (out, in) of W.
         transposed: Whether the checkpoint stores W^T (``Conv1D``).
-        rank: Rows and columns to select.
-        requested_rank: The rank asked for, before it was clipped to the smaller side.
+        rank: Number of rows and columns to select.
+        requested_rank: The rank before it was clipped to the smaller side.
     """
 
     name: str
@@ -45,31 +45,31 @@ class Target:
 
 
 def model_on_meta(folder: Path, architecture: str | None = None) -> nn.Module:
-    """The model of a folder's ``config.json``, on the meta device: modules and shapes, no weights.
+    """Build the model of a folder's ``config.json`` on the meta device: modules and shapes, no weights.
 
     Args:
         folder: Model folder.
-        architecture: A class of transformers, such as ``LlamaForSequenceClassification``. By default the class that
-            ``config.json`` names; where that is none, or a bare body without its head, the causal language model (what
+        architecture: A class of transformers, such as ``LlamaForSequenceClassification``. Default: the class that
+            ``config.json`` names. If it names none, or a body without head, the causal language model (which
             `CausalLMModule` trains), else the body.
 
     Raises:
         FileNotFoundError: No ``config.json``.
-        ValueError: transformers does not know the model, or the class that was asked for.
+        ValueError: transformers does not know the model, or the class asked for.
     """
-    import transformers  # not at the top: the library itself works without it
+    import transformers  # an optional dependency
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, AutoConfig, PreTrainedModel
 
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(
-            f"{folder} has no config.json, which says what the model's layers are. Give the folder that "
+            f"{folder} has no config.json, which describes the model's layers. Give the folder that "
             "`save_pretrained` or `hf download MODEL --local-dir FOLDER` wrote."
         )
     read_model_config(file)
     try:
         config: Any = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # what a broken file raises depends on where it is broken
+    except Exception as error:  # a broken file can raise anything
         raise ValueError(
             f"{file}: transformers {transformers.__version__} cannot read it ({reason(error)}). Upgrade transformers; if the "
             f"model comes with its own code, {_IN_PYTHON}"
@@ -85,7 +85,7 @@ def model_on_meta(folder: Path, architecture: str | None = None) -> nn.Module:
         cls = known(architecture)
         if cls is None:
             raise ValueError(
-                f"architecture={architecture!r} is no model class of transformers {transformers.__version__}; "
+                f"architecture={architecture!r} is not a model class of transformers {transformers.__version__}; "
                 f"{file.name} names {few(list(config.architectures or ['none']))}."
             )
     else:
@@ -106,16 +106,16 @@ def model_on_meta(folder: Path, architecture: str | None = None) -> nn.Module:
 
 
 def _first(found: Any) -> type[nn.Module] | None:
-    """A few models have several classes of one kind."""
+    """Return the first class, because the mapping has several for a few models."""
     one: type[nn.Module] | None = found[0] if isinstance(found, tuple) else found
     return one
 
 
 def find_matrices(model: nn.Module, config: PMSSConfig, reader: ShardReader) -> tuple[list[Target], dict[str, str]]:
-    """The matrices that `convert` would convert with this config, and where the checkpoint has them.
+    """Find in the checkpoint the matrices that `convert` would convert with this config.
 
     Args:
-        model: Of `model_on_meta`.
+        model: Result of `model_on_meta`.
         config: Targets and ranks.
         reader: The checkpoint.
 
@@ -123,12 +123,12 @@ def find_matrices(model: nn.Module, config: PMSSConfig, reader: ShardReader) -> 
         The targets in the order of the files, and the linear layers left out with the reason.
 
     Raises:
-        ValueError: As `convert` raises for patterns and layers; a weight that is missing, has another shape, is quantised,
-            or is changed by transformers when it is loaded.
+        ValueError: A pattern or layer that `convert` refuses; a weight that is missing, quantised, of another shape, or changed
+            by transformers when it is loaded.
     """
     modules = canonical_modules(model)
     names, left_out = find_targets(model, config, modules, match_modules(config.also_train, modules, "also_train"))
-    # The meta device is refused without a skeleton: this stands for the one that is about to be made.
+    # Without a skeleton the meta device is refused; this stands for the skeleton that will be made.
     coming = Given(dict.fromkeys(names, GivenLayer()), coordinates=config.coordinates)
     refuse_unconvertible(names, modules, method_of(config), coming)
     ranks = ranks_of(config, names, modules)
@@ -167,23 +167,23 @@ def _wording(model: nn.Module) -> Wording:
 
 
 def names_in_the_model(model: nn.Module, reader: ShardReader) -> tuple[ShardReader, set[str]]:
-    """The checkpoint under the names that transformers gives its tensors on loading, each still knowing its own key.
+    """View the checkpoint under the names that transformers gives its tensors when loading; each keeps its own key.
 
     Returns:
-        The renamed view, and the keys of the tensors that are also split, joined, permuted or transposed: of those the
-        model holds other numbers than the file.
+        The renamed view, and the keys of the tensors that loading also splits, joins, permutes or transposes, so that the
+        model's values differ from the file's.
     """
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
     except ImportError:
-        return reader, set()  # a transformers that loads tensors as they are
+        return reader, set()  # an older transformers, which loads tensors unchanged
     loaded: Any = model  # a PreTrainedModel, as `model_on_meta` builds it
     steps = get_model_conversion_mapping(loaded)
     renamings = [step for step in steps if isinstance(step, WeightRenaming)]
     converters = [step for step in steps if isinstance(step, WeightConverter)]
     tensors, changed = {}, set()
-    for key in sorted(reader.tensors, key=dot_natural_key):  # the loader's order, on which some renamings depend
+    for key in sorted(reader.tensors, key=dot_natural_key):  # some renamings depend on the loader's order
         name, converted = rename_source_key(key, renamings, converters)
         tensors[name] = reader.tensors[key]
         if converted is not None:

@@ -1,4 +1,4 @@
-"""Where the base of a model comes from: its name, its folder on this machine, its commit on the model hub."""
+"""Find the base of a model: its name, its folder on this machine, its commit on the model hub."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.layers.fingerprint import fingerprint, same_base
 from lightning_pmss.store.shards import open_shards
 
-_COMPARED = 3  # layers by which two snapshots of one repository are told apart
+_COMPARED = 3  # layers compared to distinguish two snapshots of one repository
 
 
 class Base(NamedTuple):
-    """What is known of a base.
+    """Origin of a base.
 
     Attributes:
-        name: Id on the hub, or path; None where it was not recorded.
-        folder: Its files on this machine, also in the hub's cache; None where there are none.
+        name: Id on the hub, or path; None if it was not recorded.
+        folder: Folder of its files, possibly in the hub's cache; None if there is none.
         revision: Commit on the hub.
     """
 
@@ -33,7 +33,7 @@ class Base(NamedTuple):
 
 
 def base_of(model: nn.Module) -> Base:
-    """The base of the Hugging Face model inside `model`, as far as its config and the hub's cache know."""
+    """Find the base of the Hugging Face model in ``model``, from its config and the hub's cache."""
     config = getattr(adapted_root(model)[0], "config", None)
     name = getattr(config, "_name_or_path", None)
     if not isinstance(name, str) or not name:
@@ -48,22 +48,22 @@ def base_of(model: nn.Module) -> Base:
 
 
 def _loaded(name: str, model: nn.Module) -> Snapshot | None:
-    """The snapshot that a model was loaded from by its id alone: the model does not say which revision was asked for."""
+    """Find the snapshot that a model was loaded from, by its weights: without a commit, the config has only the id."""
     candidates = snapshots(name)
     if len(candidates) < 2:
         return candidates[0] if candidates else None
     layers = dict(islice(adapted_layers(model).items(), _COMPARED))
-    return next((snapshot for snapshot in candidates if _holds(snapshot.folder, layers)), None)
+    return next((snapshot for snapshot in candidates if _has_weights(snapshot.folder, layers)), None)
 
 
-def _holds(folder: Path, layers: dict[str, AdaptedLinear]) -> bool:
+def _has_weights(folder: Path, layers: dict[str, AdaptedLinear]) -> bool:
     """Whether a folder's weights are those of the layers."""
     if not layers:
         return False
     try:
         with open_shards(folder) as reader:
             for name, layer in layers.items():
-                own = f".{name}.weight"  # either may have the model's base prefix, or not
+                own = f".{name}.weight"  # either name may have the model's base prefix
                 key = next((k for k in reader.tensors if f".{k}".endswith(own) or own.endswith(f".{k}")), None)
                 if key is None or reader.tensors[key].shape != tuple(layer.weight.shape):
                     return False
@@ -73,6 +73,6 @@ def _holds(folder: Path, layers: dict[str, AdaptedLinear]) -> bool:
                 cpu = {name: index.cpu() for name, index in layer.indices().items()}
                 if not same_base(known, *layer.reads_of(canonical, cpu)):
                     return False
-    except (OSError, ValueError, TypeError):  # no safetensors, damaged, or codes: then it cannot be told
+    except (OSError, ValueError, TypeError):  # no safetensors, damaged or quantised: nothing to compare
         return False
     return True

@@ -1,7 +1,7 @@
-"""Tensors of a model that no file of its base holds: a fresh head, the rows of added tokens, a module that was put in.
+"""Fresh tensors: tensors of a model that no file of its base contains, such as a new head or the rows of added tokens.
 
-Their values are random: a second process makes others. So what an adapter was trained beside is kept in its file, from the
-first row on that no file of the base has. Only a Hugging Face model knows its base; of others nothing is known here.
+They are initialised at random, differently in each process. So the adapter file stores them, from the first row that no file of
+the base contains. Only Hugging Face models are covered, because others do not record their base.
 """
 
 from __future__ import annotations
@@ -30,22 +30,24 @@ from lightning_pmss.store.shards import ShardReader, TensorInfo, few, open_shard
 
 
 def fresh_tensors(model: nn.Module, at: str | None = None) -> dict[str, int]:
-    """Canonical name of each -> how many of its rows the base's files hold; 0: nothing of it.
+    """Map the canonical name of each fresh tensor to the number of its rows in the base's files; 0 if it is not there.
 
-    A tensor that has fewer rows than in the files counts as well, with all of its rows: loading it takes a model of that size.
-    Empty where the model knows of no files, or these are no safetensors. Call it before a strategy shards the model.
+    A tensor with fewer rows than in the files is included with all its rows, because loading it needs a model of that size.
+    Call it before a strategy shards the model.
 
-    at: Full name of the root, where the model is not converted and its file names it; see `adapted_root`.
+    Args:
+        model: The model. Without safetensors files of its base, the result is empty.
+        at: Full name of the root, if an adapter file names it and the model is not converted; see `adapted_root`.
     """
     root, _ = adapted_root(model, at)
     if not is_hugging_face(root) or (folder := base_of(model).folder) is None:
         return {}
     try:
         reader = open_shards(folder)
-    except (OSError, ValueError):  # other files than safetensors: what they hold cannot be told from here
+    except (OSError, ValueError):  # files other than safetensors are not read
         return {}
     stored, changed = names_in_the_model(root, reader)
-    flat = is_fsdp1(model)  # which keeps other shapes
+    flat = is_fsdp1(model)  # parameters have other shapes
     ignored = [re.compile(p) for p in getattr(root, "_keys_to_ignore_on_load_missing", None) or ()]
     found: dict[str, int] = {}
     groups: dict[int, list[tuple[str, str, nn.Module, Tensor]]] = {}
@@ -66,14 +68,14 @@ def fresh_tensors(model: nn.Module, at: str | None = None) -> dict[str, int]:
 
 
 def untrained(fresh: Mapping[str, int], report: ConversionReport) -> dict[str, int]:
-    """Those that no module of ``also_train`` owns, so that they stay as they are."""
+    """Return the fresh tensors that stay frozen: those outside of the modules of ``also_train``."""
     return {n: start for n, start in fresh.items() if not any(n.startswith(f"{m}.") for m in report.also_train)}
 
 
 def live_tensors(model: nn.Module, names: Iterable[str], at: str | None = None) -> dict[str, Tensor]:
-    """Parameters and buffers by canonical name; the pristine weight of a layer that is merged.
+    """Return the named parameters and buffers that exist, for a merged layer its pristine weight.
 
-    at: See `fresh_tensors`.
+    See `fresh_tensors` for ``at``.
     """
     owners = dict(canonical_owners(model, at))
     found = {}
@@ -89,7 +91,7 @@ def live_tensors(model: nn.Module, names: Iterable[str], at: str | None = None) 
 
 
 def state_keys(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """The canonical name by clean full name."""
+    """Map the clean full name of each tensor to its canonical name."""
     full = {id(module): clean_name(name) for name, module in model.named_modules()}
     owners = dict(canonical_owners(model, None))
     found = {}
@@ -100,17 +102,17 @@ def state_keys(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
 
 
 def new_rows(live: Mapping[str, Tensor], kept: Mapping[str, FreshTensor]) -> dict[str, Tensor]:
-    """The places in live tensors that an adapter file has values for, as views to copy into."""
+    """Return views of the live rows for which an adapter file has values."""
     return {n: live[n].detach()[fresh.start :] if live[n].dim() else live[n].detach() for n, fresh in kept.items()}
 
 
 def check_fresh(adapter: AdapterFile, live: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Refuse a model without the tensors that the adapter was trained beside, or with others of another size."""
+    """Refuse a model that lacks a fresh tensor of the adapter, or has it in another shape."""
     for name, kept in adapter.fresh.items():
         place = live.get(name)
         if place is None:
             raise ValueError(
-                f"{adapter.folder} holds {one_line(name)}, which this {type(model).__name__} does not have."
+                f"{adapter.folder} contains {one_line(name)}, which this {type(model).__name__} does not have."
                 f" Build the model as it was built for the training ({one_line(adapter.model_class or 'class not recorded')})."
             )
         if tuple(place.shape) != kept.shape:
@@ -120,7 +122,7 @@ def check_fresh(adapter: AdapterFile, live: Mapping[str, Tensor], model: nn.Modu
 
 
 def other_size(adapter: AdapterFile, name: str, there: Sequence[int], here: Sequence[int], model: nn.Module) -> str:
-    """The message for a tensor that had another shape when the adapter was trained."""
+    """Message for a tensor that had another shape when the adapter was trained."""
     text = f"{adapter.folder}: {one_line(name)} has the shape {list(there)}, the model's {list(here)}."
     if len(there) == len(here) > 0 and list(there)[1:] == list(here)[1:] and _is_of_tokens(name, model):
         return (
@@ -131,7 +133,7 @@ def other_size(adapter: AdapterFile, name: str, there: Sequence[int], here: Sequ
 
 
 def _is_of_tokens(name: str, model: nn.Module) -> bool:
-    """Whether this tensor has a row for each token."""
+    """Whether this tensor belongs to the input or output embeddings, with a row for each token."""
     root = adapted_root(model)[0]
     parts = [getattr(root, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
     owner = dict(canonical_owners(model, None)).get(name.rpartition(".")[0])
@@ -140,12 +142,12 @@ def _is_of_tokens(name: str, model: nn.Module) -> bool:
 
 @torch.no_grad()
 def rows_to_keep(value: Tensor, start: int, stored: Tensor | None) -> FreshTensor:
-    """What is written of a tensor: the rows that are new, or all where others differ from the stored ones, too.
+    """Keep a tensor's new rows, or all rows if the others differ from the base's.
 
     Args:
         value: The whole tensor.
-        start: How many of its rows are in the base's files.
-        stored: The base's tensor, where it has one.
+        start: Number of its rows in the base's files.
+        stored: The base's tensor, if there is one.
     """
     value = value.detach().cpu()
     if start == 0 or stored is None or not torch.equal(stored[:start].to(value.dtype), value[:start]):
@@ -154,12 +156,12 @@ def rows_to_keep(value: Tensor, start: int, stored: Tensor | None) -> FreshTenso
 
 
 def to_be_kept(model: nn.Module, values: Mapping[str, Tensor], fresh: Mapping[str, int]) -> dict[str, FreshTensor]:
-    """What is written of them; see `rows_to_keep`.
+    """Apply `rows_to_keep` to all fresh tensors.
 
     Args:
-        model: To find the base's files.
+        model: The model, to find the base's files.
         values: The whole tensors by canonical name.
-        fresh: Of `fresh_tensors`, for the same names.
+        fresh: Result of `fresh_tensors` for the same names.
     """
     folder = base_of(model).folder if any(fresh.values()) else None
     if folder is None:
@@ -175,7 +177,7 @@ def to_be_kept(model: nn.Module, values: Mapping[str, Tensor], fresh: Mapping[st
 
 
 def fresh_warnings(model: nn.Module, report: ConversionReport) -> list[str]:
-    """What a user should know before training: what stays random although nobody may mean it to, and what to type."""
+    """List warnings for the start of training: fresh tensors that stay frozen, and the option that trains them."""
     owners, converted = dict(canonical_owners(model, None)), {layer.name for layer in report.layers}
     new, grown, adapted = [], [], []
     for name, start in untrained(report.fresh or {}, report).items():
@@ -192,24 +194,24 @@ def fresh_warnings(model: nn.Module, report: ConversionReport) -> list[str]:
     warnings = []
     if new:
         warnings.append(
-            f"{few(_unique(new))}: in no file of the base, so freshly initialised, and frozen. The adapter file keeps these"
+            f"{few(_unique(new))}: in no file of the base, so freshly initialised, and frozen. The adapter file stores these"
             f" values; to train them, type {_remedy(new)}."
         )
     if grown:
         warnings.append(
-            f"{few([text for text, _ in grown])}: added to what the base's files hold, so freshly initialised, and frozen. The"
-            f" adapter file keeps these rows; to train them, type {_remedy([owner for _, owner in grown])}."
+            f"{few([text for text, _ in grown])}: missing in the base's files, so freshly initialised, and frozen. The"
+            f" adapter file stores these rows; to train them, type {_remedy([owner for _, owner in grown])}."
         )
     if adapted:
         warnings.append(
             f"{few(_unique(adapted))}: converted, but their weights are in no file of the base, so freshly initialised: an"
-            f" update of random rows and columns learns little. The adapter file keeps them; better type {_remedy(adapted)}."
+            f" update of random rows and columns learns little. The adapter file stores them; better type {_remedy(adapted)}."
         )
     return warnings
 
 
 def frozen_beside(model: nn.Module, report: ConversionReport) -> list[str]:
-    """Heads that stay frozen and of which no file is known: around a Hugging Face model, or of any other model."""
+    """Return the frozen heads without a file: outside of a Hugging Face model, or in any other model."""
     heads = [name for name, why in report.left_out.items() if why == HEAD]
     root, _ = adapted_root(model)
     if not is_hugging_face(root):
@@ -219,10 +221,10 @@ def frozen_beside(model: nn.Module, report: ConversionReport) -> list[str]:
 
 
 def settings_of(model: nn.Module, fresh: Mapping[str, int]) -> dict[str, Any]:
-    """What the fresh tensors change in the base's config.json: sizes such as ``vocab_size``, and the labels of a head.
+    """Return the settings that the fresh tensors change in config.json: sizes such as ``vocab_size``, a head's labels.
 
     Returns:
-        Setting -> value, with a dot before a setting of a nested config.
+        Setting -> value; a nested setting has a dotted name.
     """
     config = getattr(adapted_root(model)[0], "config", None)
     folder = base_of(model).folder if fresh else None
@@ -237,7 +239,7 @@ def settings_of(model: nn.Module, fresh: Mapping[str, int]) -> dict[str, Any]:
     live = live_tensors(model, list(fresh))
     sizes = {int(whole_shape(value)[0]) for value in live.values() if value.dim()}
     now = config.to_dict()
-    if any(start == 0 for start in fresh.values()):  # another head than the base's: of another class
+    if any(start == 0 for start in fresh.values()):  # a new head: the class of the model is another one
         now["architectures"] = [type(adapted_root(model)[0]).__name__]
     return dict(_changed(before.to_dict(), now, sizes))
 
@@ -254,7 +256,7 @@ def _changed(
 
 
 def _tensors(model: nn.Module, root: nn.Module, at: str | None) -> Iterator[tuple[str, str, nn.Module, Tensor]]:
-    """(name in the root, canonical name, owner, tensor) of what is the base's to hold: not what a conversion added."""
+    """Yield (name in the root, canonical name, owner, tensor) of each tensor that the conversion did not add."""
     canonical = {id(module): name for name, module in canonical_owners(model, at)}
     for full, module in canonical_owners(root, ""):
         if isinstance(module, (Adapter, FrozenTensors)):
@@ -268,7 +270,7 @@ def _tensors(model: nn.Module, root: nn.Module, at: str | None) -> Iterator[tupl
 
 
 def _stored(name: str, reader: ShardReader, root: nn.Module) -> TensorInfo | None:
-    """A tensor among the files', which may have the body's prefix or not."""
+    """Find a tensor in the files, where its name may have the body's prefix or not."""
     prefix = f"{getattr(root, 'base_model_prefix', '') or '_'}."
     return (
         reader.tensors.get(name) or reader.tensors.get(prefix + name) or reader.tensors.get(name.removeprefix(prefix))

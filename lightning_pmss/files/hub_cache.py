@@ -1,4 +1,4 @@
-"""Snapshots of the model hub that lie on this machine; nothing here asks the network."""
+"""Snapshots in the model hub's cache on this machine, found without network access."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Snapshot(NamedTuple):
     Attributes:
         name: The repository's id, ``org/name``.
         commit: 40 hex digits.
-        folder: Where its files are.
+        folder: Folder of its files.
     """
 
     name: str
@@ -24,13 +24,13 @@ class Snapshot(NamedTuple):
 
 
 def snapshot_at(folder: Path) -> Snapshot | None:
-    """The snapshot that a folder is, told from its path; None for any other folder."""
+    """Return the snapshot that a folder is, by its path; None for any other folder."""
     found = _SNAPSHOT.search(folder.absolute().as_posix())
     return None if found is None else Snapshot(found["name"].replace("--", "/"), found["commit"], folder)
 
 
 def snapshots(name: str) -> list[Snapshot]:
-    """All snapshots of a repository; what its branch ``main`` points to comes first."""
+    """List all snapshots of a repository, first the one that its branch ``main`` points to."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
@@ -43,12 +43,12 @@ def snapshots(name: str) -> list[Snapshot]:
 
 
 def snapshot_of(name: str, revision: str | None = None) -> Snapshot | None:
-    """The snapshot that a branch, tag or commit of a repository stands for here, None if it was never downloaded."""
+    """Return the cached snapshot of a branch, tag or commit of a repository; None if it was never downloaded."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
         file = try_to_load_from_cache(name, "config.json", revision=revision)
-    except HFValidationError:  # no repository's id, such as a folder that is gone
+    except HFValidationError:  # not a repository's id, such as a deleted folder
         return None
     return snapshot_at(Path(file).parent) if isinstance(file, str) else None

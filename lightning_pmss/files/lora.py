@@ -1,8 +1,8 @@
-"""Export an adapter as a LoRA of peft's format, without approximation where the update is a product of thin matrices.
+"""Export an adapter as a LoRA of peft's format, exactly if the update is a product of thin matrices.
 
-``W' = W + C (s U) R`` of PMSS is one: ``lora_A = R``, ``lora_B = C (s U)``. So peft, vLLM and every other reader of LoRA
-compute W' from the untouched base. The file is larger than PMSS's own: ``r (in + out)`` numbers per layer in place of ``r^2``.
-A smaller rank is had by cutting singular values, and the report says what that costs each layer.
+PMSS's ``W' = W + C (s U) R`` is one, with ``lora_A = R`` and ``lora_B = C (s U)``. So peft, vLLM and every other reader of LoRA
+compute W' from the untouched base. The file is larger than PMSS's own: ``r (in + out)`` numbers per layer instead of ``r^2``.
+Cutting singular values gives a smaller rank, and the report has the error of each layer.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ def export_lora(
         folder: Written whole or not at all: ``adapter_model.safetensors``, ``adapter_config.json``, a model card, and
             ``export_report.json``.
         rank: Cut layers of a larger rank to this one, by singular values; None: exact.
-        dtype: Of the factors (``"bfloat16"``, ...); None: float32, float64 for a float64 base.
+        dtype: Dtype of the factors (``"bfloat16"``, ...); None: float32, float64 for a float64 base.
         overwrite: Replace an earlier export.
         progress: Show a progress bar.
 
     Returns:
-        What was written; ``print`` it.
+        A report to ``print``.
 
     Raises:
         FileExistsError: See `atomic_folder`.
         ValueError: No converted layer, a sharded model, NaN or infinite values, a layer outside of the Hugging Face model,
-            or a rank or dtype that is none.
+            or an invalid rank or dtype.
     """
     target = _checked(folder, rank, overwrite)
     return _write(model_source(model), target, rank, parse_dtype(dtype, "float32"), overwrite, progress, None)
@@ -79,24 +79,24 @@ def export_files(
     progress: bool = True,
     announce: Callable[[str], object] | None = None,
 ) -> LoraReport:
-    """Export an adapter folder with its base on disk, layer by layer; no model is built, and none needs to fit in memory.
+    """Export an adapter folder with its base on disk, layer by layer, without building the model.
 
     Args:
-        base: Folder of the base's safetensors, of which the adapter's layers are read and nothing else.
+        base: Folder of the base's safetensors; only the adapter's layers are read.
         adapter: Folder written by `save_adapter`.
-        output: See `export_lora`, as the rest.
+        output: Folder to write, see `export_lora`.
         format: ``"peft"``.
         rank: See `export_lora`.
         dtype: See `export_lora`.
         overwrite: See `export_lora`.
         progress: See `export_lora`.
-        announce: Called with the size and rank of what is about to be written, before it is.
+        announce: Called before anything is written, with a line on the size and the ranks.
 
     Raises:
         FileNotFoundError: Base or adapter or one of their files is missing.
         FileExistsError: See `atomic_folder`.
-        ValueError: Another base than the adapter's (a merged one is), a module not found in it, an unknown format, NaN or
-            infinite values, an output equal to, inside or around base or adapter, unreadable files.
+        ValueError: Another base than the adapter's (also its merged form), a module not found in it, an unknown format, NaN
+            or infinite values, an output equal to, inside or around base or adapter, unreadable files.
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is not known; choose {' or '.join(FORMATS)}.")
@@ -111,15 +111,15 @@ def export_files(
 
 
 def lora_pair(factors: Factors, rank: int | None = None) -> tuple[Tensor, Tensor, float | None]:
-    """``lora_A [k, in]`` and ``lora_B [out, k]`` with ``lora_B @ lora_A`` the update.
+    """Return ``lora_A [k, in]`` and ``lora_B [out, k]``, whose product ``lora_B @ lora_A`` is the update.
 
     Args:
-        factors: Of the update, float64.
-        rank: Largest k; where it is smaller than theirs, the best approximation of that rank (Eckart and Young), the singular
-            values shared evenly by both factors.
+        factors: Factors of the update, float64.
+        rank: Largest k. If it is smaller than the factors' rank, the result is the best approximation (Eckart and Young), with
+            the square root of the singular values in each factor.
 
     Returns:
-        Both factors in float64, and the share of the update's Frobenius norm that was cut off; None where nothing was.
+        Both factors in float64, and the share of the update's Frobenius norm that was cut off; None if nothing was.
     """
     a, b = factors
     if rank is None or rank >= len(a):
@@ -142,7 +142,7 @@ def _write(
     progress: bool,
     announce: Callable[[str], object] | None,
 ) -> LoraReport:
-    """Plan, announce, write."""
+    """Plan the file, announce it, and write the folder."""
     ranks = {name: min(layer.rank, rank or layer.rank) for name, layer in source.layers.items()}
     dtype = dtype or (torch.float64 if source.double else torch.float32)
     extra = _with_tied(source)
@@ -171,7 +171,7 @@ def _write(
         revision=source.revision,
         model_class=source.model_class,
     )
-    source.factors(next(iter(source.layers)))  # another base is refused before anything is said or written
+    source.factors(next(iter(source.layers)))  # refuses another base before anything is announced or written
     if announce is not None:
         announce(report.announcement())
     with atomic_folder(target, LORA, overwrite=overwrite) as folder:
@@ -194,7 +194,7 @@ def _tensors(
     extra: Mapping[str, Tensor],
     errors: dict[str, float],
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in the order of the file; A and B of a layer follow one another, so one pair is in memory at a time."""
+    """Yield the tensors in the order of the file: A and B of a layer together, so one pair is in memory at a time."""
     pair: dict[str, Tensor] = {}
     for info in plan:
         name = info.key.removeprefix(_PREFIX)
@@ -209,14 +209,14 @@ def _tensors(
             pair = {f"{_PREFIX}{name}.lora_{side}.weight": t.to(info.dtype) for side, t in (("A", a), ("B", b))}
             if broken := not_finite(pair):
                 raise ValueError(
-                    f"{few(broken)}: NaN or infinite values in {info.dtype}, and nothing is written. The run diverged, or"
+                    f"{few(broken)}: NaN or infinite values in {info.dtype}; nothing is written. The run diverged, or"
                     " the update is too large for this dtype: leave it out for float32."
                 )
         yield info.key, pair.pop(info.key)
 
 
 def _with_tied(source: Source) -> dict[str, Tensor]:
-    """The tensors trained in full under all their names: peft unties what it copies, so each copy needs the values."""
+    """Return the tensors trained in full under all their names: peft copies and unties them, and each copy needs values."""
     found = dict(source.also_train)
     for name, others in source.tied.items():
         found |= dict.fromkeys(others, source.also_train[name])
@@ -224,7 +224,7 @@ def _with_tied(source: Source) -> dict[str, Tensor]:
 
 
 def _owners(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The modules that hold these tensors, without those inside another one."""
+    """Names of the outermost modules that contain these tensors."""
     names = sorted({name.rpartition(".")[0] for name in tensors})
     return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 

@@ -1,8 +1,8 @@
-"""What peft's ``adapter_config.json`` says of an exported adapter.
+"""peft's ``adapter_config.json`` of an exported adapter.
 
-Written field by field as peft 0.21 writes it, without importing peft, so that the export needs no peft and its result does
-not hang on the one that happens to be installed. ``lora_alpha`` equals the rank in every layer, in the general fields and in
-both patterns: each layer's factor ``lora_alpha / r`` is then exactly 1, also for a server that knows no patterns.
+It is written as peft 0.21 writes it, without importing peft, so the export needs no peft and does not depend on the installed
+version. ``lora_alpha`` equals the rank in every layer, in the general fields and in both patterns: each layer's factor
+``lora_alpha / r`` is then exactly 1, also for a server that ignores patterns.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 from lightning_pmss.messages import some
 
 CONFIG_FILE = "adapter_config.json"
-PEFT_VERSION = "0.21.2"  # whose form this is; peft reads it only to explain unknown fields
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of `--max-lora-rank`
-_HEADS = {  # task type: endings of the class names, and modules that peft then takes as trained in full
+PEFT_VERSION = "0.21.2"  # the format written here; peft reads it only to explain unknown fields
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of `--max-lora-rank`
+_HEADS = {  # task type: endings of the class names, and modules that peft then treats as trained in full
     "CAUSAL_LM": (("ForCausalLM", "LMHeadModel"), ()),
     "SEQ_CLS": (("ForSequenceClassification",), ("classifier", "score")),
     "TOKEN_CLS": (("ForTokenClassification",), ("classifier", "score")),
@@ -36,21 +36,21 @@ def peft_config(
     revision: str | None,
     model_class: str | None,
 ) -> dict[str, Any]:
-    """The config of an adapter, with patterns that mean the given layers and no others.
+    """Return the config of an adapter, with patterns that match exactly the given layers.
 
     Args:
         ranks: Rank of each layer by its full name.
-        modules: Full names of the model's modules, against which patterns are checked.
+        modules: Full names of the model's modules, for checking the patterns.
         modules_to_save: Full names of the modules trained in full.
         transposed: Whether layers store their weight as W^T (``Conv1D``).
         base_model: Id or path of the base.
-        revision: Its commit.
-        model_class: Dotted path of the model's class, where it is known.
+        revision: Commit of the base.
+        model_class: Dotted path of the model's class, if it is known.
 
     Raises:
-        ValueError: peft would take a converted layer for one of `modules_to_save`.
+        ValueError: peft would confuse a converted layer with one of ``modules_to_save``.
     """
-    # peft compares the plain ends of names here, without a dot: "proj" would also be "q_proj".
+    # peft compares endings without a dot here: "proj" also matches "q_proj".
     if clash := [name for name in ranks if name.endswith(tuple(modules_to_save))]:
         raise ValueError(
             f"peft would take {some(clash)} for modules trained in full, since their names end as {some(modules_to_save)}. "
@@ -106,14 +106,14 @@ def peft_config(
 
 
 def write_peft_config(config: Mapping[str, Any], file: Path) -> None:
-    """Write the config as peft does: sorted keys, two blanks, no newline at the end."""
+    """Write the config as peft does: sorted keys, an indent of 2, no newline at the end."""
     file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def target_modules(names: Collection[str], modules: Collection[str]) -> list[str] | str:
-    """The shortest list of name endings by which peft finds these modules and no others; else a regular expression.
+    """Return a list of name endings by which peft finds exactly these modules, else a regular expression.
 
-    peft's rule for an item t of a list: a module called t, or ending in "." + t.
+    An item t of peft's list matches a module named t, or whose name ends with "." + t.
     """
     wanted = set(names)
     ends: set[str] = set()
@@ -126,9 +126,9 @@ def target_modules(names: Collection[str], modules: Collection[str]) -> list[str
 
 
 def rank_pattern(ranks: Mapping[str, int], usual: int) -> dict[str, int]:
-    """peft's ``rank_pattern`` for the layers whose rank is not `usual`.
+    """Return peft's ``rank_pattern`` for the layers whose rank is not ``usual``.
 
-    peft takes the first key, in the order of the file (sorted), with ``re.match(r"(.*\\.)?(KEY)$", name)``.
+    peft uses the first key, in the order of the file (sorted), with ``re.match(r"(.*\\.)?(KEY)$", name)``.
     """
     pattern: dict[str, int] = {}
     for last in {name.rpartition(".")[2] for name in ranks}:
@@ -145,7 +145,7 @@ def rank_pattern(ranks: Mapping[str, int], usual: int) -> dict[str, int]:
 
 
 def task_type(model_class: str | None, modules_to_save: Sequence[str]) -> str | None:
-    """peft's task type; None where peft would take a head for trained in full that was not."""
+    """Return peft's task type; None if peft would treat a frozen head as trained in full."""
     ends = {name.rpartition(".")[2] for name in modules_to_save}
     for task, (endings, heads) in _HEADS.items():
         if model_class is not None and model_class.endswith(endings):
@@ -154,7 +154,7 @@ def task_type(model_class: str | None, modules_to_save: Sequence[str]) -> str | 
 
 
 def vllm_rank(rank: int) -> int | None:
-    """The smallest ``--max-lora-rank`` of vLLM that takes this rank; None where none does."""
+    """Return the smallest ``--max-lora-rank`` of vLLM that allows this rank, or None."""
     return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
 
 

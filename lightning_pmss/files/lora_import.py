@@ -24,10 +24,12 @@ from lightning_pmss.store.shards import few, open_shards
 _PREFIX = "base_model.model."  # of peft's keys
 _AGAIN = "Copy the folder again, or write it anew with peft."
 _ENDS = {"lora_A.weight": "A", "lora_B.weight": "B"}
+_IN_PEFT = "PeftModel.from_pretrained(model, folder).merge_and_unload()."
+_QUANTISED = "a quantised form, whose shapes cannot be compared. Give the unquantised base."
 
 
 class PeftRecord(Record):
-    """What is read of peft's ``adapter_config.json``; the rest is of training alone, or refused by `_refuse_variants`."""
+    """Entries of peft's ``adapter_config.json``; the rest matters only in training, or `_refuse_variants` refuses it."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -57,13 +59,13 @@ def import_files(
 
     Args:
         input: Folder with peft's ``adapter_config.json`` and ``adapter_model.safetensors``.
-        base: The base on disk: folder of safetensors, or one file; names and shapes of the layers are compared with it.
+        base: The base, folder of safetensors or one file; its names and shapes are compared with the LoRA's.
         output: Folder to write; appears only when it is complete.
         format: ``"peft"``.
         overwrite: Replace an earlier adapter.
 
     Returns:
-        A line about what was written.
+        A one-line report.
 
     Raises:
         FileNotFoundError: A folder or file is missing.
@@ -77,7 +79,7 @@ def import_files(
     check_target(target, ADAPTER, overwrite=overwrite)
     adapter = read_peft(source)
     with open_shards(base) as reader:
-        rename = resolve_names(adapter, reader, base)  # refuses names and shapes that the base does not have
+        rename = resolve_names(adapter, reader, base, _IN_PEFT, _QUANTISED)  # also checks the shapes
         if lost := [name for name in adapter.also_train if rename(name) not in reader.tensors]:
             raise ValueError(
                 f"{source} has {few(lost)} trained in full, which {base} does not have under this name: it ties it to another"
@@ -88,7 +90,7 @@ def import_files(
 
 
 def read_peft(folder: str | os.PathLike[str]) -> AdapterFile:
-    """A LoRA folder of peft, read and checked; raises as `import_files`."""
+    """Read and check a LoRA folder of peft; raises as `import_files`."""
     folder = Path(folder).expanduser()
     if missing := [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder} lacks {' and '.join(missing)}: not a complete adapter folder of peft.")
@@ -129,12 +131,12 @@ def _refuse_variants(record: PeftRecord, content: Any, where: str) -> None:
     found += [name for name in others if content.get(name)]
     if found:
         raise ValueError(
-            f"{where} has {few(found)}: more than ``W + B A``. Merge it with peft (merge_and_unload) instead."
+            f"{where} has {few(found)}, which W + B A cannot express. Merge it with peft (merge_and_unload) instead."
         )
 
 
 def _sorted(tensors: dict[str, Tensor], where: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """The pairs by layer, and the tensors trained in full by name."""
+    """Sort peft's tensors into pairs by layer, and tensors trained in full by name."""
     pairs: dict[str, dict[str, Tensor]] = {}
     full: dict[str, Tensor] = {}
     for key, value in tensors.items():
@@ -143,7 +145,7 @@ def _sorted(tensors: dict[str, Tensor], where: str) -> tuple[dict[str, dict[str,
         if end is not None:
             pairs.setdefault(name.removesuffix(f".{end}"), {})[_ENDS[end]] = value
         elif "lora_" in name or not key.startswith(_PREFIX):
-            raise ValueError(f"{where}: {key} is nothing that a plain LoRA has. Merge it with peft instead.")
+            raise ValueError(f"{where}: {key} is not a tensor of a plain LoRA. Merge it with peft instead.")
         else:
             full[name] = value
     if half := [name for name, pair in pairs.items() if len(pair) < 2]:
@@ -154,12 +156,12 @@ def _sorted(tensors: dict[str, Tensor], where: str) -> tuple[dict[str, dict[str,
 
 
 def _scaling(record: PeftRecord, name: str, rank: int, where: str) -> float:
-    """peft's factor of a layer: ``alpha / r``, or ``alpha / sqrt(r)``; patterns are matched literally, never run."""
+    """Return peft's factor of a layer, ``alpha / r`` or ``alpha / sqrt(r)``; patterns are compared as text, never run."""
     alpha = record.lora_alpha
     for pattern, value in (record.alpha_pattern or {}).items():
         literal = re.sub(r"\\(.)", r"\1", pattern.removeprefix("^").removesuffix("$"))
         if not re.fullmatch(r"[\w.\-]+", literal):
-            raise ValueError(f"{where}: alpha_pattern has {pattern!r}, which is no name. Merge it with peft instead.")
+            raise ValueError(f"{where}: alpha_pattern has {pattern!r}, not a plain name. Merge it with peft instead.")
         if name == literal or (not pattern.startswith("^") and name.endswith(f".{literal}")):
             alpha = value
             break

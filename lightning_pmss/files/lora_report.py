@@ -1,4 +1,4 @@
-"""What an export wrote: as data, as text, and as the model card beside it."""
+"""Report of an export: as data, as text, and as a model card."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _TAGS = {
 
 @dataclass(frozen=True)
 class ExportedLayer:
-    """One layer.
+    """One exported layer.
 
     Attributes:
         name: Canonical module name.
         shape: (out, in) of W.
         full_rank: Rank of the adapter's update.
-        rank: Rank of the LoRA; smaller where it was cut.
+        rank: Rank of the LoRA; smaller if it was cut.
     """
 
     name: str
@@ -40,17 +40,17 @@ class ExportedLayer:
 
 @dataclass
 class LoraReport:
-    """What `export_lora` wrote; ``print`` it.
+    """Report of `export_lora`, to ``print``.
 
     Attributes:
         output: The folder.
         layers: One entry per layer.
-        modules_to_save: Modules trained in full, which are in the file, too.
-        dtype: Of the factors.
+        modules_to_save: Modules trained in full, which are also in the file.
+        dtype: Dtype of the factors.
         bytes: Size of all tensors.
         base_model: Id or path of the base.
-        revision: Its commit.
-        model_class: Dotted path of the model's class, where it is known.
+        revision: Commit of the base.
+        model_class: Dotted path of the model's class, if it is known.
         errors: For each layer that was cut, the share of its update's Frobenius norm that is lost.
     """
 
@@ -71,15 +71,15 @@ class LoraReport:
 
     @property
     def max_lora_rank(self) -> int | None:
-        """What vLLM's ``--max-lora-rank`` has to be; None where vLLM cannot serve this rank."""
+        """The smallest ``--max-lora-rank`` for vLLM; None if vLLM cannot serve this rank."""
         return vllm_rank(self.rank)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data."""
+        """Return the report as plain data."""
         return asdict(self) | {"rank": self.rank, "max_lora_rank": self.max_lora_rank}
 
     def announcement(self) -> str:
-        """What is about to be written, in one line."""
+        """Describe the planned export in one line."""
         counts = Counter(layer.rank for layer in self.layers)
         ranks = ", ".join(f"{count} of rank {rank}" for rank, count in sorted(counts.items(), reverse=True))
         cut = sum(layer.rank < layer.full_rank for layer in self.layers)
@@ -89,13 +89,13 @@ class LoraReport:
         return f"LoRA of {len(self.layers)} layers ({ranks}; {how}){also}: {size}, to {self.output}"
 
     def vllm(self) -> str:
-        """How vLLM takes it, or why it does not."""
+        """Return the option that vLLM needs, or the reason why vLLM cannot serve the adapter."""
         if self.modules_to_save:
             return f"vLLM takes no adapter with modules trained in full ({', '.join(self.modules_to_save)}); merge instead."
         if self.max_lora_rank is None:
             return (
                 f"vLLM takes ranks up to {VLLM_RANKS[-1]}, and this one is {self.rank}: export with --rank {VLLM_RANKS[-1]}, "
-                "which says what it costs, or merge."
+                "which reports the error, or merge."
             )
         return f"vLLM needs --max-lora-rank {self.max_lora_rank}."
 
@@ -111,7 +111,7 @@ class LoraReport:
 
 
 def write_report(folder: Path, report: LoraReport) -> None:
-    """Write export_report.json, which is also the manifest that `atomic_folder` reads; the last file of the folder."""
+    """Write export_report.json, the last file of the folder and the manifest that `atomic_folder` reads."""
     content = {
         "written_by": WRITTEN_BY,
         "files": [*files_below(folder), REPORT_FILE],
@@ -122,8 +122,8 @@ def write_report(folder: Path, report: LoraReport) -> None:
 
 
 def write_card(folder: Path, report: LoraReport) -> None:
-    """Write the model card, in the form of the hub's."""
-    # A path is no id of the hub, which refuses a card that names one.
+    """Write the model card in the hub's format."""
+    # The hub refuses a card with a path as base_model.
     known = report.base_model if report.base_model and is_hub_id(report.base_model) else None
     head = ["---", *([f"base_model: {known}"] if known else []), "library_name: peft"]
     tag = next((tag for end, tag in _TAGS.items() if (report.model_class or "").endswith(end)), None)
@@ -143,7 +143,7 @@ def _card(report: LoraReport) -> list[str]:
     counts = Counter(layer.rank for layer in report.layers)
     ranks = "; ".join(f"rank {rank}: {count} layers" for rank, count in sorted(counts.items(), reverse=True))
     exact = (
-        f"This is the adapter itself: `lora_A` holds rows of the base's weights, `lora_B` what was trained, in {report.dtype}."
+        f"The conversion is exact: `lora_A` contains rows of the base's weights, `lora_B` the trained part, in {report.dtype}."
         if not report.errors
         else "Cut to a smaller rank by singular values; share of each update's norm that is lost: largest "
         f"{max(report.errors.values()):.3g}, smallest {min(report.errors.values()):.3g} ({REPORT_FILE} has every layer's)."

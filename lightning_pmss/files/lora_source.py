@@ -1,4 +1,4 @@
-"""Where an export takes its numbers from: a live model, or an adapter folder and its base on disk."""
+"""Sources of an export: a live model, or an adapter folder and its base on disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_pmss.files.adapter import class_path, other_names, tensors_of
 from lightning_pmss.files.adapter_file import AdapterFile, FreshTensor
 from lightning_pmss.files.base import base_of
 from lightning_pmss.files.fresh import fresh_tensors, live_tensors, untrained
-from lightning_pmss.files.naming import Wording, match_names, refuse_misfits, stored_shapes
+from lightning_pmss.files.naming import base_weight, refuse_misfits, refuse_wrong_base, resolve_names
 from lightning_pmss.layers.convertible import canonical_shape
 from lightning_pmss.layers.guard import refuse_disabled
 from lightning_pmss.layers.parts import clean_name, is_sharded
@@ -22,15 +22,18 @@ from lightning_pmss.methods.method import Factors, Update
 from lightning_pmss.store import not_finite
 from lightning_pmss.store.shards import ShardReader, few
 
+_IN_PYTHON = "load_adapter(model, ADAPTER_DIR), then the same on the model."
+_QUANTISED = "a quantised form, of which no rows and columns can be read. Give the unquantised base."
+
 
 @dataclass(frozen=True)
 class Layer:
-    """A converted layer before its numbers are read.
+    """Shape and rank of a converted layer, without its tensors.
 
     Attributes:
         shape: (out, in) of W.
         transposed: Whether the base stores W^T (``Conv1D``).
-        rank: Of the update.
+        rank: Rank of the update.
     """
 
     shape: tuple[int, int]
@@ -43,17 +46,18 @@ class Source:
     """An adapter and its base.
 
     Attributes:
-        layers: By canonical name.
-        factors: Of a layer's update, float64; ValueError where they are another base's, or it is no product of thin matrices.
-        update: Of a layer.
-        weight: The pristine W of a layer, canonical, [out, in].
-        also_train: Tensors of the modules trained in full, and of those that no file of the base holds.
+        layers: Layers by canonical name.
+        factors: Function from a layer's name to its update's factors, float64; ValueError for another base, or for an update
+            that is no product of thin matrices.
+        update: Function from a layer's name to its update.
+        weight: Function from a layer's name to its pristine W, canonical, [out, in].
+        also_train: Tensors of the modules trained in full, and fresh tensors.
         tied: Other names of an ``also_train`` tensor.
         modules: Names of the model's modules, as far as they are known.
-        double: Whether U is float64.
+        double: Whether the update is float64.
         base_model: Id or path of the base.
-        revision: Its commit.
-        model_class: Dotted path of the model's class, where it is known.
+        revision: Commit of the base.
+        model_class: Dotted path of the model's class, if it is known.
     """
 
     layers: Mapping[str, Layer]
@@ -70,7 +74,7 @@ class Source:
 
 
 def model_source(model: nn.Module) -> Source:
-    """The adapter of a converted model.
+    """Make the source of a converted model.
 
     Raises:
         ValueError: No converted layer, a sharded model, NaN or infinite values, or layers outside of the Hugging Face model.
@@ -95,7 +99,7 @@ def model_source(model: nn.Module) -> Source:
     numbers = {f"{n}.{part}": t for n, x in layers.items() for part, t in x.update().numbers().items()}
     if broken := not_finite(numbers | extra):
         raise ValueError(
-            f"NaN or infinite values in {few(broken)}: the training has diverged, and such an adapter is not exported. "
+            f"NaN or infinite values in {few(broken)}: the training has diverged, so the adapter is not exported. "
             "Go back to an earlier checkpoint."
         )
     known = base_of(model)
@@ -115,16 +119,16 @@ def model_source(model: nn.Module) -> Source:
 
 
 def file_source(adapter: AdapterFile, reader: ShardReader) -> Source:
-    """An adapter folder and the base's open shards; reads of the base what `Source.parts` is asked for.
+    """Make the source of an adapter folder and the base's open shards; weights are read on demand.
 
     Raises:
         ValueError: The adapter's layers are not in the base, have other shapes there, or are quantised.
     """
-    rename = _names(adapter, reader)
+    rename = resolve_names(adapter, reader, reader.folder, _IN_PYTHON, _QUANTISED)
     refuse_misfits(adapter, reader, rename)
     owners = {key.rpartition(".")[0] for key in reader.tensors}
     modules = {name[:end] for name in owners for end in (*_dots(name), len(name))}
-    # Elsewhere the checkpoint's names may differ from the model's by a prefix, which the ends of names do not show.
+    # Other names of the checkpoint may differ from the model's by a prefix, which their endings do not show.
     beside = {n: fresh for n, fresh in adapter.fresh.items() if n.rpartition(".")[0] not in adapter.modules}
     modules -= {rename(name) for name in adapter.modules}
     modules |= set(adapter.modules)
@@ -132,7 +136,7 @@ def file_source(adapter: AdapterFile, reader: ShardReader) -> Source:
         layers={n: Layer(m.shape, m.layout == "conv1d", m.update.rank) for n, m in adapter.modules.items()},
         factors=lambda name: _factors(adapter, reader, rename, name),
         update=lambda name: adapter.modules[name].update,
-        weight=lambda name: _weight(adapter, reader, rename, name),
+        weight=lambda name: base_weight(adapter, reader, rename, name),
         also_train=adapter.also_train | {n: _whole(n, fresh, adapter, reader, rename) for n, fresh in beside.items()},
         tied=adapter.tied,
         modules=sorted(modules),
@@ -144,11 +148,7 @@ def file_source(adapter: AdapterFile, reader: ShardReader) -> Source:
 
 
 def refuse_fresh_layers(fresh: Iterable[str], layers: Iterable[str]) -> None:
-    """A LoRA is added to a weight of the base.
-
-    Raises:
-        ValueError: A converted layer's weight is in no file of the base.
-    """
+    """Refuse converted layers with fresh weights: the base has no weight that a LoRA could be added to."""
     if own := [name for name in layers if f"{name}.weight" in fresh]:
         raise ValueError(
             f"{few(own)}: the weight is in no file of the base, so a LoRA would have nothing to be added to. Train such layers"
@@ -159,24 +159,21 @@ def refuse_fresh_layers(fresh: Iterable[str], layers: Iterable[str]) -> None:
 def _whole(
     name: str, fresh: FreshTensor, adapter: AdapterFile, reader: ShardReader, rename: Callable[[str], str]
 ) -> Tensor:
-    """A tensor that the adapter file holds, with the rows before that are the base's."""
-    if fresh.start == 0:
-        return fresh.value
+    """Return a whole fresh tensor, with its first rows from the base."""
     names = [rename(n) for n in (name, *adapter.tied.get(name, ()))]
-    key = next((n for n in names if n in reader.tensors), None)
-    if key is None or reader.tensors[key].shape[0] < fresh.start:
+    key = next((n for n in names if n in reader.tensors), "")
+    if fresh.start and (not key or reader.tensors[key].shape[0] < fresh.start):
         raise ValueError(
-            f"{reader.folder} does not have the first {fresh.start} rows of {name}, which the adapter takes from it."
+            f"{reader.folder} does not have the first {fresh.start} rows of {name}, which the adapter needs from it."
         )
-    before = reader.read(key)[: fresh.start]
-    return torch.cat([before, fresh.value.to(before.dtype)])
+    return fresh.whole(lambda: reader.read(key))
 
 
 def thin(update: Update, weight: Tensor, name: str) -> Factors:
-    """An update as a product of thin matrices, float64.
+    """Return the update's two thin factors, float64.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The update is no product of two thin matrices.
     """
     device = next(iter(update.tensors().values())).device
     if (found := update.factors(weight.to(device), torch.float64)) is None:
@@ -188,36 +185,10 @@ def thin(update: Update, weight: Tensor, name: str) -> Factors:
 
 
 def _factors(adapter: AdapterFile, reader: ShardReader, rename: Callable[[str], str], name: str) -> Factors:
-    weight = _weight(adapter, reader, rename, name)
+    weight = base_weight(adapter, reader, rename, name)
     if not adapter.modules[name].is_of(weight):
-        # Look at some more layers, so that the message says whether it is one or all.
-        others = [n for n in adapter.modules if n != name][:20]
-        wrong = [n for n in others if not adapter.modules[n].is_of(_weight(adapter, reader, rename, n))]
-        raise ValueError(adapter.wrong_base([name, *wrong], str(reader.folder)))
+        refuse_wrong_base(adapter, reader, rename, name)
     return thin(adapter.modules[name].update, weight, name)
-
-
-def _weight(adapter: AdapterFile, reader: ShardReader, rename: Callable[[str], str], name: str) -> Tensor:
-    own = adapter.fresh.get(f"{name}.weight")
-    stored = reader.read(f"{rename(name)}.weight") if own is None else own.value
-    return adapter.modules[name].canonical(stored)
-
-
-def _names(adapter: AdapterFile, reader: ShardReader) -> Callable[[str], str]:
-    in_python = "load_adapter(model, ADAPTER_DIR), then the same on the model."
-    wording = Wording(
-        whose="the adapter's",
-        owner=f"the adapter {adapter.folder}",
-        expects="was trained on",
-        missing=(
-            "Give the base that the adapter was trained on; if its checkpoint stores these layers under other names, load "
-            f"base and adapter in Python instead: {in_python}"
-        ),
-        ambiguous=f"Work in Python instead: {in_python}",
-        mismatch="Give the base that the adapter was trained on.",
-        quantised="a quantised form, of which no rows and columns can be read. Give the unquantised base.",
-    )
-    return match_names(stored_shapes(adapter), reader, reader.folder, wording)
 
 
 def _dots(name: str) -> list[int]:

@@ -1,8 +1,8 @@
-"""The merged model on disk: streamed from the base's files, or written from a live model.
+"""Write a merged model: stream it from the base's files, or save a live model.
 
-The streaming merge needs neither the model class nor room for the model: it reads the base's safetensors one tensor at
-a time, adds ``C (s U) R`` to those the adapter names, and copies everything else. Peak memory is one shard (mapped)
-plus one matrix and its merged copy, beside the adapter itself.
+The streaming merge needs neither the model class nor memory for the model: it reads the base's safetensors one tensor at a
+time, adds the update to the adapter's layers, and copies the other tensors. Peak memory is the adapter, one shard (mapped),
+one matrix and its merged copy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from lightning_pmss.conversion.converted import beside_root, chosen_scope, conversion_of
 from lightning_pmss.conversion.roots import adapted_root
-from lightning_pmss.files.adapter_file import AdapterFile, AdapterModule, FreshTensor, read_adapter
+from lightning_pmss.files.adapter_file import AdapterFile, FreshTensor, read_adapter
 from lightning_pmss.files.base import base_of
 from lightning_pmss.files.model_folder import (
     BesideWeights,
@@ -30,7 +30,7 @@ from lightning_pmss.files.model_folder import (
     refuse_overlap,
     write_report,
 )
-from lightning_pmss.files.naming import parse_dtype, refuse_misfits, resolve_names
+from lightning_pmss.files.naming import parse_dtype, refuse_misfits, refuse_wrong_base, resolve_names
 from lightning_pmss.files.processing import copy_processing, save_processing
 from lightning_pmss.layers.convertible import FLOATS
 from lightning_pmss.layers.merged_layer import merge_update
@@ -53,6 +53,11 @@ from lightning_pmss.store.shards import (
 )
 
 OUTSIDE_FILE = "other_modules.safetensors"
+_IN_PYTHON = "load_adapter(model, folder), then write_merged(model, output)."
+_QUANTISED = (
+    "a quantised form that cannot be merged into. Give the unquantised base; if the adapter was trained on these quantised"
+    f" weights, merge in Python instead: {_IN_PYTHON}"
+)
 
 
 def merge_files(
@@ -72,20 +77,19 @@ def merge_files(
 
     Args:
         base: Folder with config.json and safetensors weights, single or sharded, or a safetensors file with a state dict.
-        adapter: Folder written by `save_adapter`, or what was read from one.
+        adapter: Folder written by `save_adapter`, or an adapter read from one.
         output: Folder to write; appears only when it is complete.
         overwrite: Replace an earlier output.
-        max_shard_size: The base's shards are kept as they are unless one is larger than this (``"5GB"``, bytes, or
-            None for no limit).
+        max_shard_size: Largest shard (``"5GB"``, bytes, or None for no limit); the base's shards are kept if all fit.
         dtype: Dtype of the merged model's floating-point weights (``"float32"``, ...); None keeps the base's.
         progress: Show a progress bar.
-        tokenizer: As for `write_merged`.
+        tokenizer: See `write_merged`.
 
     Raises:
         FileNotFoundError: Base or adapter or one of their files is missing.
         FileExistsError: See `atomic_folder`.
         ValueError: Another base than the adapter's, a module not found in the base, NaN or infinite results, an
-            output equal to, inside, or around base or adapter, unreadable files.
+            output equal to, inside or around base or adapter, unreadable files.
     """
     base, output = Path(base).expanduser(), Path(output).expanduser()
     inputs = {"base": base}
@@ -97,21 +101,21 @@ def merge_files(
     limit = None if max_shard_size is None else parse_size(max_shard_size)
     trained = adapter if isinstance(adapter, AdapterFile) else read_adapter(adapter)
     with open_shards(base) as reader:
-        rename = resolve_names(trained, reader, base)
+        rename = resolve_names(trained, reader, base, _IN_PYTHON, _QUANTISED)
         refuse_misfits(trained, reader, rename)
         plan = _Plan(trained, reader, rename, target_dtype)
         rows = {info.shape[0] for info in plan.tensors if info.shape}
         if odd := [name for name, value in trained.settings.items() if type(value) is int and value not in rows]:
             raise ValueError(
-                f"{trained.folder}: the size in its settings ({few(odd)}) is that of no tensor of the merged model. It is"
+                f"{trained.folder}: no tensor of the merged model has the size in its settings ({few(odd)}). It is"
                 " damaged or was edited by hand. Use an earlier adapter or checkpoint."
             )
         shards = plan_shards(plan.tensors, limit)
         kept = [shard[0].file for shard in shards]
-        # Base file names are kept with its structure; a new division, and names of another form, get the usual ones.
+        # The base's file names are kept only if they have the usual form and the division is unchanged.
         usual = all(matches(name, SHARDS) for name in kept) and len(set(kept)) == len(kept) == len(reader.files)
         names = kept if usual and len(shards) > 1 else shard_names(len(shards))
-        # Nothing belongs to the state dict of a lone file.
+        # A lone safetensors file has no config or tokenizer beside it.
         beside = beside_weights(base) if base.is_dir() else BesideWeights({}, {}, [])
         refuse_outside(base, beside)
         report = FileMergeReport(
@@ -138,20 +142,20 @@ def write_merged(
     tokenizer: Any = None,
     overwrite: bool = False,
 ) -> FileMergeReport:
-    """Write a live model with its adapter merged, loadable with neither this library nor Lightning.
+    """Write a live model with its adapter merged, so that it loads without this library and without Lightning.
 
-    A Hugging Face model (also one inside a LightningModule) is written by its own ``save_pretrained``, for
-    ``from_pretrained``; parameters around it, which that form cannot hold, go to ``other_modules.safetensors``. Any
-    other module gives ``model.safetensors``: a plain state dict under the original keys. Where the conversion had a
-    ``root``, only that module is written, and what was trained in full beside it. The model itself is not changed and may
-    be merged or not. A sharded one is gathered on rank 0's CPU: call it on every rank, rank 0 writes.
+    A Hugging Face model (also inside a LightningModule) is written by its own ``save_pretrained``, for ``from_pretrained``;
+    parameters outside of it go to ``other_modules.safetensors``. Any other module gives ``model.safetensors``, a plain state
+    dict with the original keys. If the conversion had a ``root``, only that module is written, and modules beside it that were
+    trained in full. The model itself is not changed and may be merged or not. A sharded one is gathered on rank 0's CPU: call
+    this function on every rank; rank 0 writes.
 
     Args:
         model: Converted by `convert`, the callback or `load_adapter`.
         folder: Written whole or not at all.
-        base: Folder of the base, from which tokenizer files and the like are copied; default: where the Hugging Face
-            model was loaded from, a folder or a snapshot in the model hub's cache.
-        tokenizer: A tokenizer or processor, or a list of them, written by ``save_pretrained``; go before the base's files.
+        base: Folder of the base, from which tokenizer files and the like are copied; default: the folder or the snapshot in
+            the hub's cache that the Hugging Face model was loaded from.
+        tokenizer: A tokenizer or processor, or a list of them, written by ``save_pretrained``; replaces the base's files.
         overwrite: Replace an earlier output.
 
     Raises:
@@ -163,7 +167,7 @@ def write_merged(
     known = base_of(model)
     source = _source(base or known.folder)
     if source is not None and (base is not None or target.resolve() == source.resolve()):
-        # A base that was not named may well lie around the output of a run.
+        # A base that was not named explicitly may contain the output folder of a run.
         refuse_overlap(target, {"base": source})
     check_target(target, MERGED, overwrite=overwrite)
     under, report_of = None, conversion_of(model)
@@ -173,7 +177,7 @@ def write_merged(
     if not state:  # a sharded model, and this is not rank 0
         return FileMergeReport(str(target))
     if strange := [key for key, value in state.items() if not isinstance(value, Tensor)]:
-        raise ValueError(f"safetensors holds tensors only; the state dict of the model has {few(strange)}.")
+        raise ValueError(f"safetensors stores only tensors; the state dict of the model has {few(strange)}.")
     report = FileMergeReport(str(target), merged=drift)
     with atomic_folder(target, MERGED, overwrite=overwrite) as temporary:
         save_pretrained = getattr(root, "save_pretrained", None)
@@ -196,18 +200,18 @@ def write_merged(
 
 
 def _source(base: str | os.PathLike[str] | None) -> Path | None:
-    """The base as a folder, or None where there is nothing to copy from."""
+    """Return the base's folder, or None if it has no config.json."""
     folder = Path(base).expanduser() if base else None
     return folder if folder is not None and (folder / "config.json").is_file() else None
 
 
 class _Plan:
-    """What becomes of every tensor of the base."""
+    """Source, shape and dtype of every tensor of the merged model."""
 
     def __init__(
         self, adapter: AdapterFile, reader: ShardReader, rename: Callable[[str], str], dtype: torch.dtype | None
     ) -> None:
-        self.adapter, self.reader = adapter, reader
+        self.adapter, self.reader, self.rename = adapter, reader, rename
         self.modules = {f"{rename(name)}.weight": name for name in adapter.modules}
         self.trained: dict[str, Tensor] = {}
         self.kept: dict[str, FreshTensor] = {}
@@ -216,7 +220,7 @@ class _Plan:
         self.added: list[str] = []
         extra: list[TensorInfo] = []
         for name, value in adapter.also_train.items():
-            # A tied tensor is stored under one of its names only.
+            # A tied tensor is stored under only one of its names.
             aliases = [rename(name), *(rename(alias) for alias in adapter.tied.get(name, ()))]
             present = [key for key in aliases if key in reader.tensors]
             for key in present or aliases[:1]:
@@ -247,7 +251,7 @@ class _Plan:
         ]
 
     def _note(self, key: str, dtype: torch.dtype, shape: tuple[int, ...], extra: list[TensorInfo]) -> None:
-        """Plan a tensor that is another one than the base's, or that the base has not."""
+        """Plan a tensor that replaces the base's, or that the base does not have."""
         stored = self.reader.tensors.get(key)
         (self.added if stored is None else self.replaced).append(key)
         if stored is None:
@@ -257,7 +261,7 @@ class _Plan:
 
     @property
     def sizes(self) -> dict[int, int]:
-        """Rows before -> rows now, of the tensors that grew or shrank."""
+        """Old -> new number of rows of the tensors that grew or shrank."""
         return {self.reader.tensors[key].shape[0]: info.shape[0] for key, info in self.resized.items()}
 
 
@@ -277,19 +281,13 @@ def _output_tensor(plan: _Plan, info: TensorInfo, report: FileMergeReport) -> Te
     if info.key in plan.trained:
         return _cast(plan.trained[info.key], info)
     fresh = plan.kept.get(info.key)
-    if fresh is None:
-        stored = plan.reader.read(info.key)
-    elif fresh.start == 0:
-        stored = fresh.value
-    else:
-        before = plan.reader.read(info.key)[: fresh.start]
-        stored = torch.cat([before, fresh.value.to(before.dtype)])
+    stored = plan.reader.read(info.key) if fresh is None else fresh.whole(lambda: plan.reader.read(info.key))
     if info.key not in plan.modules:
         return _cast(stored, info)
     name = plan.modules[info.key]
-    if not _matches(plan.adapter.modules[name], stored):
-        _refuse_wrong_base(plan, name)
     module = plan.adapter.modules[name]
+    if not module.is_of(module.canonical(stored)):
+        refuse_wrong_base(plan.adapter, plan.reader, plan.rename, name)
     try:
         value, report.merged[name] = merge_update(module.canonical(stored), module.update, info.dtype, name)
     except ValueError as error:
@@ -299,21 +297,10 @@ def _output_tensor(plan: _Plan, info: TensorInfo, report: FileMergeReport) -> Te
 
 
 def _cast(value: Tensor, info: TensorInfo) -> Tensor:
-    """In the dtype that is written; what is finite stays finite."""
+    """Cast a tensor to the dtype to write; refuse finite values that would overflow."""
     result = value.to(info.dtype)
     if value.dtype != info.dtype and not bool(result.isfinite().all()) and bool(value.isfinite().all()):
         raise ValueError(
             f"{info.key} is too large for {info.dtype}; nothing is written. Try dtype='float32' or 'bfloat16'."
         )
     return result
-
-
-def _matches(module: AdapterModule, stored: Tensor) -> bool:
-    return module.is_of(module.canonical(stored))
-
-
-def _refuse_wrong_base(plan: _Plan, first: str, limit: int = 20) -> None:
-    """Called at the first mismatch: look at some more layers, so that the message says whether it is one or all."""
-    checked = [(key, name) for key, name in plan.modules.items() if name != first][:limit]
-    wrong = [name for key, name in checked if not _matches(plan.adapter.modules[name], plan.reader.read(key))]
-    raise ValueError(plan.adapter.wrong_base([first, *wrong], str(plan.reader.folder)))

@@ -1,4 +1,4 @@
-"""What lies beside the weights in a model folder: config, tokenizer, and the report of a merge."""
+"""Files beside the weights in a model folder: config, tokenizer, and the report of a merge."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ _AGAIN = "Copy or download the base again."
 
 @dataclass
 class FileMergeReport:
-    """What `merge_files` or `write_merged` did."""
+    """Report of `merge_files` or `write_merged`, to ``print``."""
 
     output: str
     merged: dict[str, LayerDrift] = field(default_factory=dict)  # by module name
-    replaced: list[str] = field(default_factory=list)  # also_train tensors that took the place of the base's
-    added: list[str] = field(default_factory=list)  # also_train tensors that the base has not
+    replaced: list[str] = field(default_factory=list)  # also_train tensors that replaced the base's
+    added: list[str] = field(default_factory=list)  # also_train tensors that the base does not have
     copied_files: list[str] = field(default_factory=list)
-    not_copied: list[str] = field(default_factory=list)  # what the base's folder holds besides
+    not_copied: list[str] = field(default_factory=list)  # other files in the base's folder
     shards: list[str] = field(default_factory=list)
 
     @property
     def total(self) -> LayerDrift:
-        """The largest figures of any layer."""
+        """Maximum of each figure over the layers."""
         layers = self.merged.values()
         return LayerDrift(
             max_error=max((drift.max_error for drift in layers), default=0.0),
@@ -55,7 +55,7 @@ class FileMergeReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data."""
+        """Return the report as plain data."""
         return asdict(self) | {"total": asdict(self.total)}
 
     def __str__(self) -> str:
@@ -69,6 +69,7 @@ class FileMergeReport:
 
 
 def refuse_overlap(output: Path, inputs: Mapping[str, Path]) -> None:
+    """Refuse an output that is, contains or lies inside an input."""
     target = Path(os.path.realpath(output))  # `resolve` raises where links form a circle
     for role, folder in inputs.items():
         source = Path(os.path.realpath(folder))
@@ -77,17 +78,17 @@ def refuse_overlap(output: Path, inputs: Mapping[str, Path]) -> None:
         if target.is_relative_to(source):
             raise ValueError(f"the output {output} lies inside the {role} {folder}; name a folder outside of it.")
         if source.is_relative_to(target):
-            raise ValueError(f"the output {output} contains the {role} {folder}; name a folder of its own.")
+            raise ValueError(f"the output {output} contains the {role} {folder}; name another folder.")
 
 
 @dataclass(frozen=True)
 class BesideWeights:
-    """What a base's folder holds beside its weights.
+    """Contents of a base's folder, sorted for copying.
 
     Attributes:
-        files: Relative name -> the file itself, of all that belongs to a model folder.
-        outside: The same for links that lead out of the folder: their content is somebody else's.
-        others: All else: weights, training runs, caches, what cannot be read as a file. A folder ends in a slash.
+        files: Relative name -> path of each file to copy, such as config and tokenizer.
+        outside: The same for links that lead out of the folder, which are not copied.
+        others: Other entries: weights, training runs, caches, unreadable files. A folder ends in a slash.
     """
 
     files: dict[str, Path]
@@ -95,16 +96,16 @@ class BesideWeights:
     others: list[str]
 
     def not_copied(self) -> list[str]:
-        """For the report of a merge."""
+        """Names for the report of a merge."""
         weights = (*SHARDS, INDEX_FILE)
         rest = [name for name in self.others if not matches(name, weights)]
         return [*rest, *(f"{name} (a link out of the folder)" for name in self.outside)]
 
 
 def beside_weights(base: Path) -> BesideWeights:
-    """Look through a base's folder. Links to folders are not followed, links to files only within the folder.
+    """Sort the contents of a base's folder. Links to folders are not followed, links to files only within the folder.
 
-    The hub's cache keeps a model's files as links from ``snapshots/<commit>`` to ``blobs``; these are the model's own.
+    The hub's cache stores a model's files as links from ``snapshots/<commit>`` to ``blobs``, so these are followed.
     """
     root = Path(os.path.realpath(base))
     allowed = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
@@ -124,20 +125,20 @@ def refuse_outside(base: Path, found: BesideWeights) -> None:
     """Refuse a base whose config or tokenizer is a link to somewhere else."""
     for name, real in found.outside.items():
         raise ValueError(
-            f"{base / name} is a link to {real}, outside of the base, and is not copied into a model. Put a copy in its "
-            f"place: cp --remove-destination {real} {base / name}"
+            f"{base / name} is a link to {real}, outside of the base, and is not copied into a model. Replace it by a copy:"
+            f" cp --remove-destination {real} {base / name}"
         )
 
 
 def copy_beside(found: BesideWeights, folder: Path, dtype: torch.dtype | None) -> list[str]:
-    """Copy config, tokenizer and all else that belongs to a model; note a changed dtype in config.json."""
+    """Copy config, tokenizer and the like; write a changed dtype into config.json. Return the names."""
     copied = []
     for name, source in found.files.items():
         target = folder / name
-        if target.exists():  # written by the caller already
+        if target.exists():  # already written by the caller
             continue
         target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(source, target)  # modes are not copied
+        shutil.copyfile(source, target)  # without permissions
         copied.append(name)
     config = folder / "config.json"
     if dtype is not None and config.name in copied:
@@ -149,13 +150,14 @@ def copy_beside(found: BesideWeights, folder: Path, dtype: torch.dtype | None) -
 
 
 def change_settings(folder: Path, settings: Mapping[str, Any], sizes: Mapping[int, int]) -> None:
-    """Write into config.json what grown, shrunk and added tensors change in it.
+    """Update config.json for tensors that grew, shrank or were added.
 
     Args:
         folder: The merged model.
-        settings: Setting -> value, a dot before a setting of a nested config; of an adapter that knows them. Nothing but
-            sizes and the labels of a head is taken from it.
-        sizes: Rows before -> rows now of resized tensors: for adapters of early versions, the size of the vocabulary.
+        settings: Setting -> value from the adapter; a nested setting has a dotted name. Only sizes and a head's labels are
+            used.
+        sizes: Old -> new number of rows of resized tensors; sets the vocabulary size if ``settings`` is empty (adapters of
+            early versions).
     """
     config = folder / "config.json"
     if not config.is_file() or not (settings or sizes):
@@ -176,7 +178,7 @@ def change_settings(folder: Path, settings: Mapping[str, Any], sizes: Mapping[in
 
 
 def write_report(folder: Path, report: FileMergeReport, **origin: Any) -> None:
-    """Write merge_report.json: the drift, where the model comes from, and the manifest that `atomic_folder` reads."""
+    """Write merge_report.json: the drift, the model's origin, and the manifest that `atomic_folder` reads."""
     content = {
         "written_by": WRITTEN_BY,
         "files": [*files_below(folder), REPORT_FILE],

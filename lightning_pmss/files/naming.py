@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
+from torch import Tensor
 
 from lightning_pmss.files.adapter_file import AdapterFile
 from lightning_pmss.layers.convertible import FLOATS
@@ -15,10 +16,10 @@ from lightning_pmss.store.shards import ShardReader, few
 
 
 def parse_dtype(dtype: str | torch.dtype | None, left_out: str) -> torch.dtype | None:
-    """The dtype to write, from its name; None stays None, which means `left_out`.
+    """Return the dtype to write from its name; None stays None, which means ``left_out``.
 
     Raises:
-        ValueError: It is no floating-point dtype that weights are written in.
+        ValueError: Not a floating-point dtype of weights.
     """
     if dtype is None:
         return None
@@ -29,16 +30,16 @@ def parse_dtype(dtype: str | torch.dtype | None, left_out: str) -> torch.dtype |
 
 
 class Wording(NamedTuple):
-    """Texts for error messages, per caller.
+    """Texts of one caller for error messages.
 
     Attributes:
-        whose: Whose layers they are: "the adapter's".
-        owner: The same by its name: "the adapter runs/adapter".
-        expects: How it knows their shapes: "was trained on".
-        missing: What to do where no tensor fits the names.
-        ambiguous: What to do where several do.
-        mismatch: What to do where a shape differs.
-        quantised: Why no other dtype will do, and what to do.
+        whose: Owner of the layers: "the adapter's".
+        owner: Owner by name: "the adapter runs/adapter".
+        expects: Verb for the owner's shapes: "was trained on".
+        missing: Remedy if no tensor fits the names.
+        ambiguous: Remedy if several fit.
+        mismatch: Remedy if a shape differs.
+        quantised: Reason and remedy if a tensor is not floating-point.
     """
 
     whose: str
@@ -50,38 +51,63 @@ class Wording(NamedTuple):
     quantised: str
 
 
-def resolve_names(adapter: AdapterFile, reader: ShardReader, base: Path) -> Callable[[str], str]:
-    """Map the adapter's module names to the base's keys; see `match_names`."""
-    in_python = "load_adapter(model, folder), then write_merged(model, output)."
-    right_base = "Give the base that the adapter was trained on."
+def resolve_names(
+    adapter: AdapterFile, reader: ShardReader, base: Path, in_python: str, quantised: str
+) -> Callable[[str], str]:
+    """Map the adapter's module names to the base's keys, as `match_names`.
+
+    Args:
+        adapter: The adapter.
+        reader: The base's files.
+        base: Folder or file of the base, for messages.
+        in_python: What to call in Python if the names do not fit, for messages.
+        quantised: See `Wording`.
+    """
+    right_base = "Give the base that the adapter was trained on"
     wording = Wording(
         whose="the adapter's",
         owner=f"the adapter {adapter.folder}",
         expects="was trained on",
         missing=(
-            "Give the base that the adapter was trained on; if its checkpoint stores these layers under other names, load "
-            f"base and adapter in Python instead: {in_python}"
+            f"{right_base}; if its checkpoint stores these layers under other names, load base and adapter in Python instead:"
+            f" {in_python}"
         ),
-        ambiguous=f"Merge in Python instead: {in_python}",
-        mismatch=right_base,
-        quantised=(
-            "a quantised form that cannot be merged into. Give the unquantised base; if the adapter was trained on these codes,"
-            f" merge in Python instead: {in_python}"
-        ),
+        ambiguous=f"Load base and adapter in Python instead: {in_python}",
+        mismatch=f"{right_base}.",
+        quantised=quantised,
     )
     return match_names(stored_shapes(adapter), reader, base, wording)
 
 
+def base_weight(adapter: AdapterFile, reader: ShardReader, rename: Callable[[str], str], name: str) -> Tensor:
+    """Read a layer's W ``[out, in]`` from the base, or from the adapter if it is a fresh tensor."""
+
+    def stored() -> Tensor:
+        return reader.read(f"{rename(name)}.weight")
+
+    fresh = adapter.fresh.get(f"{name}.weight")
+    return adapter.modules[name].canonical(stored() if fresh is None else fresh.whole(stored))
+
+
+def refuse_wrong_base(
+    adapter: AdapterFile, reader: ShardReader, rename: Callable[[str], str], first: str, limit: int = 20
+) -> NoReturn:
+    """Raise for a mismatch in the layer ``first``; compare some more layers, so the message shows if it is one or all."""
+    others = [name for name in adapter.modules if name != first][:limit]
+    wrong = [n for n in others if not adapter.modules[n].is_of(base_weight(adapter, reader, rename, n))]
+    raise ValueError(adapter.wrong_base([first, *wrong], str(reader.folder)))
+
+
 def refuse_misfits(adapter: AdapterFile, reader: ShardReader, rename: Callable[[str], str]) -> None:
-    """Refuse tensors that cannot take the place of the base's: with other kinds of numbers, or too large for its dtype.
+    """Refuse tensors that cannot replace the base's: of another kind of dtype, or with values too large for it.
 
     Args:
         adapter: The adapter.
         reader: The base's files.
-        rename: Of `resolve_names`.
+        rename: Result of `resolve_names`.
 
     Raises:
-        ValueError: There is one.
+        ValueError: A tensor does not fit.
     """
     for name, value in (adapter.also_train | {n: fresh.value for n, fresh in adapter.fresh.items()}).items():
         for key in (rename(name), *(rename(alias) for alias in adapter.tied.get(name, ()))):
@@ -93,7 +119,7 @@ def refuse_misfits(adapter: AdapterFile, reader: ShardReader, rename: Callable[[
 
 
 def stored_shapes(adapter: AdapterFile) -> dict[str, tuple[int, ...]]:
-    """The shape that the base stores of each layer's weight; of those that the adapter file holds itself, none."""
+    """Shape of each layer's weight as the base stores it, without the weights that the adapter file contains."""
     return {
         name: module.shape[::-1] if module.layout == "conv1d" else module.shape
         for name, module in adapter.modules.items()
@@ -104,20 +130,19 @@ def stored_shapes(adapter: AdapterFile) -> dict[str, tuple[int, ...]]:
 def match_names(
     stored: Mapping[str, tuple[int, ...] | None], reader: ShardReader, base: Path, wording: Wording
 ) -> Callable[[str], str]:
-    """How canonical module names become the keys of a checkpoint (without ``.weight``).
+    """Find the function that maps canonical module names to the keys of a checkpoint (without ``.weight``).
 
-    A checkpoint may be stored with or without the model's base prefix (``transformer.h.0...`` or ``h.0...``), and the
-    names may come from either. The names as they are go first; else exactly one prefix, added to or taken from every
-    name that has a weight, must find all of them.
+    Both the checkpoint and the names may have the model's base prefix or not (``transformer.h.0...`` or ``h.0...``). Unchanged
+    names are tried first; else exactly one prefix, added to or removed from every name with a weight, must find all of them.
 
     Args:
-        stored: Shape of each module's weight as the checkpoint stores it; None where it is not known.
+        stored: Shape of each module's weight as the checkpoint stores it; None if it is not known.
         reader: The checkpoint.
         base: Its folder, for messages.
         wording: See `Wording`.
 
     Raises:
-        ValueError: Nothing fits, or more than one prefix does; another shape; a dtype that is not floating-point.
+        ValueError: No prefix fits, or several do; another shape; a dtype that is not floating-point.
     """
     keys = reader.tensors
 
@@ -128,7 +153,7 @@ def match_names(
         return name
 
     def adder(prefix: str) -> Callable[[str], str]:
-        # Names outside the base model (a head) have no prefix in either form.
+        # Names outside the base model (a head) never have the prefix.
         return lambda name: name if any(key == name or key.startswith(name + ".") for key in keys) else prefix + name
 
     def remover(prefix: str) -> Callable[[str], str]:
@@ -174,7 +199,7 @@ def _check(
 ) -> None:
     for name, shape in stored.items():
         info = reader.tensors[f"{rename(name)}.weight"]
-        if info.dtype not in FLOATS:  # first, since packed weights have other shapes, too
+        if info.dtype not in FLOATS:  # first, because packed weights also have other shapes
             raise ValueError(f"{base}: {info.key} is stored as {info.dtype}, {wording.quantised}")
         if len(info.shape) != 2 or shape not in (None, info.shape):
             wanted = "a matrix" if shape is None else list(shape)

@@ -1,7 +1,7 @@
-"""The side folder in which a long selection keeps what it has finished: one small file per matrix.
+"""The folder of unfinished work beside the output of a long selection.
 
-``<output>.partial/`` holds one safetensors file per finished matrix, which says how and from which file it was made. A run with
-the same options skips those matrices.
+``<output>.partial/`` contains one safetensors file per finished matrix, with the options and the file that it was made from. A
+run with the same options skips those matrices.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from lightning_pmss.store.disk import LOCK, atomic_file, clean_folder, held
 from lightning_pmss.store.shards import few, save_tensors
 
 _ABOUT = "piece"
-_AGAIN = "Delete it: the next run makes it anew."
+_AGAIN = "Delete it: the next run makes it again."
 
 
 class PieceRecord(Record):
-    """What is saved beside the tensors of one matrix.
+    """Metadata saved with the tensors of one matrix.
 
     Attributes:
-        options: How every matrix of the selection is treated.
-        rank: It was selected with.
-        source: Size and time of change of the base's file with its weight (`file_state`).
+        options: Options of the selection (`select.PER_MATRIX`).
+        rank: Rank that it was selected with.
+        source: Size and modification time of the base's file with its weight (`file_state`).
         layer: Its entry in the skeleton file.
     """
 
@@ -45,7 +45,7 @@ class Pieces:
 
     Attributes:
         folder: ``<output>.partial``.
-        found: Those of earlier runs, by module; the damaged ones are left out, and made again.
+        found: Undamaged pieces of earlier runs, by module.
     """
 
     def __init__(self, folder: Path, options: Mapping[str, Any], *, overwrite: bool) -> None:
@@ -54,7 +54,7 @@ class Pieces:
         files = sorted(path for path in folder.iterdir() if path.name != LOCK)
         if strange := [file.name for file in files if _about(file) is None]:
             raise FileExistsError(
-                f"{folder} is where unfinished work is kept, but holds something else ({few(strange)}). Move it away, or give "
+                f"{folder} is for unfinished work, but contains something else ({few(strange)}). Move it away, or give "
                 "another --output."
             )
         for file in files:
@@ -65,28 +65,28 @@ class Pieces:
             old, new = self.found[others[0]].options, self.options
             changed = [f"{k} {old.get(k)!r}, now {new.get(k)!r}" for k in new | old if old.get(k) != new.get(k)]
             raise ValueError(
-                f"{folder} holds an unfinished selection with other options ({'; '.join(changed)}). Finish it with those, "
+                f"{folder} contains an unfinished selection with other options ({'; '.join(changed)}). Finish it with those, "
                 "start anew with --overwrite, or give another --output."
             )
         self.forget(others)
 
     def forget(self, names: list[str]) -> None:
-        """Remove pieces, which are made again."""
+        """Remove pieces, so that they are made again."""
         for name in names:
             del self.found[name]
             self._file(name).unlink()
 
     def save(self, name: str, tensors: Mapping[str, Tensor], rank: int, source: list[int], layer: Any) -> None:
-        """Keep a finished matrix, safe from a kill and from a power cut. For the last three see `PieceRecord`."""
+        """Save a finished matrix, durable after a kill or a power cut. See `PieceRecord` for the last three arguments."""
         about = {"options": self.options, "rank": rank, "source": source, "layer": layer}
         with atomic_file(self._file(name)) as new:
             save_tensors(tensors, new, {_ABOUT: json.dumps(about)})
 
     def load(self, name: str) -> tuple[SkeletonLayerRecord, dict[str, Tensor]]:
-        """The entry of a finished matrix in the skeleton file, and its tensors, as copies.
+        """Return a finished matrix's entry for the skeleton file, and copies of its tensors.
 
         Raises:
-            ValueError: They are not those that were saved.
+            ValueError: The piece is damaged.
         """
         file = self._file(name)
         layer, tensors = _record(file).layer, read_tensors(file, _AGAIN)
@@ -101,20 +101,20 @@ class Pieces:
 
 @contextmanager
 def keeping(output: Path, options: Mapping[str, Any], *, overwrite: bool) -> Iterator[Pieces]:
-    """Make or take up the folder of a selection and lock it; it stays only if the work fails with some matrices finished.
+    """Make or reuse a selection's folder and lock it; it stays only if the work fails with some matrices finished.
 
     Args:
         output: The file that the selection is for.
-        options: How every matrix is treated; pieces made in another way are refused.
-        overwrite: Throw away pieces that were made in another way.
+        options: Options of the selection; pieces made with others are refused.
+        overwrite: Delete pieces made with other options.
 
     Raises:
-        FileExistsError: The folder holds something else, or another run is at work in it.
-        ValueError: It was begun with other options, and `overwrite` is not given.
+        FileExistsError: The folder contains something else, or another run is using it.
+        ValueError: It was begun with other options, and ``overwrite`` is not given.
     """
     folder = output.with_name(f"{output.name}.partial")
     if folder.is_symlink():
-        raise FileExistsError(f"{folder} is a link, and unfinished work is kept there. Remove the link.")
+        raise FileExistsError(f"{folder}, the folder for unfinished work, is a link. Remove the link.")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with held(folder, f"another run is writing to {folder}; wait for it, or give another --output."):
@@ -129,9 +129,9 @@ def keeping(output: Path, options: Mapping[str, Any], *, overwrite: bool) -> Ite
 
 
 def _about(file: Path) -> str | None:
-    """What a piece says of itself; empty where a power cut damaged it, and None of a file of others.
+    """Return a piece's metadata; empty if a power cut damaged it, None if the file is not a piece.
 
-    A safetensors file of others may have been moved here, so the name does not decide.
+    The name does not decide, because another safetensors file may have been moved here.
     """
     if file.is_symlink() or not file.is_file() or file.suffix != ".safetensors":
         return None
@@ -147,6 +147,6 @@ def _record(file: Path) -> PieceRecord:
 
 
 def file_state(file: Path) -> list[int]:
-    """Size and time of change: a file with the same ones holds the same weights. With others it may be a copy."""
+    """Size and modification time. Files with equal ones are taken as equal; a file with others may still be a copy."""
     state = file.stat()
     return [state.st_size, state.st_mtime_ns]

@@ -14,7 +14,7 @@ except ImportError:  # Windows
 
 def peak_memory() -> int | None:
     """Largest resident memory of this process so far, in bytes; None where the system does not report it."""
-    try:  # on Linux getrusage's peak is inherited from the process that started this one; the kernel's own is not
+    try:  # on Linux, getrusage's peak is inherited from the parent process; VmHWM is not
         found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     except OSError:
         found = None

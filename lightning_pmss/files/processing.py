@@ -1,4 +1,4 @@
-"""Tokenizers and processors beside a model or an adapter."""
+"""Save and copy tokenizers and processors."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lightning_pmss.store.kinds import ADAPTER, TOKENIZER, entries, matches
 
 
 def save_processing(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer, or several parts of the processing, by their own ``save_pretrained``; None: nothing."""
+    """Write a tokenizer or processor, or a list of them, by ``save_pretrained``; None writes nothing."""
     if tokenizer is not None:
         for part in tokenizer if isinstance(tokenizer, Sequence) else [tokenizer]:
             part.save_pretrained(folder)
 
 
 def copy_processing(adapter: Path, folder: Path) -> list[str]:
-    """Copy the tokenizer that an adapter came with, where it has one: it knows the tokens that were added."""
+    """Copy an adapter's tokenizer, if it has one: it contains the added tokens. Return the names of its files."""
     listed = ADAPTER.listed(adapter)
     names = [
         name
@@ -26,7 +26,7 @@ def copy_processing(adapter: Path, folder: Path) -> list[str]:
         if entry.is_file(follow_symlinks=False) and name in listed and matches(name, TOKENIZER)
     ]
     for name in names:
-        if not (folder / name).exists():  # written by the caller already
+        if not (folder / name).exists():  # else already written by the caller
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(adapter / name, folder / name)
     return names

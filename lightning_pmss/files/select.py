@@ -1,7 +1,7 @@
 """Select the rows and columns of a model on disk, matrix by matrix, and write them as a skeleton file.
 
-Neither the model's weights nor a GPU are needed at once: the architecture is built on the meta device, and the workers read
-one matrix each from the safetensors files. What is selected is what `convert` would select from the loaded model.
+The architecture is built on the meta device, and each worker reads one matrix at a time from the safetensors files, so neither
+memory for the model nor a GPU is needed. The selection equals that of `convert` on the loaded model.
 """
 
 from __future__ import annotations
@@ -51,21 +51,21 @@ def select_files(
 ) -> SelectReport:
     """Select rows and columns of every matrix that `convert` would convert, and write the skeleton file.
 
-    An interrupted run leaves ``<output>.partial/`` and is taken up by the next one with the same options.
+    An interrupted run leaves ``<output>.partial/``; the next run with the same options resumes it.
 
     Args:
         model: Folder with ``config.json`` and safetensors weights, single or sharded.
         output: File to write; appears only when it is complete. Format: `lightning_pmss.methods.pmss.skeleton`.
-        config: Targets, ranks, selection, seed and coordinates (`SKELETON_OPTIONS`); its other fields play no part.
+        config: Targets, ranks, selection, seed and coordinates (`SKELETON_OPTIONS`); its other fields are ignored.
         architecture: Class of transformers to convert; by default the one that ``config.json`` names.
-        workers: Matrices at a time, one thread each; by default the CPU cores that this process may use. Each holds one
-            matrix and its float32 copies in memory.
+        workers: Matrices at a time, one thread each; by default the CPU cores that this process may use. Each needs memory
+            for one matrix and its float32 copies.
         overwrite: Replace an earlier skeleton file, and unfinished work with other options or of another base.
         progress: Show a progress bar.
 
     Raises:
         FileNotFoundError: No model folder, no ``config.json``, no weights or a missing shard.
-        FileExistsError: The output exists (without `overwrite`), is no skeleton file, or another run is writing it.
+        FileExistsError: The output exists (without ``overwrite``), is not a skeleton file, or another run is writing it.
         ValueError: As `convert` raises (a pattern matches nothing, NaN, a zero matrix, linearly dependent rows or columns);
             weights missing, quantised or of other shapes; unfinished work with other options or of another base.
     """
@@ -113,7 +113,7 @@ def select_files(
 
 
 def _refuse(output: Path, config: PMSSConfig, workers: int | None, overwrite: bool) -> None:
-    """What can be refused before any file is opened."""
+    """Refuse options and outputs that are unusable before any file is opened."""
     if config.skeleton_file is not None:
         raise ValueError("skeleton_file is given, but selecting makes such a file; leave it out.")
     if workers is not None and workers < 1:
@@ -122,7 +122,7 @@ def _refuse(output: Path, config: PMSSConfig, workers: int | None, overwrite: bo
 
 
 def _refuse_output(output: Path, overwrite: bool) -> None:
-    """Called at the start, and again before the file is put in place: hours may have passed."""
+    """Refuse an unusable output; called again before the file is moved to its place, possibly hours later."""
     if output.is_dir():
         raise FileExistsError(f"{output} is a folder; name a file in it, such as {output / 'skeleton.safetensors'}.")
     if not output.exists():
@@ -140,7 +140,7 @@ def _each(
     title: str,
     done: int = 0,
 ) -> Iterator[tuple[Target, Result]]:
-    """Run `work` on every target and yield the results as they come; after an error, those at work finish, none begins."""
+    """Run ``work`` on every target and yield results as they finish; after an error no further target is started."""
     futures = {pool.submit(work, target): target for target in todo}
     total = done + len(todo)
     try:
@@ -154,11 +154,11 @@ def _each(
 
 
 def _select(target: Target, reader: ShardReader, config: PMSSConfig, pieces: Pieces) -> None:
-    """Select from one matrix and keep the result."""
+    """Select from one matrix and save the result."""
     weight = _read(target, reader)
     method = method_of(config)
     derived = method.derive(weight, target.rank, target.name, {})
-    # In the widest dtype that the model can be loaded in: a narrower one is checked when the model is converted.
+    # Checked for the stored dtype; conversion checks again for the dtype that the model is loaded in.
     scale, dtype = config.scale_of(target.rank), core_dtype(weight.dtype)
     if reason := method.why_untrainable(weight, derived, scale, dtype):
         raise ValueError(f"`{target.name}` {reason}")
@@ -173,7 +173,7 @@ def _select(target: Target, reader: ShardReader, config: PMSSConfig, pieces: Pie
 
 
 def _read(target: Target, reader: ShardReader) -> Tensor:
-    """W in canonical layout. A reader of its own: its shard is unmapped with the matrix, so mapped pages never add up."""
+    """Read W in canonical layout. Its own reader unmaps the shard with the matrix, so mapped pages do not accumulate."""
     with ShardReader(reader.folder, reader.tensors) as own:
         weight = own.read(target.key)
     return weight.T if target.transposed else weight
@@ -196,7 +196,7 @@ def _check_base(
     overwrite: bool,
     update_class: type[Update],
 ) -> None:
-    """Where a file of the base changed in size or time, go on only if its weights are those of the finished pieces."""
+    """If a file of the base changed in size or time, continue only if its weights match the finished pieces."""
 
     def same(target: Target) -> bool:
         layer, stored = pieces.load(target.name)
@@ -210,15 +210,15 @@ def _check_base(
     strangers = [target.name for target, fits in each(same, suspects, "checking what is finished") if not fits]
     if strangers and not overwrite:
         raise ValueError(
-            f"{pieces.folder} holds an unfinished selection from another base: {few(strangers)} in {reader.folder} are not "
+            f"{pieces.folder} contains an unfinished selection from another base: {few(strangers)} in {reader.folder} are not "
             "the weights it was made from. Start anew with --overwrite, or give another --output."
         )
-    if strangers:  # the others may differ outside of the rows and columns that were compared
+    if strangers:  # all suspects, because the others may differ outside of the compared rows and columns
         pieces.forget([target.name for target in suspects])
 
 
 def _write(output: Path, targets: Sequence[Target], pieces: Pieces, about: dict[str, Any]) -> list[SelectedLayer]:
-    """Put the pieces together, one in memory at a time."""
+    """Join the pieces into one file, one piece in memory at a time."""
     infos: list[TensorInfo] = []
     layers: list[SelectedLayer] = []
     modules: dict[str, Any] = {}
@@ -240,14 +240,14 @@ def _write(output: Path, targets: Sequence[Target], pieces: Pieces, about: dict[
 
 def _cores() -> int:
     try:
-        return len(os.sched_getaffinity(0))  # what a scheduler gave this process, not what the machine has
+        return len(os.sched_getaffinity(0))  # a scheduler may allow fewer than the machine has
     except AttributeError:
         return os.cpu_count() or 1
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One torch thread inside: several matrices at a time use the cores better than one product split over them."""
+    """Use one torch thread per matrix: several matrices at a time use the cores better than one split product."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

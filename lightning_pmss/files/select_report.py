@@ -1,4 +1,4 @@
-"""What a selection from files did, as data and as a table."""
+"""Report of a selection from files, as data and as a table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class SelectedLayer:
         name: Canonical module name.
         shape: ``(out, in)`` of W.
         rank: Number of selected columns and rows, after clipping.
-        requested_rank: The rank asked for.
+        requested_rank: The rank before clipping.
         residual: ``||W - C C^+ W||_F / ||W||_F``.
     """
 
@@ -27,17 +27,17 @@ class SelectedLayer:
 
 @dataclass(frozen=True)
 class SelectReport:
-    """What `select_files` did; ``print`` it for a table.
+    """Report of `select_files`; ``print`` it for a table.
 
     Attributes:
         output: The skeleton file.
         architecture: Model class.
         selection: Rule, row mode and coordinates in words.
         layers: One entry per matrix, in the order of the base's files.
-        left_out: Linear layers that were not selected from, with the reason.
-        resumed: Matrices that an earlier, interrupted run had finished.
-        workers: Matrices at a time.
-        seconds: Wall time in all.
+        left_out: Linear layers that were left out, with the reason.
+        resumed: Number of matrices that an earlier, interrupted run had finished.
+        workers: Number of matrices at a time.
+        seconds: Total wall time.
         selecting_seconds: Wall time of the selection alone.
         bytes: Size of the file.
         peak_memory: Largest resident memory of the process so far in bytes, libraries included; None where unknown.
@@ -57,12 +57,12 @@ class SelectReport:
 
     @property
     def selected(self) -> int:
-        """Matrices that this run selected from."""
+        """Number of matrices that this run selected from."""
         return len(self.layers) - self.resumed
 
     @property
     def matrices_per_second(self) -> float:
-        """Of this run, while it was selecting; 0 if it selected nothing."""
+        """Speed of this run's selection; 0 if it selected nothing."""
         return self.selected / self.selecting_seconds if self.selected else 0.0
 
     @property
@@ -71,7 +71,7 @@ class SelectReport:
         return sum(layer.residual for layer in self.layers) / len(self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, fit for JSON."""
+        """Return plain values for JSON."""
         sums = {name: getattr(self, name) for name in ("selected", "matrices_per_second", "mean_residual")}
         return asdict(self) | sums
 

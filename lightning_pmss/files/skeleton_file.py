@@ -21,16 +21,16 @@ from lightning_pmss.store.shards import save_tensors
 def save_skeleton(model: nn.Module, file: str | os.PathLike[str]) -> Path:
     """Write rows, columns, coordinates and fingerprints of a converted model, for ``skeleton_file=``.
 
-    For models that `python -m lightning_pmss select` cannot build from a folder. Whole weights only: convert on the CPU
-    once, save, and every sharded or meta-device run converts from the file.
+    Use it for models that `python -m lightning_pmss select` cannot build from a folder: convert once on the CPU, save, and
+    every sharded or meta-device run converts from the file.
 
     Args:
         model: Converted by `convert`, not merged and not sharded.
         file: The safetensors file to write; an existing skeleton file is replaced.
 
     Raises:
-        FileExistsError: `file` is something else.
-        ValueError: The model is not converted.
+        FileExistsError: ``file`` exists and is not a skeleton file.
+        ValueError: The model is not converted, or its method selects no rows and columns.
     """
     target = Path(file).expanduser()
     refuse_others(target)
@@ -62,10 +62,10 @@ def save_skeleton(model: nn.Module, file: str | os.PathLike[str]) -> Path:
 
 
 def refuse_others(file: Path) -> None:
-    """Refuse to replace what is no skeleton file.
+    """Refuse to replace an existing file that is not a skeleton file.
 
     Raises:
-        FileExistsError: There is something else.
+        FileExistsError: There is such a file.
     """
     if not file.exists():
         return
@@ -75,4 +75,4 @@ def refuse_others(file: Path) -> None:
     except ValueError:
         ours = False
     if not ours:
-        raise FileExistsError(f"{file} is no skeleton file, and overwriting would destroy it. Name another file.")
+        raise FileExistsError(f"{file} is not a skeleton file, and overwriting would destroy it. Name another file.")

@@ -193,7 +193,7 @@ def test_model_converted_otherwise(tiny_llama: str, tmp_path: Path, train: Train
     save_adapter(train(_base(tiny_llama)), tmp_path / "a")
     other = train(_base(tiny_llama), **config)
     before = {key: value.clone() for key, value in other.state_dict().items()}
-    with pytest.raises(ValueError, match="already converted otherwise.*fresh model"):
+    with pytest.raises(ValueError, match="already converted differently.*fresh model"):
         load_adapter(other, tmp_path / "a")
     assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
 
@@ -229,7 +229,7 @@ def _fill(key: str, value: float) -> Callable[[dict[str, torch.Tensor]], Any]:
 
 BAD_TENSORS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
     "missing": (lambda t: t.pop(f"{Q}.U"), rf"lacks {Q}.U\b"),
-    "foreign": (lambda t: t.update(lora_A=torch.ones(2)), "holds lora_A, which adapter_config.json does not know"),
+    "foreign": (lambda t: t.update(lora_A=torch.ones(2)), "has lora_A, which adapter_config.json does not list"),
     "nan": (_fill(f"{Q}.U", float("nan")), f"NaN or infinite values in {Q}.U"),
     "inf": (_fill(f"{Q}.U", float("inf")), f"NaN or infinite values in {Q}.U"),
     "shape": (lambda t: t.update({f"{Q}.U": torch.ones(5, 6)}), rf"{Q}.U is torch.float32 \[5, 6\].*\[6, 6\]"),
@@ -265,7 +265,7 @@ BAD_CONFIG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "layout": (lambda c: c["modules"][Q].update(layout="meta"), "damaged or was edited by hand"),
     "option": (lambda c: c["config"].update(rank=0), "options do not fit this version.*rank=0"),
     "new option": (lambda c: c["config"].update(spin=1), "options do not fit this version.*spin"),
-    "module gone": (lambda c: c["modules"].pop(Q), rf"holds {Q}.U, .*does not know"),
+    "module gone": (lambda c: c["modules"].pop(Q), rf"has {Q}.U, .*does not list"),
     "module more": (lambda c: c["modules"].update(x=c["modules"][Q]), "lacks x.U, x.cols, x.rows"),
 }
 
@@ -321,7 +321,7 @@ def test_wrong_base_is_named(tiny_llama: str, tmp_path: Path, train: Train) -> N
 
 def test_other_architectures(tiny_llama: str, tiny_gpt2: str, tmp_path: Path, train: Train) -> None:
     save_adapter(train(_base(tiny_llama)), tmp_path / "a")
-    with pytest.raises(ValueError, match=f"layers that the model has not: {Q}.*and 9 more"):
+    with pytest.raises(ValueError, match=f"layers that the model does not have: {Q}.*and 9 more"):
         load_adapter(_base(tiny_gpt2), tmp_path / "a")
     wider = AutoModelForCausalLM.from_config(_base(tiny_llama).config.__class__(
         vocab_size=320, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,

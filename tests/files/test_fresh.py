@@ -16,9 +16,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertConfig,
-    BertForMaskedLM,
-    BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -162,7 +159,7 @@ def test_only_the_new_rows_are_kept(base: Path, tmp_path: Path) -> None:
         (
             "head",
             plain,
-            r"holds score\.weight, which this LlamaForCausalLM does not have.*LlamaForSequenceClassification",
+            r"contains score\.weight, which this LlamaForCausalLM does not have.*LlamaForSequenceClassification",
         ),
         ("head trained", plain, r"has score\.weight, which the model does not have"),
     ],
@@ -259,40 +256,6 @@ def test_more_positions(tmp_path: Path) -> None:
     close(logits(merged, ids), logits(model, ids))
 
 
-def bert(folder: Path) -> Path:
-    torch.manual_seed(1)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
-    BertForMaskedLM(BertConfig(vocab_size=50, **sizes)).save_pretrained(folder)
-    return folder
-
-
-def test_a_converted_layer_whose_weight_is_fresh(tmp_path: Path) -> None:
-    """BERT's pooler is in the body and in no file of a masked language model."""
-    base, load = bert(tmp_path / "base"), BertForSequenceClassification.from_pretrained
-    torch.manual_seed(5)
-    model = trained(load(base))
-    assert "bert.pooler.dense" in adapted_layers(model)
-    save_adapter(model, tmp_path / "adapter")
-    assert set(read_adapter(tmp_path / "adapter").fresh) == {
-        "bert.pooler.dense.weight",
-        "bert.pooler.dense.bias",
-        "classifier.weight",
-        "classifier.bias",
-    }
-    torch.manual_seed(6)
-    again = load(base)
-    load_adapter(again, tmp_path / "adapter")
-    close(logits(again), logits(model))
-    named = load(base)
-    load_adapters(named, {"a": tmp_path / "adapter"})
-    close(logits(named), logits(model))
-    merge_files(base, tmp_path / "adapter", tmp_path / "merged", progress=False)
-    close(logits(load(tmp_path / "merged")), logits(model))
-    inspect_adapter(tmp_path / "adapter", base)
-    with pytest.raises(ValueError, match=r"bert\.pooler\.dense: the weight is in no file of the base, so a LoRA"):
-        export_lora(model, tmp_path / "lora", progress=False)
-
-
 class Gate(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -318,7 +281,7 @@ def test_a_module_that_was_put_in(tmp_path: Path) -> None:
     again = with_a_module(tmp_path / "base")
     load_adapter(again, tmp_path / "adapter")
     close(logits(again), logits(model))
-    with pytest.raises(ValueError, match=r"holds model\.norm\.\S*, which this LlamaForCausalLM does not have"):
+    with pytest.raises(ValueError, match=r"contains model\.norm\.\S*, which this LlamaForCausalLM does not have"):
         load_adapter(plain(tmp_path / "base"), tmp_path / "adapter")
 
 

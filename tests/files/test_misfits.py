@@ -88,7 +88,7 @@ def test_checksums_count_whatever_the_number_of_the_format(adapter: Path) -> Non
 
 def test_a_size_that_no_tensor_has(adapter: Path, tmp_path: Path) -> None:
     edit_config(adapter, lambda config: config.update(settings={"vocab_size": 99}))
-    with pytest.raises(ValueError, match=r"the size in its settings \(vocab_size\) is that of no tensor"):
+    with pytest.raises(ValueError, match=r"no tensor of the merged model has the size in its settings \(vocab_size\)"):
         merge_files(tmp_path / "base.safetensors", adapter, tmp_path / "output", progress=False)
     assert not (tmp_path / "output").exists()
 

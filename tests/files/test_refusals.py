@@ -144,7 +144,7 @@ def test_row_5_a_base_with_other_weights(tiny_llama: str, adapter: Path, tmp_pat
 
 def test_row_6_a_key_missing_and_a_foreign_one(tiny_llama: str, adapter: Path, tmp_path: Path) -> None:
     _edit(adapter, lambda tensors: tensors.update(lora_A=tensors.pop(f"{Q}.U")))
-    message = rf"lacks {Q}\.U and holds lora_A, which adapter_config.json does not know"
+    message = rf"lacks {Q}\.U and has lora_A, which adapter_config.json does not list"
     _refused_everywhere(adapter, tiny_llama, tmp_path, message)
 
 
@@ -254,7 +254,7 @@ def test_an_empty_base(adapter: Path, tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_another_architecture(tiny_gpt2: str, adapter: Path, tmp_path: Path) -> None:
-    message = rf"(layers that the model has not|has no weights for 14 of the 14 modules).*{Q}"
+    message = rf"(layers that the model does not have|has no weights for 14 of the 14 modules).*{Q}"
     _refused_everywhere(adapter, tiny_gpt2, tmp_path, message)
 
 

@@ -331,7 +331,7 @@ def test_folders_and_outputs(tiny_llama: str, sharded_llama: str, tmp_path: Path
     unknown = edited(tiny_llama, tmp_path / "unknown", model_type="of-tomorrow")
     with pytest.raises(ValueError, match="cannot read it"):
         select_files(unknown, output, config, progress=False)
-    with pytest.raises(ValueError, match="'NoSuchClass' is no model class"):
+    with pytest.raises(ValueError, match="'NoSuchClass' is not a model class"):
         select_files(tiny_llama, output, config, architecture="NoSuchClass", progress=False)
     lacking = tmp_path / "lacking"
     shutil.copytree(sharded_llama, lacking)
@@ -353,6 +353,6 @@ def test_folders_and_outputs(tiny_llama: str, sharded_llama: str, tmp_path: Path
     select_files(tiny_llama, output, PMSSConfig(rank=4), overwrite=True, progress=False)
     assert len(read_skeleton(output).layers["model.layers.0.mlp.up_proj"].tensors["rows"]) == 4
     weights = folder / "model.safetensors"
-    with pytest.raises(FileExistsError, match="is no skeleton file"):
+    with pytest.raises(FileExistsError, match="is not a skeleton file"):
         select_files(tiny_llama, weights, config, overwrite=True, progress=False)
     assert weights.stat().st_size == (Path(tiny_llama) / "model.safetensors").stat().st_size

@@ -215,7 +215,7 @@ def test_a_folder_of_others_is_left_alone(tiny_llama: str, output: Path, partial
     partial.mkdir(parents=True)
     (partial / "thesis.txt").write_text("mine")
     for overwrite in (False, True):
-        with pytest.raises(FileExistsError, match=r"holds something else \(thesis\.txt\)"):
+        with pytest.raises(FileExistsError, match=r"contains something else \(thesis\.txt\)"):
             select_files(tiny_llama, output, CONFIG, overwrite=overwrite, progress=False)
     assert (partial / "thesis.txt").read_text() == "mine"
 
@@ -237,7 +237,7 @@ def test_unfinished_work_that_claims_files_of_others(
         shutil.copy(mine, partial / name)
     before = sorted(partial.iterdir())
     for overwrite in (False, True):
-        with pytest.raises(FileExistsError, match=rf"holds something else \({name}\)"):
+        with pytest.raises(FileExistsError, match=rf"contains something else \({name}\)"):
             select_files(tiny_llama, output, CONFIG, overwrite=overwrite, progress=False)
     assert sorted(partial.iterdir()) == before
     (partial / name).rmdir() if kind == "folder" else (partial / name).unlink()
@@ -248,7 +248,7 @@ def test_a_link_in_the_place_of_the_side_folder(tiny_llama: str, tmp_path: Path,
     (tmp_path / "thesis").mkdir()
     partial.parent.mkdir()
     partial.symlink_to(tmp_path / "thesis")
-    with pytest.raises(FileExistsError, match="is a link, and unfinished work is kept there"):
+    with pytest.raises(FileExistsError, match="the folder for unfinished work, is a link"):
         select_files(tiny_llama, output, CONFIG, progress=False)
     assert not list((tmp_path / "thesis").iterdir())
 
@@ -288,7 +288,7 @@ def test_what_appears_at_the_output_meanwhile_is_kept(
     for overwrite in (True, False):
         with monkeypatch.context() as patch:
             patch.setattr(module, "projection_residual", meddling)
-            with pytest.raises(FileExistsError, match=r"is no skeleton file|exists. To replace it"):
+            with pytest.raises(FileExistsError, match=r"is not a skeleton file|exists. To replace it"):
                 select_files(tiny_llama, output, CONFIG, overwrite=overwrite, progress=False)
         assert output.read_text() == "mine"
         output.unlink()
