@@ -28,7 +28,7 @@ class PieceRecord(Record):
     """Metadata saved with the tensors of one matrix.
 
     Attributes:
-        options: Options of the selection (`select.PER_MATRIX`).
+        options: Options of the selection (`PER_MATRIX` of `methods.pmss.config`).
         rank: Rank that it was selected with.
         source: Size and modification time of the base's file with its weight (`file_state`).
         layer: Its entry in the skeleton file.
