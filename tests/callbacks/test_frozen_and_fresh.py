@@ -69,7 +69,10 @@ def answers(module: Any) -> Tensor:
     ("kind", "message"),
     [
         (Classifier, r"score: in no file of the base, so freshly initialised, and frozen.*type also_train=\['score'\]"),
-        (Extended, r"model\.embed_tokens\.weight \(3 rows\): missing in the base.*type also_train=\['model\.embed_tokens'\]"),
+        (
+            Extended,
+            r"model\.embed_tokens\.weight \(3 rows\): missing in the base.*type also_train=\['model\.embed_tokens'\]",
+        ),
     ],
 )
 def test_warned_about_before_training_and_kept_everywhere(
