@@ -29,12 +29,8 @@ from lightning_pmss.messages import some
 class TrainedCopy(nn.Module):
     """Replacement for an averaging callback's deep copy of the module.
 
-    ``parameters()`` and ``buffers()`` have the module's order and length; frozen parameters are the module's own. The state
-    dict contains trained parameters, buffers and indices.
-
-    Attributes:
-        of: The module.
-        alone: Whether ``parameters()`` and ``buffers()`` are limited to tensors that are averaged.
+    ``parameters()`` and ``buffers()`` have the module's order and length, and its own frozen parameters; ``alone`` limits
+    them to averaged tensors. The state dict contains trained parameters, buffers and indices.
     """
 
     of: nn.Module

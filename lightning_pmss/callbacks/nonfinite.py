@@ -209,9 +209,9 @@ class NonFiniteCheck:
         # Without Lightning's backward pass no batch was recorded: it is the current one.
         batches = batches or [(self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_idx)]
         seen = sorted({batch for _, batch in batches})
-        told = f"batches {seen[0]} to {seen[-1]}" if len(seen) > 1 else f"batch {seen[0]}"
+        span = f"batches {seen[0]} to {seen[-1]}" if len(seen) > 1 else f"batch {seen[0]}"
         epoch = f" in epoch {batches[-1][0]}"
-        return f"{what} of {told}{epoch} are NaN or infinite (or above 1e19), though the loss is finite ({where})"
+        return f"{what} of {span}{epoch} are NaN or infinite (or above 1e19), though the loss is finite ({where})"
 
     def _watch(self, core: nn.Module, args: Any, output: dict[str, Tensor]) -> None:
         for value in output.values():

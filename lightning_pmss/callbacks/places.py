@@ -147,9 +147,9 @@ def _warn_about_space(module: L.LightningModule, folder: Path, checkpoints: dict
     for there in disks.values():
         free = shutil.disk_usage(_existing(there[0][0])).free
         if sum(size for _, size, _ in there) > free:
-            told = ", ".join(f"{what} (about {_gigabytes(size)}) in {place}" for place, size, what in there)
+            listed = ", ".join(f"{what} (about {_gigabytes(size)}) in {place}" for place, size, what in there)
             rank_zero_warn(
-                f"{_gigabytes(free)} are free on the disk of {told}. Make room, or write elsewhere: output_dir."
+                f"{_gigabytes(free)} are free on the disk of {listed}. Make room, or write elsewhere: output_dir."
             )
 
 
@@ -186,7 +186,7 @@ def somewhere(trainer: L.Trainer, target: Path, write: Callable[[Path], T]) -> t
             place = trainer.strategy.broadcast(_next(places, target, error) if trainer.is_global_zero else None)
         else:
             if first is not None:
-                rank_zero_warn(f"{target} could not be written ({first}). What belongs there is in {place}.")
+                rank_zero_warn(f"{target} could not be written ({first}). The result is in {place} instead.")
             return place, result
     assert first is not None
     raise first

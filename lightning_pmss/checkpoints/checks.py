@@ -138,9 +138,9 @@ def refuse_nonfinite(
     found = {k: v for state in states.values() for k, v in state.items() if v.is_floating_point() and k not in but}
     broken = not_finite(live) or not_finite(found)
     if is_sharded(module):
-        told: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(told, broken)
-        broken = sorted({name for names in told for name in names})
+        found_by_rank: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found_by_rank, broken)
+        broken = sorted({name for names in found_by_rank for name in names})
     if broken:
         raise RuntimeError(
             f"the trained {some(broken)} have NaN or infinite values, so the checkpoint {path} is not written, and earlier ones"

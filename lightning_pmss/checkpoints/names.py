@@ -107,7 +107,7 @@ def described(record: CheckpointRecord, options: AdapterConfig, state: Mapping[s
     if strange := [n for n, (key, own) in names.items() if not any(f".{key}".endswith(f".{name}") for name in own)]:
         raise ValueError(f"{where} is damaged: {some(strange)} are no names of its tensors. {DAMAGED}")
     if len(set(keys)) != len(keys):
-        raise ValueError(f"{where} is damaged: two of its layers have one key. {DAMAGED}")
+        raise ValueError(f"{where} is damaged: two of its layers have the same key. {DAMAGED}")
     if undescribed := sorted(_layers(state, options) - set(keys)):
         raise ValueError(f"{where} says nothing of its layers {some(undescribed)}. {DAMAGED}")
     return Found(

@@ -64,7 +64,7 @@ def check_training_state(content: Mapping[str, Any], where: str) -> None:
     for name in ("optimizer_states", "lr_schedulers"):
         if name not in content:
             raise ValueError(
-                f"{where} has no `{name}`, so a training cannot go on from it (ModelCheckpoint(save_weights_only=True) leaves"
+                f"{where} has no `{name}`, so a run cannot resume from it (ModelCheckpoint(save_weights_only=True) leaves"
                 " it out). To start anew from its weights, use load_from_checkpoint and fit without ckpt_path."
             )
         for number, state in enumerate(content[name]):

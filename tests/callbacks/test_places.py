@@ -173,7 +173,7 @@ def test_what_came_into_the_way_meanwhile_stays_and_results_go_beside_it(tmp_pat
         thesis(tmp_path / "out" / "adapter")
         thesis(tmp_path / "out" / "merged")
 
-    with pytest.warns(UserWarning, match=r"adapter could not be written .*What belongs there is in .*adapter-2\."):
+    with pytest.warns(UserWarning, match=r"adapter could not be written .*The result is in .*adapter-2 instead\."):
         module = fit(tmp_path, Meanwhile(put))
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"adapter", "adapter-2", "merged", "merged-2"}
     assert [p.name for p in (tmp_path / "out" / "adapter").iterdir()] == ["thesis.txt"]
@@ -186,7 +186,7 @@ def test_a_lost_output_folder_is_replaced_by_one_elsewhere(tmp_path: Path) -> No
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         (tmp_path / "out").write_text("a file")
 
-    with pytest.warns(UserWarning, match=r"What belongs there is in .*root/out-adapter-2\."):
+    with pytest.warns(UserWarning, match=r"The result is in .*root/out-adapter-2 instead\."):
         module = fit(tmp_path, Meanwhile(lose), default_root_dir=tmp_path / "root")
     assert same_adapter(tmp_path / "root" / "out-adapter-2", module)
 
@@ -238,7 +238,7 @@ def test_a_checkpoint_that_finds_no_room_goes_elsewhere(tmp_path: Path) -> None:
             super().save_checkpoint(checkpoint, path)
 
     saver = ModelCheckpoint(tmp_path / "saved", "{epoch}", every_n_epochs=5)
-    with pytest.warns(UserWarning, match=r"What belongs there is in .*last-interrupted-2\.ckpt\."):  # noqa: SIM117
+    with pytest.warns(UserWarning, match=r"The result is in .*last-interrupted-2\.ckpt instead\."):  # noqa: SIM117
         with pytest.raises(ValueError, match="of the user"):
             fit(tmp_path, Meanwhile(stop), saver, plugins=[Full()])
     assert torch.load(tmp_path / "saved" / "last-interrupted-2.ckpt")["global_step"] == 6

@@ -135,7 +135,7 @@ def test_several_awake_models_are_pointed_out(tiny_llama: str) -> None:
     for options in ({"rest": True}, {}):
         alone = Preference(tiny_llama, **options)
         config = PMSSConfig(rank=4, root=None if options else "policy")
-        assert "models of their own" not in str(convert(alone, config))
+        assert "separate Hugging Face models" not in str(convert(alone, config))
 
 
 def test_root_of_a_module_whose_models_are_all_awake(tiny_llama: str, tmp_path: Path) -> None:
