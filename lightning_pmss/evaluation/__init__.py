@@ -1,4 +1,4 @@
-"""Predictions of an evaluation on disk, their intervals, and the comparison of two. Needs neither torch nor a model."""
+"""Read and write an evaluation's predictions, compute intervals, and compare two runs, without torch and without a model."""
 
 import lazy_loader
 

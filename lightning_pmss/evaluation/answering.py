@@ -24,10 +24,10 @@ class Answering:
     Args:
         generation: Options of the generation.
         by: "generation" or "likelihood".
-        metric: Scores texts, or None.
+        metric: Metric that scores texts, or None.
 
     Raises:
-        ValueError: If `by` is unknown, or a likelihood is asked for without a metric.
+        ValueError: ``by`` is unknown, or is "likelihood" without a metric.
     """
 
     generation: Generation
@@ -53,7 +53,7 @@ class Answering:
             model: A causal language model of transformers.
             tokenizer: Its tokenizer.
             batch: See `CausalLMModule`.
-            generate: Makes texts of left-padded prompts and their mask.
+            generate: Function from left-padded prompts and their mask to texts.
         """
         if self.by == "likelihood":
             answers = self._choices(model, tokenizer, batch)

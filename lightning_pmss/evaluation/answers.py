@@ -1,4 +1,4 @@
-"""The scores and answers of one example, for its record."""
+"""Score one example for its record."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ def examine(metric: Any, output: str, target: Any) -> dict[str, Any]:
 
     Args:
         metric: A `TextMetric`, another object with ``score`` (see `text_metric`), or None.
-        output: The text.
+        output: The generated text.
         target: The gold target; falsy if there is none.
 
     Returns:
-        A dict with the keys extracted, gold, score and correct, all None where nothing can be scored. Further scores of the
+        A dict with the keys extracted, gold, score and correct, all None without metric or target. Further scores of the
         metric follow under their names, and ``group`` is the task of a multiple-choice target.
     """
     if metric is None or not target:
@@ -36,6 +36,6 @@ def examine(metric: Any, output: str, target: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """The value if JSON has a type for it, else its text (of a fraction)."""
+    """Return the value if JSON has a type for it, else its text (a fraction's, for instance)."""
     kept = value is None or isinstance(value, bool | int | float | str | list | tuple | dict)
     return value if kept else str(value)

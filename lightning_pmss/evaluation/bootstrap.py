@@ -1,7 +1,7 @@
-"""Intervals by the percentile bootstrap over examples (Efron and Tibshirani 1993, chapter 13), and McNemar's exact test.
+"""Percentile bootstrap intervals over examples (Efron and Tibshirani 1993, chapter 13), and McNemar's exact test.
 
-The bootstrap estimates how far the mean would move if other examples of the same kind had been drawn. It ignores other sources
-of noise, such as the seed of the training.
+The bootstrap estimates how the mean would vary with other examples from the same distribution. It ignores other sources of
+noise, such as the seed of the training.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _CHUNK = 4_000_000  # values drawn at a time: 32 MB
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over `n` examples with the ends of its interval, in the unit of the values."""
+    """A mean over ``n`` examples with the ends of its interval, in the unit of the values."""
 
     mean: float
     low: float
@@ -27,7 +27,7 @@ class Interval:
     n: int
 
     def to_dict(self) -> dict[str, float]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
@@ -36,7 +36,7 @@ def interval_of_mean(
 ) -> Interval:
     """Compute the mean of the values with its percentile bootstrap interval.
 
-    The indices depend on ``seed``, ``resamples`` and the number of values alone. So two calls with equally many values use
+    The indices depend only on ``seed``, ``resamples`` and the number of values. So two calls with equally many values use
     the same resamples: they are paired.
 
     Args:
@@ -46,7 +46,7 @@ def interval_of_mean(
         seed: Seed of the resampling.
 
     Raises:
-        ValueError: If there is no value, one is not finite, or an option is out of its range.
+        ValueError: No value, a value that is not finite, or an option out of its range.
     """
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or not len(array):
@@ -58,7 +58,7 @@ def interval_of_mean(
     mean = math.fsum(array) / len(array)
     if len(array) == 1:  # scipy refuses to resample one example
         return Interval(mean, mean, mean, 1)
-    from scipy.stats import bootstrap  # half a second to import, and not every command needs it
+    from scipy.stats import bootstrap  # here, because the import takes half a second
 
     found = bootstrap(
         (array,),
@@ -87,12 +87,11 @@ def check_options(resamples: int, confidence: float) -> None:
 def mcnemar_exact(only_a: int, only_b: int) -> float:
     """Two-sided p-value of McNemar's exact test (McNemar 1947, in the exact binomial form).
 
-    Under the null hypothesis, if just one of the two is right on an example, it is either one with probability 1/2: the
-    number is binomial.
+    Under the null hypothesis, an example that just one of the two answers correctly is A's or B's with probability 1/2.
 
     Args:
-        only_a: Examples that only A has right.
-        only_b: Examples that only B has right.
+        only_a: Number of examples that only A answers correctly.
+        only_b: Number of examples that only B answers correctly.
 
     Returns:
         The probability of a split at least as uneven; 1.0 if there is no such example.

@@ -26,8 +26,8 @@ class Comparison:
 
     Args:
         files: The two files.
-        scores: By name of the score: A's interval, B's interval, and that of the difference B - A, example by example.
-        counts: Questions that ``both``, ``only_a``, ``only_b``, ``neither`` have right (a score of at least 1).
+        scores: By name of the score: A's interval, B's interval, and the interval of the paired difference B - A.
+        counts: Number of questions that ``both``, ``only_a``, ``only_b``, ``neither`` answer correctly (score at least 1).
         p: p-value of McNemar's exact test on ``only_a`` and ``only_b``.
         confidence: Confidence of the intervals.
     """
@@ -39,7 +39,7 @@ class Comparison:
     confidence: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         names = ("a", "b", "difference")
         scores = {
             key: {name: part.to_dict() for name, part in zip(names, parts, strict=True)}
@@ -65,12 +65,12 @@ class Comparison:
         return "\n".join(lines)
 
     def verdict(self) -> str:
-        """One sentence on the first score."""
+        """Summarise the first score in one sentence."""
         key, (_, _, difference) = next(iter(self.scores.items()))
         if difference.low <= 0 <= difference.high:
-            return f"The interval of the difference in {key} holds 0: these examples do not tell A and B apart."
+            return f"The interval of the difference in {key} contains 0: these examples do not distinguish A and B."
         better, worse = ("B", "A") if difference.mean > 0 else ("A", "B")
-        return f"{better} scores higher than {worse} in {key}; the interval of the difference does not hold 0."
+        return f"{better} scores higher than {worse} in {key}; the interval of the difference does not contain 0."
 
 
 def _percent(part: Interval, sign: bool = False) -> str:
@@ -91,16 +91,16 @@ def compare_files(
     """Compare two predictions files that answer the same questions.
 
     Args:
-        a: One file, ``predictions-test.jsonl``.
-        b: The other.
-        ignore_prompts: The prompts may differ (two prompt styles, say); ids and targets may not.
+        a: Predictions file of A, such as ``predictions-test.jsonl``.
+        b: Predictions file of B.
+        ignore_prompts: Allow different prompts (two prompt styles, for instance), but not different ids or targets.
         resamples: Number of resamples of the bootstrap.
         confidence: Confidence of the intervals.
         seed: Seed of the bootstrap.
 
     Raises:
-        FileNotFoundError: If a file does not exist.
-        ValueError: If a file is no predictions file, has no scores, or they answer different questions.
+        FileNotFoundError: A file does not exist.
+        ValueError: A file is not a predictions file or has no scores, or the files answer different questions.
     """
     check_options(resamples, confidence)
     files = (str(a), str(b))
@@ -125,12 +125,12 @@ def compare_files(
 
 
 def score_names(row: Row) -> list[str]:
-    """The keys of a row that contain scores."""
+    """List the keys of a row that contain scores."""
     return [key for key in row if is_score(key) and row[key] is not None]
 
 
 def _order(number: int | str) -> tuple[bool, int | str]:
-    """Sort ids; in files of other programs they may be texts."""
+    """Sort key for ids, numbers before texts; files of other programs may have texts."""
     return isinstance(number, str), number
 
 
@@ -153,7 +153,7 @@ def _check_same_questions(
 ) -> None:
     for path, rows in zip(files, (a, b), strict=True):
         if not rows:
-            raise ValueError(f"{path} holds no predictions; run `test` first.")
+            raise ValueError(f"{path} contains no predictions; run `test` first.")
     for path, other, lacking in ((files[0], files[1], b.keys() - a.keys()), (files[1], files[0], a.keys() - b.keys())):
         if lacking:
             shown = ", ".join(map(str, sorted(lacking, key=_order)[:5])) + (", ..." if len(lacking) > 5 else "")
@@ -161,13 +161,13 @@ def _check_same_questions(
                 f"{path} lacks {len(lacking)} of the examples in {other} (ids {shown}): they answer different "
                 "questions. Run `test` for both with the same --data options (path, test_limit), and to its end."
             )
-    for key, told, remedy in (
+    for key, others, remedy in (
         ("prompt", "other prompts", "the same --data options and --data.prompt_style, or give --ignore-prompts"),
         ("target", "other targets", "the same --data options"),
     ):
         differing = [number for number in a if a[number].get(key) != b[number].get(key)]
         if differing and not (key == "prompt" and ignore_prompts):
             raise ValueError(
-                f"{len(differing)} of {len(a)} examples have {told} in {files[0]} than in {files[1]} (first: id "
+                f"{len(differing)} of {len(a)} examples have {others} in {files[0]} than in {files[1]} (first: id "
                 f"{min(differing, key=_order)}): they answer different questions. Run `test` for both with {remedy}."
             )

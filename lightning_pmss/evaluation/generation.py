@@ -1,4 +1,4 @@
-"""Generate texts, greedily or by beam search, up to a stop string; a text does not depend on its batch."""
+"""Generate texts, greedily or by beam search, up to a stop string; each text is independent of its batch."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lightning_pmss.datamodules.chat import end_of_turn
 
 @dataclass(frozen=True)
 class Generation:
-    """Options of generation; nothing is sampled.
+    """Options of generation without sampling.
 
     Args:
-        max_new_tokens: Limit of the text.
-        num_beams: 1: greedy. More: beam search with as many hypotheses, the sum of log-probabilities divided by the length.
-        stop: A text ends before the first of these strings.
+        max_new_tokens: Largest number of generated tokens.
+        num_beams: 1: greedy. More: beam search with this many hypotheses, ranked by mean log-probability.
+        stop: Strings that end a text; the text is cut before the first of them.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: An argument is out of its range.
     """
 
     max_new_tokens: int = 256
@@ -37,10 +37,10 @@ class Generation:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
         if not all(isinstance(text, str) and text for text in self.stop):
-            raise ValueError(f"stop={list(self.stop)!r} holds an empty text, at which every answer would end.")
+            raise ValueError(f"stop={list(self.stop)!r} contains an empty text, at which every answer would end.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return {"max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams, "stop": list(self.stop)}
 
     @torch.no_grad()
@@ -61,11 +61,11 @@ class Generation:
             tokenizer: Its tokenizer.
             prompt_ids: int64 [B, P], left padded.
             prompt_mask: int64 [B, P], 0 on padding.
-            in_step: Each forward pass is a collective: a rank whose texts have ended goes on until all have.
-            ends: Tokens that end a text besides those of `eos_ids`, for data with a tokenizer of its own.
+            in_step: Whether each forward pass is a collective: a rank whose texts have ended continues until all have.
+            ends: Further tokens that end a text, besides `eos_ids`, for data with its own tokenizer.
         """
         eos, width = sorted({*eos_ids(model, tokenizer), *ends}), prompt_ids.shape[1]
-        # All options are given, because None is replaced by the model's own generation config (sampling, penalties).
+        # All options are set, because the model's own generation config (sampling, penalties) replaces None.
         config = GenerationConfig(
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
@@ -94,13 +94,12 @@ class Generation:
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
-    """The text before the first of the stop strings in it."""
+    """Return the text before the first stop string in it."""
     return text[: min((place for word in stop if (place := text.find(word)) >= 0), default=len(text))]
 
 
 def eos_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end a text: those of the model's generation config, the tokenizer's, and the end of a turn in its chat
-    template."""
+    """Tokens that end a text: the generation config's, the tokenizer's, and the end of a turn in its chat template."""
     configured = model.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
     own = (tokenizer.eos_token_id, end_of_turn(tokenizer))
@@ -108,22 +107,20 @@ def eos_ids(model: Any, tokenizer: Any) -> list[int]:
 
 
 def _decode(tokenizer: Any, row: list[int], eos: Sequence[int]) -> str:
-    # The padding of a finished row may be the eos itself: cut at the first one, never strip by token id.
+    # A finished row may be padded with eos: cut at the first one, do not strip tokens.
     end = next((place for place, token in enumerate(row) if token in eos), len(row))
     return str(tokenizer.decode(row[:end], skip_special_tokens=True))
 
 
 class _StopStrings(StoppingCriteria):
-    """Find the rows that contain a stop string behind the prompt.
+    """Stop rows that contain a stop string after the prompt.
 
-    transformers' ``stop_strings`` matches the spelling of single tokens. Here the decoded text is searched, as it is when the
-    text is cut.
+    transformers' ``stop_strings`` matches the spelling of single tokens; this class searches the decoded text, as `cut` does.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], width: int, eos: Sequence[int]) -> None:
         self.tokenizer, self.stop, self.width, self.eos = tokenizer, stop, width, eos
-        # A token is at least a byte: the end of the text that a new token may have completed. The extra ones are for tokens
-        # that decode to nothing.
+        # Tokens to decode for finding a stop string at the end: one per byte, and some that may decode to nothing.
         self.tail = max(len(word.encode()) for word in stop) + 8
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Store the answers of an evaluation on disk, so that a stopped `test` goes on where it was.
+"""Store the answers of an evaluation on disk, so that a stopped `test` can resume.
 
-Each rank appends its answers, batch by batch, to ``predictions-<stage>.rank<r>.jsonl``; at the end rank 0 writes all of them to
-``predictions-<stage>.jsonl`` and the parts are removed. Each line has the hash of its run (``run``);
+Each rank appends its answers, batch by batch, to ``predictions-<stage>.rank<r>.jsonl``. At the end rank 0 writes all of them to
+``predictions-<stage>.jsonl``, and the parts are removed. Each line has the hash of its run (``run``);
 ``predictions-<stage>.runs.json`` maps hashes to the options of the run.
 """
 
@@ -32,14 +32,14 @@ class Journal:
 
     Args:
         folder: Folder of the files.
-        stage: Part of their names.
+        stage: Part of the files' names.
         identity: Everything that determines the answers, in plain values.
-        existing: "resume" uses the answers of the same run, and refuses predictions of another one; "replace"
-            begins anew, and keeps the earlier predictions until it has finished.
+        existing: "resume" uses the answers of the same run, and refuses predictions of another one; "replace" starts again,
+            and keeps the earlier predictions until it has finished.
 
     Raises:
-        FileExistsError: On every rank, if another evaluation is at work in the folder.
-        ValueError: On every rank, if predictions of another run are there and ``existing`` is "resume", or a file is broken.
+        FileExistsError: On every rank, if another evaluation uses the folder.
+        ValueError: On every rank, if the folder has predictions of another run and ``existing`` is "resume", or a broken file.
     """
 
     def __init__(self, folder: Path, stage: str, identity: Mapping[str, Any], existing: Existing = "resume") -> None:
@@ -51,16 +51,16 @@ class Journal:
         self._runs = folder / f"predictions-{stage}.runs.json"
         self._replaced = folder / f"predictions-{stage}.replaced.jsonl"
         self.first = rank == 0
-        self._told = False
+        self._identified = False
         self.done: dict[int, dict[str, Any]] = {}
-        """Answers of the same run that were there at the start, by id."""
+        """Answers of the same run that existed at the start, by id."""
         problem: Exception | None = None
         try:
             self._hold()
             self._read(existing)
         except (OSError, ValueError) as error:
             problem = error
-        problems: list[Any] = gather(problem)  # also the barrier: nobody writes before all have read
+        problems: list[Any] = gather(problem)  # also a barrier: no rank writes before all have read
         if refused := next((error for error in problems if error is not None), None):
             self.close()
             raise refused
@@ -108,10 +108,10 @@ class Journal:
             foreign = next((row for row in rows if row.get("run") != self.run), None)
             if foreign is not None:
                 known = self._known().get(foreign.get("run"))
-                told = f" ({differences(self.identity, known)})" if isinstance(known, dict) else ""
+                differing = f" ({differences(self.identity, known)})" if isinstance(known, dict) else ""
                 raise ValueError(
-                    f"{path} holds predictions of another run{told}. Give --model.predictions_dir another folder, or "
-                    "--model.existing_predictions replace to begin anew there."
+                    f"{path} contains predictions of another run{differing}. Give --model.predictions_dir another folder, or "
+                    "--model.existing_predictions replace to start again there."
                 )
             rows = read_records(path, unfinished=path != self.path, kind=AnswerRecord)
             self.done.update((row["id"], row) for row in rows)
@@ -119,12 +119,12 @@ class Journal:
     def _known(self) -> dict[Any, Any]:
         try:
             known = read_json(self._runs, "")
-        except (OSError, ValueError):  # the file serves an error message only
+        except (OSError, ValueError):  # the file is used only for an error message
             return {}
         return known if isinstance(known, dict) else {}
 
     def _begin(self, existing: Existing) -> None:
-        """Write all kept answers to rank 0's part, then remove the others. A kill in between loses nothing."""
+        """Write all kept answers to rank 0's part before the other parts are removed, so that a kill loses nothing."""
         if self.first:
             if existing == "replace" and self.path.exists():
                 self.path.replace(self._replaced)
@@ -136,24 +136,24 @@ class Journal:
                 if path != self._own or not self.done:
                     path.unlink(missing_ok=True)
         else:
-            self._own.unlink(missing_ok=True)  # on a node with a disk of its own
+            self._own.unlink(missing_ok=True)  # on a node with its own disk
         barrier()
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append answers to the file on the disk."""
+        """Append answers to this rank's file."""
         if not rows:
             return
-        if self.first and not self._told:
+        if self.first and not self._identified:
             write_json({self.run: self.identity}, self._runs)
-            self._told = True
+            self._identified = True
         append_records([{**row, "run": self.run} for row in rows], self._own)
 
     def finish(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write the whole file (rank 0 does) and remove the parts.
+        """Write the whole file on rank 0 and remove the parts.
 
         Args:
-            rows: The answers of all ranks. Earlier answers of the same run to other questions (a ``test_limit`` was larger)
-                stay in a part, where a later run finds them.
+            rows: The answers of all ranks. Earlier answers of the same run to other questions (after a larger ``test_limit``)
+                stay in a part for a later run.
         """
         asked = {row["id"] for row in rows}
         others = [row for number, row in sorted(self.done.items()) if number not in asked]

@@ -1,8 +1,8 @@
-"""Choose the likeliest of the candidate answers; nothing is generated.
+"""Choose the likeliest of the candidate answers, without generation.
 
 A candidate is the gold response with its label replaced by another ("the correct answer is answer2" for "... answer4"), for
-each label that the prompt offers. So candidates have the form of the responses that the model is trained on, and do not reveal
-the gold label.
+each label that the prompt offers. So candidates look like the responses that the model is trained on, and do not reveal the
+gold label.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch.nn.utils.rnn import pad_sequence
 from lightning_pmss.datamodules.continuations import continued, decoded
 from lightning_pmss.metrics.base import text_metric
 
-IGNORED = -100  # the label that marks a position without loss, as everywhere in PyTorch and transformers
+IGNORED = -100  # label of a position without loss, as in PyTorch and transformers
 
 
 def offered(prompt: str, labels: Sequence[str]) -> list[str]:
-    """The labels that occur in the prompt as words, in the order of `labels`; all labels if none occurs."""
+    """List the labels that occur in the prompt as words, in the order of ``labels``; all labels if none occurs."""
     found = [label for label in labels if re.search(rf"\b{re.escape(label)}\b", prompt, re.IGNORECASE)]
     return found or list(labels)
 
@@ -32,17 +32,17 @@ def offered(prompt: str, labels: Sequence[str]) -> list[str]:
 def candidates(metric: Any, tokenizer: Any, batch: dict[str, Any]) -> list[dict[str, list[int]]]:
     """Tokenise the candidate responses of each example, by label, without the token that ends them.
 
-    They are tokenised behind the prompt, as the responses of the data modules are.
+    They are tokenised as continuations of the prompt, like the responses of the data modules.
 
     Raises:
-        ValueError: If the metric knows no labels, or a response does not end in its label.
+        ValueError: The metric knows no labels, or a response does not end in its label.
     """
     found = []
     numbers = batch["id"].tolist()
     ends = batch["end_id"].tolist() if "end_id" in batch else [None] * len(numbers)
     rows = zip(numbers, ends, batch["prompt"], batch["target"], _prompts(batch), _responses(batch), strict=True)
     for number, end, prompt, target, prompt_ids, response in rows:
-        if number < 0:  # a filler, whose response has no labels: computed, not scored
+        if number < 0:  # a filler, which is computed but not scored
             found.append({"": [int(tokenizer.eos_token_id)]})
             continue
         choice = text_metric(metric).choice(target)
@@ -66,8 +66,8 @@ def candidates(metric: Any, tokenizer: Any, batch: dict[str, Any]) -> list[dict[
         ids = dict(zip(texts, read, strict=True))
         if ids[label] != response:
             raise ValueError(
-                f"The tokenizer reads {text!r} back as other tokens than the response's ({ids[label]} for {response}); "
-                "with it choice by likelihood would compare other texts. Give --model.answer_by generation."
+                f"The tokenizer gives {text!r} other tokens than the response has ({ids[label]} for {response}), so "
+                "choice by likelihood would compare other texts. Give --model.answer_by generation."
             )
         found.append(ids)
     return found
@@ -85,16 +85,16 @@ def _responses(batch: dict[str, Any]) -> list[list[int]]:
 def log_likelihoods(
     model: Any, prompt_ids: Tensor, prompt_mask: Tensor, turns: Sequence[Sequence[Sequence[int]]], pad: int
 ) -> Tensor:
-    """Compute the log-probability of responses behind their prompts, float32 [turns, B].
+    """Compute the log-probability of responses given their prompts, float32 [turns, B].
 
-    The prompts are read once, and each turn continues from a copy of their key-value cache.
+    The prompts run through the model once; each turn continues from a copy of their key-value cache.
 
     Args:
         model: A causal language model of transformers.
         prompt_ids: int64 [B, P], left padded.
         prompt_mask: int64 [B, P], 0 on padding.
-        turns: Each has B responses, lists of tokens, none empty.
-        pad: Token to pad with.
+        turns: B responses per turn, each a non-empty list of tokens.
+        pad: Padding token.
     """
     places = (prompt_mask.cumsum(1) - 1).clamp(min=0)
     read = model(
@@ -102,8 +102,8 @@ def log_likelihoods(
     )
     if getattr(read, "past_key_values", None) is None:
         raise ValueError(
-            f"{type(model).__name__} keeps nothing of a prompt (no past_key_values), which choice by likelihood goes on "
-            "from. Give --model.answer_by generation."
+            f"{type(model).__name__} has no key-value cache (past_key_values), which choice by likelihood needs. Give"
+            " --model.answer_by generation."
         )
     found = []
     for responses in turns:
@@ -111,8 +111,7 @@ def log_likelihoods(
         ids = pad_sequence(rows, batch_first=True, padding_value=pad)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         logits = read.logits
-        # The last token of a response predicts nothing here, so responses of one token would not need this pass. It runs
-        # nevertheless: the ranks of a sharded model must make the same passes.
+        # Responses of one token would not need this pass, but the ranks of a sharded model must make the same passes.
         more = model(
             input_ids=ids,
             attention_mask=torch.cat([prompt_mask, mask], dim=1),
@@ -127,9 +126,9 @@ def log_likelihoods(
 
 
 def choose(values: dict[str, tuple[float, int]]) -> tuple[str, str]:
-    """Choose the likeliest label by the sum of log-probabilities, and by their mean per token; of equal ones the first.
+    """Choose the likeliest label by the sum of log-probabilities, and by their mean per token; the first of equal ones.
 
     Args:
-        values: By label: log-probability and number of tokens.
+        values: Log-probability and number of tokens, by label.
     """
     return max(values, key=lambda k: values[k][0]), max(values, key=lambda k: values[k][0] / values[k][1])

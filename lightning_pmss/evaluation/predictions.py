@@ -1,4 +1,4 @@
-"""Generated texts of one evaluation: gathered from all processes, each example once, written as JSON lines."""
+"""Gather the generated texts of an evaluation from all processes, each example once, and write them as JSON lines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_pmss.evaluation.records import write_records
 
 
 class Prediction(TypedDict):
-    """The required fields of a line of a predictions file; `correct` is None without a metric or a target."""
+    """Required fields of a line of a predictions file; ``correct`` is None without a metric or a target."""
 
     id: int
     prompt: str
@@ -21,7 +21,7 @@ class Prediction(TypedDict):
 
 
 def gather(value: Any) -> list[Any]:
-    """The value of each process, in the order of their ranks."""
+    """Gather the value of each process, in the order of their ranks."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return [value]
     parts: list[Any] = [None] * dist.get_world_size()
@@ -30,9 +30,9 @@ def gather(value: Any) -> list[Any]:
 
 
 def gather_predictions(rows: list[Prediction]) -> list[Prediction]:
-    """The rows of all processes in the order of their ids, each id once.
+    """Gather the rows of all processes in the order of their ids, each id once.
 
-    Lightning's distributed sampler repeats examples to fill the last round; repeated ones would bias the score.
+    Lightning's distributed sampler repeats examples to fill the last batch; repeated ones would bias the score.
     """
     unique = {row["id"]: row for part in gather(rows) for row in part}
     return [unique[key] for key in sorted(unique)]

@@ -16,11 +16,11 @@ from lightning_pmss.store import Record, checked, json_value, refuse_unreadable
 from lightning_pmss.store.disk import atomic_file
 
 NEEDED = ("id", "prompt", "output")
-_REMEDY = "Remove that line and run `test` again: what is there is kept."
+_REMEDY = "Remove that line and run `test` again: it keeps the other lines."
 
 
 class PredictionRecord(Record):
-    """The required fields of a line of a predictions file; fields that a metric adds are checked by name.
+    """Required fields of a line of a predictions file; fields that a metric adds are checked by name.
 
     Attributes:
         id: Id of the question; `test` writes the row's number in its source.
@@ -30,7 +30,7 @@ class PredictionRecord(Record):
         run: Hash of the evaluation.
     """
 
-    # Losses and log-likelihoods of a diverged model may be NaN; scores may not.
+    # Losses and log-likelihoods of a diverged model may be NaN, unlike scores.
     model_config = ConfigDict(extra="allow", allow_inf_nan=True)
 
     id: int | str
@@ -41,13 +41,13 @@ class PredictionRecord(Record):
 
 
 class AnswerRecord(PredictionRecord):
-    """A line that a resumed evaluation reads, or that an evaluation has just written.
+    """Required fields of a line for resuming an evaluation.
 
     Attributes:
         target: Gold target of the question.
-        prompt_tokens: Length of the prompt.
+        prompt_tokens: Number of tokens of the prompt.
         loss: Mean cross entropy of the gold response.
-        tokens: Its length.
+        tokens: Number of tokens of the gold response.
     """
 
     id: int
@@ -65,13 +65,13 @@ def read_records(
 
     Args:
         path: The file.
-        unfinished: Whether writing may have been killed: a last line without its end is then ignored.
+        unfinished: Whether writing may have been killed; a last line without newline is then ignored.
         kind: Required fields of each line.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        PermissionError: If it must not be read.
-        ValueError: If it is no predictions file; names the line.
+        FileNotFoundError: The file does not exist.
+        PermissionError: The file must not be read.
+        ValueError: Not a predictions file; the message names the line.
     """
     file = Path(path).expanduser()
     if not file.exists():
@@ -84,7 +84,7 @@ def read_records(
     if lines[-1] == b"":
         lines.pop()
     elif unfinished:
-        lines.pop()  # each line is written with its end in one go: this one was cut off
+        lines.pop()  # cut off, because each line is written together with its newline
     rows: list[dict[str, Any]] = []
     seen: dict[Any, int] = {}
     for number, line in enumerate(lines, 1):
@@ -130,12 +130,12 @@ def _short(value: Any) -> str:
 
 
 def to_line(row: Mapping[str, Any]) -> str:
-    """A row as one line with its end."""
+    """Return a row as one line of JSON with a newline."""
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def append_records(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """Add rows to a file, in one write that is on the disk when this returns: a kill leaves whole lines but for the last."""
+    """Append rows to a file in one write and flush it to the disk: after a kill, only the last line may be cut off."""
     data = "".join(map(to_line, rows)).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab", opener=_not_through_links) as file:

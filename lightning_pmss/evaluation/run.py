@@ -1,4 +1,4 @@
-"""One evaluation of texts: answers of this run and of earlier ones, the running score, and the files at the end."""
+"""Run an evaluation of texts: reuse stored answers, show the score so far, and write the files at the end."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from lightning_pmss.evaluation.records import write_json
 
 
 class TextEvaluation:
-    """Collects the answers of one evaluation on this rank.
+    """Collector of the answers of one evaluation on this rank.
 
     Args:
-        metric: Scores texts, see `CausalLMModule`; or None.
-        journal: Stores answers while the evaluation runs; None: answers are written at the end only.
+        metric: Metric that scores texts, see `CausalLMModule`; or None.
+        journal: Storage of answers while the evaluation runs; None writes answers only at the end.
     """
 
     def __init__(self, metric: Any, journal: Journal | None = None) -> None:
@@ -37,17 +37,17 @@ class TextEvaluation:
         self.started = time.perf_counter()
 
     def split(self, batch: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[int]]:
-        """Use the stored answers of a batch, and list the examples that are not answered yet.
+        """Add the stored answers of a batch to the evaluation, and list the examples that are not answered yet.
 
         Args:
             batch: With ``id``, ``prompt``, ``target`` and ``prompt_mask``.
 
         Returns:
-            The stored rows of this batch, which are part of the evaluation from now on, and the places of the examples that
-            are not answered yet. Fillers, which have a negative id, are in neither.
+            The stored rows of this batch, and the places of the examples that are not answered yet. Fillers, which have a
+            negative id, are in neither.
 
         Raises:
-            ValueError: If a stored answer is to another question of the same id.
+            ValueError: A stored answer belongs to another question with the same id.
         """
         stored, missing = [], []
         for place, number in enumerate(batch["id"].tolist()):
@@ -59,14 +59,14 @@ class TextEvaluation:
                 if other := [key for key in now if row.get(key) != now[key]]:
                     assert self.journal is not None
                     raise ValueError(
-                        f"{self.journal.path.parent} holds an answer of this model to another question with the id "
+                        f"{self.journal.path.parent} contains an answer of this model to another question with the id "
                         f"{number} (other {', '.join(other)}): the data or the prompt style have changed. Give "
                         "--model.predictions_dir another folder, or --model.existing_predictions replace."
                     )
             if row is None:
                 missing.append(place)
             else:
-                # Scored again: the metric may have changed, the text has not.
+                # Scored again, because the metric may have changed.
                 kept = {key: value for key, value in row.items() if key != "run" and not key.startswith("score")}
                 normalised = {k: row[k] for k in ("score_normalised",) if k in row}
                 stored.append({**kept, **examine(self.metric, row["output"], row["target"]), **normalised})
@@ -75,7 +75,7 @@ class TextEvaluation:
         return stored, missing
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Add new answers. With a journal, they are on the disk when this returns."""
+        """Add new answers; a journal writes them to the disk at once."""
         self.rows += rows
         if self.journal is not None:
             self.journal.append(rows)
@@ -86,22 +86,22 @@ class TextEvaluation:
         shown: Any = trainer.progress_bar_callback
         if not scores or not trainer.testing or shown is None or not shown.is_enabled:
             return
-        told = f"score {sum(scores) / len(scores):.3f} of {len(scores)}"
+        text = f"score {sum(scores) / len(scores):.3f} of {len(scores)}"
         if isinstance(shown, TQDMProgressBar):
-            shown.test_progress_bar.set_postfix_str(told)
+            shown.test_progress_bar.set_postfix_str(text)
         elif isinstance(shown, RichProgressBar) and shown.progress and shown.test_progress_bar_id is not None:
-            shown.progress.update(shown.test_progress_bar_id, description=f"Testing, {told}")
+            shown.progress.update(shown.test_progress_bar_id, description=f"Testing, {text}")
 
     def finish(self, folder: Path | None, stage: str, *, first: bool) -> dict[str, Tensor]:
         """Gather the answers of all ranks, write them, and score them; call it on every rank.
 
         Args:
-            folder: Folder of the files; None: no files.
+            folder: Folder of the files; None writes no files.
             stage: Part of the files' names.
             first: Whether this is rank 0.
 
         Returns:
-            The metric's values over all answers, equal on every rank; empty where there is no metric or no answer.
+            The metric's values over all answers, equal on every rank; empty without a metric or an answer.
         """
         try:
             return self._finish(folder, stage, first)
@@ -122,21 +122,21 @@ class TextEvaluation:
         if self.journal is not None and first:
             assert folder is not None
             seconds = time.perf_counter() - self.started
-            told: dict[str, Any] = {"stage": stage, "run": self.journal.run, "identity": self.journal.identity}
-            told |= {"logged": {key: float(value) for key, value in values.items()}}
-            told |= {"seconds": round(seconds, 3), "answered_before": resumed}
+            about: dict[str, Any] = {"stage": stage, "run": self.journal.run, "identity": self.journal.identity}
+            about |= {"logged": {key: float(value) for key, value in values.items()}}
+            about |= {"seconds": round(seconds, 3), "answered_before": resumed}
             found = summary(rows)
-            write_json(told | found, folder / f"summary-{stage}.json")
+            write_json(about | found, folder / f"summary-{stage}.json")
             for name, part in found["scores"].items():
-                told_interval = f"{part['mean']:.4f} [{part['low']:.4f}, {part['high']:.4f}]"
-                rank_zero_info(f"{name}: {told_interval} ({CONFIDENCE:.0%} interval, {part['n']} examples)")
+                interval = f"{part['mean']:.4f} [{part['low']:.4f}, {part['high']:.4f}]"
+                rank_zero_info(f"{name}: {interval} ({CONFIDENCE:.0%} interval, {part['n']} examples)")
             rank_zero_info(f"Predictions, scores and intervals are in {folder}.")
         return values
 
     def _compute(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         if self.metric is None:
             return {}
-        # Leave inference mode: states created in it are inference tensors, which a later evaluation could not update.
+        # Outside of inference mode, because a later evaluation could not update inference tensors.
         with torch.inference_mode(False):
             self.metric.update([row["output"] for row in rows], [row["target"] for row in rows])
             scores = self.metric.compute()
@@ -149,7 +149,7 @@ class TextEvaluation:
 
 
 def question(batch: Mapping[str, Any], place: int) -> dict[str, Any]:
-    """The fields that identify a question: prompt, target, prompt length."""
+    """Return the fields that identify a question: prompt, target, prompt length."""
     return {
         "prompt": batch["prompt"][place],
         "target": batch["target"][place],
@@ -168,9 +168,9 @@ def select(batch: dict[str, Any], places: Sequence[int]) -> dict[str, Any]:
 
 
 def summary(rows: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str, Any]:
-    """Each score with its interval, over all rows and per group.
+    """Compute each score with its interval, over all rows and per group.
 
-    Each resample draws the rows once for all scores, so intervals of several scores are paired.
+    Each resample draws the same rows for all scores, so intervals of several scores are paired.
     """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:

@@ -44,7 +44,7 @@ def test_counts_difference_and_p(tmp_path: Path) -> None:
 def test_noise_is_called_noise(tmp_path: Path) -> None:
     found = compare_files(write(tmp_path / "a", [1, 0, 1, 0, 1, 0]), write(tmp_path / "b", [1, 0, 1, 1, 0, 1]))
     assert found.scores["score"][2].mean > 0
-    assert "do not tell A and B apart" in str(found)
+    assert "do not distinguish A and B" in str(found)
 
 
 def test_order_of_lines_does_not_matter(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_files_without_scores_are_refused(tmp_path: Path) -> None:
     a = write(tmp_path / "a", A)
     with pytest.raises(ValueError, match=r"b has no scores. Run `test` with --model.metric"):
         compare_files(a, write(tmp_path / "b", B, score=None, score_f1=None))
-    with pytest.raises(ValueError, match="holds no predictions"):
+    with pytest.raises(ValueError, match="contains no predictions"):
         compare_files(a, write(tmp_path / "b", []))
 
 

@@ -104,7 +104,7 @@ def test_cut_is_at_the_first_of_all_stop_strings() -> None:
     [
         ({"num_beams": 0}, "num_beams=0 must be a whole number of at least 1"),
         ({"max_new_tokens": 1.5}, "max_new_tokens=1.5"),
-        ({"stop": ["\n", ""]}, "holds an empty text"),
+        ({"stop": ["\n", ""]}, "contains an empty text"),
         ({"answer_by": "guess"}, "choose 'generation' or 'likelihood'"),
         ({"answer_by": "likelihood"}, "needs a metric that knows the labels"),
         ({"existing_predictions": "keep"}, "choose 'resume' or 'replace'"),

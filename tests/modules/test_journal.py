@@ -154,8 +154,8 @@ def test_a_damaged_list_of_runs_only_shortens_the_explanation(journal: Any, tmp_
     first = journal()
     first.append(rows(0))
     (tmp_path / "p" / "predictions-test.runs.json").write_text(text, encoding="latin-1")
-    with pytest.raises(ValueError, match=r"holds predictions of another run\. Give --model\.predictions_dir"):
+    with pytest.raises(ValueError, match=r"contains predictions of another run\. Give --model\.predictions_dir"):
         journal(OTHER)
     (tmp_path / "p" / "predictions-test.runs.json").write_text(json.dumps({first.run: ["x"]}))
-    with pytest.raises(ValueError, match=r"holds predictions of another run\. Give"):
+    with pytest.raises(ValueError, match=r"contains predictions of another run\. Give"):
         journal(OTHER)
