@@ -1,4 +1,4 @@
-"""What an adapter does to each layer, read from its folder and, where it is at hand, the base's.
+"""Measure the update of each layer, from an adapter folder and, if given, its base.
 
 The update ``B A`` is never formed: with thin QR ``B = Q_B T_B`` and ``A^T = Q_A T_A`` its singular values are those of the
 small matrix ``T_B T_A^T``.
@@ -23,26 +23,26 @@ from lightning_pmss.methods import method_of
 from lightning_pmss.methods.method import Factors, Kind
 from lightning_pmss.store.shards import open_shards
 
-_BLOCK = 2**20  # elements of W made wide at a time
+_BLOCK = 2**20  # elements of W cast to float32 at a time
 _SHOWN = 3  # singular values in the table
 
 
 @dataclass(frozen=True)
 class InspectedLayer:
-    """One layer; what needs the base is None without it.
+    """Figures of one layer; those that need the base are None without it.
 
     Attributes:
         name: Canonical module name.
         shape: (out, in) of W.
-        rank: The rank that the update can have.
-        u_norm: Frobenius norm of what is stored (of PMSS: ``s U``, which depends on the size of the base's rows and columns).
+        rank: Largest possible rank of the update.
+        u_norm: Frobenius norm of the stored numbers (PMSS: ``s U``, which depends on the norms of the base's rows and columns).
         update_norm: Frobenius norm of the update.
-        relative_norm: The same over W's.
-        singular_values: Of the update, all ``rank`` of them, largest first.
-        effective_rank: ``exp`` of the entropy of the singular values as shares of their sum (Roy and Vetterli, "The effective
-            rank", 2007): ``rank`` where all are equal, 1 where one is alone; 0 for no update.
-        skeleton_energy: Of PMSS: ``||P_C W P_R||^2 / ||W||^2`` with the projections on the spans of the chosen columns and
-            rows: the share of the weight's energy in the subspace that the update moves in.
+        relative_norm: ``update_norm`` divided by the Frobenius norm of W.
+        singular_values: All ``rank`` singular values of the update, largest first.
+        effective_rank: ``exp`` of the entropy of the normalised singular values (Roy and Vetterli, "The effective rank",
+            2007): ``rank`` if all are equal, 1 if only one is not zero, 0 without an update.
+        skeleton_energy: PMSS only: ``||P_C W P_R||^2 / ||W||^2`` with the projections on the spans of the selected columns
+            and rows, the share of the weight's energy in the subspace of the update.
     """
 
     name: str
@@ -58,20 +58,20 @@ class InspectedLayer:
 
 @dataclass(frozen=True)
 class Inspection:
-    """An adapter layer by layer; ``print`` it for a table.
+    """Figures of an adapter, layer by layer; ``print`` it for a table.
 
     Attributes:
-        adapter: Its folder.
-        base: The base's folder, if it was read.
+        adapter: Folder of the adapter.
+        base: Folder of the base, if it was read.
         base_model: Id or path of the base that the adapter names.
-        revision: Its commit.
+        revision: Commit of the base.
         bytes: Size of the weights file.
         config: Options of the conversion (`AdapterConfig`).
         layers: One entry per converted layer.
-        options: The most important ones in a few words.
-        trained: Numbers that were trained in the layers.
+        options: The most important options in a few words.
+        trained: Number of trained parameters in the layers.
         also_train: Name -> shape of the tensors trained in full.
-        fresh: Name -> shape of the frozen tensors that no file of the base holds.
+        fresh: Name -> shape of the frozen tensors that no file of the base contains.
     """
 
     adapter: str
@@ -87,7 +87,7 @@ class Inspection:
     fresh: dict[str, list[int]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, fit for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -118,11 +118,11 @@ class Inspection:
 def inspect_adapter(
     adapter: str | os.PathLike[str], base: str | os.PathLike[str] | None = None, *, progress: bool = False
 ) -> Inspection:
-    """Look at an adapter folder, with the base's numbers where they are given.
+    """Inspect an adapter folder, with more figures if the base is given.
 
     Args:
         adapter: Folder written by `save_adapter`.
-        base: Folder of the base's safetensors, of which the adapter's layers are read, one at a time.
+        base: Folder of the base's safetensors; only the adapter's layers are read, one at a time.
         progress: Show a progress bar while the base is read.
 
     Raises:
@@ -155,13 +155,13 @@ def _trained(adapter: AdapterFile) -> int:
 
 
 def update_spectrum(factors: Factors) -> Tensor:
-    """All singular values of an update in float64, largest first, without forming it."""
+    """Compute all singular values of an update in float64, largest first, without forming it."""
     t_b, t_a = (torch.linalg.qr(part.double(), mode="r").R for part in (factors.b, factors.a.T))
     return torch.linalg.svdvals(t_b @ t_a.T)
 
 
 def effective_rank(singular: Tensor) -> float:
-    """See `InspectedLayer.effective_rank`."""
+    """Compute `InspectedLayer.effective_rank` from the singular values."""
     if not bool((singular > 0).any()):
         return 0.0
     share = singular / singular.sum()
@@ -169,10 +169,10 @@ def effective_rank(singular: Tensor) -> float:
 
 
 def skeleton_energy(weight: Tensor, rows: Tensor, columns: Tensor) -> tuple[float, float]:
-    """``||P_C W P_R||^2 / ||W||^2`` and ``||W||_F``.
+    """Compute ``||P_C W P_R||^2 / ||W||^2`` and ``||W||_F``.
 
     Args:
-        weight: W ``[out, in]``, any floating dtype; made float32 (float64 stays) block by block.
+        weight: W ``[out, in]``, any floating dtype; cast to float32 (float64 stays) block by block.
         rows: R ``[r, in]``.
         columns: C ``[out, c]``.
     """
@@ -193,7 +193,7 @@ def _energy_of_rows(weight: Tensor, rows: Tensor) -> tuple[float, float]:
 
 
 def _energy(weight: Tensor, of_c: tuple[Tensor, Tensor], of_r: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    """The same from the thin QR of C and of R^T."""
+    """Compute `skeleton_energy` from the thin QR of C and of R^T."""
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     q_c, q_r = of_c[0].to(wide), of_r[0].to(wide)
     inside, total = torch.zeros(q_c.shape[1], q_r.shape[1], dtype=torch.float64), 0.0
@@ -202,7 +202,7 @@ def _energy(weight: Tensor, of_c: tuple[Tensor, Tensor], of_r: tuple[Tensor, Ten
         block = weight[start : start + step].to(wide)
         inside += (q_c[start : start + step].T @ (block @ q_r)).double()
         total += float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2
-    # Of slices that depend on one another, QR returns directions that they do not span: leave those out.
+    # QR of linearly dependent columns returns further directions, outside of their span: remove those.
     left, right = (_spanned(triangle) for _, triangle in (of_c, of_r))
     return (float((left.T @ inside @ right).square().sum()) / total if total else 0.0), total**0.5
 

@@ -1,4 +1,4 @@
-"""The page: figures, curves, the update layer by layer, scores, configuration. One HTML file that needs no other."""
+"""Write the page of a run as one HTML file: figures, curves, the update layer by layer, scores, configuration."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lightning_pmss.messages import one_line
 from lightning_pmss.store.disk import atomic_file
 from lightning_pmss.store.shards import open_shards
 
-_MARK = b"<title>PMSS run "  # what every page of ours begins with
+_MARK = b"<title>PMSS run "  # near the start of every page
 
 
 @dataclass
 class Section:
-    """One part of the page; what is empty is left out. `fault` says what is wrong with a file that it would have shown."""
+    """One part of the page, without its empty fields. ``fault`` describes the error in a file that it would have shown."""
 
     title: str
     picture: str = ""
@@ -40,23 +40,23 @@ def write_report(
     overwrite: bool = False,
     announce: Callable[[str], object] | None = None,
 ) -> Path:
-    """Write the page of a run. What cannot be read or drawn is said in its place on the page; the rest is shown.
+    """Write the page of a run. A part that cannot be read or drawn is replaced by the error.
 
     Args:
         run_dir: The run's log folder.
         output: File to write; by default ``report.html`` in the run's folder.
         base: Folder of the base model, for norms and spectra of the updates; by default the one that the adapter names.
-        overwrite: Whether an earlier page may be replaced.
-        announce: Called with each sentence about what is not shown.
+        overwrite: Replace an earlier page.
+        announce: Called with a sentence for each part that is not shown.
 
     Returns:
-        The file's path.
+        Path of the page.
 
     Raises:
-        FileNotFoundError: If the folder is no run's, or `base` has no weights.
-        FileExistsError: If the file exists and is not to be replaced, or is no page of a run.
-        ValueError: If none of the run's files can be read, or `base` is damaged.
-        ModuleNotFoundError: If matplotlib is not installed.
+        FileNotFoundError: Not a folder of a run, or ``base`` has no weights.
+        FileExistsError: The file exists and ``overwrite`` is not given, or it is not a page of a run.
+        ValueError: None of the run's files can be read, or ``base`` is damaged.
+        ModuleNotFoundError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ModuleNotFoundError("The report draws with matplotlib: pip install -c constraints.txt -e '.[plots]'")
@@ -89,17 +89,17 @@ def write_report(
 
 
 def _refuse_existing(target: Path, overwrite: bool) -> None:
-    """An earlier page may be replaced if that is asked for, and nothing else."""
+    """Refuse to replace a file without ``overwrite``, or any file but an earlier page."""
     if not target.exists():
         return
     if not overwrite:
         raise FileExistsError(f"{target} exists; type another --output or --overwrite.")
     if not target.is_file() or _MARK not in target.read_bytes()[:4096]:
-        raise FileExistsError(f"{target} is no page of a run, and overwriting would destroy it. Name another file.")
+        raise FileExistsError(f"{target} is not a page of a run, and overwriting would destroy it. Name another file.")
 
 
 def _picture(title: str, draw: Callable[[], str], note: str = "", fault: str = "") -> Section:
-    """A section with a picture, or with the reason why it cannot be drawn."""
+    """Make a section with a picture, or with the reason why it cannot be drawn."""
     try:
         return Section(title, draw(), note=note, fault=fault)
     except (ArithmeticError, RuntimeError, ValueError) as error:
@@ -107,7 +107,7 @@ def _picture(title: str, draw: Callable[[], str], note: str = "", fault: str = "
 
 
 def _inspection(run: Run, base: str | Path | None) -> tuple[Inspection | None, str, str]:
-    """The adapter's tensors looked at, with the base where it is at hand; else why it is not, as a note or as a fault."""
+    """Inspect the adapter, with its base if there is one; else return the reason, as a note or as a fault."""
     if run.adapter is None:
         fault = run.faults.get(str(ADAPTER_CONFIG), "")
         return None, "" if fault else "No adapter in the run's folder.", fault
@@ -118,7 +118,7 @@ def _inspection(run: Run, base: str | Path | None) -> tuple[Inspection | None, s
         except (ArithmeticError, OSError, RuntimeError, ValueError) as error:  # LinAlgError is a RuntimeError
             fault = f"Without the base {one_line(named)}: {one_line(error)}"
     else:
-        note = f"The base {named!r} is no folder here: the spectra need it. Type --base MODEL_DIR."
+        note = f"The spectra need the base, and {named!r} is not a folder here. Type --base MODEL_DIR."
     try:
         return inspect_adapter(run.adapter), one_line(note), fault
     except (OSError, ValueError) as error:
@@ -133,8 +133,8 @@ def _subtitle(run: Run, inspection: Inspection | None) -> str:
 
 
 def _figures(run: Run, inspection: Inspection | None) -> list[tuple[str, str]]:
-    """Name and value of the page's first figures."""
-    # Lightning counts a logged step from 0; what is logged when training has ended counts one more.
+    """List names and values of the figures at the top of the page."""
+    # Lightning numbers logged steps from 0.
     trained = [curve[-1][0] + 1 for name, curve in run.curves.items() if not name.startswith("test/")]
     found = [("steps", f"{max(trained):,}" if trained else None)]
     for name in ("train/loss", "val/loss", "test/loss"):
@@ -188,8 +188,8 @@ def _update(inspection: Inspection | None, note: str, fault: str) -> list[Sectio
             ranks = [max(1, round(x.rank**2 / sum(x.shape))) for x in strongest]
             rank = int(statistics.median(ranks))
             text = (
-                "Singular values of s C U R for the five layers with the largest update. The line is where the rank of a"
-                " LoRA with as many trained parameters ends; no LoRA was trained for this picture."
+                "Singular values of s C U R for the five layers with the largest update. The line marks the rank of a LoRA"
+                " with as many trained parameters; no LoRA was trained for this picture."
             )
             draw = partial(pictures.spectra, spectra, lora_rank=rank)
             sections.append(_picture("Spectrum of the update", draw, text))
@@ -197,7 +197,7 @@ def _update(inspection: Inspection | None, note: str, fault: str) -> list[Sectio
 
 
 def _kind_and_block(name: str) -> tuple[str, str]:
-    """``model.layers.3.mlp.up_proj`` -> (``mlp.up_proj``, ``3``); without a number the block is "-"."""
+    """Split ``model.layers.3.mlp.up_proj`` into (``mlp.up_proj``, ``3``); without a number the block is "-"."""
     parts = name.split(".")
     place = next((place for place, part in enumerate(parts[:-1]) if part.isdecimal()), None)
     return (name, "-") if place is None else (".".join(parts[place + 1 :]), parts[place])
@@ -230,5 +230,5 @@ def _configuration(run: Run) -> list[Section]:
 
 
 def _fault(run: Run, name: str, title: str) -> list[Section]:
-    """A section in the place of what a damaged file would have shown."""
+    """Make a section that reports a damaged file, if it is damaged."""
     return [Section(title, fault=run.faults[name])] if name in run.faults else []

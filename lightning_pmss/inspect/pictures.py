@@ -1,4 +1,4 @@
-"""Pictures as SVG text, to stand inside a page."""
+"""Draw pictures as SVG text for a page."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from lightning_pmss.inspect.run import Curve
 from lightning_pmss.messages import one_line
 
-MOST_LINES = 12  # more would hide one another
+MOST_LINES = 12  # more lines would overlap
 _INK, _PALE = "#1f4e79", "#9dbbd6"
 _MOST_POINTS, _MOST_KINDS, _MOST_LETTERS = 2000, 60, 60
 
 
 def _figure(width: float = 7.2, height: float = 3.2) -> Any:
-    # A figure of its own, not pyplot's: no global state, no display.
+    # Not by pyplot, which has global state and may need a display.
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -30,26 +30,26 @@ def _svg(figure: Any) -> str:
 
 
 def _label(name: str) -> str:
-    """A name that stands in the picture as it is: `$` would begin a formula, and `_` hide it from the legend."""
+    """Escape and shorten a name for matplotlib: ``$`` would begin a formula, a leading ``_`` hide it from the legend."""
     text = one_line(name)
     text = text if len(text) <= _MOST_LETTERS else f"{text[: _MOST_LETTERS - 3]}..."
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def _thinned(points: Curve) -> Curve:
-    """At most so many points as a picture can show, the last one among them."""
+    """Thin points out to as many as a picture can show, and keep the last one."""
     every = -(-len(points) // _MOST_POINTS)
     return points[::-1][::every][::-1]
 
 
 def curves(lines: Mapping[str, Curve], *, ylabel: str, smoothing: int = 1, from_zero: bool = False) -> str:
-    """Values against the step, one line per name; long lines pale with a running mean over them.
+    """Draw values against the step, one line per name; long lines are pale, with a running mean over them.
 
     Args:
         lines: Name -> points; the first `MOST_LINES` are drawn.
-        ylabel: Text of the axis.
-        smoothing: Points in the running mean; 1: none.
-        from_zero: Whether the axis begins at 0.
+        ylabel: Label of the y axis.
+        smoothing: Points in the running mean; 1 draws none.
+        from_zero: Whether the y axis begins at 0.
     """
     figure = _figure()
     axes = figure.add_subplot()
@@ -74,11 +74,11 @@ def curves(lines: Mapping[str, Curve], *, ylabel: str, smoothing: int = 1, from_
 
 
 def heat_map(values: Mapping[str, Mapping[str, float]], *, label: str) -> str:
-    """A cell for each layer (across) and kind of module (down); kinds that a layer lacks stay blank.
+    """Draw a cell for each layer (across) and kind of module (down); kinds that a layer lacks stay blank.
 
     Args:
         values: Kind -> layer -> value.
-        label: What the colours mean.
+        label: Label of the colour bar.
     """
     values = dict(islice(values.items(), _MOST_KINDS))
     layers = list(dict.fromkeys(layer for row in values.values() for layer in row))
@@ -95,7 +95,7 @@ def heat_map(values: Mapping[str, Mapping[str, float]], *, label: str) -> str:
 
 
 def spectra(singular_values: Mapping[str, Sequence[float]], *, lora_rank: int) -> str:
-    """Singular values of some layers' updates, each over its largest, with the rank at which a LoRA of equal size ends.
+    """Draw the singular values of some layers' updates, divided by the largest, and the rank of a LoRA of equal size.
 
     Args:
         singular_values: Layer -> singular values, descending.

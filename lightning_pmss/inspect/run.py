@@ -1,4 +1,4 @@
-"""What a run has left in its folder, read without a model. Each file is checked; a bad one is reported and left out."""
+"""Read the files in a run's folder, without a model. Each file is checked; a bad one is reported and left out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_pmss.store import Record, checked, read_json, refuse_unreadable
 
 Curve = list[tuple[int, float]]
 Found = TypeVar("Found")
-_LARGEST_STEP = 2**53  # beyond, a float64 axis tells neighbours apart no longer
+_LARGEST_STEP = 2**53  # beyond it, float64 cannot represent every step
 _LARGEST_TEXT = 2**28  # bytes
 ADAPTER_CONFIG = Path("adapter", "adapter_config.json")
 
@@ -33,7 +33,7 @@ class IntervalRecord(Record):
 
 
 class SummaryRecord(Record):
-    """What the page shows of ``summary-<stage>.json``."""
+    """Entries of ``summary-<stage>.json`` that the page shows."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -41,7 +41,7 @@ class SummaryRecord(Record):
 
 
 class AdapterAbout(Record):
-    """What the page shows of ``adapter_config.json`` beside what `inspect_adapter` reads."""
+    """Entries of ``adapter_config.json`` that the page shows and `inspect_adapter` does not return."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -54,14 +54,14 @@ class Run:
     """The records of one run.
 
     Attributes:
-        folder: Where they lie.
+        folder: Folder of the run.
         curves: Logged name -> (step, value) in the order of steps; from ``metrics.csv`` of Lightning's CSVLogger.
         config: Text of ``config.yaml``, or "".
         summaries: Stage -> the scores of ``summary-<stage>.json`` with their intervals.
         adapter: The adapter's folder, or None.
-        about: Of the adapter.
+        about: Base and versions that the adapter records.
         sizes: File or folder of results -> bytes.
-        faults: File name -> what is wrong with it; such a file is in none of the others.
+        faults: File name -> its error; such a file is in none of the others.
     """
 
     folder: Path
@@ -74,7 +74,7 @@ class Run:
     faults: dict[str, str] = field(default_factory=dict)
 
     def last(self, name: str) -> float | None:
-        """The last value logged under a name."""
+        """Return the last value logged under a name, or None."""
         return self.curves[name][-1][1] if self.curves.get(name) else None
 
 
@@ -82,8 +82,8 @@ def read_run(folder: str | Path) -> Run:
     """Read a run's folder (Lightning's log folder, such as ``runs/quickstart/version_0``).
 
     Raises:
-        FileNotFoundError: If there is no such folder, or none of a run's files is in it; names what would be read.
-        ValueError: If none of the files can be read; says what is wrong with the first.
+        FileNotFoundError: The folder does not exist or contains none of a run's files; the message lists them.
+        ValueError: None of the files can be read; the message has the error of the first.
     """
     run = Run(Path(folder).expanduser())
     if not run.folder.is_dir():
@@ -101,8 +101,8 @@ def read_run(folder: str | Path) -> Run:
         if run.faults:
             raise ValueError(next(iter(run.faults.values())))
         raise FileNotFoundError(
-            f"{str(folder)!r} holds none of metrics.csv, config.yaml, summary-*.json and adapter/, so no run."
-            f"{_hint(run.folder)}"
+            f"{str(folder)!r} contains none of metrics.csv, config.yaml, summary-*.json and adapter/, so it is not a run's"
+            f" folder.{_hint(run.folder)}"
         )
     for name in ("adapter", "merged", "checkpoints"):
         if (run.folder / name).is_dir():
@@ -129,15 +129,15 @@ def _hint(folder: Path) -> str:
 def _text(path: Path) -> str:
     refuse_unreadable(path)
     if (size := path.stat().st_size) > _LARGEST_TEXT:
-        raise ValueError(f"{path} has {size:,} bytes, far more than any such file of a run.")
+        raise ValueError(f"{path} has {size:,} bytes, far more than such a file of a run can have.")
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text: byte {error.start} is not UTF-8. Save it as UTF-8.") from error
+        raise ValueError(f"{path} is not text: byte {error.start} is not UTF-8. Save it as UTF-8.") from error
 
 
 def _curves(path: Path) -> dict[str, Curve]:
-    """By logged name; the last line of a run that was killed or goes on may be cut off."""
+    """Read the curves by logged name; if the run was killed or is running, the last line may be cut off."""
     text = _text(path)
     lines = csv.reader(io.StringIO(text, newline=""))
     last = text.count("\n") + 1 if not text.endswith("\n") else 0  # the number of an unfinished line
@@ -145,7 +145,7 @@ def _curves(path: Path) -> dict[str, Curve]:
     try:
         names = next(lines, [])
         if "step" not in names or len(set(names)) < len(names):
-            raise ValueError("its names lack `step`, or one is there twice")
+            raise ValueError("its names lack `step`, or one occurs twice")
         for row in lines:
             if not row:
                 continue
@@ -156,7 +156,7 @@ def _curves(path: Path) -> dict[str, Curve]:
             values = dict(zip(names, row, strict=True))
             step = int(values.pop("step"))
             if not 0 <= step < _LARGEST_STEP:
-                raise ValueError(f"{values and row[names.index('step')][:20]} is no number of steps")
+                raise ValueError(f"{row[names.index('step')][:20]} is not a number of steps")
             for name, value in values.items():
                 if name != "epoch" and value and math.isfinite(number := float(value)):
                     curves.setdefault(one_line(name), []).append((step, number))
@@ -169,7 +169,7 @@ def _curves(path: Path) -> dict[str, Curve]:
 
 
 def _scores(path: Path) -> dict[str, IntervalRecord]:
-    remedy = "Run `test` again, which writes it anew."
+    remedy = "Run `test` again, which rewrites it."
     return checked(SummaryRecord, _json(path, remedy), str(path), remedy).scores
 
 
@@ -181,12 +181,12 @@ def _about(path: Path) -> AdapterAbout:
 def _json(path: Path, remedy: str) -> Any:
     found = read_json(path, remedy)
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no JSON object. {remedy}")
+        raise ValueError(f"{path} does not contain a JSON object. {remedy}")
     return found
 
 
 def _size(folder: Path) -> int:
-    """Bytes of the files below; links are not followed, and what cannot be looked at is not counted."""
+    """Size of the files below in bytes, without those behind links and those that cannot be read."""
     total = 0
     for root, _, names in os.walk(folder):
         for name in names:

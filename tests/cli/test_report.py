@@ -109,7 +109,7 @@ def test_refusals(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         write_report(finished, tmp_path / "page.html")
     write_report(finished, tmp_path / "page.html", overwrite=True)
     (tmp_path / "thesis.html").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"thesis\.html is no page of a run.*Name another file"):
+    with pytest.raises(FileExistsError, match=r"thesis\.html is not a page of a run.*Name another file"):
         write_report(finished, tmp_path / "thesis.html", overwrite=True)
     assert (tmp_path / "thesis.html").read_text() == "mine"
     with pytest.raises(FileNotFoundError, match=r"Did you mean .*version_0\?"):
