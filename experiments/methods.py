@@ -76,7 +76,12 @@ def callbacks(method: Mapping[str, Any], seed: int, folder: Path, calibration: A
     if skeleton is not None:
         file = folder / "skeleton.safetensors"
         found = [
-            CalibratedSkeleton(PMSSConfig(target_modules=targets, rank=options["rank"]), file, calibration, **skeleton),
+            CalibratedSkeleton(
+                PMSSConfig(target_modules=targets, columns=options.get("columns", "selected"), rank=options["rank"]),
+                file,
+                calibration,
+                **skeleton,
+            ),
             PMSSCallback(target_modules=targets, seed=seed, skeleton_file=file, **quiet, **options),
         ]
     if core is not None:
@@ -131,7 +136,9 @@ class CalibratedSkeleton(Callback):
         for name, layer in layers.items():
             weight: Any = layer.weight
             rows, cols = choose(weight, moments[name], min(self.config.rank, *weight.shape), self.by)
-            tensors |= {f"{name}.rows": rows.int(), f"{name}.cols": cols.int()}
+            tensors |= {f"{name}.rows": rows.int()}
+            if self.config.columns == "selected":
+                tensors |= {f"{name}.cols": cols.int()}
         save_file(tensors, self.file)
 
 

@@ -1,4 +1,4 @@
-"""What is noted down while a run trains: losses, seconds, and the bytes that a step keeps for its backward pass."""
+"""What is noted down while a run trains: losses, norms of gradients, seconds, and the bytes that a step keeps."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from typing_extensions import override
 
 
 class Watch(Callback):
-    """Notes the loss and the CPU (on a GPU: wall) seconds of each step, and one step's saved bytes."""
+    """Notes each step's loss, norm of the gradient before it is clipped, and CPU (on a GPU: wall) seconds; one step's bytes."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
+        self.gradient_norms: list[float] = []
         self.seconds: list[float] = []
         self.saved_bytes = 0
         self.trainable = 0
@@ -58,6 +59,13 @@ class Watch(Callback):
         if self._hooks is not None:
             self._hooks.__exit__()
             self._hooks = None
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        norms = [p.grad.norm() for p in pl_module.parameters() if p.grad is not None]
+        self.gradient_norms.append(float(f"{float(torch.stack(norms).norm()):.3g}"))
 
     @override
     def on_train_batch_end(

@@ -39,7 +39,7 @@ def table(estimate: Estimate, gpu: float | None = None, remedies: list[Remedy] |
         f"{estimate.architecture}, {estimate.parameters:,} parameters in {kept}; {run.strategy} on {where},"
         f" precision {run.precision}, {run.optimizer}",
         f"{run.micro_batch} x {run.sequence_length} tokens per device and pass, {checkpointing} gradient checkpointing;"
-        f" memory={run.config.memory}, coordinates={run.config.coordinates}",
+        f" columns={run.config.columns}, memory={run.config.memory}, coordinates={run.config.coordinates}",
         "",
     ]
     methods = list(estimate.methods.values())

@@ -67,9 +67,9 @@ def test_decoder_blocks(fixtures: Path) -> None:
     assert decoder_blocks(plain) == ["blocks.0", "blocks.1", "blocks.2"]
 
 
-@pytest.mark.parametrize("coordinates", COORDINATES)
-def test_adapter_and_checkpoint_files(tmp_path: Path, coordinates: str) -> None:
-    config = pmss_config(coordinates=coordinates)
+@pytest.mark.parametrize("options", [*({"coordinates": name} for name in COORDINATES), {"columns": "all"}], ids=str)
+def test_adapter_and_checkpoint_files(tmp_path: Path, options: dict[str, str]) -> None:
+    config = pmss_config(**options)
     run = Run(write_config(tmp_path), config=config, sequence_length=32, weights_dtype="float32", precision="32-true")
     found = estimate(run, ("pmss",), both=False).methods["pmss"]
 

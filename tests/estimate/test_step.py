@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,14 +42,18 @@ def under_autocast(loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("memory", ["regather", "keep"])
+@pytest.mark.parametrize(
+    "options", [{"memory": "regather"}, {"memory": "keep"}, {"columns": "all", "rank": 4}], ids=str
+)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
-def test_bytes_kept_and_peak_of_a_step(precision: str, memory: str, checkpointing: bool, tmp_path: Path) -> None:
-    config = pmss_config(memory=memory)
+def test_bytes_kept_and_peak_of_a_step(
+    precision: str, options: dict[str, Any], checkpointing: bool, tmp_path: Path
+) -> None:
+    config = pmss_config(**options)
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
     name = str(dtype).removeprefix("torch.")
-    options = OPTIONS | {"precision": precision, "weights_dtype": name, "gradient_checkpointing": checkpointing}
-    asked = Run(write_config(tmp_path), config=config, **options)
+    settings = OPTIONS | {"precision": precision, "weights_dtype": name, "gradient_checkpointing": checkpointing}
+    asked = Run(write_config(tmp_path), config=config, **settings)
     result = estimate(asked, ("pmss",), both=False).methods["pmss"]
     model = small_model(dtype, config)
     if checkpointing:

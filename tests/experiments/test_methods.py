@@ -157,6 +157,8 @@ OPTIONS: dict[str, dict[str, Any]] = {"full": {}, "pmss": {"rank": 4}, "psoft": 
 VARIANTS = [{"name": name, **OPTIONS.get(name, {"rank": 2})} for name in METHODS if name != "base"] + [
     {"name": "pmss", "rank": 4, "skeleton": {"by": "gradient", "batches": 2}},
     {"name": "pmss", "rank": 4, "layer_scales": "spectral"},
+    {"name": "pmss", "rank": 4, "columns": "all"},
+    {"name": "pmss", "rank": 4, "columns": "all", "skeleton": {"by": "activation", "batches": 2}},
     {"name": "pmss", "rank": 4, "reselect": {"every": 1, "by": "random"}, "targets": "mlp"},
 ]
 
@@ -187,7 +189,8 @@ def test_every_method_runs_and_changes_the_loss(method: dict[str, Any], tiny_lla
     record = run(spec, places)
     assert record["status"] == "finished"
     assert record["scores"]["val/loss"] == pytest.approx(record["scores"]["test/loss"])
-    assert len(record["train_loss"]) == 8
+    assert len(record["train_loss"]) == len(record["gradient_norms"]) == 8
+    assert all(norm > 0 for norm in record["gradient_norms"])
     assert record["scores"]["val/loss"] < untrained["scores"]["val/loss"]
     assert record["saved_bytes"] > 0
     if spec["spectra"]:
@@ -195,6 +198,14 @@ def test_every_method_runs_and_changes_the_loss(method: dict[str, Any], tiny_lla
         assert len(record["spectra"]["median"]) == 32
     if method["name"] == "lora":
         assert all(ranks[2] <= 2 for ranks in record["spectra"]["ranks"].values())
+
+
+def test_clip_bounds_the_gradient_of_a_step(tiny_llama: str, tmp_path: Path) -> None:
+    places = Places((str(Path(tiny_llama).parent),), str(tmp_path), str(tmp_path / "cache"))
+    spec = _spec(tiny_llama, 4) | {"steps": 6, "evaluate": ["val"], "method": {"name": "pmss", "rank": 4}}
+    usual, clipped = (run(spec | more, places) for more in ({}, {"clip": 1e-12}))
+    assert usual["gradient_norms"][0] == clipped["gradient_norms"][0]  # noted before it is clipped
+    assert usual["scores"]["val/loss"] < clipped["scores"]["val/loss"] - 0.01  # so far below Adam's eps nothing moves
 
 
 def test_layer_scales_multiply_the_update(tiny_llama: str) -> None:
