@@ -50,8 +50,8 @@ def _group(content: dict[str, Any]) -> dict[str, Any]:
 
 
 RESUMED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "no optimizers": (lambda c: c.pop("optimizer_states"), "has no `optimizer_states`, so a training cannot go on"),
-    "no schedulers": (lambda c: c.pop("lr_schedulers"), "has no `lr_schedulers`, so a training cannot go on"),
+    "no optimizers": (lambda c: c.pop("optimizer_states"), "has no `optimizer_states`, so a run cannot resume"),
+    "no schedulers": (lambda c: c.pop("lr_schedulers"), "has no `lr_schedulers`, so a run cannot resume"),
     "number": (lambda c: c.update(optimizer_states=[5]), "`optimizer_states.0` is no state"),
     "scheduler": (lambda c: c.update(lr_schedulers=[5]), "`lr_schedulers.0` is no state"),
     "nan": (lambda c: _moments(c)[0]["exp_avg"].fill_(float("nan")), r"NaN or infinite values in `optimizer_states\.0\.state"),
