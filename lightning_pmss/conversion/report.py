@@ -115,7 +115,7 @@ class ConversionReport:
         total = sum(self.shares.get(name, 0.0) for name in self.unowned)
         if total <= UNOWNED_LIMIT:
             return None
-        groups = {kind: (names, sum(self.shares[n] for n in names)) for kind, names in _bykind_of(self.unowned).items()}
+        groups = {kind: (names, sum(self.shares[n] for n in names)) for kind, names in _by_kind(self.unowned).items()}
         biggest = sorted(groups.items(), key=lambda item: -item[1][1])[:3]
         listed = "; ".join(
             f"`{kind if len(names) > 1 else names[0]}` ({self.left_out[names[0]]}, {share:.1%} of the model)"
@@ -171,7 +171,7 @@ class ConversionReport:
         return "\n".join([*lines, *self.notes])
 
 
-def _bykind_of(names: Sequence[str]) -> dict[str, list[str]]:
+def _by_kind(names: Sequence[str]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(kind_of(name), []).append(name)
@@ -180,7 +180,7 @@ def _bykind_of(names: Sequence[str]) -> dict[str, list[str]]:
 
 def _kinds(names: Sequence[str]) -> list[str]:
     """Names, with those of equal kind merged into one and their number."""
-    return [group[0] if len(group) == 1 else f"{kind} ({len(group)})" for kind, group in _bykind_of(names).items()]
+    return [group[0] if len(group) == 1 else f"{kind} ({len(group)})" for kind, group in _by_kind(names).items()]
 
 
 def _few(names: Sequence[str], most: int = 6) -> str:

@@ -219,14 +219,14 @@ def match_modules(
             if not hits:
                 for matches in (partial(_ends_in, patterns), expression.matches):
                     _refuse_parameter(patterns, matches, owners or modules.items(), field)
-            _refuse_nomatch_modules(patterns, hits, modules, field, linear)
+            _refuse_no_match(patterns, hits, modules, field, linear)
         return usable
     names: dict[str, None] = {}
     for pattern in patterns:
         hits = [n for n in modules if _ends_in(pattern, n)]
         if not hits:
             _refuse_parameter(pattern, partial(_ends_in, pattern), owners or modules.items(), field)
-            _refuse_nomatch_modules(pattern, hits, modules, field, linear)
+            _refuse_no_match(pattern, hits, modules, field, linear)
         names.update(dict.fromkeys(hits))
     return [n for n in modules if n in names]
 
@@ -260,7 +260,7 @@ def _refuse_parameter(
             )
 
 
-def _refuse_nomatch_modules(
+def _refuse_no_match(
     pattern: str, hits: list[str], modules: Mapping[str, nn.Module], field: str, linear: bool
 ) -> None:
     if hits:
@@ -361,7 +361,7 @@ def ranks_of(config: AdapterConfig, targets: list[str], modules: Mapping[str, nn
         expression = Expression(pattern, "rank_pattern")
         hits = [name for name in targets if _ends_in(pattern, name) or expression.matches(name)]
         if not hits:
-            _refuse_nomatch_modules(pattern, [], {n: modules[n] for n in targets}, "rank_pattern", True)
+            _refuse_no_match(pattern, [], {n: modules[n] for n in targets}, "rank_pattern", True)
         ranks = dict.fromkeys(hits, rank) | ranks  # the first match wins
     return {name: ranks.get(name, config.rank) for name in targets}
 

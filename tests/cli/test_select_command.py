@@ -43,11 +43,20 @@ def test_every_option_reaches_the_file(tiny_llama: str, tmp_path: Path, capsys: 
         "oversample": 5,
         "seed": 7,
         "coordinates": "spectral",
+        "columns": "selected",
     }
     assert {name: len(layer.tensors["rows"]) for name, layer in skeleton.layers.items()} == {
         "model.layers.0.self_attn.q_proj": 6,
         "model.layers.0.mlp.up_proj": 4,
     }
+
+
+def test_columns_all_selects_rows_only(tiny_llama: str, tmp_path: Path) -> None:
+    output = tmp_path / "s.safetensors"
+    main(["select", "--model", tiny_llama, "--output", str(output), "--columns", "all", "--target-modules", "q_proj"])
+    skeleton = read_skeleton(output, columns="all")
+    assert {frozenset(layer.tensors) for layer in skeleton.layers.values()} == {frozenset({"rows", "right"})}
+    assert skeleton.options["rank"] == len(next(iter(skeleton.layers.values())).tensors["rows"]) == 16
 
 
 def test_defaults_are_the_configs(tiny_llama: str, tmp_path: Path) -> None:
