@@ -260,9 +260,7 @@ def _refuse_parameter(
             )
 
 
-def _refuse_no_match(
-    pattern: str, hits: list[str], modules: Mapping[str, nn.Module], field: str, linear: bool
-) -> None:
+def _refuse_no_match(pattern: str, hits: list[str], modules: Mapping[str, nn.Module], field: str, linear: bool) -> None:
     if hits:
         kinds = sorted({type(modules[n]).__name__ for n in hits})
         raise ValueError(

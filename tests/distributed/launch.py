@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
-from tests.forks import Program, first_ended
+from tests.forks import Program, first_ended, run
 
 
 def launch(module: str, tasks: list[dict[str, Any]], *, timeout: float = 240, fails: bool = False) -> str:
@@ -55,8 +56,7 @@ def start_and_wait(arguments: Sequence[str | Path], timeout: float) -> tuple[lis
     """
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_network_port()), "WORLD_SIZE": "2"}
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"} | shared
-    for lock in Path(os.environ["TORCH_EXTENSIONS_DIR"]).glob("*/lock"):
-        lock.unlink()  # torch waits for it for ever, and a rank that was killed while it compiled or loaded has left it behind
+    _unlock()
     until = time.monotonic() + timeout
     with contextlib.ExitStack() as stack:
         programs = []
@@ -91,6 +91,22 @@ def require(strategy: str) -> None:
         )
         if shutil.which("c++") is None and shutil.which("g++") is None:
             pytest.skip("DeepSpeed on the CPU compiles an operation and needs a C++ compiler")
+        _compile()
+
+
+@functools.cache
+def _compile() -> None:
+    """Compile DeepSpeed's operation, which takes half a minute, where no rank of a test has to wait for it."""
+    code = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load(verbose=False)"
+    _unlock()
+    done = run(["-c", code], env=os.environ | {"DS_ACCELERATOR": "cpu"})
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def _unlock() -> None:
+    """Remove the files that torch waits for while it compiles or loads: a rank that was killed meanwhile has left them."""
+    for lock in Path(os.environ["TORCH_EXTENSIONS_DIR"]).glob("*/lock"):
+        lock.unlink()
 
 
 def ranks(folder: Path) -> list[dict[str, Any]]:
