@@ -206,7 +206,7 @@ def _module(
         derived = method.derive(weight, found.rank, name, found.indices)
         derived = {part: t.to(dtype) if t.is_floating_point() else t for part, t in derived.items()}
         trained = {part: t.to(dtype) for part, t in found.trained.items()}
-        update = method.update_of(trained | derived, options.scale_of(found.rank))
+        update = method.update_of(trained | derived, options.scale_of(found.rank, shape))
         return AdapterModule(shape, layout, layer.fingerprint, update.stored().cloned())
     return None
 

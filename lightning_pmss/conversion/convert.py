@@ -118,9 +118,8 @@ def convert(
         plans = dict(_plan(fresh, modules, method, given, ranks, compute_dtype, selected))
         starts = {name: _start(plans[name], modules[name], method, name, updates) for name in fresh}
         for name, plan in plans.items():
-            layer = AdaptedLinear.adopt(
-                modules[name], method, plan.rank, starts[name], plan.tensors, config.scale_of(plan.rank)
-            )
+            scale = config.scale_of(plan.rank, plan.shape)
+            layer = AdaptedLinear.adopt(modules[name], method, plan.rank, starts[name], plan.tensors, scale)
             layer.fingerprint = plan.fingerprint
             layer.derived_dtype = None if given is not None and given.complete else value_dtype(layer)
         layers = kept | {name: _report(modules[name], ranks[name], plan) for name, plan in plans.items()}
@@ -207,7 +206,7 @@ def _plan(
             tensors = method.derive(weight, rank, name, own)
             dtype = value_dtype(layer)
             if weight is not None and selected:
-                scale = method.config.scale_of(rank)
+                scale = method.config.scale_of(rank, shape)
                 if reason := method.why_untrainable(weight, tensors, scale, compute_dtype or dtype):
                     raise ValueError(f"`{name}` {reason}")
             figures = method.figures(weight, tensors, dtype) | dict(known.figures)
@@ -233,7 +232,7 @@ def _start(
     update = updates[name].to(weight.device)
     dtype = core_dtype(weight.dtype)
     frozen = {n: t.to(weight.device, dtype) for n, t in plan.tensors.items() if t.is_floating_point()}
-    numbers = method.numbers(update, frozen, method.config.scale_of(plan.rank), name)
+    numbers = method.numbers(update, frozen, method.config.scale_of(plan.rank, plan.shape), name)
     return {n: value.to(dtype) for n, value in numbers.items()}
 
 

@@ -144,7 +144,7 @@ class Architecture:
                 kinds = {n: spec.kind for n, spec in method.specs(shape, rank).items()}
                 start = {n: t for n, t in made.items() if kinds[n] is Kind.TRAINED}
                 derived = {n: t for n, t in made.items() if kinds[n] is not Kind.TRAINED}
-                adapted = AdaptedLinear.adopt(layer, method, rank, start, derived, config.scale_of(rank))
+                adapted = AdaptedLinear.adopt(layer, method, rank, start, derived, config.scale_of(rank, shape))
                 for parameter in adapted.core.parameters(recurse=False):
                     parameter.requires_grad_(True)
         for name in also_train:

@@ -159,7 +159,7 @@ def _select(target: Target, reader: ShardReader, config: PMSSConfig, pieces: Pie
     method = method_of(config)
     derived = method.derive(weight, target.rank, target.name, {})
     # Checked for the stored dtype; conversion checks again for the dtype that the model is loaded in.
-    scale, dtype = config.scale_of(target.rank), core_dtype(weight.dtype)
+    scale, dtype = config.scale_of(target.rank, target.shape), core_dtype(weight.dtype)
     if reason := method.why_untrainable(weight, derived, scale, dtype):
         raise ValueError(f"`{target.name}` {reason}")
     tensors = {part: t if t.is_floating_point() else t.to(torch.int32) for part, t in derived.items()}

@@ -77,8 +77,8 @@ class AdapterConfig:
                 f" in float32, from {_TINY:.3g} to {_LARGEST:.3g}."
             )
 
-    def scale_of(self, rank: int) -> float:
-        """The factor of the update of a layer with this rank."""
+    def scale_of(self, rank: int, shape: tuple[int, int]) -> float:
+        """The factor of the update of a layer with this rank and a W ``[out, in]`` of this shape."""
         return 1.0
 
     def meaning(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class AdapterConfig:
 
     def summary(self) -> str:
         """The options that say most, in a few words."""
-        return f"scale {self.scale_of(self.rank):g}"
+        raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON and for a checkpoint that is loaded with ``weights_only=True``."""

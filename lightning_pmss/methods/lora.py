@@ -43,7 +43,7 @@ class LoRAConfig(AdapterConfig):
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r} must lie in [0, 1).")
 
-    def scale_of(self, rank: int) -> float:
+    def scale_of(self, rank: int, shape: tuple[int, int]) -> float:
         """``alpha / rank``."""
         return self.alpha / rank
 

@@ -314,7 +314,8 @@ def _states(
         else:
             with whole_weight(layer) as found:
                 weight = found.T if is_transposed(layer) else found
-        states[name] = method.fitted(weight, stored.update, sizes[name], config.scale_of(sizes[name]), name)
+        scale = config.scale_of(sizes[name], stored.shape)
+        states[name] = method.fitted(weight, stored.update, sizes[name], scale, name)
     return states
 
 

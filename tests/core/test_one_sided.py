@@ -205,6 +205,17 @@ def test_the_default_rank_follows_the_columns() -> None:
         PMSSConfig(columns="both")
 
 
+def test_the_scale_follows_the_trained_numbers() -> None:
+    """A square core of as many numbers has a tenth of it."""
+    one_sided, square = PMSSConfig(columns="all"), PMSSConfig()
+    assert one_sided.scale_of(4, (256, 100)) == pytest.approx(10 * square.scale_of(32, (256, 100)))
+    assert PMSSConfig(columns="all", scale=3.0).scale_of(4, (256, 100)) == 3.0
+    net = nn.Sequential(nn.Linear(20, 12), nn.Linear(12, 48))
+    convert(net, PMSSConfig(columns="all", rank=3))
+    scales: list[Any] = [layer.scale for layer in net]
+    assert scales == pytest.approx([640 / 6, 640 / 12])
+
+
 def test_a_skeleton_file_is_for_one_kind_of_skeleton(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Linear(8, 6))
     square, one_sided = (PMSSConfig(target_modules=["0"], columns=columns, rank=2) for columns in ("selected", "all"))

@@ -20,6 +20,9 @@ PER_MATRIX = ("rank", "columns", "selection", "row_mode", "oversample", "seed", 
 SKELETON_OPTIONS = (*PER_MATRIX, "target_modules", "exclude_modules", "rank_pattern")
 # The rank at which scale="auto" is 1. Adam moves each entry of V by the learning rate, so the update grows with the rank.
 REFERENCE_RANK = 64
+# A one-sided V [out, r] is like a square one of rank sqrt(out r). Its factor is ten times as large, so that clipping at norm 1
+# gives all steps one size (docs/evidence.md).
+ALL_COLUMNS = 640
 
 
 @inherit_options(AdapterConfig)
@@ -39,7 +42,7 @@ class PMSSConfig(AdapterConfig):
         oversample: Extra rows of the sketch of ``lupp``, beside a quarter to a half of the rank.
         seed: Seed of the selection; independent of the global random state.
         scale: Factor s of the update ``s C U R``: a number, or ``"auto"`` for 64 / rank of each layer, with which one learning
-            rate serves all ranks (docs/evidence.md), as LoRA's alpha / r is meant to.
+            rate serves all ranks (docs/evidence.md), as LoRA's alpha / r is meant to; with all columns 640 / sqrt(out rank).
         coordinates: Coordinates of the trained tensor: ``"orthonormal"``, ``"spectral"`` or ``"raw"``; or ``"rotation"``: half
             as many numbers, which rotate the block of W between its selected columns and rows
             (`lightning_pmss.methods.pmss.rotation`).
@@ -94,9 +97,11 @@ class PMSSConfig(AdapterConfig):
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r} must lie in [0, 1).")
 
-    def scale_of(self, rank: int) -> float:
-        """The factor s of a layer with ``rank`` rows and columns."""
-        return REFERENCE_RANK / rank if isinstance(self.scale, str) else float(self.scale)
+    def scale_of(self, rank: int, shape: tuple[int, int]) -> float:
+        """The factor s of a layer with ``rank`` rows and columns, or with all columns of so many rows."""
+        if not isinstance(self.scale, str):
+            return float(self.scale)
+        return ALL_COLUMNS / (shape[0] * rank) ** 0.5 if self.columns == "all" else REFERENCE_RANK / rank
 
     def card(self) -> str:
         """The update, and what it is bound to."""
