@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pmss.layers.parts import clean_name
+from lightning_pmss.store import why_no_index
 
 
 class IndexTensors(nn.Module):
@@ -86,7 +87,7 @@ class IndexTensors(nn.Module):
             if key not in state_dict:
                 if strict:
                     missing_keys.append(key)
-            elif reason := why_no_index(state_dict[key], len(getattr(self, name)), sizes[name]):
+            elif reason := why_no_indices(state_dict[key], len(getattr(self, name)), sizes[name]):
                 error_msgs.append(f"{key} {reason}.")
             else:
                 self._take(name, state_dict[key], bool(local_metadata.get("assign_to_params_buffers")))
@@ -103,18 +104,14 @@ class IndexTensors(nn.Module):
             own.copy_(value)
 
 
-def why_no_index(value: Any, count: int, size: int) -> str | None:
-    """Why a tensor cannot be these indices, to be put behind its name; None if it can."""
+def why_no_indices(value: Any, count: int, size: int) -> str | None:
+    """Why a value of a state dict cannot be `count` indices, to be put behind its name; None if it can."""
     if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         kind = str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else type(value).__name__
         return f"is {kind}, and whole numbers were expected"
     if value.shape != (count,):
         return f"has the shape {list(value.shape)}, and [{count}] was expected"
-    if value.is_meta:
-        return None
-    if not 0 <= int(value.min()) <= int(value.max()) < size:
-        return f"has indices outside 0..{size - 1}"
-    return "has an index twice" if len(value.unique()) != count else None
+    return None if value.is_meta else why_no_index(value.long(), size)
 
 
 def index_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -176,5 +176,5 @@ def why_no_index(index: Tensor, size: int) -> str | None:
     if index.dtype not in (torch.int32, torch.int64) or index.dim() != 1 or not len(index):
         return f"is {index.dtype} {list(index.shape)}, and an index vector was expected"
     if int(index.min()) < 0 or int(index.max()) >= size:
-        return f"holds indices outside 0..{size - 1}"
-    return "holds an index twice" if len(index.unique()) != len(index) else None
+        return f"has indices outside 0..{size - 1}"
+    return "has an index twice" if len(index.unique()) != len(index) else None

@@ -234,9 +234,9 @@ BAD_TENSORS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
     "inf": (_fill(f"{Q}.U", float("inf")), f"NaN or infinite values in {Q}.U"),
     "shape": (lambda t: t.update({f"{Q}.U": torch.ones(5, 6)}), rf"{Q}.U is torch.float32 \[5, 6\].*\[6, 6\]"),
     "dtype": (lambda t: t.update({f"{Q}.U": torch.ones(6, 6).half()}), f"{Q}.U is torch.float16"),
-    "outside": (_fill(f"{Q}.rows", 32), rf"{Q}.rows holds indices outside 0..31"),
-    "negative": (_fill(f"{Q}.cols", -1), rf"{Q}.cols holds indices outside 0..31"),
-    "twice": (lambda t: t[f"{Q}.cols"].fill_(3), rf"{Q}.cols holds an index twice"),
+    "outside": (_fill(f"{Q}.rows", 32), rf"{Q}.rows has indices outside 0..31"),
+    "negative": (_fill(f"{Q}.cols", -1), rf"{Q}.cols has indices outside 0..31"),
+    "twice": (lambda t: t[f"{Q}.cols"].fill_(3), rf"{Q}.cols has an index twice"),
     "no index": (lambda t: t.update({f"{Q}.cols": torch.ones(6)}), rf"{Q}.cols is torch.float32"),
 }
 

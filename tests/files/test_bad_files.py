@@ -209,8 +209,8 @@ SKELETONS: dict[str, tuple[Callable[[dict[str, torch.Tensor], dict[str, Any]], A
     "format 99": (lambda t, a: a.update(format_version=99), "has format 99, newer than this library"),
     "no modules": (lambda t, a: a.pop("modules"), "`modules` is missing"),
     "layer": (lambda t, a: a["modules"].update(x=a["modules"]["0"]), "promises `x` but does not hold them"),
-    "outside": (lambda t, a: t["0.rows"].fill_(10), r"0.rows holds indices outside 0..9"),
-    "twice": (lambda t, a: t["0.cols"].fill_(1), "0.cols holds an index twice"),
+    "outside": (lambda t, a: t["0.rows"].fill_(10), r"0.rows has indices outside 0..9"),
+    "twice": (lambda t, a: t["0.cols"].fill_(1), "0.cols has an index twice"),
 }
 
 
