@@ -120,6 +120,11 @@ def _our_lora(model: nn.Module, case: Case) -> nn.Module:
     return model
 
 
+def _one_sided(model: nn.Module, case: Case) -> nn.Module:
+    convert(model, PMSSConfig(columns="all", rank=2 * case.lora_rank, selection="random"))
+    return model
+
+
 def _full(model: nn.Module, case: Case) -> nn.Module:
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
@@ -153,6 +158,7 @@ RIVALS: dict[str, Callable[[nn.Module, Case], nn.Module]] = {
     "pmss regather": _ours(memory="regather"),
     "pmss spectral": _ours(coordinates="spectral"),
     "pmss weight edit": _ours(edit="weight"),
+    "one-sided equal parameters": _one_sided,
     "our lora equal parameters": _our_lora,
     "naive": _naive,
     "lora equal rank": _peft(lambda peft, case: peft.LoraConfig(**_lora(case.rank))),
@@ -164,6 +170,9 @@ RIVALS: dict[str, Callable[[nn.Module, Case], nn.Module]] = {
     "dora equal parameters": _peft(lambda peft, case: peft.LoraConfig(**_lora(case.lora_rank, use_dora=True))),
     "psoft equal rank": _peft(_psoft),
     "miss equal rank": _peft(lambda peft, case: peft.MissConfig(r=case.rank, target_modules="all-linear")),
+    "miss equal parameters": _peft(
+        lambda peft, case: peft.MissConfig(r=2 * case.lora_rank, target_modules="all-linear")
+    ),
     "full": _full,
 }
 
