@@ -1,7 +1,7 @@
 """The streaming merge beside a copy of the base: time, and peak memory, however large the base.
 
-    python -m benchmarks.merge [--shards 4] [--matrices 7] [--width 4096] [--rank 256] [--threads N] [--rounds 3]
-        [--folder DIR] [--json FILE]
+    python -m benchmarks.merge [--shards 4] [--matrices 7] [--width 4096] [--rank 256] [--columns selected|all]
+        [--threads N] [--rounds 3] [--folder DIR] [--json FILE]
 
 Writes a bfloat16 base of ``shards x matrices`` square matrices (the defaults: 940 MB in shards of 235 MB) and a random
 adapter for all of them to a temporary folder (below DIR, where given). Copy and merge take turns; both end with their files
@@ -33,6 +33,7 @@ from lightning_pmss.files.adapter_file import WEIGHTS_FILE, AdapterFile, Adapter
 from lightning_pmss.layers.fingerprint import fingerprint
 from lightning_pmss.methods.pmss.config import PMSSConfig
 from lightning_pmss.methods.pmss.method import PMSSUpdate
+from lightning_pmss.methods.pmss.one_sided import OneSidedUpdate
 from lightning_pmss.store.shards import INDEX_FILE, shard_names
 
 # The libraries' own peak comes first; a small product makes them allocate their buffers before it is read. The peak is
@@ -50,7 +51,7 @@ print(peak() - before)
 """
 
 
-def make_inputs(folder: Path, *, shards: int, matrices: int, width: int, rank: int) -> tuple[Path, Path]:
+def make_inputs(folder: Path, *, shards: int, matrices: int, width: int, rank: int, columns: str) -> tuple[Path, Path]:
     """Write a base and an adapter of all its layers; returns their folders."""
     base, adapter = folder / "base", folder / "adapter"
     base.mkdir()
@@ -63,17 +64,14 @@ def make_inputs(folder: Path, *, shards: int, matrices: int, width: int, rank: i
             name = f"model.layers.{shard}.linear{matrix}"
             weight = torch.randn(width, width, generator=generator).mul_(width**-0.5).to(torch.bfloat16)
             rows, cols = (torch.randperm(width, generator=generator)[:rank] for _ in range(2))
-            modules[name] = AdapterModule(
-                shape=(width, width),
-                layout="linear",
-                fingerprint=fingerprint(weight[rows], weight[:, cols]),
-                update=PMSSUpdate(torch.randn(rank, rank, generator=generator) / rank, rows, cols),
-            )
+            u = torch.randn(width if columns == "all" else rank, rank, generator=generator) / rank
+            update = OneSidedUpdate(u, rows) if columns == "all" else PMSSUpdate(u, rows, cols)
+            modules[name] = AdapterModule((width, width), "linear", fingerprint(*update.read(weight)), update)
             weights[f"{name}.weight"] = weight
             weight_map[f"{name}.weight"] = file
         save_file(weights, base / file, {"format": "pt"})
     (base / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    write_adapter(AdapterFile(adapter, PMSSConfig(rank=rank), None, None, modules), adapter)
+    write_adapter(AdapterFile(adapter, PMSSConfig(columns=columns, rank=rank), None, None, modules), adapter)
     return base, adapter
 
 
@@ -116,6 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("shards", 4), ("matrices", 7), ("width", 4096), ("rank", 256)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--columns", choices=("selected", "all"), default="selected")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: as many as torch takes by itself")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where the temporary files go")
@@ -123,7 +122,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    sizes = {name: getattr(options, name) for name in ("shards", "matrices", "width", "rank")}
+    sizes = {name: getattr(options, name) for name in ("shards", "matrices", "width", "rank", "columns")}
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
         base, adapter = make_inputs(folder, **sizes)
