@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -69,9 +70,11 @@ def check(
         problems.append(f"has `{k}` of shape {tuple(stored[k])} where this run has {trained[k]} ({len(shapes)} such)")
     if made.method != config.method:
         problems.append(f"was made by the method {made.method!r}, this run has {config.method!r}")
+    defaults = {option.name: option.default for option in fields(config)}
     for field, value in config.meaning().items():  # shapes show the other options
-        if made.method == config.method and field in made.config and made.config[field] != value:
-            problems.append(f"was made with {field}={made.config[field]!r}, this run has {value!r}")
+        stored_value = made.config.get(field, defaults[field])  # what an older version did not write was the default
+        if made.method == config.method and stored_value != value:
+            problems.append(f"was made with {field}={stored_value!r}, this run has {value!r}")
     if lost := sorted(set(adapted_layers(module)) - set(made.prints)):
         problems.append(f"says nothing of {some(lost)}")
     if problems:

@@ -111,7 +111,8 @@ def read_peft(folder: str | os.PathLike[str]) -> AdapterFile:
         target_modules=list(modules),
         rank=usual,
         rank_pattern={name: rank for name, rank in ranks.items() if rank != usual},
-        alpha=scales[first] * usual,
+        alpha=scales[first] * (math.sqrt(usual) if record.use_rslora else usual),
+        rank_stabilized=record.use_rslora,
         also_train=sorted({name.rpartition(".")[0] for name in full}),
     )
     return AdapterFile(

@@ -25,6 +25,7 @@ class LoRAConfig(AdapterConfig):
     Args:
         rank: Rows of A and columns of B.
         alpha: The update is ``alpha / rank`` times ``B A``.
+        rank_stabilized: Scale by ``alpha / sqrt(rank)`` (rsLoRA, arXiv 2312.03732): one learning rate then suits all ranks.
         dropout: Dropout probability on the input of A.
         seed: Seed of A's start, from which each layer draws by its name.
 
@@ -34,6 +35,7 @@ class LoRAConfig(AdapterConfig):
 
     method = "lora"
     alpha: float = 16.0
+    rank_stabilized: bool = False
     dropout: float = 0.0
     seed: int = 0
 
@@ -44,20 +46,20 @@ class LoRAConfig(AdapterConfig):
             raise ValueError(f"dropout={self.dropout!r} must lie in [0, 1).")
 
     def scale_of(self, rank: int, shape: tuple[int, int]) -> float:
-        """``alpha / rank``."""
-        return self.alpha / rank
+        """``alpha / rank``, or ``alpha / sqrt(rank)``."""
+        return self.alpha / (rank**0.5 if self.rank_stabilized else rank)
 
     def card(self) -> str:
         """Both factors."""
         return "`W' = W + B A`: both factors were trained (LoRA, arXiv 2106.09685, with lightning-pmss)."
 
     def summary(self) -> str:
-        """alpha."""
-        return f"alpha {self.alpha:g}"
+        """alpha, and whether it is divided by the root of the rank."""
+        return f"alpha {self.alpha:g}{', rank-stabilised' if self.rank_stabilized else ''}"
 
     def meaning(self) -> dict[str, Any]:
-        """alpha scales the factors."""
-        return {"alpha": self.alpha}
+        """The factor of B A."""
+        return {"alpha": self.alpha, "rank_stabilized": self.rank_stabilized}
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class LoRAUpdate(Update):
     def weighted(cls, updates: Sequence[tuple[float, LoRAUpdate]]) -> LoRAUpdate:
         return cls(torch.cat([u.A for _, u in updates]), torch.cat([weight * u.B for weight, u in updates], 1))
 
-    def factors(self, weight: Tensor, dtype: torch.dtype) -> Factors:
+    def factors(self, weight: Tensor, dtype: torch.dtype) -> Factors | None:
         return Factors(self.A.to(dtype), self.B.to(dtype))
 
 
@@ -119,8 +121,8 @@ class LoRA(Method[LoRAConfig]):
         if not bool(b.isfinite().all()):
             kind = str(b.dtype).removeprefix("torch.")
             raise ValueError(
-                f"`{name}`: with scale {scale:.3g} its update needs trained numbers that {kind} cannot hold. Load it with an"
-                " alpha near its rank."
+                f"`{name}`: with scale {scale:.3g} its update needs trained numbers that {kind} cannot hold. Load it with a"
+                " larger one (LoRA: an alpha near its rank)."
             )
         return {"A": update.A.clone(), "B": b}
 

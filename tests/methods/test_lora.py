@@ -18,6 +18,7 @@ from lightning_pmss import AdapterCallback, LoRAConfig, convert, load_adapter, s
 from lightning_pmss.cli.tools import run_tool
 from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.files.lora_import import import_files
+from tests.callbacks import toys
 
 peft = pytest.importorskip("peft")
 TARGETS, RANK, ALPHA, STEPS = ["q_proj", "v_proj", "down_proj"], 8, 16, 20
@@ -95,9 +96,52 @@ def test_a_folder_of_peft_becomes_ours(tiny_llama: str, tmp_path: Path, rslora: 
         str(tmp_path / "ours"),
     )  # fmt: skip
     loaded = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    load_adapter(loaded, tmp_path / "ours")
+    report = load_adapter(loaded, tmp_path / "ours")
+    assert isinstance(report.config, LoRAConfig)
+    assert report.config.rank_stabilized is rslora
+    assert report.config.alpha == pytest.approx(ALPHA)  # so that training goes on with peft's factor
     ids = torch.arange(12)[None]
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stabilised", [False, True])
+def test_the_factor_of_the_update(stabilised: bool) -> None:
+    model, alpha = torch.nn.Sequential(torch.nn.Linear(12, 10, bias=False)).double(), 3.0
+    convert(model, LoRAConfig(target_modules=["0"], rank=9, alpha=alpha, rank_stabilized=stabilised))
+    layer = adapted_layers(model)["0"]
+    torch.nn.init.normal_(layer.core.B)  # type: ignore[arg-type]
+    x = torch.randn(5, 12, dtype=torch.float64)
+    a, b = layer.core.A, layer.core.B
+    weight = layer.weight + alpha / (3 if stabilised else 9) * (b @ a)  # type: ignore[operator]
+    torch.testing.assert_close(model(x), x @ weight.T)
+
+
+def test_a_checkpoint_of_the_other_factor_is_refused(tmp_path: Path) -> None:
+    def run(name: str, checkpoint: Path | None = None, **options: Any) -> Path:
+        trainer = L.Trainer(
+            max_steps=1 if checkpoint is None else 2,
+            accelerator="cpu",
+            logger=False,
+            callbacks=[
+                AdapterCallback(LoRAConfig(target_modules=["0"], rank=4, **options), output_dir=tmp_path / name)
+            ],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+        )
+        trainer.fit(toys.Toy(), toys.Numbers(), ckpt_path=checkpoint)
+        trainer.save_checkpoint(tmp_path / f"{name}.ckpt")
+        return tmp_path / f"{name}.ckpt"
+
+    checkpoint = run("plain")
+    with pytest.raises(ValueError, match="was made with rank_stabilized=False, this run has True"):
+        run("stabilised", checkpoint, rank_stabilized=True)
+    content = torch.load(checkpoint)
+    del content["pmss"]["config"]["rank_stabilized"]  # as versions without the option wrote it
+    torch.save(content, checkpoint)
+    with pytest.raises(ValueError, match="was made with rank_stabilized=False, this run has True"):
+        run("stabilised", checkpoint, rank_stabilized=True)
+    run("again", checkpoint)
 
 
 @pytest.mark.parametrize("alpha", [0, 1e-45, float("inf"), float("nan"), 1e39, True, "16"])
