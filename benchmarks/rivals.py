@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_pmss import LoRAConfig, PMSSConfig, convert
+from lightning_pmss import LoRAConfig, MiSSConfig, PMSSConfig, convert
 
 # Heads and width of the MLP by hidden size; 4096 and 5120 are LLaMA-2-7B's and 13B's.
 INTERMEDIATE = {64: 176, 1024: 2816, 2048: 5632, 4096: 11008, 5120: 13824}
@@ -120,6 +120,11 @@ def _our_lora(model: nn.Module, case: Case) -> nn.Module:
     return model
 
 
+def _our_miss(model: nn.Module, case: Case) -> nn.Module:
+    convert(model, MiSSConfig(rank=2 * case.lora_rank))
+    return model
+
+
 def _one_sided(model: nn.Module, case: Case) -> nn.Module:
     convert(model, PMSSConfig(columns="all", rank=2 * case.lora_rank, selection="random"))
     return model
@@ -173,6 +178,7 @@ RIVALS: dict[str, Callable[[nn.Module, Case], nn.Module]] = {
     "miss equal parameters": _peft(
         lambda peft, case: peft.MissConfig(r=2 * case.lora_rank, target_modules="all-linear")
     ),
+    "our miss equal parameters": _our_miss,
     "full": _full,
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ def callbacks(method: Mapping[str, Any], seed: int, folder: Path, calibration: A
     quiet: dict[str, Any] = {"merge_on_save": None, "log_throughput": False, "output_dir": folder}
     if name in OURS:
         chosen: Any = OURS[name]
-        return [AdapterCallback(chosen(target_modules=targets, seed=seed, **options), **quiet)]
+        drawn = {"seed": seed} if any(option.name == "seed" for option in fields(chosen)) else {}
+        return [AdapterCallback(chosen(target_modules=targets, **drawn, **options), **quiet)]
     if name in PEFT:
         return [PeftCallback(name, target_modules=targets, **options)]
     skeleton, reselect, frame = (options.pop(key, None) for key in ("skeleton", "reselect", "frame"))

@@ -9,6 +9,7 @@ from .merging import merge, merged, unmerge
 from .methods import METHODS
 from .methods.config import AdapterConfig
 from .methods.lora import LoRAConfig
+from .methods.miss import MiSSConfig
 from .methods.pmss.config import PMSSConfig
 from .methods.pmss.layer import PMSSLinear
 from .version import __version__
@@ -20,6 +21,7 @@ __all__ = [
     "AdapterConfig",
     "ConversionReport",
     "LoRAConfig",
+    "MiSSConfig",
     "PMSSCallback",
     "PMSSConfig",
     "PMSSLinear",

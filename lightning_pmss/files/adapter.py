@@ -40,6 +40,7 @@ from lightning_pmss.layers.parts import clean_name, clean_state, is_sharded
 from lightning_pmss.layers.quantised import quantisation_of, whole_weight
 from lightning_pmss.messages import kind_of, one_line
 from lightning_pmss.methods.given import Given, GivenLayer
+from lightning_pmss.methods.method import Update
 from lightning_pmss.store import misfit
 from lightning_pmss.store.atomic import check_target
 from lightning_pmss.store.kinds import ADAPTER
@@ -294,7 +295,12 @@ def _where_else(absent: list[str], modules: Mapping[str, nn.Module]) -> str:
 def _same_indices(layer: AdaptedLinear, stored: AdapterModule) -> bool:
     own, theirs = layer.indices(), stored.update.indices()
     same = type(stored.update) is layer.method.update_class and stored.update.rank == layer.rank
+    same = same and _shapes(stored.update) == _shapes(layer.update())
     return same and all(torch.equal(own[name].cpu(), index) for name, index in theirs.items())
+
+
+def _shapes(update: Update) -> list[torch.Size]:
+    return [tensor.shape for tensor in update.tensors().values()]
 
 
 def check_base(adapter: AdapterFile, modules: Mapping[str, nn.Module], model: str) -> None:

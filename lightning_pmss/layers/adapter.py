@@ -101,6 +101,14 @@ class Adapter(nn.Module):
         if self.frame is not None:
             self.frame.set(tensors)
 
+    def reshape(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give trained tensors the shapes of others, whose values are copied next; not where they are kept in parts."""
+        for name, own in self.trained().items():
+            if own.shape != tensors[name].shape:
+                empty, own.grad = own.data.new_empty(tensors[name].shape), None
+                own.data = own.data.half()  # where the dtype changes, autograd forgets the old shape
+                own.data = empty
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Called by engines once parameters that were made on the meta device have memory."""

@@ -250,6 +250,8 @@ class Method(ABC, Generic[C]):
     def fitted(self, weight: Tensor, update: Any, rank: int, scale: float, name: str) -> dict[str, Tensor]:
         """Every tensor of a layer of this rank, which may be larger than the update's, such that it means the update.
 
+        Trained tensors may keep the shapes of the update's own rank, where they cannot be filled up.
+
         Args:
             weight: The pristine W ``[out, in]``.
             update: Of it.

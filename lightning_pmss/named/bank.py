@@ -25,7 +25,7 @@ class NamedAdapter:
     """Tensors of one named adapter.
 
     Attributes:
-        layers: Trained, frozen and index tensors of each layer that the adapter has, at the rank of the live layer.
+        layers: Trained, frozen and index tensors of each layer that the adapter has, as `Method.fitted` made them.
         extra: Tensors of the modules that it trains in full.
         fresh: Freshly initialised tensors that it was trained with; no file of the base contains them.
     """
@@ -102,6 +102,7 @@ def put(model: nn.Module, bank: Bank, name: str) -> None:
             for index_name, index in layer.indices().items():
                 index.copy_(state[index_name])
             layer.core.set_frozen(state)
+            layer.core.reshape(state)
             layer.set_numbers(state)
         layer.fingerprint = None  # computed again, from the new rows and columns, where it is needed
     fill(places(model), bank.base | adapter.extra)

@@ -94,7 +94,8 @@ def load_adapters(
     for adapter in read.values():
         for name, stored in adapter.modules.items():
             sizes[name] = max(sizes.get(name, 0), rank or 0, stored.update.width)
-    sizes = {name: min(sizes[name], *canonical_shape(modules[name])) for name in modules if name in sizes}
+    kind = method_of(next(iter(read.values())).options)
+    sizes = {name: kind.rank_of(canonical_shape(modules[name]), sizes[name]) for name in modules if name in sizes}
     also_train = sorted({module for names in found.values() for module in names.also_train})
     config = _config(next(iter(read.values())).options, sizes, also_train)
     for adapter in read.values():  # before any weight is read: a fresh tensor may be the weight of a converted layer
@@ -164,8 +165,8 @@ def add_adapter(model: nn.Module, name: str, folder: str | os.PathLike[str]) -> 
 def set_adapter(model: nn.Module, name: str) -> None:
     """Make an adapter the active one; the trained values of the previous one are kept under its name.
 
-    Only the values of small tensors change, so a compiled model is not compiled again. An optimizer's state belongs to the
-    adapter it was made for.
+    Only the values of small tensors change, so a compiled model is not compiled again. Where adapters of other ranks cannot be
+    filled up (MiSS, BAT), the shapes change too, and it is. An optimizer's state belongs to the adapter it was made for.
 
     Raises:
         ValueError: An unknown name, or a merged model.
