@@ -7,6 +7,7 @@ from .files import export_lora, load_adapter, save_adapter
 from .layers.adapted import AdaptedLinear
 from .merging import merge, merged, unmerge
 from .methods import METHODS
+from .methods.bat import BATConfig
 from .methods.config import AdapterConfig
 from .methods.lora import LoRAConfig
 from .methods.miss import MiSSConfig
@@ -19,6 +20,7 @@ __all__ = [
     "AdaptedLinear",
     "AdapterCallback",
     "AdapterConfig",
+    "BATConfig",
     "ConversionReport",
     "LoRAConfig",
     "MiSSConfig",

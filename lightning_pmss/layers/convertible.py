@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -32,6 +34,19 @@ def is_supported(layer: nn.Module) -> bool:
         return False
     weight: Tensor = layer.weight  # type: ignore[assignment]
     return weight.dtype in FLOATS and len(whole_shape(weight)) == 2
+
+
+def has_known_forward(layer: nn.Module) -> bool:
+    """Whether the base's forward is ``nn.Linear``'s or ``Conv1D``'s own."""
+    base = getattr(layer, "base_class", type(layer))
+    return base.forward is nn.Linear.forward or is_conv1d(layer)
+
+
+def has_own_product(layer: Any, *dtypes: torch.dtype) -> bool:
+    """Whether a method can do a converted layer's product itself: a frozen weight, a known forward, one dtype throughout."""
+    weight = layer.weight
+    known = has_known_forward(layer) and not layer.quantised
+    return known and not weight.requires_grad and all(d == weight.dtype for d in dtypes)
 
 
 def why_no_own_weight(layer: nn.Module) -> str | None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_pmss.methods.bat import BAT
 from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.methods.lora import LoRA
 from lightning_pmss.methods.method import Method
 from lightning_pmss.methods.miss import MiSS
 from lightning_pmss.methods.pmss.method import PMSS
 
-METHODS: Mapping[str, type[Method[Any]]] = {m.config_class.method: m for m in (PMSS, LoRA, MiSS)}
+METHODS: Mapping[str, type[Method[Any]]] = {m.config_class.method: m for m in (PMSS, LoRA, MiSS, BAT)}
 """The methods by name. A method that is added here passes tests/methods/test_contract.py as it is."""
 
 

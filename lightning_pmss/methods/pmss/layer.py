@@ -12,14 +12,12 @@ are ours. What is trained is a tensor V in chosen coordinates, from which U is d
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_pmss.layers.adapted import AdaptedLinear
-from lightning_pmss.layers.convertible import is_conv1d, is_transposed
+from lightning_pmss.layers.convertible import has_known_forward, has_own_product, is_transposed
 from lightning_pmss.layers.parts import clean_name
 from lightning_pmss.layers.products import compute_dtype, product
 from lightning_pmss.layers.quantised import SliceReader, is_quantised
@@ -143,19 +141,6 @@ def why_no_weight_edit(layer: nn.Module, dropout: float) -> str | None:
 def can_output_edit(layer: nn.Module) -> bool:
     """Whether the layer's product can be had without its bias: no bias, or a forward that is known to us."""
     return getattr(layer, "bias", None) is None or has_known_forward(layer)
-
-
-def has_known_forward(layer: nn.Module) -> bool:
-    """Whether the base's forward is ``nn.Linear``'s or ``Conv1D``'s own."""
-    base: type[Any] = layer.base_class if isinstance(layer, AdaptedLinear) else type(layer)
-    return base.forward is nn.Linear.forward or is_conv1d(layer)
-
-
-def has_own_product(layer: AdaptedLinear, *dtypes: torch.dtype) -> bool:
-    """Whether an edit can do the base product itself: a frozen weight, a known forward, one dtype throughout."""
-    weight = layer.weight
-    known = has_known_forward(layer) and not layer.quantised
-    return known and not weight.requires_grad and all(d == weight.dtype for d in dtypes)
 
 
 def pmss_layers(model: nn.Module) -> dict[str, PMSSLinear]:

@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lightning_pmss.layers.adapted import AdaptedLinear
+from lightning_pmss.layers.convertible import has_own_product
 from lightning_pmss.layers.products import compute_dtype, product, without_autocast
 from lightning_pmss.layers.quantised import dequantised_slice
 from lightning_pmss.methods.given import Given
@@ -33,7 +34,6 @@ from lightning_pmss.methods.pmss import sums
 from lightning_pmss.methods.pmss.config import PMSSConfig
 from lightning_pmss.methods.pmss.coordinates import Frame, coordinate_frame
 from lightning_pmss.methods.pmss.edits import slice_of
-from lightning_pmss.methods.pmss.layer import has_own_product
 from lightning_pmss.methods.pmss.merged_twice import is_merged
 from lightning_pmss.methods.pmss.number_range import why_out_of_range
 from lightning_pmss.methods.pmss.rounding import LIMIT, LOW_PRECISION, fitting_rank, rounding_error
