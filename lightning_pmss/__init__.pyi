@@ -9,7 +9,11 @@ from .merging import merge, merged, unmerge
 from .methods import METHODS
 from .methods.bat import BATConfig
 from .methods.config import AdapterConfig
+from .methods.curlora import CURLoRAConfig
+from .methods.hira import HiRAConfig
+from .methods.hut import HUTConfig
 from .methods.lora import LoRAConfig
+from .methods.lora_xs import LoRAXSConfig
 from .methods.miss import MiSSConfig
 from .methods.pmss.config import PMSSConfig
 from .methods.pmss.layer import PMSSLinear
@@ -22,8 +26,12 @@ __all__ = [
     "AdapterConfig",
     "BATConfig",
     "ConversionReport",
+    "CURLoRAConfig",
+    "HUTConfig",
+    "HiRAConfig",
     "LoRAConfig",
     "MiSSConfig",
+    "LoRAXSConfig",
     "PMSSCallback",
     "PMSSConfig",
     "PMSSLinear",

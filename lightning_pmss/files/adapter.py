@@ -39,6 +39,7 @@ from lightning_pmss.layers.guard import refuse_disabled
 from lightning_pmss.layers.parts import clean_name, clean_state, is_sharded
 from lightning_pmss.layers.quantised import quantisation_of, whole_weight
 from lightning_pmss.messages import kind_of, one_line
+from lightning_pmss.methods import method_of
 from lightning_pmss.methods.given import Given, GivenLayer
 from lightning_pmss.methods.method import Update
 from lightning_pmss.store import misfit
@@ -178,7 +179,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Conversion
         for name, place in new_rows(live, adapter.fresh).items():
             place.copy_(adapter.fresh[name].value)
     if report is None:
-        layers = {name: GivenLayer(stored.update.indices()) for name, stored in adapter.modules.items()}
+        method = method_of(adapter.options)
+        layers = {n: GivenLayer(method.given_by(m.update, m.shape)) for n, m in adapter.modules.items()}
         given = Given(layers, source=str(adapter.folder))
         updates = {n: m.update for n, m in adapter.modules.items()}
         report = convert(model, adapter.options, given=given, updates=updates, names=names)

@@ -157,8 +157,8 @@ class AdapterFile:
         revision = f", revision {self.revision}" if self.revision else ""
         return (
             f"{self.folder} belongs to another base: the weights of {few(modules, 3)} in {base} are not those it was "
-            f"trained on ({one_line(trained_on + revision)}). Load that base, unmerged; on other weights a PMSS adapter means "
-            f"nothing.{self._quantised_hint()}"
+            f"trained on ({one_line(trained_on + revision)}). Load that base, unmerged; on other weights an adapter of "
+            f"{self.options.label()} means nothing.{self._quantised_hint()}"
         )
 
     def _quantised_hint(self) -> str:

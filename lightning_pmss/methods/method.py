@@ -227,6 +227,11 @@ class Method(ABC, Generic[C]):
         """
         return dict(given)
 
+    def given_by(self, update: Update, shape: Shape) -> dict[str, Tensor]:
+        """Those frozen and index tensors that an update of W ``[out, in]`` of this shape holds, under their own names."""
+        specs = self.specs(shape, update.rank)
+        return {n: t for n, t in update.tensors().items() if n in specs and specs[n].kind is not Kind.TRAINED}
+
     def read_given(self) -> Given | None:
         """What a file named in the options says of the layers; None where none is named."""
         return None

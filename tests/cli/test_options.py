@@ -11,7 +11,7 @@ from typing import Any
 import docstring_parser
 import pytest
 
-from lightning_pmss import AdapterConfig, LoRAConfig, PMSSConfig
+from lightning_pmss import METHODS, AdapterConfig, PMSSConfig
 from lightning_pmss.cli import main
 from lightning_pmss.cli.estimate import CONVERSION, RUN, ZERO
 from lightning_pmss.cli.options import Options
@@ -56,7 +56,7 @@ def test_each_option_of_a_tool_has_the_configs_text_default_and_choices(
                 assert before.endswith(f"{flag} {{{allowed}}} "), name
 
 
-@pytest.mark.parametrize("owner", [AdapterConfig, LoRAConfig, PMSSConfig, Run])
+@pytest.mark.parametrize("owner", [AdapterConfig, *(m.config_class for m in METHODS.values()), Run])
 def test_every_option_is_described(owner: Any) -> None:
     texts = option_texts(owner)
     assert texts == read_by_a_library(owner)

@@ -31,7 +31,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
             tasks.append(task | {"folder": str(folder / "whole")})
             checkpoint = str(folder / "whole" / "saved" / "step=4.ckpt")
             tasks.append(task | {"folder": str(folder / "resumed"), "checkpoint": checkpoint})
-        launch("tests.distributed.script", tasks)
+        launch("tests.distributed.script", tasks, timeout=60 * len(tasks))
         return parent / name
 
     def run(name: str) -> Path:

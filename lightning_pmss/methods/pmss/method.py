@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +91,7 @@ class PMSS(Method[PMSSConfig]):
     update_class = PMSSUpdate
     layer_class = PMSSLinear
     doing = "selecting rows and columns"
-    variants = ({"columns": "all"},)
+    variants: ClassVar[Sequence[Mapping[str, Any]]] = ({"columns": "all"},)
 
     @classmethod
     def of(cls, config: PMSSConfig) -> Method[PMSSConfig]:
