@@ -49,7 +49,8 @@ def export_lora(
         model: Converted by `convert`, the callback or `load_adapter`; not sharded.
         folder: Written whole or not at all: ``adapter_model.safetensors``, ``adapter_config.json``, a model card, and
             ``export_report.json``.
-        rank: Cut layers of a larger rank to this one, by singular values; None: exact.
+        rank: Cut layers of a larger rank to this one, by singular values; None: exact. Updates without thin factors (BAT) need
+            one.
         dtype: Dtype of the factors (``"bfloat16"``, ...); None: float32, float64 for a float64 base.
         overwrite: Replace an earlier export.
         progress: Show a progress bar.
@@ -63,7 +64,15 @@ def export_lora(
             or an invalid rank or dtype.
     """
     target = _checked(folder, rank, overwrite)
-    return _write(model_source(model), target, rank, parse_dtype(dtype, "float32"), overwrite, progress, None)
+    return _write(
+        model_source(model, cut=rank is not None),
+        target,
+        rank,
+        parse_dtype(dtype, "float32"),
+        overwrite,
+        progress,
+        None,
+    )
 
 
 @torch.no_grad()
@@ -107,7 +116,9 @@ def export_files(
     wanted = parse_dtype(dtype, "float32")
     with open_shards(base) as reader:
         refuse_fresh_layers(trained.fresh, trained.modules)
-        return _write(file_source(trained, reader), target, rank, wanted, overwrite, progress, announce)
+        return _write(
+            file_source(trained, reader, cut=rank is not None), target, rank, wanted, overwrite, progress, announce
+        )
 
 
 def lora_pair(factors: Factors, rank: int | None = None) -> tuple[Tensor, Tensor, float | None]:

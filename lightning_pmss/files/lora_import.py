@@ -12,20 +12,18 @@ from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from lightning_pmss.files.adapter_file import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, AdapterModule, write_adapter
+from lightning_pmss.files.miss_import import KINDS, read_miss
 from lightning_pmss.files.model_folder import refuse_overlap
 from lightning_pmss.files.naming import resolve_names
+from lightning_pmss.files.peft_folder import AGAIN, IN_PEFT, PREFIX, QUANTISED, read_config, read_weights
 from lightning_pmss.methods.lora import LoRAConfig, LoRAUpdate
-from lightning_pmss.store import Record, checked, not_finite, read_json, read_tensors
+from lightning_pmss.store import Record, checked
 from lightning_pmss.store.atomic import check_target
 from lightning_pmss.store.kinds import ADAPTER
 from lightning_pmss.store.records import Size
 from lightning_pmss.store.shards import few, open_shards
 
-_PREFIX = "base_model.model."  # of peft's keys
-_AGAIN = "Copy the folder again, or write it anew with peft."
 _ENDS = {"lora_A.weight": "A", "lora_B.weight": "B"}
-_IN_PEFT = "PeftModel.from_pretrained(model, folder).merge_and_unload()."
-_QUANTISED = "a quantised form, whose shapes cannot be compared. Give the unquantised base."
 
 
 class PeftRecord(Record):
@@ -55,7 +53,7 @@ def import_files(
     format: str = "peft",
     overwrite: bool = False,
 ) -> str:
-    """Write an adapter folder of ours from a LoRA folder of peft.
+    """Write an adapter folder of ours from a folder of peft: a LoRA, a MiSS, or a Bone of peft before 0.19.
 
     Args:
         input: Folder with peft's ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -70,38 +68,36 @@ def import_files(
     Raises:
         FileNotFoundError: A folder or file is missing.
         FileExistsError: See `atomic_folder`.
-        ValueError: No LoRA, a variant of it (DoRA, biases), damaged files, or layers that the base does not have.
+        ValueError: Another kind of adapter, a variant (DoRA, biases), damaged files, or layers that the base does not have.
     """
     if format != "peft":
         raise ValueError(f"format={format!r} is not known; choose peft.")
     source, base, target = (Path(path).expanduser() for path in (input, base, output))
     refuse_overlap(target, {"input": source, "base": base})
     check_target(target, ADAPTER, overwrite=overwrite)
-    adapter = read_peft(source)
+    content = read_config(source)
+    miss = isinstance(content, dict) and content.get("peft_type") in KINDS
+    lora = None if miss else read_peft(source)
     with open_shards(base) as reader:
-        rename = resolve_names(adapter, reader, base, _IN_PEFT, _QUANTISED)  # also checks the shapes
+        adapter = read_miss(source, content, reader) if lora is None else lora
+        rename = resolve_names(adapter, reader, base, IN_PEFT, QUANTISED)  # also checks the shapes
         if lost := [name for name in adapter.also_train if rename(name) not in reader.tensors]:
             raise ValueError(
                 f"{source} has {few(lost)} trained in full, which {base} does not have under this name: it ties it to another"
                 " tensor, of which peft trains a copy. Merge it with peft instead."
             )
     write_adapter(adapter, target, overwrite=overwrite, base=base if base.is_dir() else None)
-    return f"LoRA of {source}: {len(adapter.modules)} layers, written to {target}"
+    return f"{adapter.options.label()} of {source}: {len(adapter.modules)} layers, written to {target}"
 
 
 def read_peft(folder: str | os.PathLike[str]) -> AdapterFile:
     """Read and check a LoRA folder of peft; raises as `import_files`."""
     folder = Path(folder).expanduser()
-    if missing := [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]:
-        raise FileNotFoundError(f"{folder} lacks {' and '.join(missing)}: not a complete adapter folder of peft.")
+    content = read_config(folder)
     where = str(folder / CONFIG_FILE)
-    content = read_json(folder / CONFIG_FILE, _AGAIN)
-    record = checked(PeftRecord, content, where, _AGAIN)
+    record = checked(PeftRecord, content, where, AGAIN)
     _refuse_variants(record, content, where)
-    tensors = read_tensors(folder / WEIGHTS_FILE, _AGAIN)
-    if broken := not_finite(tensors):
-        raise ValueError(f"{folder / WEIGHTS_FILE}: NaN or infinite values in {few(broken)}. Use an earlier adapter.")
-    pairs, full = _sorted(tensors, str(folder / WEIGHTS_FILE))
+    pairs, full = _sorted(read_weights(folder), str(folder / WEIGHTS_FILE))
     scales = {name: _scaling(record, name, len(pair["A"]), where) for name, pair in pairs.items()}
     modules = {n: _module(pair, scales[n], record.fan_in_fan_out, n, str(folder)) for n, pair in pairs.items()}
     ranks = {name: module.update.rank for name, module in modules.items()}
@@ -141,18 +137,18 @@ def _sorted(tensors: dict[str, Tensor], where: str) -> tuple[dict[str, dict[str,
     pairs: dict[str, dict[str, Tensor]] = {}
     full: dict[str, Tensor] = {}
     for key, value in tensors.items():
-        name = key.removeprefix(_PREFIX)
+        name = key.removeprefix(PREFIX)
         end = next((end for end in _ENDS if name.endswith(f".{end}")), None)
         if end is not None:
             pairs.setdefault(name.removesuffix(f".{end}"), {})[_ENDS[end]] = value
-        elif "lora_" in name or not key.startswith(_PREFIX):
+        elif "lora_" in name or not key.startswith(PREFIX):
             raise ValueError(f"{where}: {key} is not a tensor of a plain LoRA. Merge it with peft instead.")
         else:
             full[name] = value
     if half := [name for name, pair in pairs.items() if len(pair) < 2]:
-        raise ValueError(f"{where} lacks one of the two factors of {few(half)}. {_AGAIN}")
+        raise ValueError(f"{where} lacks one of the two factors of {few(half)}. {AGAIN}")
     if not pairs:
-        raise ValueError(f"{where} has no LoRA layers. {_AGAIN}")
+        raise ValueError(f"{where} has no LoRA layers. {AGAIN}")
     return pairs, full
 
 
@@ -172,9 +168,9 @@ def _scaling(record: PeftRecord, name: str, rank: int, where: str) -> float:
 def _module(pair: dict[str, Tensor], scale: float, transposed: bool, name: str, where: str) -> AdapterModule:
     a, b = (pair[part].float() for part in ("A", "B"))
     if a.dim() != 2 or b.dim() != 2:
-        raise ValueError(f"{where}: {name} has factors that are no matrices (an embedding or a convolution). {_AGAIN}")
+        raise ValueError(f"{where}: {name} has factors that are no matrices (an embedding or a convolution). {AGAIN}")
     shape = (b.shape[0], a.shape[1])
     update = {"A": a, "B": scale * b}
     if reason := LoRAUpdate.why_not(shape, update):
-        raise ValueError(f"{where}: {name}.{reason}. {_AGAIN}")
+        raise ValueError(f"{where}: {name}.{reason}. {AGAIN}")
     return AdapterModule(shape, "conv1d" if transposed else "linear", {}, LoRAUpdate(**update))

@@ -73,8 +73,12 @@ class Source:
     model_class: str | None
 
 
-def model_source(model: nn.Module) -> Source:
+def model_source(model: nn.Module, *, cut: bool = False) -> Source:
     """Make the source of a converted model.
+
+    Args:
+        model: Converted.
+        cut: Whether factors are cut to a rank, so that an update without thin factors is served too.
 
     Raises:
         ValueError: No converted layer, a sharded model, NaN or infinite values, or layers outside of the Hugging Face model.
@@ -104,8 +108,8 @@ def model_source(model: nn.Module) -> Source:
         )
     known = base_of(model)
     return Source(
-        layers={n: Layer(canonical_shape(layer), layer.transposed, layer.update().rank) for n, layer in layers.items()},
-        factors=lambda name: thin(layers[name].update(), layers[name].base_weight(), name),
+        layers={n: _layer(layer.update(), canonical_shape(layer), layer.transposed) for n, layer in layers.items()},
+        factors=lambda name: thin(layers[name].update(), layers[name].base_weight(), name, cut),
         update=lambda name: layers[name].update(),
         weight=lambda name: layers[name].base_weight(),
         also_train={key: value.detach() for key, value in extra.items()},
@@ -118,8 +122,13 @@ def model_source(model: nn.Module) -> Source:
     )
 
 
-def file_source(adapter: AdapterFile, reader: ShardReader) -> Source:
+def file_source(adapter: AdapterFile, reader: ShardReader, *, cut: bool = False) -> Source:
     """Make the source of an adapter folder and the base's open shards; weights are read on demand.
+
+    Args:
+        adapter: The adapter.
+        reader: The base's files.
+        cut: See `model_source`.
 
     Raises:
         ValueError: The adapter's layers are not in the base, have other shapes there, or are quantised.
@@ -133,8 +142,8 @@ def file_source(adapter: AdapterFile, reader: ShardReader) -> Source:
     modules -= {rename(name) for name in adapter.modules}
     modules |= set(adapter.modules)
     return Source(
-        layers={n: Layer(m.shape, m.layout == "conv1d", m.update.rank) for n, m in adapter.modules.items()},
-        factors=lambda name: _factors(adapter, reader, rename, name),
+        layers={n: _layer(m.update, m.shape, m.layout == "conv1d") for n, m in adapter.modules.items()},
+        factors=lambda name: _factors(adapter, reader, rename, name, cut),
         update=lambda name: adapter.modules[name].update,
         weight=lambda name: base_weight(adapter, reader, rename, name),
         also_train=adapter.also_train | {n: _whole(n, fresh, adapter, reader, rename) for n, fresh in beside.items()},
@@ -169,26 +178,42 @@ def _whole(
     return fresh.whole(lambda: reader.read(key))
 
 
-def thin(update: Update, weight: Tensor, name: str) -> Factors:
+def thin(update: Update, weight: Tensor, name: str, cut: bool = False) -> Factors:
     """Return the update's two thin factors, float64.
+
+    Args:
+        update: The update.
+        weight: Its W ``[out, in]``.
+        name: The layer, for messages.
+        cut: Where it has none, return the change itself and an identity.
 
     Raises:
         ValueError: The update is no product of two thin matrices.
     """
     device = next(iter(update.tensors().values())).device
-    if (found := update.factors(weight.to(device), torch.float64)) is None:
+    if (found := update.factors(weight.to(device), torch.float64)) is not None:
+        return found
+    if not cut:
         raise ValueError(
-            f"the update of {name} is no product of two thin matrices, so no LoRA is equal to it. Merge instead:"
-            " `python -m lightning_pmss merge`."
+            f"the update of {name} is no product of two thin matrices, so no LoRA is equal to it. Give a rank, and the nearest"
+            " LoRA of that rank is written, with its error in the report; or merge: `python -m lightning_pmss merge`."
         )
-    return found
+    change = update.delta(weight.to(device), dtype=torch.float64)
+    eye = torch.eye(min(change.shape), dtype=change.dtype, device=device)
+    return Factors(change, eye) if len(change) == len(eye) else Factors(eye, change)
 
 
-def _factors(adapter: AdapterFile, reader: ShardReader, rename: Callable[[str], str], name: str) -> Factors:
+def _layer(update: Update, shape: tuple[int, int], transposed: bool) -> Layer:
+    """The change of an update without thin factors can have any rank."""
+    low = type(update).factors is not Update.factors
+    return Layer(shape, transposed, update.rank if low else min(shape))
+
+
+def _factors(adapter: AdapterFile, reader: ShardReader, rename: Callable[[str], str], name: str, cut: bool) -> Factors:
     weight = base_weight(adapter, reader, rename, name)
     if not adapter.modules[name].is_of(weight):
         refuse_wrong_base(adapter, reader, rename, name)
-    return thin(adapter.modules[name].update, weight, name)
+    return thin(adapter.modules[name].update, weight, name, cut)
 
 
 def _dots(name: str) -> list[int]:

@@ -225,12 +225,13 @@ def _without_base(name: str, module: AdapterModule) -> InspectedLayer:
 def _with_base(adapter: AdapterFile, base: Path, progress: bool) -> list[InspectedLayer]:
     layers = []
     with open_shards(base) as reader:
-        source = file_source(adapter, reader)
+        source = file_source(adapter, reader, cut=True)  # the spectrum of an update without thin factors, too
         for name in tqdm(adapter.modules, desc="inspecting", unit="layer", disable=not progress):
             factors, weight = source.factors(name), source.weight(name)
             singular = update_spectrum(factors)
             energy = None
-            reads = source.update(name).read(weight)
+            update = source.update(name)
+            reads = update.read(weight) if update.indices() else ()  # of a skeleton, not all of W
             if len(reads) == 1:
                 energy, size = _energy_of_rows(weight, *reads)
             elif reads:
