@@ -4,7 +4,7 @@ The paper's formula reaches us only as ``W' = (M_A 1)^r (.) W (.) (1 M_B)^r`` in
 are not defined there, no code was published, and so this is a reading of it, chosen by what the reviews agree on: two trained
 matrices of ``r (out + in)`` numbers around W, no product of them, and a cost that does not grow with r.
 
-    tiled      M_A ``[out, r]`` is repeated along the columns of W, M_B ``[r, in]`` along its rows
+    tiled      M_A ``[out, r]`` is repeated along the columns of W, the transposed M_B ``[in, r]`` along its rows
     diagonal   one number per row and one per column, ``diag(a) W diag(b)``: this is HyperAdapt (arXiv 2509.18629), and tiled of
                rank 1
 
@@ -64,11 +64,11 @@ class HUTConfig(AdapterConfig):
 
 @dataclass(frozen=True)
 class HUTUpdate(HadamardUpdate):
-    """``W'[i, j] = W[i, j] (1 + left[i, j mod r]) (1 + right[i mod r, j])``.
+    """``W'[i, j] = W[i, j] (1 + left[i, j mod r]) (1 + right[j, i mod r])``.
 
     Attributes:
         left: ``[out, r]``, float32 (float64 on a float64 base); r at most out and in.
-        right: ``[r, in]``.
+        right: ``[in, r]``. Engines that shard rows keep both in parts of equal size, whatever the rank.
     """
 
     left: Tensor
@@ -76,16 +76,16 @@ class HUTUpdate(HadamardUpdate):
 
     @property
     def rank(self) -> int:
-        return len(self.right)
+        return self.left.shape[1]
 
     @classmethod
     def why_not(cls, shape: Shape, tensors: Mapping[str, Tensor]) -> str | None:
-        r = len(tensors["right"])
-        for name, expected in (("left", [shape[0], r]), ("right", [r, shape[1]])):
+        r = tensors["right"].shape[-1]
+        for name, expected in (("left", [shape[0], r]), ("right", [shape[1], r])):
             tensor = tensors[name]
             if tensor.dtype not in (torch.float32, torch.float64) or list(tensor.shape) != expected:
                 return f"{name} is {tensor.dtype} {list(tensor.shape)}; it must be float32 or float64 {expected}"
-        return None if 0 < r <= min(shape) else f"right has {r} rows. W is {list(shape)}"
+        return None if 0 < r <= min(shape) else f"right has {r} columns. W is {list(shape)}"
 
     @classmethod
     def weighted(cls, updates: Sequence[tuple[float, HUTUpdate]]) -> HUTUpdate:
@@ -93,8 +93,8 @@ class HUTUpdate(HadamardUpdate):
 
     def multiplier(self, rows: slice, dtype: torch.dtype) -> Tensor:
         left, right = self.left.to(dtype), self.right.to(dtype)
-        of_row = torch.arange(len(left), device=left.device)[rows] % len(right)
-        return _product(_tiled(left[rows], 1, right.shape[1]), right[of_row])
+        of_row = torch.arange(len(left), device=left.device)[rows] % right.shape[1]
+        return _product(_tiled(left[rows], len(right)), right[:, of_row].T)
 
     def bound(self, weight: Tensor) -> float:
         left, right = (float(part.double().abs().max()) for part in (self.left, self.right))
@@ -110,7 +110,7 @@ class HUT(Method[HUTConfig]):
 
     def specs(self, shape: Shape, rank: int) -> dict[str, Spec]:
         """Both matrices."""
-        return {"left": Spec((shape[0], rank), Kind.TRAINED), "right": Spec((rank, shape[1]), Kind.TRAINED)}
+        return {"left": Spec((shape[0], rank), Kind.TRAINED), "right": Spec((shape[1], rank), Kind.TRAINED)}
 
     def rank_of(self, shape: Shape, rank: int) -> int:
         """1 for the diagonal form."""
@@ -132,10 +132,10 @@ class HUT(Method[HUTConfig]):
         """Diagonal: scale x, then y, without W'; the scaled numbers are rounded to the dtype in which the base computes."""
         values: Mapping[str, Tensor] = layer.core(layer.scale)
         left, right = values["left"], values["right"]
-        if len(right) > 1:
+        if right.shape[1] > 1:
             return hadamard(layer, x, left, right, _form, _pull)
         dtype = compute_dtype(x)
-        y: Tensor = layer.base((x * (1 + right[0])).to(dtype))
+        y: Tensor = layer.base((x * (1 + right[:, 0])).to(dtype))
         unbiased = y if layer.bias is None else y - layer.bias
         return y + (unbiased * left[:, 0]).to(y.dtype)
 
@@ -149,18 +149,20 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return left + right + left * right
 
 
-def _tiled(part: Tensor, dim: int, size: int) -> Tensor:
-    """A matrix repeated along a dimension up to a size, where the last copy is cut."""
-    times = -(-size // part.shape[dim])
-    return part.repeat(*((times, 1) if dim == 0 else (1, times))).narrow(dim, 0, size)
+def _tiled(part: Tensor, size: int) -> Tensor:
+    """A matrix repeated beside itself up to a number of columns, where the last copy is cut."""
+    return part.repeat(1, -(-size // part.shape[1]))[:, :size]
 
 
 def _form(left: Tensor, right: Tensor) -> Tensor:
-    return _product(_tiled(left, 1, right.shape[1]), _tiled(right, 0, len(left)))
+    return _product(_tiled(left, len(right)), _tiled(right, len(left)).T)
 
 
 def _pull(grad: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    rank, (out, size) = len(right), grad.shape
-    of_left = F.pad(grad * (1 + _tiled(right, 0, out)), (0, -size % rank))
-    of_right = F.pad(grad * (1 + _tiled(left, 1, size)), (0, 0, 0, -out % rank))
-    return of_left.unflatten(1, (-1, rank)).sum(1), of_right.unflatten(0, (-1, rank)).sum(0)
+    of_left, of_right = grad * (1 + _tiled(right, len(left)).T), (grad * (1 + _tiled(left, len(right)))).T
+    return _folded(of_left, left.shape[1]), _folded(of_right, right.shape[1])
+
+
+def _folded(grad: Tensor, rank: int) -> Tensor:
+    """The gradient of a matrix that was tiled: the sum of its copies'."""
+    return F.pad(grad, (0, -grad.shape[1] % rank)).unflatten(1, (-1, rank)).sum(1)

@@ -18,9 +18,9 @@ from tests.methods.dense import TARGETS, is_dense, layers, trained
 
 def entry_by_entry(weight: Tensor, core: Any) -> Tensor:
     left, right = core.left, core.right
-    rank = right.shape[0]
+    rank = right.shape[1]
     rows = [
-        torch.stack([weight[i, j] * (1 + left[i, j % rank]) * (1 + right[i % rank, j]) for j in range(weight.shape[1])])
+        torch.stack([weight[i, j] * (1 + left[i, j % rank]) * (1 + right[j, i % rank]) for j in range(weight.shape[1])])
         for i in range(weight.shape[0])
     ]
     return torch.stack(rows)
@@ -33,7 +33,7 @@ def test_the_tiled_layer_is_the_formula(rank: int) -> None:
 
 def test_the_diagonal_layer_is_the_formula_and_tiled_of_rank_1() -> None:
     config = HUTConfig(target_modules=TARGETS, form="diagonal", rank=5)  # of which the rank does not matter
-    is_dense(config, lambda weight, core: (1 + core.left) * weight * (1 + core.right))
+    is_dense(config, lambda weight, core: (1 + core.left) * weight * (1 + core.right.T))
     is_dense(config, entry_by_entry)
 
 
@@ -50,11 +50,11 @@ def test_the_first_step_trains_everything(form: str) -> None:
 
 
 def test_a_file_of_another_shape_is_refused() -> None:
-    assert HUTUpdate.why_not((18, 12), {"left": torch.zeros(18, 5), "right": torch.zeros(5, 12)}) is None
+    assert HUTUpdate.why_not((18, 12), {"left": torch.zeros(18, 5), "right": torch.zeros(12, 5)}) is None
     message = "left is torch.float32 [18, 4]; it must be float32 or float64 [18, 5]"
-    assert HUTUpdate.why_not((18, 12), {"left": torch.zeros(18, 4), "right": torch.zeros(5, 12)}) == message
-    wide = {"left": torch.zeros(18, 13), "right": torch.zeros(13, 12)}
-    assert HUTUpdate.why_not((18, 12), wide) == "right has 13 rows. W is [18, 12]"
+    assert HUTUpdate.why_not((18, 12), {"left": torch.zeros(18, 4), "right": torch.zeros(12, 5)}) == message
+    wide = {"left": torch.zeros(18, 13), "right": torch.zeros(12, 13)}
+    assert HUTUpdate.why_not((18, 12), wide) == "right has 13 columns. W is [18, 12]"
 
 
 def test_several_adapters(tmp_path: Path) -> None:
