@@ -220,11 +220,11 @@ class NonFiniteCheck:
 
 
 def _gradients(optimizer: Any) -> Iterator[Tensor]:
-    """This rank's part of each gradient that the optimizer is going to use."""
+    """This rank's part of each gradient that the optimizer is going to use; FSDP2 gives some ranks none of a short tensor."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if isinstance(parameter.grad, Tensor):
-                yield _local(parameter.grad)
+            if isinstance(parameter.grad, Tensor) and (part := _local(parameter.grad)).numel():
+                yield part
 
 
 def _local(tensor: Tensor) -> Tensor:

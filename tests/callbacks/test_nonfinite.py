@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_pmss import PMSSCallback
-from lightning_pmss.callbacks.nonfinite import NonFiniteCheck
+from lightning_pmss.callbacks.nonfinite import NonFiniteCheck, _gradients
 from lightning_pmss.conversion.convert import adapted_layers
 from tests.callbacks.toys import Toy, plain_loader, trainer
 
@@ -207,3 +207,11 @@ def test_overflows_of_a_scaler_are_its_own_affair() -> None:
     check.backward(torch.tensor(float("nan")))
     with pytest.raises(RuntimeError, match="the loss of batch"):
         check.before_step(optimizer)
+
+
+def test_a_rank_without_a_part_of_a_gradient_looks_at_the_others() -> None:
+    none, some = nn.Parameter(torch.zeros(0, 4)), nn.Parameter(torch.ones(2))
+    none.grad, some.grad = torch.zeros(0, 4), torch.tensor([1.0, 2.0])
+    found = list(_gradients(torch.optim.SGD([none, some])))
+    assert [gradient.tolist() for gradient in found] == [[1.0, 2.0]]
+    assert torch.nn.utils.get_total_norm(found, norm_type=float("inf")) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM
 
-from lightning_pmss import HiRAConfig, convert, load_adapter, save_adapter
+from lightning_pmss import BATConfig, HiRAConfig, HUTConfig, convert, export_lora, load_adapter, save_adapter
+from lightning_pmss.cli.tools import run_tool
 from lightning_pmss.conversion.convert import adapted_layers
+from lightning_pmss.files.lora import export_files
 from tests.methods.dense import TARGETS, is_dense, layers, trained
 
 
@@ -94,6 +97,31 @@ def test_a_base_of_which_one_number_differs_is_refused(tmp_path: Path) -> None:
         other[1].weight[3, 7] += 0.01
     with pytest.raises(ValueError, match="belongs to another base.*an adapter of HiRA means nothing"):
         load_adapter(other, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("config", [HiRAConfig, HUTConfig, BATConfig])
+def test_the_nearest_lora_of_a_rank_and_its_loss(config: Any, tiny_llama: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    trained(model, config(target_modules=["q_proj", "down_proj"], rank=4))
+    save_adapter(model, tmp_path / "adapter")
+    ids = torch.arange(12)[None]
+    for rank, exact in ((8, False), (1024, True)):
+        report = export_lora(model, tmp_path / str(rank), rank=rank, progress=False)
+        base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+        loaded = peft.PeftModel.from_pretrained(base, str(tmp_path / str(rank)))
+        if exact:  # the rank of the smaller side
+            torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-3, atol=1e-4)
+            assert not report.errors
+        for name, layer in adapted_layers(model).items():
+            found = loaded.get_submodule(f"base_model.model.{name}").get_delta_weight("default").double()
+            change = layer.update().delta(layer.base_weight(), dtype=torch.float64)
+            lost = torch.linalg.svdvals(change)[rank:].norm() / change.norm()
+            assert float((found - change).norm() / change.norm()) == pytest.approx(float(lost), rel=1e-3, abs=1e-5)
+            assert report.errors.get(name, 0.0) == pytest.approx(float(lost), rel=1e-6)
+    files = export_files(tiny_llama, tmp_path / "adapter", tmp_path / "files", rank=8, progress=False)
+    assert files.errors == pytest.approx(json.loads((tmp_path / "8" / "export_report.json").read_text())["errors"])
+    run_tool("inspect", str(tmp_path / "adapter"), "--base", tiny_llama)
 
 
 def test_a_factor_with_which_nothing_can_be_trained() -> None:
