@@ -29,6 +29,7 @@ class HadamardUpdate(Update):
     """
 
     bound_to_base = True
+    factors = Update.factors  # none: not those of another base class
 
     @abstractmethod
     def multiplier(self, rows: slice, dtype: torch.dtype) -> Tensor:
@@ -37,9 +38,6 @@ class HadamardUpdate(Update):
     @classmethod
     def reads(cls, weight: Tensor, indices: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         return (weight,)
-
-    def factors(self, weight: Tensor, dtype: torch.dtype) -> None:
-        return None
 
     def delta(self, weight: Tensor, rows: slice = ALL, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or weight.dtype
