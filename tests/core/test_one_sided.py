@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from lightning_pmss import PMSSConfig, convert, save_adapter
@@ -271,3 +272,20 @@ def test_inspect_and_the_card_say_what_it_is(tmp_path: Path) -> None:
     assert entry.skeleton_energy == pytest.approx(float((weight @ q).norm() / weight.norm()) ** 2, rel=1e-6)
     update = layer.core_update().double() @ layer.weight_rows().double()
     assert entry.update_norm == pytest.approx(float(update.detach().norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_activation_checkpointing_gives_the_same_gradients(reentrant: bool, dropout: float) -> None:
+    layer = layer_of(12, 20, dropout=dropout)
+    x = torch.randn(6, 20, dtype=torch.float64, requires_grad=True)
+    found = []
+    for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=reentrant)):
+        torch.manual_seed(2)
+        layer.core.weight.grad = x.grad = None
+        run(x).square().sum().backward()
+        assert layer.core.weight.grad is not None
+        assert x.grad is not None
+        found.append((layer.core.weight.grad.clone(), x.grad.clone()))
+    for plain, recomputed in zip(*found, strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=1e-12, atol=1e-12)
