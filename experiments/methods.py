@@ -21,6 +21,7 @@ from experiments.rectangular import RectangularCore
 from experiments.rotating import RotatingCore
 from lightning_pmss import METHODS as OUR_METHODS
 from lightning_pmss import AdapterCallback, PMSSCallback, PMSSConfig
+from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.conversion.roots import canonical_modules
 from lightning_pmss.conversion.targets import find_targets
 from lightning_pmss.methods.pmss.coordinates import Frame
@@ -72,6 +73,7 @@ def callbacks(method: Mapping[str, Any], seed: int, folder: Path, calibration: A
         return [PeftCallback(name, target_modules=targets, **options)]
     skeleton, reselect, frame = (options.pop(key, None) for key in ("skeleton", "reselect", "frame"))
     core, sides, layer_scales = (options.pop(key, None) for key in ("core", "sides", "layer_scales"))
+    whitened = options.pop("whitened", None)
     options.setdefault("scale", 1.0)  # a run is what its file says, whatever the library's defaults become
     options.setdefault("coordinates", "orthonormal")
     found: list[Callback] = [PMSSCallback(target_modules=targets, seed=seed, **quiet, **options)]
@@ -92,6 +94,8 @@ def callbacks(method: Mapping[str, Any], seed: int, folder: Path, calibration: A
         found.append(RectangularCore(**sides))
     if frame is not None:
         found.append(WeightedFrame(**frame))
+    if whitened is not None:
+        found.append(WhitenedFeatures(calibration, whitened))
     if layer_scales is not None:
         found.append(LayerScales(layer_scales))
     return found if reselect is None else [*found, Reselection(seed=seed, **reselect)]
@@ -160,6 +164,41 @@ class WeightedFrame(Callback):
             rows, columns = layer.slices()
             left, right = _factor(columns, self.left), _factor(rows.T, self.right).T.contiguous()
             layer.core.set_frozen(Frame(left, right).present())
+
+
+class WhitenedFeatures(Callback):
+    """Coordinates of a one-sided skeleton whose features have equal second moments and no correlation, over a few batches.
+
+    With ``E[h h^T] = L L^T`` of ``h = W[rows] x`` the features are ``L^-1 h``, times the root mean square that those of
+    orthonormal rows have.
+    """
+
+    def __init__(self, calibration: Any, batches: int) -> None:
+        self.calibration, self.batches = calibration, batches
+
+    @override
+    @torch.no_grad()
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        layers: dict[str, Any] = adapted_layers(pl_module)
+        moments: dict[str, Tensor] = {}
+        handles = []
+        for name, layer in layers.items():
+
+            def add(_: nn.Module, __: Any, output: Tensor, name: str = name, rows: Tensor = layer.rows) -> None:
+                h = output[..., rows].flatten(0, -2).double()  # the update is zero, and these layers have no bias
+                moments[name] = moments.get(name, 0) + h.T @ h / len(h)
+
+            handles.append(layer.register_forward_hook(add))
+        for batch in self.calibration()[: self.batches]:
+            _loss(pl_module)(batch)
+        for handle in handles:
+            handle.remove()
+        for name, layer in layers.items():
+            right = layer.core.frozen()["right"].double()
+            size = ((right @ moments[name] @ right.T).trace() / len(right) / self.batches).sqrt()
+            lower = torch.linalg.cholesky(moments[name] / self.batches)
+            eye = torch.eye(len(right), dtype=torch.float64, device=right.device)
+            layer.core.set_frozen({"right": (size * torch.linalg.solve_triangular(lower, eye, upper=False)).float()})
 
 
 def _factor(columns: Tensor, power: float) -> Tensor:

@@ -158,6 +158,7 @@ VARIANTS = [{"name": name, **OPTIONS.get(name, {"rank": 2})} for name in METHODS
     {"name": "pmss", "rank": 4, "skeleton": {"by": "gradient", "batches": 2}},
     {"name": "pmss", "rank": 4, "layer_scales": "spectral"},
     {"name": "pmss", "rank": 4, "columns": "all"},
+    {"name": "pmss", "rank": 4, "columns": "all", "whitened": 2},
     {"name": "pmss", "rank": 4, "columns": "all", "skeleton": {"by": "activation", "batches": 2}},
     {"name": "pmss", "rank": 4, "reselect": {"every": 1, "by": "random"}, "targets": "mlp"},
 ]
