@@ -51,7 +51,9 @@ print(peak() - before)
 """
 
 
-def make_inputs(folder: Path, *, shards: int, matrices: int, width: int, rank: int, columns: str) -> tuple[Path, Path]:
+def make_inputs(
+    folder: Path, *, shards: int, matrices: int, width: int, rank: int, columns: str = "selected"
+) -> tuple[Path, Path]:
     """Write a base and an adapter of all its layers; returns their folders."""
     base, adapter = folder / "base", folder / "adapter"
     base.mkdir()

@@ -174,6 +174,8 @@ def _write(
     infos += [TensorInfo(f"{_PREFIX}{key}", value.dtype, tuple(value.shape)) for key, value in extra.items()]
     report = LoraReport(
         output=str(target),
+        method=source.options.label(),
+        about=source.options.card(),
         layers=[ExportedLayer(name, layer.shape, layer.rank, ranks[name]) for name, layer in source.layers.items()],
         modules_to_save=config["modules_to_save"] or [],
         dtype=str(dtype).removeprefix("torch."),

@@ -44,6 +44,8 @@ class LoraReport:
 
     Attributes:
         output: The folder.
+        method: Name of the method that trained the adapter.
+        about: Sentences on its update.
         layers: One entry per layer.
         modules_to_save: Modules trained in full, which are also in the file.
         dtype: Dtype of the factors.
@@ -55,6 +57,8 @@ class LoraReport:
     """
 
     output: str
+    method: str
+    about: str
     layers: list[ExportedLayer]
     modules_to_save: list[str]
     dtype: str
@@ -143,7 +147,7 @@ def _card(report: LoraReport) -> list[str]:
     counts = Counter(layer.rank for layer in report.layers)
     ranks = "; ".join(f"rank {rank}: {count} layers" for rank, count in sorted(counts.items(), reverse=True))
     exact = (
-        f"The conversion is exact: `lora_A` contains rows of the base's weights, `lora_B` the trained part, in {report.dtype}."
+        f"The conversion is exact, in {report.dtype}."
         if not report.errors
         else "Cut to a smaller rank by singular values; share of each update's norm that is lost: largest "
         f"{max(report.errors.values()):.3g}, smallest {min(report.errors.values()):.3g} ({REPORT_FILE} has every layer's)."
@@ -153,9 +157,9 @@ def _card(report: LoraReport) -> list[str]:
         flags = f"--enable-lora --max-lora-rank {report.max_lora_rank} --lora-modules NAME=THIS_FOLDER"
         serve = ["```bash", f"vllm serve {base} {flags}", "```"]
     return [
-        "# LoRA form of a PMSS adapter",
+        f"# LoRA form of a {report.method} adapter",
         "",
-        "Trained with lightning-pmss (PMSS, arXiv 2409.16722) and exported to LoRA.",
+        f"Trained with lightning-pmss and exported to LoRA. Before the export: {report.about}",
         f"Base: {base}{f', revision {report.revision}' if report.revision else ''}. It is used as it is, unmerged.",
         "",
         exact,

@@ -18,6 +18,7 @@ from lightning_pmss.files.naming import base_weight, refuse_misfits, refuse_wron
 from lightning_pmss.layers.convertible import canonical_shape
 from lightning_pmss.layers.guard import refuse_disabled
 from lightning_pmss.layers.parts import clean_name, is_sharded
+from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.methods.method import Factors, Update
 from lightning_pmss.store import not_finite
 from lightning_pmss.store.shards import ShardReader, few
@@ -46,6 +47,7 @@ class Source:
     """An adapter and its base.
 
     Attributes:
+        options: Of the conversion.
         layers: Layers by canonical name.
         factors: Function from a layer's name to its update's factors, float64; ValueError for another base, or for an update
             that is no product of thin matrices.
@@ -60,6 +62,7 @@ class Source:
         model_class: Dotted path of the model's class, if it is known.
     """
 
+    options: AdapterConfig
     layers: Mapping[str, Layer]
     factors: Callable[[str], Factors]
     update: Callable[[str], Update]
@@ -108,6 +111,7 @@ def model_source(model: nn.Module, *, cut: bool = False) -> Source:
         )
     known = base_of(model)
     return Source(
+        options=report.config,
         layers={n: _layer(layer.update(), canonical_shape(layer), layer.transposed) for n, layer in layers.items()},
         factors=lambda name: thin(layers[name].update(), layers[name].base_weight(), name, cut),
         update=lambda name: layers[name].update(),
@@ -142,6 +146,7 @@ def file_source(adapter: AdapterFile, reader: ShardReader, *, cut: bool = False)
     modules -= {rename(name) for name in adapter.modules}
     modules |= set(adapter.modules)
     return Source(
+        options=adapter.options,
         layers={n: _layer(m.update, m.shape, m.layout == "conv1d") for n, m in adapter.modules.items()},
         factors=lambda name: _factors(adapter, reader, rename, name, cut),
         update=lambda name: adapter.modules[name].update,

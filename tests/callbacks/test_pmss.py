@@ -384,7 +384,13 @@ def test_callback_takes_every_field_of_the_config() -> None:
         "oversample": 1,
     }
     others |= {"selection": "norm", "row_mode": "nested", "coordinates": "raw", "edit": "input", "memory": "keep"}
-    others |= {"target_modules": ["a"], "exclude_modules": ["b"], "also_train": ["c"], "skeleton_file": "file"}
+    others |= {
+        "columns": "selected",
+        "target_modules": ["a"],
+        "exclude_modules": ["b"],
+        "also_train": ["c"],
+        "skeleton_file": "file",
+    }
     assert others.keys() == {field.name for field in dataclasses.fields(PMSSConfig)}
     assert PMSSCallback(**others).config == PMSSConfig(**others)  # type: ignore[arg-type]
     assert PMSSCallback().config == PMSSConfig()

@@ -198,10 +198,7 @@ def test_options_of_the_square_core_are_refused(options: dict[str, Any], message
         PMSSConfig(columns="all", **options)
 
 
-def test_the_default_rank_follows_the_columns() -> None:
-    assert PMSSConfig().rank == 256
-    assert PMSSConfig(columns="all").rank == 16
-    assert PMSSConfig(columns="all", rank=4).rank == 4
+def test_other_columns_are_refused() -> None:
     with pytest.raises(ValueError, match=r"columns='both' is not known; choose one of \['selected', 'all'\]"):
         PMSSConfig(columns="both")
 

@@ -242,6 +242,9 @@ def test_export_is_the_update_or_says_what_is_lost(method: str, tmp_path: Path, 
     loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), str(tmp_path / "lora"))
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-3, atol=1e-4)
     report = export_lora(model, tmp_path / "cut", rank=2, progress=False)
+    card = (tmp_path / "cut" / "README.md").read_text()
+    assert f"# LoRA form of a {CASES[method]().label()} adapter" in card
+    assert CASES[method]().card() in card
     assert all(0 < error < 1 for error in report.errors.values())
 
 

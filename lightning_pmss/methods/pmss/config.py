@@ -32,10 +32,8 @@ class PMSSConfig(AdapterConfig):
 
     Args:
         columns: ``"selected"``: the paper's square core between selected columns and rows. ``"all"``: select rows only and
-            train one number per output and row (`lightning_pmss.methods.pmss.one_sided`); at equal parameters its step is
-            cheaper, and its LoRA export has this rank.
-        rank: Rows and columns selected per layer; clipped to the smaller side of a layer, which the report says. Default: 256,
-            with all columns 16.
+            train one number per output and row (`lightning_pmss.methods.pmss.one_sided`): type a low rank then, 8 to 64.
+        rank: Rows and columns selected per layer; clipped to the smaller side of a layer, which the report says.
         selection: Rule that selects columns and rows: ``lupp``, ``pivoted_qr``, ``leverage``, ``norm``, ``random`` or
             ``inverse_norm``.
         row_mode: ``"independent"`` selects rows from W, ``"nested"`` from the selected columns.
@@ -60,7 +58,7 @@ class PMSSConfig(AdapterConfig):
 
     method = "pmss"
     columns: str = field(default="selected", metadata=one_of(*COLUMNS))
-    rank: int = None  # type: ignore[assignment]  # __post_init__ sets it
+    rank: int = 256
     selection: str = field(default="lupp", metadata=one_of(*SELECTIONS))
     row_mode: str = field(default="independent", metadata=one_of(*ROW_MODES))
     oversample: int = 10
@@ -73,8 +71,6 @@ class PMSSConfig(AdapterConfig):
     memory: str = field(default="regather", metadata=one_of(*MEMORY_MODES))
 
     def __post_init__(self) -> None:
-        if self.rank is None:
-            object.__setattr__(self, "rank", 16 if self.columns == "all" else 256)
         super().__post_init__()
         if self.skeleton_file is not None:
             object.__setattr__(self, "skeleton_file", str(self.skeleton_file))
