@@ -13,6 +13,7 @@ the output. The column form makes W' in the forward pass, and again in the backw
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -229,7 +230,8 @@ class BAT(Method[BATConfig]):
         b = layer.core(layer.scale)["B"].to(dtype)
         whole = dtype in (torch.float32, torch.float64) and has_own_product(layer, x.dtype, dtype)
         weight = SliceReader(layer) if layer.quantised else layer.weight
-        y = ColumnProduct.apply(flat.to(dtype), weight, b, layer.transposed, whole).view(*x.shape[:-1], -1)
+        y = ColumnProduct.apply(flat.to(dtype), weight, b, layer.transposed, whole)
+        y = y.view(*x.shape[:-1], y.shape[-1])
         if whole:
             return y if layer.bias is None else y + layer.bias
         base = layer.base(x)
@@ -247,8 +249,10 @@ class BATRow(BAT):
         b = layer.core(layer.scale)["B"].to(dtype)
         r = b.shape[1]
         cut = F.pad(x, (0, -inp % r)) if inp % r else x
-        cut = cut.to(dtype).reshape(-1, len(b) // r, r).transpose(0, 1)  # a view, of which the product copies nothing
+        cut = (
+            cut.to(dtype).reshape(math.prod(tokens), len(b) // r, r).transpose(0, 1)
+        )  # a view, of which the product copies nothing
         u = torch.bmm(cut, b.view(-1, r, r).mT)
-        y = layer.base(x + u.transpose(0, 1).reshape(*tokens, -1)[..., :inp].to(x.dtype))
+        y = layer.base(x + u.transpose(0, 1).reshape(*tokens, len(b))[..., :inp].to(x.dtype))
         every = u.sum(0).to(y.dtype).view(*tokens, r)
         return y + every.repeat(*(1 for _ in tokens), -(-y.shape[-1] // r))[..., : y.shape[-1]]

@@ -96,7 +96,7 @@ def hadamard(
     y: Tensor = layer.base(x)
     flat = x.reshape(-1, x.shape[-1]).to(compute_dtype(x))
     more = HadamardEdit.apply(flat, layer if layer.quantised else layer.weight, a, b, form, pull, layer.transposed)
-    return y + more.view(*x.shape[:-1], -1).to(y.dtype)
+    return y + more.view(*x.shape[:-1], more.shape[-1]).to(y.dtype)
 
 
 def _canonical(weight: Any, transposed: bool) -> Tensor:

@@ -26,7 +26,7 @@ from lightning_pmss.methods.choices import one_of
 from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.methods.documentation import inherit_options
 from lightning_pmss.methods.hadamard import HadamardUpdate, hadamard
-from lightning_pmss.methods.method import Kind, Method, Shape, Spec
+from lightning_pmss.methods.method import Kind, Method, Shape, Spec, why_misshapen
 
 
 @inherit_options(AdapterConfig)
@@ -81,10 +81,8 @@ class HUTUpdate(HadamardUpdate):
     @classmethod
     def why_not(cls, shape: Shape, tensors: Mapping[str, Tensor]) -> str | None:
         r = tensors["right"].shape[-1]
-        for name, expected in (("left", [shape[0], r]), ("right", [shape[1], r])):
-            tensor = tensors[name]
-            if tensor.dtype not in (torch.float32, torch.float64) or list(tensor.shape) != expected:
-                return f"{name} is {tensor.dtype} {list(tensor.shape)}; it must be float32 or float64 {expected}"
+        if reason := why_misshapen(tensors, {"left": (shape[0], r), "right": (shape[1], r)}):
+            return reason
         return None if 0 < r <= min(shape) else f"right has {r} columns. W is {list(shape)}"
 
     @classmethod

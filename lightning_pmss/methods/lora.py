@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from lightning_pmss.layers.products import compute_dtype
 from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.methods.documentation import inherit_options
-from lightning_pmss.methods.method import Factors, Kind, Method, Shape, Spec, Update
+from lightning_pmss.methods.method import Factors, Kind, Method, Shape, Spec, Update, why_misshapen
 
 
 @inherit_options(AdapterConfig)
@@ -81,10 +81,7 @@ class LoRAUpdate(Update):
     @classmethod
     def why_not(cls, shape: Shape, tensors: Mapping[str, Tensor]) -> str | None:
         a, b = tensors["A"], tensors["B"]
-        for name, tensor, expected in (("A", a, [b.shape[-1], shape[1]]), ("B", b, [shape[0], len(a)])):
-            if tensor.dtype not in (torch.float32, torch.float64) or list(tensor.shape) != expected:
-                return f"{name} is {tensor.dtype} {list(tensor.shape)}; it must be float32 or float64 {expected}"
-        return None
+        return why_misshapen(tensors, {"A": (b.shape[-1], shape[1]), "B": (shape[0], len(a))})
 
     @classmethod
     def weighted(cls, updates: Sequence[tuple[float, LoRAUpdate]]) -> LoRAUpdate:

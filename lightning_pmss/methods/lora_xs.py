@@ -21,7 +21,7 @@ from lightning_pmss.methods.choices import one_of
 from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.methods.documentation import inherit_options
 from lightning_pmss.methods.given import Given
-from lightning_pmss.methods.method import Factors, Kind, Method, Shape, Spec, Update
+from lightning_pmss.methods.method import Factors, Kind, Method, Shape, Spec, Update, why_misshapen
 
 _RANK = 1e-6  # of the largest singular value: what is smaller is the rounding of a float32 weight
 _SIGMA = 1e-5  # of the paper's start
@@ -99,11 +99,7 @@ class LoRAXSUpdate(Update):
     @classmethod
     def why_not(cls, shape: Shape, tensors: Mapping[str, Tensor]) -> str | None:
         r = len(tensors["A"])
-        for name, expected in (("A", [r, shape[1]]), ("B", [shape[0], r]), ("R", [r, r])):
-            tensor = tensors[name]
-            if tensor.dtype not in (torch.float32, torch.float64) or list(tensor.shape) != expected:
-                return f"{name} is {tensor.dtype} {list(tensor.shape)}; it must be float32 or float64 {expected}"
-        return None
+        return why_misshapen(tensors, {"A": (r, shape[1]), "B": (shape[0], r), "R": (r, r)})
 
     @classmethod
     def reads(cls, weight: Tensor, indices: Mapping[str, Tensor]) -> tuple[Tensor, ...]:

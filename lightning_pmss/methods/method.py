@@ -167,6 +167,15 @@ class Update(ABC):
         return math.prod(float(torch.linalg.vector_norm(part)) for part in factors)
 
 
+def why_misshapen(tensors: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]]) -> str | None:
+    """Why tensors are not float32 or float64 numbers of these shapes, by name; None if they are."""
+    for name, shape in expected.items():
+        tensor = tensors[name]
+        if tensor.dtype not in (torch.float32, torch.float64) or list(tensor.shape) != list(shape):
+            return f"{name} is {tensor.dtype} {list(tensor.shape)}; it must be float32 or float64 {list(shape)}"
+    return None
+
+
 C = TypeVar("C", bound=AdapterConfig)
 
 

@@ -134,6 +134,22 @@ def test_trains_exactly_its_own_tensors_with_the_gradients_of_the_dense_model(me
 
 
 @every_method
+@pytest.mark.parametrize("shape", [(0,), (0, 7), (3, 0)])
+def test_zero_tokens(method: str, shape: tuple[int, ...]) -> None:
+    model = net()
+    convert(model, config_of(method))
+    train(model)
+    x = torch.zeros(*shape, inputs().shape[-1], requires_grad=True)
+    y = model(x)
+    assert y.shape[:-1] == shape
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+    for layer in adapted_layers(model).values():
+        assert all(p.grad is not None and not p.grad.any() for p in layer.core.trained().values())
+
+
+@every_method
 def test_specs_say_what_a_layer_has(method: str) -> None:
     model = net()
     report = convert(model, config_of(method))

@@ -29,7 +29,7 @@ from lightning_pmss.layers.convertible import has_own_product
 from lightning_pmss.layers.products import compute_dtype, product, without_autocast
 from lightning_pmss.layers.quantised import dequantised_slice
 from lightning_pmss.methods.given import Given
-from lightning_pmss.methods.method import Factors, Kind, Method, Shape, Spec, Update
+from lightning_pmss.methods.method import Factors, Kind, Method, Shape, Spec, Update, why_misshapen
 from lightning_pmss.methods.pmss import sums
 from lightning_pmss.methods.pmss.config import PMSSConfig
 from lightning_pmss.methods.pmss.coordinates import Frame, coordinate_frame
@@ -66,10 +66,7 @@ class OneSidedUpdate(Update):
     def why_not(cls, shape: Shape, tensors: Mapping[str, Tensor]) -> str | None:
         if reason := why_no_index(tensors["rows"], shape[0]):
             return f"rows {reason}. W is {list(shape)}"
-        u, expected = tensors["U"], [shape[0], len(tensors["rows"])]
-        if u.dtype not in (torch.float32, torch.float64) or list(u.shape) != expected:
-            return f"U is {u.dtype} {list(u.shape)}; it must be float32 or float64 {expected}"
-        return None
+        return why_misshapen(tensors, {"U": (shape[0], len(tensors["rows"]))})
 
     @classmethod
     def reads(cls, weight: Tensor, indices: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
