@@ -3,7 +3,7 @@ from .conversion.convert import convert
 from .conversion.report import ConversionReport
 from .distributed.model_built import model_built
 from .distributed.sharding import PMSSWrapPolicy
-from .files import export_lora, load_adapter, save_adapter
+from .files import export_lora, export_peft, load_adapter, save_adapter
 from .layers.adapted import AdaptedLinear
 from .merging import merge, merged, unmerge
 from .methods import METHODS
@@ -39,6 +39,7 @@ __all__ = [
     "__version__",
     "convert",
     "export_lora",
+    "export_peft",
     "load_adapter",
     "merge",
     "merged",

@@ -16,6 +16,7 @@ from lightning_pmss.cli.debugging import debugging
 
 PROGRAM = "python -m lightning_pmss"
 _BASE = "folder of the base model (safetensors), or a safetensors file with a state dict"
+_PEFT_TYPES = {"native": True, "lora": False}
 _CKPT = "checkpoint of a run with PMSSCallback: a file, or a folder of FSDP or DeepSpeed"
 
 
@@ -102,7 +103,14 @@ def _compare(args: Sequence[str]) -> None:
 
 def _export(args: Sequence[str]) -> None:
     parser = _parser("export")
-    parser.add_argument("--format", required=True, help="peft: a LoRA, as peft and vLLM read it")
+    parser.add_argument("--format", required=True, help="peft: a folder that peft loads onto the base")
+    parser.add_argument(
+        "--as",
+        dest="native",
+        choices=_PEFT_TYPES,
+        help="native: peft's own type of the method (LoRA, MiSS, BAT, HiRA). lora: a LoRA, which vLLM reads, too (default:"
+        " native where peft has it and --rank is not given, else lora)",
+    )
     parser.add_argument("--base", required=True, metavar="MODEL_DIR", help="folder of the base model (safetensors)")
     parser.add_argument("--adapter", required=True, metavar="ADAPTER_DIR", help="adapter folder")
     parser.add_argument("--output", required=True, metavar="LORA_DIR", help="folder to write")
@@ -110,10 +118,11 @@ def _export(args: Sequence[str]) -> None:
     parser.add_argument("--rank", type=int, metavar="N", help="cut to this rank by singular values (default: exact)")
     parser.add_argument("--dtype", help="dtype of the factors, such as bfloat16 (default: float32)")
     given = vars(parser.parse_args(args))
+    native = _PEFT_TYPES.get(given.pop("native"))
 
     from lightning_pmss.files.lora import export_files
 
-    print(export_files(**given, announce=lambda line: print(line, flush=True)))
+    print(export_files(**given, native=native, announce=lambda line: print(line, flush=True)))
 
 
 def _import(args: Sequence[str]) -> None:
@@ -165,8 +174,8 @@ TOOLS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "select": (_select, "select rows and columns of a model on disk, matrix by matrix, into a skeleton file"),
     "merge": (_merge, "write base + adapter, or base + checkpoint, as a plain model folder, shard by shard"),
     "extract": (_extract, "write a checkpoint's adapter folder, without the program that trained it"),
-    "export": (_export, "write an adapter as a LoRA that peft loads onto the base, without approximation"),
-    "import": (_import, "write a LoRA folder of peft as an adapter folder of this library"),
+    "export": (_export, "write an adapter for peft: as peft's own type of its method, or as a LoRA"),
+    "import": (_import, "write an adapter folder of peft (LoRA, MiSS, HiRA) as one of this library"),
     "inspect": (_inspect, "what an adapter changes, layer by layer: norms, effective ranks, singular values"),
     "report": (
         _report,

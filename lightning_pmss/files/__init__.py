@@ -1,7 +1,7 @@
 """Read and write adapter folders, merged models, LoRA exports and skeleton files."""
 
 from lightning_pmss.files.adapter import AdapterFile, AdapterModule, load_adapter, read_adapter, save_adapter
-from lightning_pmss.files.lora import export_files, export_lora
+from lightning_pmss.files.lora import export_files, export_lora, export_peft
 from lightning_pmss.files.lora_report import LoraReport
 from lightning_pmss.files.merged import merge_files, write_merged
 from lightning_pmss.files.model_folder import FileMergeReport
@@ -14,6 +14,7 @@ __all__ = [
     "LoraReport",
     "export_files",
     "export_lora",
+    "export_peft",
     "load_adapter",
     "merge_files",
     "read_adapter",

@@ -57,7 +57,7 @@ def adapter_card(
         ' `export_lora(model, "LORA")` a LoRA for peft and vLLM.'
         if kinds
         else "`python -m lightning_pmss merge --base BASE --adapter THIS_FOLDER --output MERGED` writes a plain model;"
-        " `export --format peft` writes a LoRA for peft and vLLM.",
+        " `export --format peft` writes a folder for peft; with `--as lora` a LoRA, which vLLM reads, too.",
     ]
     for title, facts in (run or {}).items():
         lines += ["", f"## {title}", ""]

@@ -1,8 +1,9 @@
-"""Export an adapter as a LoRA of peft's format, exactly if the update is a product of thin matrices.
+"""Export an adapter to peft's format: as a LoRA, or as peft's own type of the method.
 
-PMSS's ``W' = W + C (s U) R`` is one, with ``lora_A = R`` and ``lora_B = C (s U)``. So peft, vLLM and every other reader of LoRA
-compute W' from the untouched base. The file is larger than PMSS's own: ``r (in + out)`` numbers per layer instead of ``r^2``.
-Cutting singular values gives a smaller rank, and the report has the error of each layer.
+A LoRA is exact if the update is a product of thin matrices. PMSS's ``W' = W + C (s U) R`` is one, with ``lora_A = R`` and
+``lora_B = C (s U)``. So peft, vLLM and every other reader of LoRA compute W' from the untouched base. The file is larger than
+PMSS's own: ``r (in + out)`` numbers per layer instead of ``r^2``. Cutting singular values gives a smaller rank, and the report
+has the error of each layer. `lightning_pmss.files.peft_form` has the types.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from lightning_pmss.files.lora_report import ExportedLayer, LoraReport, write_ca
 from lightning_pmss.files.lora_source import Source, file_source, model_source, refuse_fresh_layers
 from lightning_pmss.files.model_folder import refuse_overlap
 from lightning_pmss.files.naming import parse_dtype
-from lightning_pmss.methods.method import Factors
+from lightning_pmss.files.peft_folder import PREFIX
+from lightning_pmss.files.peft_form import Chosen, LoraForm, PeftForm, choose_form
 from lightning_pmss.store import not_finite
 from lightning_pmss.store.atomic import atomic_folder, check_target
 from lightning_pmss.store.kinds import LORA
 from lightning_pmss.store.shards import ShardWriter, TensorInfo, few, open_shards
 
 FORMATS = ("peft",)
-_PREFIX = "base_model.model."  # of peft's keys
 
 
 @torch.no_grad()
@@ -43,7 +44,8 @@ def export_lora(
 ) -> LoraReport:
     """Write the adapter of a converted model as a LoRA that peft loads onto the untouched base.
 
-    The model is not changed, and may be merged or not: the factors come from the pristine weights.
+    The model is not changed, and may be merged or not: the factors come from the pristine weights. `export_peft` writes peft's
+    own type of the method.
 
     Args:
         model: Converted by `convert`, the callback or `load_adapter`; not sharded.
@@ -63,16 +65,41 @@ def export_lora(
         ValueError: No converted layer, a sharded model, NaN or infinite values, a layer outside of the Hugging Face model,
             or an invalid rank or dtype.
     """
-    target = _checked(folder, rank, overwrite)
-    return _write(
-        model_source(model, cut=rank is not None),
-        target,
-        rank,
-        parse_dtype(dtype, "float32"),
-        overwrite,
-        progress,
-        None,
-    )
+    return export_peft(model, folder, native=False, rank=rank, dtype=dtype, overwrite=overwrite, progress=progress)
+
+
+@torch.no_grad()
+def export_peft(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    native: bool | None = None,
+    rank: int | None = None,
+    dtype: str | torch.dtype | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> LoraReport:
+    """Write the adapter of a converted model as peft's own type of its method, or as a LoRA.
+
+    Args:
+        model: See `export_lora`.
+        folder: See `export_lora`.
+        native: True: peft's own type (LoRA, MiSS, BAT as a form of MiSS, HiRA), with the trained numbers as they are. False: a
+            LoRA. None: the first where peft can express the adapter in it, else the second; a LoRA if there is a ``rank``.
+        rank: See `export_lora`; for a LoRA only.
+        dtype: See `export_lora`.
+        overwrite: See `export_lora`.
+        progress: See `export_lora`.
+
+    Returns:
+        A report to ``print``.
+
+    Raises:
+        FileExistsError: See `atomic_folder`.
+        ValueError: As `export_lora`; or ``native=True``, and peft has no such type or cannot express the adapter in it.
+    """
+    target, wanted = _checked(folder, rank, overwrite), parse_dtype(dtype, "float32")
+    return _write(choose_form(model_source(model), native, rank), target, wanted, overwrite, progress, None)
 
 
 @torch.no_grad()
@@ -82,6 +109,7 @@ def export_files(
     output: str | os.PathLike[str],
     *,
     format: str = "peft",
+    native: bool | None = None,
     rank: int | None = None,
     dtype: str | torch.dtype | None = None,
     overwrite: bool = False,
@@ -95,6 +123,7 @@ def export_files(
         adapter: Folder written by `save_adapter`.
         output: Folder to write, see `export_lora`.
         format: ``"peft"``.
+        native: See `export_peft`.
         rank: See `export_lora`.
         dtype: See `export_lora`.
         overwrite: See `export_lora`.
@@ -116,82 +145,65 @@ def export_files(
     wanted = parse_dtype(dtype, "float32")
     with open_shards(base) as reader:
         refuse_fresh_layers(trained.fresh, trained.modules)
-        return _write(
-            file_source(trained, reader, cut=rank is not None), target, rank, wanted, overwrite, progress, announce
-        )
-
-
-def lora_pair(factors: Factors, rank: int | None = None) -> tuple[Tensor, Tensor, float | None]:
-    """Return ``lora_A [k, in]`` and ``lora_B [out, k]``, whose product ``lora_B @ lora_A`` is the update.
-
-    Args:
-        factors: Factors of the update, float64.
-        rank: Largest k. If it is smaller than the factors' rank, the result is the best approximation (Eckart and Young), with
-            the square root of the singular values in each factor.
-
-    Returns:
-        Both factors in float64, and the share of the update's Frobenius norm that was cut off; None if nothing was.
-    """
-    a, b = factors
-    if rank is None or rank >= len(a):
-        return a, b, None
-    q_b, t_b = torch.linalg.qr(b)
-    q_a, t_a = torch.linalg.qr(a.T)
-    left, singular, right = torch.linalg.svd(t_b @ t_a.T)
-    root = singular[:rank].sqrt()
-    whole, cut = float(torch.linalg.vector_norm(singular)), float(torch.linalg.vector_norm(singular[rank:]))
-    error = cut / whole if whole > 0 else 0.0
-    return root[:, None] * (right[:rank] @ q_a.T), (q_b @ left[:, :rank]) * root, error
+        chosen = choose_form(file_source(trained, reader), native, rank)
+        return _write(chosen, target, wanted, overwrite, progress, announce)
 
 
 def _write(
-    source: Source,
+    chosen: Chosen,
     target: Path,
-    rank: int | None,
     dtype: torch.dtype | None,
     overwrite: bool,
     progress: bool,
     announce: Callable[[str], object] | None,
 ) -> LoraReport:
     """Plan the file, announce it, and write the folder."""
-    ranks = {name: min(layer.rank, rank or layer.rank) for name, layer in source.layers.items()}
+    form, source = chosen.form, chosen.form.source
+    ranks = {name: form.rank(name) for name in source.layers}
     dtype = dtype or (torch.float64 if source.double else torch.float32)
     extra = _with_tied(source)
     config = peft_config(
         ranks,
+        form.fields(ranks),
         modules=source.modules,
         modules_to_save=_owners(extra),
-        transposed=any(layer.transposed for layer in source.layers.values()),
         base_model=source.base_model,
         revision=source.revision,
         model_class=source.model_class,
     )
     infos = [
-        TensorInfo(f"{_PREFIX}{name}.lora_{side}.weight", dtype, shape)
-        for name, layer in source.layers.items()
-        for side, shape in (("A", (ranks[name], layer.shape[1])), ("B", (layer.shape[0], ranks[name])))
+        TensorInfo(f"{PREFIX}{name}.{end}", dtype, shape, name)
+        for name in source.layers
+        for end, shape in form.shapes(name).items()
     ]
-    infos += [TensorInfo(f"{_PREFIX}{key}", value.dtype, tuple(value.shape)) for key, value in extra.items()]
+    infos += [TensorInfo(f"{PREFIX}{key}", value.dtype, tuple(value.shape)) for key, value in extra.items()]
+    cut = isinstance(form, LoraForm)
     report = LoraReport(
         output=str(target),
         method=source.options.label(),
         about=source.options.card(),
-        layers=[ExportedLayer(name, layer.shape, layer.rank, ranks[name]) for name, layer in source.layers.items()],
+        layers=[
+            ExportedLayer(name, layer.shape, layer.rank if cut else ranks[name], ranks[name])
+            for name, layer in source.layers.items()
+        ],
         modules_to_save=config["modules_to_save"] or [],
         dtype=str(dtype).removeprefix("torch."),
         bytes=sum(info.bytes for info in infos),
         base_model=source.base_model,
         revision=source.revision,
         model_class=source.model_class,
+        form=form.name,
+        served=form.served,
+        instead=chosen.instead,
     )
-    source.factors(next(iter(source.layers)))  # refuses another base before anything is announced or written
+    form.part(next(iter(source.layers)))  # refuses another base before anything is announced or written
     if announce is not None:
         announce(report.announcement())
     with atomic_folder(target, LORA, overwrite=overwrite) as folder:
         bar = tqdm(total=report.bytes, unit="B", unit_scale=True, desc="exporting", disable=not progress)
         with bar, ShardWriter(folder / WEIGHTS_FILE, infos) as writer:
             sizes = {info.key: info.bytes for info in infos}
-            for key, value in _tensors(source, writer.plan, ranks, extra, report.errors):
+            for key, value in _tensors(form, writer.plan, extra, report.errors):
                 writer.write(key, value)
                 bar.update(sizes[key])
         write_peft_config(config, folder / CONFIG_FILE)
@@ -201,31 +213,26 @@ def _write(
 
 
 def _tensors(
-    source: Source,
-    plan: list[TensorInfo],
-    ranks: Mapping[str, int],
-    extra: Mapping[str, Tensor],
-    errors: dict[str, float],
+    form: PeftForm, plan: list[TensorInfo], extra: Mapping[str, Tensor], errors: dict[str, float]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors in the order of the file: A and B of a layer together, so one pair is in memory at a time."""
-    pair: dict[str, Tensor] = {}
+    """Yield the tensors in the order of the file: those of a layer together, so one layer is in memory at a time."""
+    held: dict[str, Tensor] = {}
     for info in plan:
-        name = info.key.removeprefix(_PREFIX)
-        if name in extra:
-            yield info.key, extra[name]
+        name = info.file
+        if not name:
+            yield info.key, extra[info.key.removeprefix(PREFIX)]
             continue
-        name = name.rsplit(".lora_", 1)[0]
-        if not pair:
-            a, b, error = lora_pair(source.factors(name), ranks[name])
-            if error is not None:
-                errors[name] = error
-            pair = {f"{_PREFIX}{name}.lora_{side}.weight": t.to(info.dtype) for side, t in (("A", a), ("B", b))}
-            if broken := not_finite(pair):
+        if not held:
+            tensors, lost = form.part(name)
+            if lost is not None:
+                errors[name] = lost
+            held = {f"{PREFIX}{name}.{end}": t.to(info.dtype) for end, t in tensors.items()}
+            if broken := not_finite(held):
                 raise ValueError(
                     f"{few(broken)}: NaN or infinite values in {info.dtype}; nothing is written. The run diverged, or"
                     " the update is too large for this dtype: leave it out for float32."
                 )
-        yield info.key, pair.pop(info.key)
+        yield info.key, held.pop(info.key)
 
 
 def _with_tied(source: Source) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """peft's ``adapter_config.json`` of an exported adapter.
 
 It is written as peft 0.21 writes it, without importing peft, so the export needs no peft and does not depend on the installed
-version. ``lora_alpha`` equals the rank in every layer, in the general fields and in both patterns: each layer's factor
-``lora_alpha / r`` is then exactly 1, also for a server that ignores patterns.
+version. Of a LoRA, ``lora_alpha`` equals the rank in every layer, in the general fields and in both patterns: each layer's
+factor ``lora_alpha / r`` is then exactly 1, also for a server that ignores patterns.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _HEADS = {  # task type: endings of the class names, and modules that peft then 
 
 
 def peft_config(
-    ranks: Mapping[str, int],
+    names: Collection[str],
+    fields: Mapping[str, Any],
     *,
     modules: Collection[str],
     modules_to_save: Sequence[str],
-    transposed: bool,
     base_model: str | None,
     revision: str | None,
     model_class: str | None,
@@ -39,10 +39,10 @@ def peft_config(
     """Return the config of an adapter, with patterns that match exactly the given layers.
 
     Args:
-        ranks: Rank of each layer by its full name.
+        names: Full names of the layers.
+        fields: Those of the adapter's type, such as `lora_fields`.
         modules: Full names of the model's modules, for checking the patterns.
         modules_to_save: Full names of the modules trained in full.
-        transposed: Whether layers store their weight as W^T (``Conv1D``).
         base_model: Id or path of the base.
         revision: Commit of the base.
         model_class: Dotted path of the model's class, if it is known.
@@ -51,33 +51,50 @@ def peft_config(
         ValueError: peft would confuse a converted layer with one of ``modules_to_save``.
     """
     # peft compares endings without a dot here: "proj" also matches "q_proj".
-    if clash := [name for name in ranks if name.endswith(tuple(modules_to_save))]:
+    if clash := [name for name in names if name.endswith(tuple(modules_to_save))]:
         raise ValueError(
             f"peft would take {some(clash)} for modules trained in full, since their names end as {some(modules_to_save)}. "
             "Merge instead: `python -m lightning_pmss merge`."
         )
-    usual = max(ranks.values())
-    pattern = rank_pattern(ranks, usual)
     task = task_type(model_class, modules_to_save)
     place, _, name = (model_class or "").rpartition(".")
+    return {
+        "auto_mapping": {"base_model_class": name, "parent_library": place} if model_class and task is None else None,
+        "base_model_name_or_path": base_model,
+        "exclude_modules": None,
+        "inference_mode": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "modules_to_save": list(modules_to_save) or None,
+        "peft_version": PEFT_VERSION,
+        "revision": revision,
+        "target_modules": target_modules(names, modules),
+        "task_type": task,
+        **fields,
+    }
+
+
+def lora_fields(ranks: Mapping[str, int], *, transposed: bool) -> dict[str, Any]:
+    """Return the fields that only a LoRA has.
+
+    Args:
+        ranks: Rank of each layer by its full name.
+        transposed: Whether layers store their weight as W^T (``Conv1D``).
+    """
+    usual = max(ranks.values())
+    pattern = rank_pattern(ranks, usual)
     return {
         "alora_invocation_tokens": None,
         "alpha_pattern": pattern,
         "arrow_config": None,
-        "auto_mapping": {"base_model_class": name, "parent_library": place} if model_class and task is None else None,
-        "base_model_name_or_path": base_model,
         "bias": "none",
         "corda_config": None,
         "ensure_weight_tying": False,
         "eva_config": None,
-        "exclude_modules": None,
         "fan_in_fan_out": transposed,
-        "inference_mode": True,
         "init_lora_weights": True,
         "kasa_config": None,
         "layer_replication": None,
-        "layers_pattern": None,
-        "layers_to_transform": None,
         "loftq_config": {},
         "lora_alpha": usual,
         "lora_bias": False,
@@ -85,17 +102,12 @@ def peft_config(
         "lora_ga_config": None,
         "megatron_config": None,
         "megatron_core": "megatron.core",
-        "modules_to_save": list(modules_to_save) or None,
         "monteclora_config": None,
         "peft_type": "LORA",
-        "peft_version": PEFT_VERSION,
         "qalora_group_size": 16,
         "r": usual,
         "rank_pattern": pattern,
-        "revision": revision,
-        "target_modules": target_modules(ranks, modules),
         "target_parameters": None,
-        "task_type": task,
         "trainable_token_indices": None,
         "use_bdlora": None,
         "use_dora": False,

@@ -29,7 +29,7 @@ class ExportedLayer:
         name: Canonical module name.
         shape: (out, in) of W.
         full_rank: Rank of the adapter's update.
-        rank: Rank of the LoRA; smaller if it was cut.
+        rank: Rank in the export; smaller if it was cut.
     """
 
     name: str
@@ -40,7 +40,7 @@ class ExportedLayer:
 
 @dataclass
 class LoraReport:
-    """Report of `export_lora`, to ``print``.
+    """Report of `export_lora` and `export_peft`, to ``print``.
 
     Attributes:
         output: The folder.
@@ -54,6 +54,9 @@ class LoraReport:
         revision: Commit of the base.
         model_class: Dotted path of the model's class, if it is known.
         errors: For each layer that was cut, the share of its update's Frobenius norm that is lost.
+        form: Name of the adapter type.
+        served: Whether vLLM reads this type.
+        instead: Why it is a LoRA although peft has a type of its own; None where it is that type, or was asked for.
     """
 
     output: str
@@ -67,6 +70,9 @@ class LoraReport:
     revision: str | None
     model_class: str | None
     errors: dict[str, float] = field(default_factory=dict)
+    form: str = "LoRA"
+    served: bool = True
+    instead: str | None = None
 
     @property
     def rank(self) -> int:
@@ -75,8 +81,8 @@ class LoraReport:
 
     @property
     def max_lora_rank(self) -> int | None:
-        """The smallest ``--max-lora-rank`` for vLLM; None if vLLM cannot serve this rank."""
-        return vllm_rank(self.rank)
+        """The smallest ``--max-lora-rank`` for vLLM; None if vLLM cannot serve this rank or type."""
+        return vllm_rank(self.rank) if self.served else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
@@ -88,12 +94,15 @@ class LoraReport:
         ranks = ", ".join(f"{count} of rank {rank}" for rank, count in sorted(counts.items(), reverse=True))
         cut = sum(layer.rank < layer.full_rank for layer in self.layers)
         how = f"{cut} of them cut to it" if cut else "exact"
+        why = f". {self.instead}" if self.instead else ""
         also = f", {len(self.modules_to_save)} modules in full" if self.modules_to_save else ""
         size = f"{_size(self.bytes)} in {self.dtype}"
-        return f"LoRA of {len(self.layers)} layers ({ranks}; {how}){also}: {size}, to {self.output}"
+        return f"{self.form} of {len(self.layers)} layers ({ranks}; {how}){also}: {size}, to {self.output}{why}"
 
     def vllm(self) -> str:
         """Return the option that vLLM needs, or the reason why vLLM cannot serve the adapter."""
+        if not self.served:
+            return f"vLLM reads LoRA only, and no {self.form}: export with --as lora, or merge."
         if self.modules_to_save:
             return f"vLLM takes no adapter with modules trained in full ({', '.join(self.modules_to_save)}); merge instead."
         if self.max_lora_rank is None:
@@ -132,7 +141,14 @@ def write_card(folder: Path, report: LoraReport) -> None:
     head = ["---", *([f"base_model: {known}"] if known else []), "library_name: peft"]
     tag = next((tag for end, tag in _TAGS.items() if (report.model_class or "").endswith(end)), None)
     head += [f"pipeline_tag: {tag}"] if tag else []
-    head += ["tags:", *([f"- base_model:adapter:{known}"] if known else []), "- lora", "- pmss", "---", ""]
+    head += [
+        "tags:",
+        *([f"- base_model:adapter:{known}"] if known else []),
+        f"- {report.form.lower()}",
+        "- pmss",
+        "---",
+        "",
+    ]
     (folder / CARD_FILE).write_text("\n".join([*head, *_card(report)]) + "\n", encoding="utf-8")
 
 
@@ -147,7 +163,7 @@ def _card(report: LoraReport) -> list[str]:
     counts = Counter(layer.rank for layer in report.layers)
     ranks = "; ".join(f"rank {rank}: {count} layers" for rank, count in sorted(counts.items(), reverse=True))
     exact = (
-        f"The conversion is exact, in {report.dtype}."
+        f"The conversion is exact, in {report.dtype}.{f' It is a LoRA, since {report.instead}.' if report.instead else ''}"
         if not report.errors
         else "Cut to a smaller rank by singular values; share of each update's norm that is lost: largest "
         f"{max(report.errors.values()):.3g}, smallest {min(report.errors.values()):.3g} ({REPORT_FILE} has every layer's)."
@@ -157,9 +173,9 @@ def _card(report: LoraReport) -> list[str]:
         flags = f"--enable-lora --max-lora-rank {report.max_lora_rank} --lora-modules NAME=THIS_FOLDER"
         serve = ["```bash", f"vllm serve {base} {flags}", "```"]
     return [
-        f"# LoRA form of a {report.method} adapter",
+        f"# LoRA form of a {report.method} adapter" if report.served else f"# {report.form} adapter of peft's own type",
         "",
-        f"Trained with lightning-pmss and exported to LoRA. Before the export: {report.about}",
+        f"Trained with lightning-pmss and exported to {report.form}. Before the export: {report.about}",
         f"Base: {base}{f', revision {report.revision}' if report.revision else ''}. It is used as it is, unmerged.",
         "",
         exact,

@@ -49,10 +49,8 @@ class Source:
     Attributes:
         options: Of the conversion.
         layers: Layers by canonical name.
-        factors: Function from a layer's name to its update's factors, float64; ValueError for another base, or for an update
-            that is no product of thin matrices.
         update: Function from a layer's name to its update.
-        weight: Function from a layer's name to its pristine W, canonical, [out, in].
+        weight: Function from a layer's name to its pristine W, canonical, [out, in]; ValueError for another base.
         also_train: Tensors of the modules trained in full, and fresh tensors.
         tied: Other names of an ``also_train`` tensor.
         modules: Names of the model's modules, as far as they are known.
@@ -64,7 +62,6 @@ class Source:
 
     options: AdapterConfig
     layers: Mapping[str, Layer]
-    factors: Callable[[str], Factors]
     update: Callable[[str], Update]
     weight: Callable[[str], Tensor]
     also_train: Mapping[str, Tensor]
@@ -76,12 +73,11 @@ class Source:
     model_class: str | None
 
 
-def model_source(model: nn.Module, *, cut: bool = False) -> Source:
+def model_source(model: nn.Module) -> Source:
     """Make the source of a converted model.
 
     Args:
         model: Converted.
-        cut: Whether factors are cut to a rank, so that an update without thin factors is served too.
 
     Raises:
         ValueError: No converted layer, a sharded model, NaN or infinite values, or layers outside of the Hugging Face model.
@@ -113,7 +109,6 @@ def model_source(model: nn.Module, *, cut: bool = False) -> Source:
     return Source(
         options=report.config,
         layers={n: _layer(layer.update(), canonical_shape(layer), layer.transposed) for n, layer in layers.items()},
-        factors=lambda name: thin(layers[name].update(), layers[name].base_weight(), name, cut),
         update=lambda name: layers[name].update(),
         weight=lambda name: layers[name].base_weight(),
         also_train={key: value.detach() for key, value in extra.items()},
@@ -126,13 +121,12 @@ def model_source(model: nn.Module, *, cut: bool = False) -> Source:
     )
 
 
-def file_source(adapter: AdapterFile, reader: ShardReader, *, cut: bool = False) -> Source:
+def file_source(adapter: AdapterFile, reader: ShardReader) -> Source:
     """Make the source of an adapter folder and the base's open shards; weights are read on demand.
 
     Args:
         adapter: The adapter.
         reader: The base's files.
-        cut: See `model_source`.
 
     Raises:
         ValueError: The adapter's layers are not in the base, have other shapes there, or are quantised.
@@ -148,9 +142,8 @@ def file_source(adapter: AdapterFile, reader: ShardReader, *, cut: bool = False)
     return Source(
         options=adapter.options,
         layers={n: _layer(m.update, m.shape, m.layout == "conv1d") for n, m in adapter.modules.items()},
-        factors=lambda name: _factors(adapter, reader, rename, name, cut),
         update=lambda name: adapter.modules[name].update,
-        weight=lambda name: base_weight(adapter, reader, rename, name),
+        weight=lambda name: _weight(adapter, reader, rename, name),
         also_train=adapter.also_train | {n: _whole(n, fresh, adapter, reader, rename) for n, fresh in beside.items()},
         tied=adapter.tied,
         modules=sorted(modules),
@@ -199,13 +192,18 @@ def thin(update: Update, weight: Tensor, name: str, cut: bool = False) -> Factor
     if (found := update.factors(weight.to(device), torch.float64)) is not None:
         return found
     if not cut:
-        raise ValueError(
-            f"the update of {name} is no product of two thin matrices, so no LoRA is equal to it. Give a rank, and the nearest"
-            " LoRA of that rank is written, with its error in the report; or merge: `python -m lightning_pmss merge`."
-        )
+        raise ValueError(no_thin_factors(name))
     change = update.delta(weight.to(device), dtype=torch.float64)
     eye = torch.eye(min(change.shape), dtype=change.dtype, device=device)
     return Factors(change, eye) if len(change) == len(eye) else Factors(eye, change)
+
+
+def no_thin_factors(name: str) -> str:
+    """The message for an update that is no LoRA."""
+    return (
+        f"the update of {name} is no product of two thin matrices, so no LoRA is equal to it. Give a rank, and the nearest LoRA"
+        " of that rank is written, with its error in the report; or merge: `python -m lightning_pmss merge`."
+    )
 
 
 def _layer(update: Update, shape: tuple[int, int], transposed: bool) -> Layer:
@@ -214,11 +212,11 @@ def _layer(update: Update, shape: tuple[int, int], transposed: bool) -> Layer:
     return Layer(shape, transposed, update.rank if low else min(shape))
 
 
-def _factors(adapter: AdapterFile, reader: ShardReader, rename: Callable[[str], str], name: str, cut: bool) -> Factors:
+def _weight(adapter: AdapterFile, reader: ShardReader, rename: Callable[[str], str], name: str) -> Tensor:
     weight = base_weight(adapter, reader, rename, name)
     if not adapter.modules[name].is_of(weight):
         refuse_wrong_base(adapter, reader, rename, name)
-    return thin(adapter.modules[name].update, weight, name, cut)
+    return weight
 
 
 def _dots(name: str) -> list[int]:

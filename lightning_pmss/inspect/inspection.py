@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lightning_pmss.files.adapter_file import WEIGHTS_FILE, AdapterFile, AdapterModule, read_adapter
-from lightning_pmss.files.lora_source import file_source
+from lightning_pmss.files.lora_source import file_source, thin
 from lightning_pmss.methods import method_of
 from lightning_pmss.methods.method import Factors, Kind
 from lightning_pmss.store.shards import open_shards
@@ -225,12 +225,11 @@ def _without_base(name: str, module: AdapterModule) -> InspectedLayer:
 def _with_base(adapter: AdapterFile, base: Path, progress: bool) -> list[InspectedLayer]:
     layers = []
     with open_shards(base) as reader:
-        source = file_source(adapter, reader, cut=True)  # the spectrum of an update without thin factors, too
+        source = file_source(adapter, reader)
         for name in tqdm(adapter.modules, desc="inspecting", unit="layer", disable=not progress):
-            factors, weight = source.factors(name), source.weight(name)
-            singular = update_spectrum(factors)
+            update, weight = source.update(name), source.weight(name)
+            singular = update_spectrum(thin(update, weight, name, cut=True))  # of an update without thin factors, too
             energy = None
-            update = source.update(name)
             reads = update.read(weight) if update.indices() else ()  # of a skeleton, not all of W
             if len(reads) == 1:
                 energy, size = _energy_of_rows(weight, *reads)

@@ -67,6 +67,52 @@ def sharded_llama(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> 
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Four architectures, random, with biases that are not zero; Phi-3's queries, keys and values are one layer."""
+    from transformers import (
+        BertConfig,
+        BertForSequenceClassification,
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        Phi3Config,
+        Phi3ForCausalLM,
+    )
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        models: dict[str, Any] = {
+            "llama": LlamaForCausalLM(
+                LlamaConfig(
+                    vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                    num_key_value_heads=2, attention_bias=True, mlp_bias=True, tie_word_embeddings=False,
+                )
+            ),
+            "gpt2": GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=32, n_embd=24, n_layer=2, n_head=2)),
+            "bert": BertForSequenceClassification(
+                BertConfig(
+                    vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                    num_labels=3,
+                )
+            ),
+            "phi3": Phi3ForCausalLM(
+                Phi3Config(
+                    vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                    num_key_value_heads=2, pad_token_id=0, tie_word_embeddings=False,
+                )
+            ),
+        }  # fmt: skip
+        folders = {}
+        for name, model in models.items():
+            for parameter in model.parameters():
+                parameter.data.add_(0.05 * torch.randn_like(parameter))
+            folders[name] = tmp_path_factory.mktemp(name)
+            model.save_pretrained(folders[name])
+    return folders
+
+
 @pytest.fixture
 def logits() -> Callable[[nn.Module], torch.Tensor]:
     def compute(model: nn.Module) -> torch.Tensor:

@@ -16,50 +16,12 @@ from torch import Tensor, nn
 
 from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.files import export_files, export_lora, load_adapter, merge_files, save_adapter
-from lightning_pmss.files.lora import lora_pair
+from lightning_pmss.files.peft_form import lora_pair
 from lightning_pmss.merging import merge, merged_state_dict, unmerge
 from lightning_pmss.methods.pmss.method import PMSSUpdate
 
 peft = pytest.importorskip("peft")
 Train = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Three architectures, random, with biases that are not zero."""
-    from transformers import (
-        BertConfig,
-        BertForSequenceClassification,
-        GPT2Config,
-        GPT2LMHeadModel,
-        LlamaConfig,
-        LlamaForCausalLM,
-    )
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        models: dict[str, Any] = {
-            "llama": LlamaForCausalLM(
-                LlamaConfig(
-                    vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                    num_key_value_heads=2, attention_bias=True, mlp_bias=True, tie_word_embeddings=False,
-                )
-            ),
-            "gpt2": GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=32, n_embd=24, n_layer=2, n_head=2)),
-            "bert": BertForSequenceClassification(
-                BertConfig(
-                    vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                    num_labels=3,
-                )
-            ),
-        }  # fmt: skip
-        folders = {}
-        for name, model in models.items():
-            for parameter in model.parameters():
-                parameter.data.add_(0.05 * torch.randn_like(parameter))
-            folders[name] = tmp_path_factory.mktemp(name)
-            model.save_pretrained(folders[name])
-    return folders
 
 
 def _base(folder: Path, dtype: torch.dtype = torch.float32) -> Any:

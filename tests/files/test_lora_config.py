@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from lightning_pmss.files.lora_config import (
+    lora_fields,
     peft_config,
     rank_pattern,
     target_modules,
@@ -83,9 +84,10 @@ def test_rank_pattern(case: str) -> None:
 
 
 def test_text_is_pefts_own(tmp_path: Path) -> None:
+    ranks = {"model.layers.0.self_attn.q_proj": 8, "model.layers.0.self_attn.v_proj": 4}
     config = peft_config(
-        {"model.layers.0.self_attn.q_proj": 8, "model.layers.0.self_attn.v_proj": 4},
-        modules=MODULES, modules_to_save=["lm_head"], transposed=False, base_model="org/name", revision="abc",
+        ranks, lora_fields(ranks, transposed=False),
+        modules=MODULES, modules_to_save=["lm_head"], base_model="org/name", revision="abc",
         model_class="transformers.models.llama.modeling_llama.LlamaForCausalLM",
     )  # fmt: skip
     write_peft_config(config, tmp_path / "adapter_config.json")
@@ -117,7 +119,7 @@ def test_task_types() -> None:
 def test_names_that_peft_would_confuse() -> None:
     with pytest.raises(ValueError, match=r"peft would take `a.q_proj` for modules trained in full.*merge"):
         peft_config(
-            {"a.q_proj": 4}, modules=["a.q_proj", "proj"], modules_to_save=["proj"], transposed=False, base_model=None,
+            ["a.q_proj"], {}, modules=["a.q_proj", "proj"], modules_to_save=["proj"], base_model=None,
             revision=None, model_class=None,
         )  # fmt: skip
 

@@ -1,0 +1,320 @@
+"""The adapter types of peft that an export can write: what one layer contains, and the fields of the config.
+
+`LoraForm` serves every update, cut to a rank where it is no product of thin matrices. The other forms are peft's own types of
+MiSS, BAT and HiRA, with the trained numbers as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_pmss.files.lora_config import lora_fields
+from lightning_pmss.files.lora_source import Source, no_thin_factors, thin
+from lightning_pmss.methods.bat import BATUpdate
+from lightning_pmss.methods.hira import HiRAUpdate
+from lightning_pmss.methods.lora import LoRAUpdate
+from lightning_pmss.methods.method import Factors, Update
+from lightning_pmss.methods.miss import MiSSConfig, MiSSUpdate
+
+
+class Part(NamedTuple):
+    """The tensors of one layer by the ends of peft's keys.
+
+    Attributes:
+        tensors: Float64, or as trained.
+        lost: Share of the update's norm that was cut off; None if nothing was.
+    """
+
+    tensors: dict[str, Tensor]
+    lost: float | None = None
+
+
+class PeftForm(ABC):
+    """One adapter type of peft, for the layers of one export.
+
+    Args:
+        source: The adapter and its base.
+    """
+
+    name: ClassVar[str]
+    """As people write it."""
+
+    served: ClassVar[bool] = False
+    """Whether vLLM reads it."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    @classmethod
+    def why_not(cls, source: Source) -> str | None:
+        """Why peft cannot have this adapter in this form, behind "peft's <name>"; None if it can."""
+        return None
+
+    @abstractmethod
+    def rank(self, name: str) -> int:
+        """What the config says of the rank of a layer."""
+
+    @abstractmethod
+    def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        """Shapes of a layer's tensors by the ends of peft's keys."""
+
+    @abstractmethod
+    def part(self, name: str) -> Part:
+        """A layer's tensors.
+
+        Raises:
+            ValueError: Another base, or an update that this form cannot express.
+        """
+
+    @abstractmethod
+    def fields(self, ranks: Mapping[str, int]) -> dict[str, Any]:
+        """The fields of ``adapter_config.json`` that this type has beside those of every type."""
+
+
+class LoraForm(PeftForm):
+    """A LoRA.
+
+    Args:
+        source: The adapter and its base.
+        cut: Largest rank; None: exact.
+    """
+
+    name = "LoRA"
+    served = True
+
+    def __init__(self, source: Source, cut: int | None = None) -> None:
+        super().__init__(source)
+        self.cut = cut
+
+    def rank(self, name: str) -> int:
+        full = self.source.layers[name].rank
+        return min(full, self.cut or full)
+
+    def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        (out, inp), rank = self.source.layers[name].shape, self.rank(name)
+        return {"lora_A.weight": (rank, inp), "lora_B.weight": (out, rank)}
+
+    def part(self, name: str) -> Part:
+        weight, update = self.source.weight(name), self.source.update(name)
+        a, b, lost = lora_pair(thin(update, weight, name, self.cut is not None), self.rank(name))
+        return Part({"lora_A.weight": a, "lora_B.weight": b}, lost)
+
+    def fields(self, ranks: Mapping[str, int]) -> dict[str, Any]:
+        return lora_fields(ranks, transposed=any(layer.transposed for layer in self.source.layers.values()))
+
+
+class NativeForm(PeftForm):
+    """A type of peft that means what the method means: the file has the trained numbers themselves."""
+
+    def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        return {end: tuple(t.shape) for end, t in self.tensors(self.source.update(name), name).items()}
+
+    def part(self, name: str) -> Part:
+        self.source.weight(name)  # refuses another base
+        return Part(self.tensors(self.source.update(name), name))
+
+    @abstractmethod
+    def tensors(self, update: Any, name: str) -> dict[str, Tensor]:
+        """A layer's tensors by the ends of peft's keys."""
+
+
+class HiraForm(NativeForm):
+    """peft's HIRA. It has no factor, so the scale is in ``hira_B``.
+
+    peft 0.21 ignores ``rank_pattern`` here, so zeros fill up the layers of smaller ranks.
+    """
+
+    name = "HiRA"
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(source)
+        self.rows = max(source.update(name).rank for name in source.layers)
+
+    def rank(self, name: str) -> int:
+        return self.rows
+
+    def tensors(self, update: HiRAUpdate, name: str) -> dict[str, Tensor]:
+        more = self.rows - update.rank
+        return {"hira_A": F.pad(update.A, (0, 0, 0, more)), "hira_B": F.pad(update.B, (0, more))}
+
+    def fields(self, ranks: Mapping[str, int]) -> dict[str, Any]:
+        return {
+            "fan_in_fan_out": any(layer.transposed for layer in self.source.layers.values()),
+            "hira_dropout": 0.0,
+            "init_weights": True,
+            "peft_type": "HIRA",
+            "r": self.rows,
+            "rank_pattern": {},
+        }
+
+
+class MissForm(NativeForm):
+    """peft's MISS, which has one rank for all layers.
+
+    Layers of several ranks get their least common multiple: repeating the rows of D changes nothing.
+    """
+
+    name = "MiSS"
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(source)
+        shapes = {name: source.update(name).D.shape for name in source.layers}  # type: ignore[attr-defined]
+        self.rows, columns = math.lcm(*(rows for rows, _ in shapes.values())), {m for _, m in shapes.values()}
+        options = source.options
+        self.dropout, mini = (options.dropout, options.mini_rank) if isinstance(options, MiSSConfig) else (0.0, None)
+        self.mini = columns.pop() if mini is not None and len(columns) == 1 else None
+
+    @classmethod
+    def why_not(cls, source: Source) -> str | None:
+        if reason := _why_no_miss(source):
+            return reason
+        rows = math.lcm(*(source.update(name).rank for name in source.layers))
+        width, name = min((layer.shape[1], name) for name, layer in source.layers.items())
+        if rows > width:
+            return (
+                f"has one rank for all layers, and the ranks of this adapter ({_listed(source)}) have no common multiple up to"
+                f" {width}, the inputs of {name}"
+            )
+        return None
+
+    def rank(self, name: str) -> int:
+        return self.rows
+
+    def tensors(self, update: MiSSUpdate, name: str) -> dict[str, Tensor]:
+        rows, columns = update.D.shape
+        wanted = self.mini or self.source.layers[name].shape[0]
+        return {"miss_block": update.D.repeat(self.rows // rows, wanted // columns)}
+
+    def fields(self, ranks: Mapping[str, int]) -> dict[str, Any]:
+        init = True if self.mini is None else "mini"
+        return _miss_fields(self.rows, init) | {"mini_r": self.mini or 1, "miss_dropout": self.dropout}
+
+
+class BatForm(NativeForm):
+    """peft's MISS with ``init_weights="bat"``: the column form, of one rank that divides both sides of every layer."""
+
+    name = "BAT"
+
+    @classmethod
+    def why_not(cls, source: Source) -> str | None:
+        if reason := _why_no_miss(source):
+            return reason
+        ranks = {name: source.update(name).rank for name in source.layers}
+        if len(set(ranks.values())) > 1:
+            return f"has one rank for all layers, and this adapter has several ({_listed(source)})"
+        for name, layer in source.layers.items():
+            if any(side % ranks[name] for side in layer.shape):
+                return (
+                    f"needs a rank that divides both sides of every layer, and that of {name} is {ranks[name]}, its weight"
+                    f" {list(layer.shape)}"
+                )
+        return None
+
+    def rank(self, name: str) -> int:
+        return self.source.update(name).rank
+
+    def tensors(self, update: BATUpdate, name: str) -> dict[str, Tensor]:
+        return {"miss_block": update.B.unflatten(0, (-1, update.rank))}
+
+    def fields(self, ranks: Mapping[str, int]) -> dict[str, Any]:
+        return _miss_fields(max(ranks.values()), "bat")
+
+
+NATIVE: Mapping[type[Update], type[PeftForm]] = {
+    LoRAUpdate: LoraForm,
+    MiSSUpdate: MissForm,
+    BATUpdate: BatForm,
+    HiRAUpdate: HiraForm,
+}
+"""peft's type for an update. A subclass is another update, so it is not looked up by its bases."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The form of an export.
+
+    Attributes:
+        form: The form.
+        instead: Why it is a LoRA although nobody asked for one; None where it is peft's own type, or was asked for.
+    """
+
+    form: PeftForm
+    instead: str | None = None
+
+
+def choose_form(source: Source, native: bool | None, rank: int | None) -> Chosen:
+    """Choose the form that an adapter is exported in.
+
+    Args:
+        source: The adapter and its base.
+        native: True: peft's own type of the method. False: a LoRA. None: the first where it can express the adapter, else the
+            second; a LoRA if there is a rank.
+        rank: Rank to cut a LoRA to.
+
+    Raises:
+        ValueError: peft's own type is asked for and there is none, or a rank with it; or nothing is asked for and neither form
+            can express the adapter.
+    """
+    if native is False or (native is None and rank is not None):
+        return Chosen(LoraForm(source, rank))
+    kind = type(source.update(next(iter(source.layers))))
+    form, label = NATIVE.get(kind), source.options.label()
+    if native and rank is not None:
+        raise ValueError(f"rank={rank} cuts a LoRA, and peft's own type of {label} is asked for. Give one of the two.")
+    reason = f"peft has no type for the updates of {label}"
+    if form is not None:
+        why = form.why_not(source)
+        if why is None:
+            return Chosen(form(source))
+        reason = f"peft's {form.name} {why}"
+    if native:
+        raise ValueError(f"{reason}. Export it as a LoRA instead: --as lora, or native=False in Python.")
+    if kind.factors is Update.factors:
+        raise ValueError(f"{reason}; and {no_thin_factors('the adapter')}")
+    return Chosen(LoraForm(source), reason if form is not None else None)
+
+
+def lora_pair(factors: Factors, rank: int | None = None) -> tuple[Tensor, Tensor, float | None]:
+    """Return ``lora_A [k, in]`` and ``lora_B [out, k]``, whose product ``lora_B @ lora_A`` is the update.
+
+    Args:
+        factors: Factors of the update, float64.
+        rank: Largest k. If it is smaller than the factors' rank, the result is the best approximation (Eckart and Young), with
+            the square root of the singular values in each factor.
+
+    Returns:
+        Both factors in float64, and the share of the update's Frobenius norm that was cut off; None if nothing was.
+    """
+    a, b = factors
+    if rank is None or rank >= len(a):
+        return a, b, None
+    q_b, t_b = torch.linalg.qr(b)
+    q_a, t_a = torch.linalg.qr(a.T)
+    left, singular, right = torch.linalg.svd(t_b @ t_a.T)
+    root = singular[:rank].sqrt()
+    whole, cut = float(torch.linalg.vector_norm(singular)), float(torch.linalg.vector_norm(singular[rank:]))
+    error = cut / whole if whole > 0 else 0.0
+    return root[:, None] * (right[:rank] @ q_a.T), (q_b @ left[:, :rank]) * root, error
+
+
+def _why_no_miss(source: Source) -> str | None:
+    if found := next((name for name, layer in source.layers.items() if layer.transposed), None):
+        return f"takes nn.Linear only, and {found} is a Conv1D"
+    return None
+
+
+def _listed(source: Source) -> str:
+    ranks: Collection[int] = {source.update(name).rank for name in source.layers}
+    return ", ".join(map(str, sorted(ranks)))
+
+
+def _miss_fields(rank: int, init: bool | str) -> dict[str, Any]:
+    return {"bias": "none", "init_weights": init, "mini_r": 1, "miss_dropout": 0.0, "peft_type": "MISS", "r": rank}
