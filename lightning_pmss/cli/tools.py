@@ -127,7 +127,7 @@ def _export(args: Sequence[str]) -> None:
 
 def _import(args: Sequence[str]) -> None:
     parser = _parser("import")
-    parser.add_argument("--format", required=True, help="peft: a folder of LoRA, MiSS or Bone, as peft writes it")
+    parser.add_argument("--format", required=True, help="peft: a folder of LoRA, MiSS, Bone or HiRA, as peft writes it")
     parser.add_argument("--input", required=True, metavar="LORA_DIR", help="folder to read")
     parser.add_argument("--base", required=True, metavar="MODEL_DIR", help=_BASE)
     parser.add_argument("--output", required=True, metavar="ADAPTER_DIR", help="adapter folder to write")

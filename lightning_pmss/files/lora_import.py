@@ -1,46 +1,59 @@
-"""Read a LoRA of peft's format as an adapter of ours: ``W' = W + scaling * lora_B lora_A``."""
+"""Read a LoRA of peft's format, ``W' = W + scaling * lora_B lora_A``, and choose the reader of other types."""
 
 from __future__ import annotations
 
 import math
 import os
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from lightning_pmss.files.adapter_file import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, AdapterModule, write_adapter
-from lightning_pmss.files.miss_import import KINDS, read_miss
+from lightning_pmss.files.hira_import import read_hira
+from lightning_pmss.files.miss_import import read_miss
 from lightning_pmss.files.model_folder import refuse_overlap
 from lightning_pmss.files.naming import resolve_names
-from lightning_pmss.files.peft_folder import AGAIN, IN_PEFT, PREFIX, QUANTISED, read_config, read_weights
+from lightning_pmss.files.peft_folder import (
+    AGAIN,
+    IN_PEFT,
+    QUANTISED,
+    PeftRecord,
+    layer_options,
+    read_config,
+    read_weights,
+    refuse_fields,
+    sort_tensors,
+)
 from lightning_pmss.methods.lora import LoRAConfig, LoRAUpdate
-from lightning_pmss.store import Record, checked
+from lightning_pmss.store import checked
 from lightning_pmss.store.atomic import check_target
 from lightning_pmss.store.kinds import ADAPTER
-from lightning_pmss.store.records import Size
-from lightning_pmss.store.shards import few, open_shards
+from lightning_pmss.store.records import Size, shown
+from lightning_pmss.store.shards import ShardReader, few, open_shards
 
 _ENDS = {"lora_A.weight": "A", "lora_B.weight": "B"}
+_IN_TRAINING = (
+    "corda_config", "eva_config", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core",
+    "qalora_group_size", "velora_config",
+)  # fmt: skip
+# With these starts W stays as it is. Others (pissa, olora, corda, loftq, lora_ga) take a part out of W, again at each load.
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
-class PeftRecord(Record):
-    """Entries of peft's ``adapter_config.json``; the rest matters only in training, or `_refuse_variants` refuses it."""
-
-    model_config = ConfigDict(extra="ignore")
+class LoraRecord(PeftRecord):
+    """The fields that a LoRA has beside."""
 
     peft_type: Literal["LORA"]
-    base_model_name_or_path: str | None = None
-    revision: str | None = None
     r: Size
     lora_alpha: Annotated[float, Field(allow_inf_nan=False)]
     alpha_pattern: dict[str, float] | None = None
     rank_pattern: dict[str, int] | None = None
+    init_lora_weights: bool | str | None = True
     use_rslora: bool = False
-    use_dora: bool = False
-    lora_bias: bool = False
     bias: str = "none"
     fan_in_fan_out: bool = False
 
@@ -53,7 +66,7 @@ def import_files(
     format: str = "peft",
     overwrite: bool = False,
 ) -> str:
-    """Write an adapter folder of ours from a folder of peft: a LoRA, a MiSS, or a Bone of peft before 0.19.
+    """Write an adapter folder of ours from a folder of peft: a LoRA, a MiSS, a HiRA, or a Bone of peft before 0.19.
 
     Args:
         input: Folder with peft's ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -76,10 +89,9 @@ def import_files(
     refuse_overlap(target, {"input": source, "base": base})
     check_target(target, ADAPTER, overwrite=overwrite)
     content = read_config(source)
-    miss = isinstance(content, dict) and content.get("peft_type") in KINDS
-    lora = None if miss else read_peft(source)
+    read = _reader_of(content, str(source / CONFIG_FILE))
     with open_shards(base) as reader:
-        adapter = read_miss(source, content, reader) if lora is None else lora
+        adapter = read(source, content, reader)
         rename = resolve_names(adapter, reader, base, IN_PEFT, QUANTISED)  # also checks the shapes
         if lost := [name for name in adapter.also_train if rename(name) not in reader.tensors]:
             raise ValueError(
@@ -90,26 +102,30 @@ def import_files(
     return f"{adapter.options.label()} of {source}: {len(adapter.modules)} layers, written to {target}"
 
 
-def read_peft(folder: str | os.PathLike[str]) -> AdapterFile:
-    """Read and check a LoRA folder of peft; raises as `import_files`."""
-    folder = Path(folder).expanduser()
-    content = read_config(folder)
+def read_lora(folder: Path, content: Any, reader: ShardReader) -> AdapterFile:
+    """Read and check a LoRA folder of peft.
+
+    Args:
+        folder: With both files.
+        content: Of its config.
+        reader: The base's files, of which a LoRA needs nothing.
+
+    Raises:
+        ValueError: A variant (DoRA, biases, a start that changes W), or damaged files.
+    """
     where = str(folder / CONFIG_FILE)
-    record = checked(PeftRecord, content, where, AGAIN)
-    _refuse_variants(record, content, where)
-    pairs, full = _sorted(read_weights(folder), str(folder / WEIGHTS_FILE))
+    record = checked(LoraRecord, content, where, AGAIN)
+    _refuse_variants(record, where)
+    pairs, full = sort_tensors(read_weights(folder), "a plain LoRA", _ENDS, ("lora_",), str(folder / WEIGHTS_FILE))
     scales = {name: _scaling(record, name, len(pair["A"]), where) for name, pair in pairs.items()}
     modules = {n: _module(pair, scales[n], record.fan_in_fan_out, n, str(folder)) for n, pair in pairs.items()}
-    ranks = {name: module.update.rank for name, module in modules.items()}
-    usual = max(ranks.values())
-    first = next(name for name, rank in ranks.items() if rank == usual)
+    common = layer_options({name: module.update.rank for name, module in modules.items()}, full)
+    usual = common["rank"]
+    first = next(name for name, module in modules.items() if module.update.rank == usual)
     options = LoRAConfig(
-        target_modules=list(modules),
-        rank=usual,
-        rank_pattern={name: rank for name, rank in ranks.items() if rank != usual},
+        **common,
         alpha=scales[first] * (math.sqrt(usual) if record.use_rslora else usual),
         rank_stabilized=record.use_rslora,
-        also_train=sorted({name.rpartition(".")[0] for name in full}),
     )
     return AdapterFile(
         folder=folder,
@@ -121,38 +137,38 @@ def read_peft(folder: str | os.PathLike[str]) -> AdapterFile:
     )
 
 
-def _refuse_variants(record: PeftRecord, content: Any, where: str) -> None:
-    found = [name for name in ("use_dora", "lora_bias") if getattr(record, name)]
-    found += [f"bias={record.bias}"] if record.bias != "none" else []
-    others = ("layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens")
-    found += [name for name in others if content.get(name)]
-    if found:
+_READERS: Mapping[str, Callable[[Path, Any, ShardReader], AdapterFile]] = {
+    "LORA": read_lora,
+    "MISS": read_miss,
+    "BONE": read_miss,
+    "HIRA": read_hira,
+}
+
+
+def _reader_of(content: Any, where: str) -> Callable[[Path, Any, ShardReader], AdapterFile]:
+    """The reader of the adapter type that a config says."""
+    kind = content.get("peft_type") if isinstance(content, dict) else None
+    if not isinstance(kind, str) or kind not in _READERS:
         raise ValueError(
-            f"{where} has {few(found)}, which W + B A cannot express. Merge it with peft (merge_and_unload) instead."
+            f"{where} has the peft_type {shown(kind)}; {', '.join(_READERS)} are read. Merge it with peft instead: {IN_PEFT}"
         )
+    return _READERS[kind]
 
 
-def _sorted(tensors: dict[str, Tensor], where: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Sort peft's tensors into pairs by layer, and tensors trained in full by name."""
-    pairs: dict[str, dict[str, Tensor]] = {}
-    full: dict[str, Tensor] = {}
-    for key, value in tensors.items():
-        name = key.removeprefix(PREFIX)
-        end = next((end for end in _ENDS if name.endswith(f".{end}")), None)
-        if end is not None:
-            pairs.setdefault(name.removesuffix(f".{end}"), {})[_ENDS[end]] = value
-        elif "lora_" in name or not key.startswith(PREFIX):
-            raise ValueError(f"{where}: {key} is not a tensor of a plain LoRA. Merge it with peft instead.")
-        else:
-            full[name] = value
-    if half := [name for name, pair in pairs.items() if len(pair) < 2]:
-        raise ValueError(f"{where} lacks one of the two factors of {few(half)}. {AGAIN}")
-    if not pairs:
-        raise ValueError(f"{where} has no LoRA layers. {AGAIN}")
-    return pairs, full
+def _refuse_variants(record: LoraRecord, where: str) -> None:
+    if record.bias != "none":
+        raise ValueError(
+            f"{where} has bias={record.bias}, which W + B A cannot express. Merge it with peft (merge_and_unload) instead."
+        )
+    if record.init_lora_weights not in _PLAIN_STARTS:
+        raise ValueError(
+            f"{where} has init_lora_weights={record.init_lora_weights!r}: peft takes a part out of W before it adds the LoRA."
+            " Save it with path_initial_model_for_weight_conversion, or merge it with peft instead."
+        )
+    refuse_fields(record, "LoRA", where, _IN_TRAINING)
 
 
-def _scaling(record: PeftRecord, name: str, rank: int, where: str) -> float:
+def _scaling(record: LoraRecord, name: str, rank: int, where: str) -> float:
     """Return peft's factor of a layer, ``alpha / r`` or ``alpha / sqrt(r)``; patterns are compared as text, never run."""
     alpha = record.lora_alpha
     for pattern, value in (record.alpha_pattern or {}).items():
