@@ -1,8 +1,10 @@
 """Data modules for instruction tuning, and the samplers and the resumable loader under them."""
 
 from lightning_pmss.datamodules.arithmetic import ArithmeticDataModule
+from lightning_pmss.datamodules.base import TokenisedDataModule
 from lightning_pmss.datamodules.collate import InstructionCollator
 from lightning_pmss.datamodules.commonsense import CommonsenseDataModule
+from lightning_pmss.datamodules.conversations.module import ChatDataModule
 from lightning_pmss.datamodules.drop import DROPDataModule
 from lightning_pmss.datamodules.gsm8k import GSM8KDataModule
 from lightning_pmss.datamodules.instruction import InstructionDataModule
@@ -17,6 +19,7 @@ from lightning_pmss.datamodules.sampler import (
 
 __all__ = [
     "ArithmeticDataModule",
+    "ChatDataModule",
     "CommonsenseDataModule",
     "DROPDataModule",
     "Example",
@@ -28,5 +31,6 @@ __all__ = [
     "PromptStyle",
     "ResumableDataLoader",
     "ShardSampler",
+    "TokenisedDataModule",
     "TrainerProgress",
 ]

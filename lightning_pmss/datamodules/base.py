@@ -108,6 +108,10 @@ class TokenisedDataModule(L.LightningDataModule):
     def _collator(self, evaluation: bool = False) -> Any:
         """Return the function that makes a batch of rows."""
 
+    def _place(self, number: int) -> str:
+        """Return where the training row of that ``id`` is, for messages."""
+        return f"row {number}"
+
     def _forget_texts(self) -> None:
         """Drop what `_make` keeps between splits."""
 
@@ -170,7 +174,7 @@ class TokenisedDataModule(L.LightningDataModule):
         self.dropped = len(order) - len(fitting)
         if self.dropped and self.too_long == "error":
             first = min(index for index in order if lengths[index] > self.max_length)
-            place = train["where"][first] if "where" in train.column_names else f"row {train['id'][first]}"
+            place = self._place(int(train["id"][first]))
             raise ValueError(
                 f"{self.dropped} of {len(order)} training examples are longer than max_length {self.max_length} tokens,"
                 f" {place} the first with {lengths[first]}; raise --data.max_length to {max(lengths)}"

@@ -65,15 +65,20 @@ class InstructionCollator:
             "labels": self.pad(labels, IGNORED),
         }
         if self.evaluation:
-            prompts = [self._prompt(row) for row in rows]
-            batch["prompt_ids"] = self.pad(prompts, self.pad_id, left=True)
-            batch["prompt_mask"] = self.pad([[1] * len(ids) for ids in prompts], 0, left=True)
             batch["id"] = torch.tensor([row["id"] for row in rows], dtype=torch.int64)
-            batch["prompt"] = [row["prompt"] for row in rows]
-            batch["target"] = [row["target"] for row in rows]
-            if self.end_id is not None:
-                batch["end_id"] = torch.full((len(rows),), self.end_id, dtype=torch.int64)
+            prompts = [self._prompt(row) for row in rows]
+            if all(prompts):  # plain texts answer nothing
+                batch["prompt_ids"] = self.pad(prompts, self.pad_id, left=True)
+                batch["prompt_mask"] = self.pad([[1] * len(ids) for ids in prompts], 0, left=True)
+                batch["prompt"] = [row["prompt"] for row in rows]
+                batch["target"] = [row["target"] for row in rows]
+                ends = self._ends(rows)
+                if ends is not None:
+                    batch["end_id"] = torch.tensor(ends, dtype=torch.int64)
         return batch
+
+    def _ends(self, rows: list[dict[str, Any]]) -> list[int] | None:
+        return None if self.end_id is None else [self.end_id] * len(rows)
 
     @staticmethod
     def pad(rows: list[list[int]], value: int, left: bool = False) -> Tensor:

@@ -60,6 +60,38 @@ def continued(tokenizer: Any, prompts: Sequence[str], texts: Sequence[str]) -> t
     return prompt_ids, rests
 
 
+def chained(tokenizer: Any, rows: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+    """Return the tokens of each piece of each row, with a token border where pieces meet.
+
+    Together they are the tokens of a row's pieces as one text; where a tokenizer would merge across a border, the border is
+    kept as `continued` keeps it.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+        rows: The pieces of each row, one after the other.
+
+    Returns:
+        Token ids, as many lists per row as it has pieces.
+
+    Raises:
+        ValueError: If a piece has no tokens of its own behind those before it.
+    """
+    upto = [["".join(pieces[: number + 1]) for number in range(len(pieces))] for pieces in rows]
+    flat = iter(tokens_of(tokenizer, [text for texts in upto for text in texts]))
+    found = []
+    for pieces, texts in zip(rows, upto, strict=True):
+        wholes = [next(flat) for _ in texts]
+        parts = [wholes[0]]
+        for number in range(1, len(pieces)):
+            before, whole = wholes[number - 1], wholes[number]
+            if whole[: len(before)] == before:
+                parts.append(whole[len(before) :])
+            else:
+                parts.append(continued(tokenizer, [texts[number - 1]], [pieces[number]])[1][0])
+        found.append(parts)
+    return found
+
+
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
     """Return how many tokens two sequences have in common at their beginning."""
     pairs = enumerate(zip(first, second, strict=False))

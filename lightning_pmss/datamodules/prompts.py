@@ -92,6 +92,26 @@ def load_tokenizer(name: str) -> Any:
         ) from error
 
 
+def own_prefix(tokenizer: Any) -> list[int]:
+    """Return the tokens that a tokenizer puts in front of a text: a beginning-of-sequence token, or nothing."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a", add_special_tokens=True)["input_ids"]
+    starts = [i for i in range(len(full)) if full[i : i + len(bare)] == bare]
+    return list(full[: starts[0]]) if starts else []
+
+
+def tokenizer_spec(tokenizer: Any) -> Any:
+    """Return all that determines the tokens of a text, for JSON."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    spec = json.loads(backend.to_str())
+    # A tokenizer remembers the padding and truncation of its last call. They are off here.
+    spec.pop("padding", None)
+    spec.pop("truncation", None)
+    return spec
+
+
 @dataclass
 class PromptEncoder:
     """Turns a batch of question and response texts into token ids; a picklable callable for ``datasets.map``.
@@ -124,11 +144,7 @@ class PromptEncoder:
             raise ValueError(f"The tokenizer {name!r} has no end-of-sequence token, so no response would ever end.")
         self.end_id = int(self.tokenizer.eos_token_id if self.chat is None else self.chat.end_id)
         """The token that ends each response."""
-        # The tokenizer's own prefix of a text (a beginning-of-sequence token, or nothing).
-        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
-        full = self.tokenizer("a", add_special_tokens=True)["input_ids"]
-        starts = [i for i in range(len(full)) if full[i : i + len(bare)] == bare]
-        self.prefix: list[int] = full[: starts[0]] if starts else []
+        self.prefix = own_prefix(self.tokenizer)
 
     def prompt(self, question: str) -> str:
         """Return the prompt text of ``question``, without the tokens that the tokenizer itself puts in front of it."""
@@ -167,17 +183,9 @@ class PromptEncoder:
 
     def fingerprint(self, examples: Sequence[Example], ids: Sequence[int] | None = None) -> str:
         """Return a hash of the texts, their ids if given, and all that determines their tokens; equal in every process."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            spec: Any = [type(self.tokenizer).__name__, sorted(self.tokenizer.get_vocab().items())]
-        else:
-            spec = json.loads(backend.to_str())
-            # A tokenizer remembers the padding and truncation of its last call. They are off here.
-            spec.pop("padding", None)
-            spec.pop("truncation", None)
         settings = [
             _CACHE_FORMAT,
-            spec,
+            tokenizer_spec(self.tokenizer),
             self.style,
             [self.template, self.lead, self.tail]
             if self.chat is None

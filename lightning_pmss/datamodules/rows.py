@@ -1,16 +1,22 @@
-"""Read rows of published data sets from JSONL, JSON and parquet files or the hub, each with its place for errors."""
+"""Read rows of data sets from JSONL, JSON, parquet and CSV files or the hub, each with its place for errors."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 Row = tuple[str, Any]
 """Where the row is ("FILE:LINE", "FILE row N"), and the row: in good data a mapping."""
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
+OnBad = Callable[[ValueError], None] | None
+"""Gets what is wrong with a line that cannot be read, in place of its being raised."""
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
 
 class _Repeated(Exception):
@@ -42,8 +48,12 @@ def _decode(raw: bytes, where: str, encoding: str) -> str:
         ) from error
 
 
-def read_jsonl_rows(path: Path) -> Iterator[Row]:
+def read_jsonl_rows(path: Path, on_bad: OnBad = None) -> Iterator[Row]:
     """Yield the objects of a JSONL file. Empty lines are skipped.
+
+    Args:
+        path: The file.
+        on_bad: Gets the error of a line that is not UTF-8 or not JSON; null: it is raised.
 
     Raises:
         ValueError: If a line is not UTF-8 or not JSON; the message names file and line.
@@ -51,16 +61,71 @@ def read_jsonl_rows(path: Path) -> Iterator[Row]:
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             where = f"{path}:{number}"
-            line = _decode(raw, where, "utf-8-sig" if number == 1 else "utf-8").strip()
-            if not line:
-                continue
             try:
-                yield where, _loads(line, where)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{where}: not valid JSON ({error.msg} at column {error.colno}). Each line must be one whole JSON"
-                    " object; a file with one list of all rows is to be named .json."
-                ) from error
+                line = _decode(raw, where, "utf-8-sig" if number == 1 else "utf-8").strip()
+                if line:
+                    row = _line(line, where)
+            except ValueError as error:
+                if on_bad is None:
+                    raise
+                on_bad(error)
+                continue
+            if line:
+                yield where, row
+
+
+def _line(line: str, where: str) -> Any:
+    try:
+        return _loads(line, where)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{where}: not valid JSON ({error.msg} at column {error.colno}). Each line must be one whole JSON"
+            " object; a file with one list of all rows is to be named .json."
+        ) from error
+
+
+def read_csv_rows(path: Path, on_bad: OnBad = None) -> Iterator[Row]:
+    """Yield the rows of a CSV file with a header as objects of texts; an empty cell is an empty text.
+
+    Args:
+        path: The file, commas between cells.
+        on_bad: Gets the error of a row that has other cells than the header; null: it is raised.
+
+    Raises:
+        ValueError: If it is not UTF-8, has no header, or a row has other cells; the message names file and line.
+    """
+    raw = path.read_bytes()
+    for number, part in enumerate(raw.split(b"\n"), start=1):
+        _decode(part, f"{path}:{number}", "utf-8")
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default is 131,072 characters for a cell
+    reader = csv.reader(io.StringIO(raw.decode("utf-8-sig"), newline=""), strict=True)
+    line = 1
+    try:
+        header = next(reader, [])
+        if header[:1] == [""]:  # an index without a name, as pandas writes it
+            header[0] = "Unnamed: 0"
+        if len(set(header)) < len(header) or not all(name.strip() for name in header):
+            raise ValueError(
+                f"{path}:1: the header {header} has a name twice or an empty one; give each column a name."
+            )
+        line = reader.line_num + 1
+        for cells in reader:
+            where, line = f"{path}:{line}", reader.line_num + 1
+            if not cells:
+                continue
+            if len(cells) == len(header):
+                yield where, dict(zip(header, cells, strict=True))
+                continue
+            error = ValueError(
+                f"{where}: {len(cells)} cells, and the header has {len(header)}; quote texts that have commas."
+            )
+            if on_bad is None:
+                raise error
+            on_bad(error)
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}:{line}: not valid CSV ({error}). Put quotes around texts, and double those in them."
+        ) from error
 
 
 def read_json(path: Path) -> Any:
@@ -83,21 +148,27 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
-def read_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of a file: JSONL, JSON (a list of objects) or parquet, by its name.
+def read_rows(path: Path, on_bad: OnBad = None) -> Iterator[Row]:
+    """Yield the rows of a file: JSONL, JSON (a list of objects), parquet or CSV, by its name.
+
+    Args:
+        path: The file.
+        on_bad: Gets the error of a line of JSONL or CSV that cannot be read; null: it is raised.
 
     Raises:
         ValueError: If it is not of the format that its name says; the message names file and row.
     """
     if path.suffix == ".parquet":
         yield from _read_parquet(path)
+    elif path.suffix == ".csv":
+        yield from read_csv_rows(path, on_bad)
     elif path.suffix == ".json":
         rows = read_json(path)
         if not isinstance(rows, list):
             raise ValueError(f"{path}: expected a JSON list of rows, got {type(rows).__name__}.")
         yield from ((f"{path} row {number}", row) for number, row in enumerate(rows))
     else:
-        yield from read_jsonl_rows(path)
+        yield from read_jsonl_rows(path, on_bad)
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
