@@ -59,7 +59,7 @@ def _default(option: Field[Any]) -> str:
         return ""
     if isinstance(value, bool):
         return f" (default: {'yes' if value else 'no'})"
-    return f" (default: {value if value or isinstance(value, int) else 'none'})"
+    return f" (default: {value if value or isinstance(value, int | float) else 'none'})"
 
 
 def _same(name: str, value: Any) -> Any:
@@ -93,6 +93,7 @@ _WORDS: Mapping[Any, Mapping[str, Any]] = {
     str | None: {},
     bool: {"action": argparse.BooleanOptionalAction},
     str | Sequence[str]: {"nargs": "+", "metavar": "NAME"},
+    Sequence[str]: {"nargs": "+", "action": "extend"},
     Mapping[str, int]: {"nargs": "+", "metavar": "NAME=RANK"},
 }
 _MEANINGS: Mapping[Any, Callable[[str, Any], Any]] = {str | Sequence[str]: _patterns, Mapping[str, int]: _numbers}

@@ -170,6 +170,18 @@ def _report(args: Sequence[str]) -> None:
     print(f"written: {page}")
 
 
+def _chat(args: Sequence[str]) -> None:
+    from lightning_pmss.cli.chat import run_chat
+
+    run_chat(_parser("chat"), args)
+
+
+def _generate(args: Sequence[str]) -> None:
+    from lightning_pmss.cli.chat import run_generate
+
+    run_generate(_parser("generate"), args)
+
+
 TOOLS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "select": (_select, "select rows and columns of a model on disk, matrix by matrix, into a skeleton file"),
     "merge": (_merge, "write base + adapter, or base + checkpoint, as a plain model folder, shard by shard"),
@@ -182,6 +194,8 @@ TOOLS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
         "one self-contained HTML page of a run: curves, the update by layer, spectra, scores, settings",
     ),
     "estimate": (_estimate, "memory per device, host memory and file sizes of a run, from config.json alone"),
+    "chat": (_chat, "talk to a model in the terminal, with one adapter or several, switched by name"),
+    "generate": (_generate, "answer a file of prompts in batches; a stopped run continues"),
     "compare": (_compare, "two predictions files: bootstrap interval of the difference, McNemar's exact test"),
 }
 

@@ -1,8 +1,8 @@
-"""Generate texts, greedily or by beam search, up to a stop string; each text is independent of its batch."""
+"""Generate texts up to a stop string, greedily or by beam search, in which each text is independent of its batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,8 @@ class Generation:
         *,
         in_step: bool = False,
         ends: Iterable[int] = (),
+        settings: Mapping[str, Any] | None = None,
+        streamer: Any = None,
     ) -> list[str]:
         """Generate the continuation of each prompt, without special tokens and outer white space.
 
@@ -63,32 +65,36 @@ class Generation:
             prompt_mask: int64 [B, P], 0 on padding.
             in_step: Whether each forward pass is a collective: a rank whose texts have ended continues until all have.
             ends: Further tokens that end a text, besides `eos_ids`, for data with its own tokenizer.
+            settings: Settings of the generation config in place of the greedy ones, such as those of sampling.
+            streamer: Streamer of transformers that gets the tokens of one prompt as they come.
         """
         eos, width = sorted({*eos_ids(model, tokenizer), *ends}), prompt_ids.shape[1]
         # All options are set, because the model's own generation config (sampling, penalties) replaces None.
-        config = GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            num_beams=self.num_beams,
-            temperature=1.0,
-            top_k=50,
-            top_p=1.0,
-            repetition_penalty=1.0,
-            length_penalty=1.0,
-            early_stopping=False,
-            no_repeat_ngram_size=0,
-            eos_token_id=eos,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": False,
+            "num_beams": self.num_beams,
+            "temperature": 1.0,
+            "top_k": 50,
+            "top_p": 1.0,
+            "repetition_penalty": 1.0,
+            "length_penalty": 1.0,
+            "early_stopping": False,
+            "no_repeat_ngram_size": 0,
+            "eos_token_id": eos,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        config = GenerationConfig(**options | dict(settings or {}))
+        more: dict[str, Any] = {}
         if self.stop:
-            options["stopping_criteria"] = StoppingCriteriaList([_StopStrings(tokenizer, self.stop, width, eos)])
+            more["stopping_criteria"] = StoppingCriteriaList([_StopStrings(tokenizer, self.stop, width, eos)])
         tokens = model.generate(
             input_ids=prompt_ids,
             attention_mask=prompt_mask,
             generation_config=config,
             synced_gpus=in_step,
-            **options,
+            streamer=streamer,
+            **more,
         )
         return [cut(_decode(tokenizer, row, eos), self.stop).strip() for row in tokens[:, width:].tolist()]
 

@@ -7,6 +7,7 @@ Each rank appends its answers, batch by batch, to ``predictions-<stage>.rank<r>.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -17,7 +18,14 @@ import torch.distributed as dist
 
 from lightning_pmss.evaluation.identity import differences, digest
 from lightning_pmss.evaluation.predictions import gather
-from lightning_pmss.evaluation.records import AnswerRecord, append_records, read_records, write_json, write_records
+from lightning_pmss.evaluation.records import (
+    AnswerRecord,
+    PredictionRecord,
+    append_records,
+    read_records,
+    write_json,
+    write_records,
+)
 from lightning_pmss.store import read_json
 from lightning_pmss.store.disk import held, refuse_special
 
@@ -36,14 +44,28 @@ class Journal:
         identity: Everything that determines the answers, in plain values.
         existing: "resume" uses the answers of the same run, and refuses predictions of another one; "replace" starts again,
             and keeps the earlier predictions until it has finished.
+        elsewhere: What to give to write into another folder, for messages.
+        anew: What to give for "replace", for messages.
+        kind: Required fields of an answer.
 
     Raises:
         FileExistsError: On every rank, if another evaluation uses the folder.
         ValueError: On every rank, if the folder has predictions of another run and ``existing`` is "resume", or a broken file.
     """
 
-    def __init__(self, folder: Path, stage: str, identity: Mapping[str, Any], existing: Existing = "resume") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        stage: str,
+        identity: Mapping[str, Any],
+        existing: Existing = "resume",
+        *,
+        elsewhere: str = "--model.predictions_dir another folder",
+        anew: str = "--model.existing_predictions replace",
+        kind: type[PredictionRecord] = AnswerRecord,
+    ) -> None:
         self.folder, self.stage, self.identity = folder, stage, dict(identity)
+        self._elsewhere, self._anew, self._kind = elsewhere, anew, kind
         self.run = digest(self.identity)
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         self.path = folder / f"predictions-{stage}.jsonl"
@@ -80,8 +102,7 @@ class Journal:
             stack.enter_context(
                 held(
                     place,
-                    f"another evaluation is writing into {self.folder}. Wait for it, or give --model.predictions_dir another"
-                    " folder.",
+                    f"another evaluation is writing into {self.folder}. Wait for it, or give {self._elsewhere}.",
                 )
             )
             _HELD[place] = stack.pop_all()
@@ -110,10 +131,10 @@ class Journal:
                 known = self._known().get(foreign.get("run"))
                 differing = f" ({differences(self.identity, known)})" if isinstance(known, dict) else ""
                 raise ValueError(
-                    f"{path} contains predictions of another run{differing}. Give --model.predictions_dir another folder, or "
-                    "--model.existing_predictions replace to start again there."
+                    f"{path} contains predictions of another run{differing}. Give {self._elsewhere}, or {self._anew} to"
+                    " start again there."
                 )
-            rows = read_records(path, unfinished=path != self.path, kind=AnswerRecord)
+            rows = read_records(path, unfinished=path != self.path, kind=self._kind)
             self.done.update((row["id"], row) for row in rows)
 
     def _known(self) -> dict[Any, Any]:
@@ -167,6 +188,13 @@ class Journal:
             self._own.unlink(missing_ok=True)
         if self.first:
             self._replaced.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Remove the files of this evaluation, and its folder if nothing else is in it; for one process."""
+        for path in (self.path, self._runs, self._replaced, *self._parts()):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
 
 def barrier() -> None:

@@ -12,6 +12,8 @@ import docstring_parser
 import pytest
 
 from lightning_pmss import METHODS, AdapterConfig, PMSSConfig
+from lightning_pmss.chat.options import AnswerOptions, FileOptions, ModelOptions
+from lightning_pmss.cli import chat as chat_options
 from lightning_pmss.cli import main
 from lightning_pmss.cli.estimate import CONVERSION, RUN, ZERO
 from lightning_pmss.cli.options import Options
@@ -21,9 +23,13 @@ from lightning_pmss.methods.documentation import option_texts
 from lightning_pmss.methods.pmss.config import SKELETON_OPTIONS
 from tests.estimate.small import write_config
 
-OF_TOOLS = [("select", Options(PMSSConfig, SKELETON_OPTIONS))] + [
-    ("estimate", part) for part in (RUN, CONVERSION, ZERO)
+OF_TOOLS = [
+    ("select", Options(PMSSConfig, SKELETON_OPTIONS)),
+    *(("estimate", part) for part in (RUN, CONVERSION, ZERO)),
+    *(("chat", part) for part in (chat_options.MODEL, chat_options.ANSWER)),
+    *(("generate", part) for part in (chat_options.MODEL, chat_options.FILE, chat_options.ANSWER)),
 ]
+OF_CHAT = (ModelOptions, AnswerOptions, FileOptions)
 SHOWN = {"None": "", "True": "yes", "False": "no", "()": "none"}
 
 
@@ -56,7 +62,7 @@ def test_each_option_of_a_tool_has_the_configs_text_default_and_choices(
                 assert before.endswith(f"{flag} {{{allowed}}} "), name
 
 
-@pytest.mark.parametrize("owner", [AdapterConfig, *(m.config_class for m in METHODS.values()), Run])
+@pytest.mark.parametrize("owner", [AdapterConfig, *(m.config_class for m in METHODS.values()), Run, *OF_CHAT])
 def test_every_option_is_described(owner: Any) -> None:
     texts = option_texts(owner)
     assert texts == read_by_a_library(owner)

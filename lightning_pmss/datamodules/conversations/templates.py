@@ -50,16 +50,24 @@ _ENDINGS = (
     "alpaca, vicuna and zephyr end turns in the tokenizer's end-of-sequence token; chatml, llama3 and gemma need their"
     " marks as tokens of the tokenizer"
 )
-REMEDY = f"--data.template with one of {', '.join(TEMPLATES)} or a Jinja file ({_ENDINGS})"
-"""What to type where a template does not fit."""
 
 
-def use_template(tokenizer: Any, template: str | None) -> str:
+def remedy(option: str) -> str:
+    """Return what to type where a template does not fit, with the option that takes one."""
+    return f"{option} with one of {', '.join(TEMPLATES)} or a Jinja file ({_ENDINGS})"
+
+
+REMEDY = remedy("--data.template")
+"""What to type where a template of a data module does not fit."""
+
+
+def use_template(tokenizer: Any, template: str | None, remedy: str = REMEDY) -> str:
     """Give ``tokenizer`` the chat template that is asked for.
 
     Args:
         tokenizer: A tokenizer of transformers; its ``chat_template`` is set.
         template: A name of `TEMPLATES`, a Jinja file, or null for the tokenizer's own.
+        remedy: What to type where there is none, for messages.
 
     Returns:
         The template in words, for the log.
@@ -72,7 +80,7 @@ def use_template(tokenizer: Any, template: str | None) -> str:
     if template is None:
         if not tokenizer.chat_template:
             raise ValueError(
-                f"The tokenizer {name!r} has no chat template, as those of base models, and none is guessed. Give {REMEDY}."
+                f"The tokenizer {name!r} has no chat template, as those of base models, and none is guessed. Give {remedy}."
             )
         return "the tokenizer's chat template"
     if template in TEMPLATES:
@@ -81,7 +89,7 @@ def use_template(tokenizer: Any, template: str | None) -> str:
     path = Path(template).expanduser()
     if not path.is_file():
         kind: type[Exception] = FileNotFoundError if path.suffix or len(path.parts) > 1 else ValueError
-        raise kind(f"There is no chat template {template!r}, by name or as a file. Give {REMEDY}.")
+        raise kind(f"There is no chat template {template!r}, by name or as a file. Give {remedy}.")
     tokenizer.chat_template = path.read_text(encoding="utf-8")
     return f"the template of {path}"
 
