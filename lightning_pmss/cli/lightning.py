@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from typing import Any, NoReturn
 
 import lightning as L
-from jsonargparse import set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -151,6 +151,30 @@ class PMSSCLI(LightningCLI):
                 f"accumulate_grad_batches={trainer.accumulate_grad_batches} must be at least 1, a batch per step."
             )
         return trainer
+
+
+class DataCLI(PMSSCLI):
+    """Parses the options of ``fit`` and makes the data module alone: no model, no Trainer, no training.
+
+    ``datamodule`` is the data module, null without ``--data``; ``trainer_options`` are the Trainer's arguments.
+    """
+
+    datamodule: L.LightningDataModule | None
+    trainer_options: Namespace
+
+    def instantiate_classes(self) -> None:
+        """Make the data module."""
+        self.trainer_options = self._get(self.config, "trainer")
+        given = self._get(self.config, "data")
+        parser = ArgumentParser()
+        parser.add_subclass_arguments(L.LightningDataModule, "data", required=False)
+        self.datamodule = None if given is None else parser.instantiate(Namespace(data=given)).data
+
+    def _set_seed(self) -> None:
+        """Nothing random is done."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing is run."""
 
 
 _SHARED = ("target_modules", "exclude_modules", "also_train", "root")  # which layers are meant, whatever the method

@@ -182,6 +182,12 @@ def _generate(args: Sequence[str]) -> None:
     run_generate(_parser("generate"), args)
 
 
+def _preview(args: Sequence[str]) -> None:
+    from lightning_pmss.cli.preview import run
+
+    run(_parser("preview"), args)
+
+
 TOOLS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "select": (_select, "select rows and columns of a model on disk, matrix by matrix, into a skeleton file"),
     "merge": (_merge, "write base + adapter, or base + checkpoint, as a plain model folder, shard by shard"),
@@ -196,6 +202,10 @@ TOOLS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "estimate": (_estimate, "memory per device, host memory and file sizes of a run, from config.json alone"),
     "chat": (_chat, "talk to a model in the terminal, with one adapter or several, switched by name"),
     "generate": (_generate, "answer a file of prompts in batches; a stopped run continues"),
+    "preview": (
+        _preview,
+        "training data as the model will see it: tokens, loss mask, lengths, steps; without the model",
+    ),
     "compare": (_compare, "two predictions files: bootstrap interval of the difference, McNemar's exact test"),
 }
 
