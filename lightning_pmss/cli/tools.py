@@ -188,6 +188,26 @@ def _preview(args: Sequence[str]) -> None:
     run(_parser("preview"), args)
 
 
+def _doctor(args: Sequence[str]) -> None:
+    from lightning_pmss.doctor.examination import SECONDS, examine
+
+    parser = _parser("doctor")
+    parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="time limit of each trial (default: %(default)s)"
+    )
+    given = parser.parse_args(args)
+    if not given.seconds > 0:
+        raise ValueError(f"--seconds {given.seconds:g}: give a number above 0.")
+
+    found = examine(
+        seconds=given.seconds, announce=lambda name: print(f"trying {name} ...", file=sys.stderr, flush=True)
+    )
+    print(json.dumps(found.to_dict(), indent=2) if given.json else found)
+    if not found.healthy:
+        raise SystemExit(1)
+
+
 TOOLS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "select": (_select, "select rows and columns of a model on disk, matrix by matrix, into a skeleton file"),
     "merge": (_merge, "write base + adapter, or base + checkpoint, as a plain model folder, shard by shard"),
@@ -206,6 +226,7 @@ TOOLS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
         _preview,
         "training data as the model will see it: tokens, loss mask, lengths, steps; without the model",
     ),
+    "doctor": (_doctor, "versions, devices, missing extras, and whether bf16, compile and DeepSpeed work here"),
     "compare": (_compare, "two predictions files: bootstrap interval of the difference, McNemar's exact test"),
 }
 
