@@ -26,10 +26,9 @@ from lightning_pmss.cli.config_files import check_classes, check_file, deny_impo
 from lightning_pmss.cli.debugging import debugging
 from lightning_pmss.cli.errors import refuse, refusing
 from lightning_pmss.cli.tools import PROGRAM, TOOLS
-from lightning_pmss.methods import METHODS  # noqa: F401  so that their configurations can be named
+from lightning_pmss.methods import METHODS, method_of  # noqa: F401  so that their configurations can be named
 from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.methods.pmss.config import PMSSConfig
-from lightning_pmss.methods.pmss.skeleton import read_skeleton
 from lightning_pmss.version import __version__
 
 
@@ -135,8 +134,8 @@ class PMSSCLI(LightningCLI):
         super().instantiate_classes()
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             config = getattr(callback, "config", None)
-            if isinstance(config, PMSSConfig) and config.skeleton_file is not None:
-                read_skeleton(config.skeleton_file)  # a damaged one shows before the model is loaded
+            if isinstance(config, AdapterConfig):
+                method_of(config).read_given()  # a damaged skeleton file shows before the model is loaded
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Make the Trainer; whatever Lightning raises there is about the options."""

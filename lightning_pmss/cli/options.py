@@ -35,8 +35,7 @@ class Options:
                 words["choices"] = [value for value in choices[option.name] if value is not None]
             required = option.default is MISSING and option.default_factory is MISSING
             text = f"{texts[option.name]}{_default(option)}".replace("%", "%%")
-            flag = f"--{option.name.replace('_', '-')}"
-            parser.add_argument(flag, required=required, default=argparse.SUPPRESS, help=text, **words)
+            parser.add_argument(flag(option.name), required=required, default=argparse.SUPPRESS, help=text, **words)
 
     def take(self, given: dict[str, Any]) -> dict[str, Any]:
         """Move the options that were typed out of the parsed ones.
@@ -50,6 +49,11 @@ class Options:
         types = get_type_hints(self.owner)
         typed = {name: given.pop(name) for name in self.names if name in given}
         return {name: _MEANINGS.get(types[name], _same)(name, value) for name, value in typed.items()}
+
+
+def flag(name: str) -> str:
+    """An option as it is typed."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _default(option: Field[Any]) -> str:
@@ -79,8 +83,7 @@ def _numbers(name: str, entries: list[str]) -> dict[str, int]:
     for entry in entries:
         key, _, number = entry.rpartition("=")
         if not key or not number.isdecimal():
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} {entry!r} is not NAME=RANK; type it as v_proj=128.")
+            raise ValueError(f"{flag(name)} {entry!r} is not NAME=RANK; type it as v_proj=128.")
         found[key] = int(number)
     return found
 

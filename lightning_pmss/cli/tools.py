@@ -56,8 +56,8 @@ def _extract(args: Sequence[str]) -> None:
 
 
 def _select(args: Sequence[str]) -> None:
-    from lightning_pmss.cli.options import Options
-    from lightning_pmss.methods.pmss.config import SKELETON_OPTIONS, PMSSConfig
+    from lightning_pmss.cli.options import Options, flag
+    from lightning_pmss.methods.pmss.config import PMSSConfig
 
     parser = _parser("select")
     parser.add_argument("--model", required=True, metavar="MODEL_DIR", help="Folder of the model (safetensors).")
@@ -65,14 +65,26 @@ def _select(args: Sequence[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="Replace the file, or unfinished work, if it exists.")
     parser.add_argument("--workers", type=int, metavar="N", help="Matrices at a time (default: the CPU cores at hand)")
     parser.add_argument("--architecture", metavar="CLASS", help="Class of transformers (default: config.json's)")
-    options = Options(PMSSConfig, SKELETON_OPTIONS)
+    parser.add_argument(
+        "--method",
+        default=PMSSConfig.method,
+        help="pmss, curlora, or lora_xs: singular vectors, by rank and targets only (default: %(default)s). Defaults below are"
+        " PMSS's; the others have those of their configurations.",
+    )
+    options = Options(PMSSConfig, PMSSConfig.skeleton_options())
     options.add_to(parser)
     given = vars(parser.parse_args(args))
-    config = PMSSConfig(**options.take(given))
+    name, chosen = given.pop("method"), options.take(given)
 
     from lightning_pmss.files.select import select_files
+    from lightning_pmss.methods import METHODS
 
-    print(select_files(config=config, **given))
+    known = {name: method.config_class for name, method in METHODS.items() if method.config_class.per_matrix}
+    if name not in known:
+        raise ValueError(f"--method {name} has no skeleton; type one of {', '.join(known)}.")
+    if odd := [flag(option) for option in chosen if option not in known[name].skeleton_options()]:
+        raise ValueError(f"{', '.join(odd)}: not an option of --method {name}. Leave it out.")
+    print(select_files(config=known[name](**chosen), **given))
 
 
 def _estimate(args: Sequence[str]) -> None:
@@ -209,7 +221,10 @@ def _doctor(args: Sequence[str]) -> None:
 
 
 TOOLS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
-    "select": (_select, "select rows and columns of a model on disk, matrix by matrix, into a skeleton file"),
+    "select": (
+        _select,
+        "derive frozen tensors (rows and columns, singular vectors) of a model on disk into a skeleton file",
+    ),
     "merge": (_merge, "write base + adapter, or base + checkpoint, as a plain model folder, shard by shard"),
     "extract": (_extract, "write a checkpoint's adapter folder, without the program that trained it"),
     "export": (_export, "write an adapter for peft: as peft's own type of its method, or as a LoRA"),

@@ -217,8 +217,8 @@ def _plan(
         if kind := quantisation_of(modules[strangers[0]]):
             remedy = f"These weights are quantised ({kind}); skeleton files are for weights as stored: leave skeleton_file out."
         raise ValueError(
-            f"{given.source} belongs to another base model: the rows and columns of {some(strangers)} are not those it"
-            f" was made from. {remedy}"
+            f"{given.source} belongs to another base model: the weights of {some(strangers)} are not those it was made"
+            f" from. {remedy}"
         )
 
 
@@ -314,9 +314,16 @@ def _check_given(
             f"{source}: `{name}` has the shape {given.shape} there and {shape} in this model: another base."
         )
     for part, spec in method.specs(shape, rank).items():
-        if spec.kind is not Kind.INDEX or part not in given.tensors:
+        if spec.kind is Kind.TRAINED or part not in given.tensors:
             continue
         index = given.tensors[part]
+        if spec.kind is Kind.FROZEN:
+            if index.dim() == len(spec.shape) and tuple(index.shape) != spec.shape:
+                raise ValueError(
+                    f"{source}: the {part} of `{name}` is {list(index.shape)}, and rank {rank} of this run needs"
+                    f" {list(spec.shape)}; type the rank of the file (or its entry in rank_pattern), or make one of that rank."
+                )
+            continue
         if why_no_index(index, spec.below):
             raise ValueError(
                 f"{source}: the {part} of `{name}` are not distinct indices below {spec.below}; the file is for another model."

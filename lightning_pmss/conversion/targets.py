@@ -289,8 +289,22 @@ def _remedy(pattern: str, modules: Mapping[str, nn.Module], linear: bool) -> str
 
 
 def refuse_unconvertible(
-    targets: list[str], modules: Mapping[str, nn.Module], method: Method[Any], given: Given | None
+    targets: list[str],
+    modules: Mapping[str, nn.Module],
+    method: Method[Any],
+    given: Given | None,
+    *,
+    derived_later: bool = False,
 ) -> None:
+    """Refuse layers that cannot be converted, before any work.
+
+    Args:
+        targets: Names of the layers.
+        modules: All modules by name.
+        method: The method.
+        given: What is known of the layers.
+        derived_later: Whether weights on the meta device are allowed, since they are read from files.
+    """
     owners: dict[int, list[str]] = {}
     for name, module in modules.items():
         for parameter in _parameters_used(module):
@@ -336,9 +350,9 @@ def refuse_unconvertible(
             )
         if given is not None and name not in given.layers:
             raise ValueError(
-                f"{given.source} has no rows and columns for `{name}`; it has those of {some(sorted(given.layers))}."
+                f"{given.source} has no {method.derived} for `{name}`; it has those of {some(sorted(given.layers))}."
             )
-        if weight.is_meta and (reason := method.why_underived(given, name)):
+        if weight.is_meta and not derived_later and (reason := method.why_underived(given, name)):
             raise ValueError(f"`{name}` {reason}")
         if name.endswith("out_proj") and isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
             raise ValueError(f"`{name}` belongs to nn.MultiheadAttention, which never calls its forward; exclude it.")

@@ -15,12 +15,11 @@ from lightning_pmss.files.naming import Wording, match_names
 from lightning_pmss.layers.convertible import canonical_shape, is_transposed
 from lightning_pmss.messages import reason
 from lightning_pmss.methods import method_of
-from lightning_pmss.methods.given import Given, GivenLayer
-from lightning_pmss.methods.pmss.config import PMSSConfig
+from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.store.model_config import read_model_config
 from lightning_pmss.store.shards import ShardReader, few
 
-_IN_PYTHON = "load the model in Python and convert it there: convert(model, PMSSConfig(...))."
+_IN_PYTHON = "load the model in Python and convert it there: convert(model, config)."
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def _first(found: Any) -> type[nn.Module] | None:
     return one
 
 
-def find_matrices(model: nn.Module, config: PMSSConfig, reader: ShardReader) -> tuple[list[Target], dict[str, str]]:
+def find_matrices(model: nn.Module, config: AdapterConfig, reader: ShardReader) -> tuple[list[Target], dict[str, str]]:
     """Find in the checkpoint the matrices that `convert` would convert with this config.
 
     Args:
@@ -128,9 +127,8 @@ def find_matrices(model: nn.Module, config: PMSSConfig, reader: ShardReader) -> 
     """
     modules = canonical_modules(model)
     names, left_out = find_targets(model, config, modules, match_modules(config.also_train, modules, "also_train"))
-    # Without a skeleton the meta device is refused; this stands for the skeleton that will be made.
-    coming = Given(dict.fromkeys(names, GivenLayer()), coordinates=config.coordinates)
-    refuse_unconvertible(names, modules, method_of(config), coming)
+    method = method_of(config)
+    refuse_unconvertible(names, modules, method, None, derived_later=True)
     ranks = ranks_of(config, names, modules)
     shapes = {name: canonical_shape(modules[name]) for name in names}
     stored = {name: shape[::-1] if is_transposed(modules[name]) else shape for name, shape in shapes.items()}
@@ -139,19 +137,19 @@ def find_matrices(model: nn.Module, config: PMSSConfig, reader: ShardReader) -> 
     keys = {name: as_loaded.tensors[f"{rename(name)}.weight"].key for name in names}
     if strange := [name for name, key in keys.items() if key in changed]:
         raise ValueError(
-            f"transformers changes the weights of {few(strange)} when it loads a {type(model).__name__}, so the rows and "
-            f"columns on disk are not the model's; list them in exclude_modules, or {_IN_PYTHON}"
+            f"transformers changes the weights of {few(strange)} when it loads a {type(model).__name__}, so the weights "
+            f"on disk are not the model's; list them in exclude_modules, or {_IN_PYTHON}"
         )
     place = {key: number for number, key in enumerate(reader.tensors)}
     targets = [
-        Target(name, keys[name], shape, is_transposed(modules[name]), min(ranks[name], *shape), ranks[name])
+        Target(name, keys[name], shape, is_transposed(modules[name]), method.rank_of(shape, ranks[name]), ranks[name])
         for name, shape in shapes.items()
     ]
     return sorted(targets, key=lambda target: place[target.key]), left_out.reasons
 
 
 def _wording(model: nn.Module) -> Wording:
-    quantised = "a quantised form, of which no rows and columns can be selected. Give the unquantised model."
+    quantised = "a quantised form, from which nothing can be selected. Give the unquantised model."
     missing = f"Config and weights belong to different models, or transformers renames these layers: then {_IN_PYTHON}"
     if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
         missing = "By its config.json the model is quantised: give the unquantised one."

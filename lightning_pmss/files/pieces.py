@@ -15,7 +15,7 @@ from urllib.parse import quote, unquote
 
 from torch import Tensor
 
-from lightning_pmss.methods.pmss.skeleton import SkeletonLayerRecord
+from lightning_pmss.methods.skeleton import SkeletonLayerRecord
 from lightning_pmss.store import Record, check_sums, checked, open_tensors, parse_json, read_tensors
 from lightning_pmss.store.disk import LOCK, atomic_file, clean_folder, held
 from lightning_pmss.store.shards import few, save_tensors
@@ -28,7 +28,7 @@ class PieceRecord(Record):
     """Metadata saved with the tensors of one matrix.
 
     Attributes:
-        options: Options of the selection (`PER_MATRIX` of `methods.pmss.config`).
+        options: Options of the selection (`AdapterConfig.per_matrix`).
         rank: Rank that it was selected with.
         source: Size and modification time of the base's file with its weight (`file_state`).
         layer: Its entry in the skeleton file.

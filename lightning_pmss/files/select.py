@@ -1,7 +1,8 @@
-"""Select the rows and columns of a model on disk, matrix by matrix, and write them as a skeleton file.
+"""Derive a method's frozen tensors from a model on disk, matrix by matrix, and write them as a skeleton file.
 
-The architecture is built on the meta device, and each worker reads one matrix at a time from the safetensors files, so neither
-memory for the model nor a GPU is needed. The selection equals that of `convert` on the loaded model.
+PMSS selects rows and columns, LoRA-XS computes singular vectors. The architecture is built on the meta device, and each worker
+reads one matrix at a time from the safetensors files, so neither memory for the model nor a GPU is needed. The result equals
+that of `convert` on the loaded model.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from lightning_pmss.files.architecture import Target, find_matrices, model_on_me
 from lightning_pmss.files.pieces import Pieces, file_state, keeping
 from lightning_pmss.files.process_memory import peak_memory
 from lightning_pmss.files.select_report import SelectedLayer, SelectReport
-from lightning_pmss.files.skeleton_file import refuse_others
+from lightning_pmss.files.skeleton_file import kind_of, refuse_others
 from lightning_pmss.layers.fingerprint import fingerprint, same_base
 from lightning_pmss.layers.products import core_dtype
 from lightning_pmss.methods import method_of
+from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.methods.method import Update
-from lightning_pmss.methods.pmss.config import PER_MATRIX, SKELETON_OPTIONS, PMSSConfig
-from lightning_pmss.methods.pmss.skeleton import FORMAT_VERSION, METADATA
+from lightning_pmss.methods.skeleton import FORMAT_VERSION, METADATA
 from lightning_pmss.store import describe_tensors
 from lightning_pmss.store.disk import atomic_file
 from lightning_pmss.store.shards import ShardReader, ShardWriter, TensorInfo, few, open_shards
@@ -42,21 +43,22 @@ Result = TypeVar("Result")
 def select_files(
     model: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    config: PMSSConfig,
+    config: AdapterConfig,
     *,
     architecture: str | None = None,
     workers: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> SelectReport:
-    """Select rows and columns of every matrix that `convert` would convert, and write the skeleton file.
+    """Derive the frozen tensors of every matrix that `convert` would convert, and write the skeleton file.
 
     An interrupted run leaves ``<output>.partial/``; the next run with the same options resumes it.
 
     Args:
         model: Folder with ``config.json`` and safetensors weights, single or sharded.
-        output: File to write; appears only when it is complete. Format: `lightning_pmss.methods.pmss.skeleton`.
-        config: Targets, ranks, selection, seed and coordinates (`SKELETON_OPTIONS`); its other fields are ignored.
+        output: File to write; appears only when it is complete. Format: `lightning_pmss.methods.skeleton`.
+        config: Of PMSS, CURLoRA or LoRA-XS: targets, ranks and what else a skeleton depends on
+            (`AdapterConfig.skeleton_options`); its other fields are ignored.
         architecture: Class of transformers to convert; by default the one that ``config.json`` names.
         workers: Matrices at a time, one thread each; by default the CPU cores that this process may use. Each needs memory
             for one matrix and its float32 copies.
@@ -75,7 +77,8 @@ def select_files(
     with open_shards(folder) as reader:
         net = model_on_meta(folder, architecture)
         targets, left_out = find_matrices(net, config, reader)
-    options = {name: getattr(config, name) for name in PER_MATRIX}
+    options = {name: getattr(config, name) for name in config.per_matrix}
+    doing = method_of(config).doing
     with keeping(target_file, options, overwrite=overwrite) as pieces:
         count = max(1, min(workers or _cores(), len(targets)))
         with one_thread(), ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -85,13 +88,13 @@ def select_files(
             todo = [target for target in targets if target not in finished]
             begun = time.perf_counter()
             work = partial(_select, reader=reader, config=config, pieces=pieces)
-            for _ in _each(pool, progress, work, todo, "selecting rows and columns", len(finished)):
+            for _ in _each(pool, progress, work, todo, doing, len(finished)):
                 pass
             selecting = time.perf_counter() - begun
         about = {
             "format_version": FORMAT_VERSION,
-            "options": {name: getattr(config, name) for name in SKELETON_OPTIONS},
-            "coordinates": config.coordinates,
+            **kind_of(config),
+            "options": {name: getattr(config, name) for name in config.skeleton_options()},
             "base": {"name": folder.resolve().name, "architecture": type(net).__name__},
             "versions": library_versions(),
         }
@@ -112,9 +115,11 @@ def select_files(
     )
 
 
-def _refuse(output: Path, config: PMSSConfig, workers: int | None, overwrite: bool) -> None:
+def _refuse(output: Path, config: AdapterConfig, workers: int | None, overwrite: bool) -> None:
     """Refuse options and outputs that are unusable before any file is opened."""
-    if config.skeleton_file is not None:
+    if not config.per_matrix:
+        raise ValueError(f"{config.label()} derives nothing from the weights, so it needs no skeleton file.")
+    if getattr(config, "skeleton_file", None) is not None:
         raise ValueError("skeleton_file is given, but selecting makes such a file; leave it out.")
     if workers is not None and workers < 1:
         raise ValueError(f"workers={workers} is not a number of workers; type at least 1, or leave it out.")
@@ -153,8 +158,8 @@ def _each(
         raise
 
 
-def _select(target: Target, reader: ShardReader, config: PMSSConfig, pieces: Pieces) -> None:
-    """Select from one matrix and save the result."""
+def _select(target: Target, reader: ShardReader, config: AdapterConfig, pieces: Pieces) -> None:
+    """Derive the tensors of one matrix and save them."""
     weight = _read(target, reader)
     method = method_of(config)
     derived = method.derive(weight, target.rank, target.name, {})
@@ -162,11 +167,11 @@ def _select(target: Target, reader: ShardReader, config: PMSSConfig, pieces: Pie
     scale, dtype = config.scale_of(target.rank, target.shape), core_dtype(weight.dtype)
     if reason := method.why_untrainable(weight, derived, scale, dtype):
         raise ValueError(f"`{target.name}` {reason}")
-    tensors = {part: t if t.is_floating_point() else t.to(torch.int32) for part, t in derived.items()}
+    tensors = {part: t.to(dtype if t.is_floating_point() else torch.int32) for part, t in derived.items()}
     layer = {
         "shape": list(target.shape),
         "fingerprint": fingerprint(*method.update_class.reads(weight, derived)),
-        "residual": method.figures(weight, derived, dtype)["residual"],
+        "residual": method.figures(weight, derived, dtype).get("residual"),
         "tensors": describe_tensors(tensors),
     }
     pieces.save(target.name, tensors, target.rank, _source(target, reader), layer)
@@ -224,7 +229,6 @@ def _write(output: Path, targets: Sequence[Target], pieces: Pieces, about: dict[
     modules: dict[str, Any] = {}
     for target in targets:
         layer, stored = pieces.load(target.name)
-        assert layer.residual is not None  # `_select` writes one
         modules[target.name] = layer.model_dump()
         infos += [TensorInfo(f"{target.name}.{k}", v.dtype, tuple(v.shape), target.name) for k, v in stored.items()]
         layers.append(SelectedLayer(target.name, target.shape, target.rank, target.requested_rank, layer.residual))

@@ -13,16 +13,16 @@ class SelectedLayer:
     Attributes:
         name: Canonical module name.
         shape: ``(out, in)`` of W.
-        rank: Number of selected columns and rows, after clipping.
+        rank: Rank after clipping: of PMSS the number of selected columns and rows.
         requested_rank: The rank before clipping.
-        residual: ``||W - C C^+ W||_F / ||W||_F``.
+        residual: ``||W - C C^+ W||_F / ||W||_F`` of selected columns; None where nothing is selected.
     """
 
     name: str
     shape: tuple[int, int]
     rank: int
     requested_rank: int
-    residual: float
+    residual: float | None
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class SelectReport:
     Attributes:
         output: The skeleton file.
         architecture: Model class.
-        selection: Rule, row mode and coordinates in words.
+        selection: The method's options in words.
         layers: One entry per matrix, in the order of the base's files.
         left_out: Linear layers that were left out, with the reason.
         resumed: Number of matrices that an earlier, interrupted run had finished.
@@ -66,9 +66,10 @@ class SelectReport:
         return self.selected / self.selecting_seconds if self.selected else 0.0
 
     @property
-    def mean_residual(self) -> float:
-        """Mean of the layers' residuals."""
-        return sum(layer.residual for layer in self.layers) / len(self.layers)
+    def mean_residual(self) -> float | None:
+        """Mean of the layers' residuals; None without any."""
+        known = [layer.residual for layer in self.layers if layer.residual is not None]
+        return sum(known) / len(known) if known else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -82,8 +83,9 @@ class SelectReport:
             kinds.setdefault((kind, layer.shape, layer.rank, layer.requested_rank), []).append(layer)
         table = [("module", "count", "out x in", "rank", "residual")]
         for (kind, shape, rank, asked), group in kinds.items():
-            values = [layer.residual for layer in group]
-            residual = f"{min(values):.3f}" + (f"-{max(values):.3f}" if len(values) > 1 else "")
+            values = [layer.residual for layer in group if layer.residual is not None]
+            residual = f"{min(values):.3f}" if values else "-"
+            residual += f"-{max(values):.3f}" if len(values) > 1 else ""
             clipped = str(rank) if rank == asked else f"{rank} (asked {asked})"
             table.append((kind, str(len(group)), f"{shape[0]} x {shape[1]}", clipped, residual))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -98,9 +100,10 @@ class SelectReport:
         kept = f", {self.resumed} of them by an earlier run" if self.resumed else ""
         memory = "" if self.peak_memory is None else f"; peak memory {self.peak_memory / 2**20:.0f} MiB"
         lines.append(f"{len(self.layers)} matrices of {self.architecture}{kept} ({self.selection})")
+        mean = "" if self.mean_residual is None else f"; mean residual {self.mean_residual:.3f}"
         lines.append(
             f"{self.seconds:.1f} s, {self.matrices_per_second:.2f} matrices per second with {self.workers} worker"
-            f"{'s' if self.workers > 1 else ''}; mean residual {self.mean_residual:.3f}{memory}"
+            f"{'s' if self.workers > 1 else ''}{mean}{memory}"
         )
         lines.append(f"written: {self.output} ({self.bytes / 2**20:.2f} MiB)")
         return "\n".join(lines)

@@ -1,25 +1,28 @@
-"""Write the skeleton of a converted model, in the format of `lightning_pmss.methods.pmss.skeleton`."""
+"""Write the skeleton of a converted model, in the format of `lightning_pmss.methods.skeleton`."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_pmss.conversion.converted import converted
 from lightning_pmss.layers.convertible import canonical_shape
 from lightning_pmss.layers.fingerprint import fingerprint
+from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.methods.pmss.config import PMSSConfig
-from lightning_pmss.methods.pmss.skeleton import FORMAT_VERSION, METADATA
+from lightning_pmss.methods.skeleton import FORMAT_VERSION, METADATA
 from lightning_pmss.store import describe_tensors, open_tensors
 from lightning_pmss.store.disk import atomic_file
 from lightning_pmss.store.shards import save_tensors
 
 
 def save_skeleton(model: nn.Module, file: str | os.PathLike[str]) -> Path:
-    """Write rows, columns, coordinates and fingerprints of a converted model, for ``skeleton_file=``.
+    """Write the frozen tensors and fingerprints of a converted model, for ``skeleton_file=``: PMSS's rows, columns and
+    coordinates, or LoRA-XS's singular vectors.
 
     Use it for models that `python -m lightning_pmss select` cannot build from a folder: convert once on the CPU, save, and
     every sharded or meta-device run converts from the file.
@@ -30,13 +33,13 @@ def save_skeleton(model: nn.Module, file: str | os.PathLike[str]) -> Path:
 
     Raises:
         FileExistsError: ``file`` exists and is not a skeleton file.
-        ValueError: The model is not converted, or its method selects no rows and columns.
+        ValueError: The model is not converted, or its method derives nothing from the weights.
     """
     target = Path(file).expanduser()
     refuse_others(target)
     report, found = converted(model, "save the skeleton of")
-    if not isinstance(report.config, PMSSConfig):
-        raise ValueError(f"{report.config.label()} selects no rows and columns; a skeleton file is for PMSS.")
+    if not report.config.per_matrix:
+        raise ValueError(f"{report.config.label()} derives nothing from the weights, so it needs no skeleton file.")
     residuals = {layer.name: layer.residual for layer in report.layers}
     tensors: dict[str, Tensor] = {}
     modules = {}
@@ -51,14 +54,19 @@ def save_skeleton(model: nn.Module, file: str | os.PathLike[str]) -> Path:
         }
     about = {
         "format_version": FORMAT_VERSION,
+        **kind_of(report.config),
         "options": report.config.to_dict(),
-        "coordinates": report.config.coordinates,
         "base": None,
         "modules": modules,
     }
     with atomic_file(target) as temporary:
         save_tensors(tensors, temporary, {METADATA: json.dumps(about)})
     return target
+
+
+def kind_of(config: AdapterConfig) -> dict[str, Any]:
+    """The entries of the header that say whose tensors the file has: those of PMSS and CURLoRA are of one kind."""
+    return {"coordinates": config.coordinates} if isinstance(config, PMSSConfig) else {"method": config.method}
 
 
 def refuse_others(file: Path) -> None:

@@ -14,6 +14,7 @@ from lightning_pmss.methods.choices import check_choices
 from lightning_pmss.store import Record, checked
 
 # Of float32, by its definition (IEEE 754): torch takes seconds to import, and a command's help needs these classes.
+_OF_ALL = ("target_modules", "exclude_modules", "rank_pattern")
 _TINY, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
 
@@ -40,6 +41,14 @@ class AdapterConfig:
 
     method: ClassVar[str]
     """Name of the method in `lightning_pmss.METHODS`."""
+
+    per_matrix: ClassVar[tuple[str, ...]] = ()
+    """The options on which the tensors depend that the method derives from a W; empty where it derives none."""
+
+    @classmethod
+    def skeleton_options(cls) -> tuple[str, ...]:
+        """The options on which a skeleton file depends: those of each matrix, and those that choose matrices and ranks."""
+        return (*cls.per_matrix, *_OF_ALL) if cls.per_matrix else ()
 
     target_modules: str | Sequence[str] = "all-linear"
     exclude_modules: str | Sequence[str] = ()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.methods.documentation import inherit_options
 from lightning_pmss.methods.given import Given
 from lightning_pmss.methods.method import Factors, Kind, Method, Shape, Spec, Update, why_misshapen
+from lightning_pmss.methods.skeleton import read_derived
 
 _RANK = 1e-6  # of the largest singular value: what is smaller is the rounding of a float32 weight
 _SIGMA = 1e-5  # of the paper's start
@@ -38,19 +39,24 @@ class LoRAXSConfig(AdapterConfig):
         scale: Factor s of ``B R A``; the paper's ``lora_alpha / r``.
         init: Start of R: ``"zero"``, or the paper's ``"normal"`` with a standard deviation of 1e-5.
         seed: Seed of a normal start, from which each layer draws by its name.
+        skeleton_file: A file of singular vectors that ``select --method lora_xs`` made, to use instead of computing them.
 
     Raises:
         ValueError: See `AdapterConfig`.
     """
 
     method = "lora_xs"
+    per_matrix = ("rank",)
     rank: int = 64
     scale: float = 1.0
     init: str = field(default="zero", metadata=one_of("zero", "normal"))
     seed: int = 0
+    skeleton_file: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.skeleton_file is not None:
+            object.__setattr__(self, "skeleton_file", str(self.skeleton_file))
         self.check_factor("scale", self.scale)
 
     def scale_of(self, rank: int, shape: Shape) -> float:
@@ -127,6 +133,7 @@ class LoRAXS(Method[LoRAXSConfig]):
     config_class = LoRAXSConfig
     update_class = LoRAXSUpdate
     doing = "computing singular vectors"
+    derived = "singular vectors"
 
     def specs(self, shape: Shape, rank: int) -> dict[str, Spec]:
         """R, A and B."""
@@ -151,11 +158,20 @@ class LoRAXS(Method[LoRAXSConfig]):
         a, b = singular_factors(weight, rank, name)
         return {"A": a, "B": b}
 
+    def read_given(self) -> Given | None:
+        """``skeleton_file``."""
+        file = self.config.skeleton_file
+        return None if file is None else read_derived(file, self.config.method, {"A": 2, "B": 2})
+
     def why_underived(self, given: Given | None, name: str) -> str | None:
-        """Singular vectors need W."""
+        """Singular vectors need W, or a file that has them."""
         if given is not None and {"A", "B"} <= given.layers[name].tensors.keys():
             return None
-        return "is on the meta device, and its singular vectors need W; load the weights first."
+        return "is on the meta device, and its singular vectors need W; load the weights first or give skeleton_file=."
+
+    def for_several(self) -> LoRAXSConfig:
+        """Each adapter has its own singular vectors."""
+        return replace(self.config, skeleton_file=None)
 
     def values(self, tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
         """A and B as they are, R scaled."""

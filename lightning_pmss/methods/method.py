@@ -190,12 +190,14 @@ class Method(ABC, Generic[C]):
         update_class: Of the change that a file stores.
         layer_class: Of the converted layers; a subclass may add attributes, never machinery.
         doing: What the progress bar of a conversion says.
+        derived: What a skeleton file has of each layer, for messages.
     """
 
     config_class: ClassVar[type[AdapterConfig]]
     update_class: ClassVar[type[Update]]
     layer_class: ClassVar[type[AdaptedLinear]] = AdaptedLinear
     doing: ClassVar[str] = "converting"
+    derived: ClassVar[str] = "tensors"
 
     variants: ClassVar[Sequence[Mapping[str, Any]]] = ()
     """Options that choose other mathematics. The tests of all methods ask the same of each of them."""

@@ -20,11 +20,10 @@ from lightning_pmss.cli.options import Options
 from lightning_pmss.estimate import Run
 from lightning_pmss.methods.choices import choices_of
 from lightning_pmss.methods.documentation import option_texts
-from lightning_pmss.methods.pmss.config import SKELETON_OPTIONS
 from tests.estimate.small import write_config
 
 OF_TOOLS = [
-    ("select", Options(PMSSConfig, SKELETON_OPTIONS)),
+    ("select", Options(PMSSConfig, PMSSConfig.skeleton_options())),
     *(("estimate", part) for part in (RUN, CONVERSION, ZERO)),
     *(("chat", part) for part in (chat_options.MODEL, chat_options.ANSWER)),
     *(("generate", part) for part in (chat_options.MODEL, chat_options.FILE, chat_options.ANSWER)),

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from lightning_pmss import PMSSConfig, convert
+from lightning_pmss import LoRAXSConfig, PMSSConfig, convert
 from lightning_pmss.files import save_skeleton
 from tests.distributed.launch import launch, ranks, require
 from tests.distributed.script import base_model
@@ -57,6 +58,30 @@ def test_meta_and_partitioned_models_convert_from_a_skeleton_file(tmp_path: Path
             assert found[rank]["sums"] == pytest.approx(expected[rank]["sums"])
 
 
+def test_meta_and_partitioned_models_take_singular_vectors_from_a_file(tmp_path: Path) -> None:
+    """LoRA-XS: losses and merged weights are those of DDP, which computes the singular vectors from weights in memory."""
+    model = torch.nn.Module()
+    model.net = base_model()
+    convert(model, LoRAXSConfig(rank=8))
+    file = save_skeleton(model, tmp_path / "vectors.safetensors")
+    given = {"callback": {"skeleton_file": str(file)}}
+    tasks: list[dict[str, Any]] = [
+        {"folder": str(tmp_path / name), "strategy": name, "method": "lora_xs"} | extra
+        for name, extra in (("ddp", {}), ("fsdp2", {"meta": True} | given), ("zero3", given))
+    ]
+    require("zero3")
+    launch("tests.distributed.script", tasks[:2])
+    launch("tests.distributed.script", tasks[2:])
+    expected = ranks(tmp_path / "ddp")
+    weights = load_file(tmp_path / "ddp" / "out" / "merged" / "model.safetensors")
+    for name in ("fsdp2", "zero3"):
+        for found, one in zip(ranks(tmp_path / name), expected, strict=True):
+            assert found["losses"] == pytest.approx(one["losses"], rel=1e-5)
+            assert found["losses"][-1] != found["losses"][0]
+        for key, value in load_file(tmp_path / name / "out" / "merged" / "model.safetensors").items():
+            torch.testing.assert_close(value, weights[key], rtol=1e-3, atol=1e-5)
+
+
 def test_what_cannot_work_says_what_to_type(tmp_path: Path, skeleton: Path) -> None:
     tasks: dict[str, dict[str, Any]] = {
         "careless": {
@@ -67,6 +92,11 @@ def test_what_cannot_work_says_what_to_type(tmp_path: Path, skeleton: Path) -> N
         "meta": {
             "meta": True,
             "raises": "is on the meta device: its rows and columns cannot be chosen; load the weights first",
+        },
+        "meta, without vectors": {
+            "meta": True,
+            "method": "lora_xs",
+            "raises": "its singular vectors need W; load the weights first or give skeleton_file=",
         },
         "wrong": {
             "meta": "wrong",

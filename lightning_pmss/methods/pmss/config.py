@@ -15,9 +15,6 @@ COORDINATES = ("orthonormal", "rotation", "spectral", "raw")
 COLUMNS = ("selected", "all")
 EDITS = ("auto", "input", "output", "weight")
 MEMORY_MODES = ("keep", "regather")
-# The options that a skeleton depends on: those of each matrix, and those that choose the matrices and their ranks.
-PER_MATRIX = ("rank", "columns", "selection", "row_mode", "oversample", "seed", "coordinates")
-SKELETON_OPTIONS = (*PER_MATRIX, "target_modules", "exclude_modules", "rank_pattern")
 # The rank at which scale="auto" is 1. Adam moves each entry of V by the learning rate, so the update grows with the rank.
 REFERENCE_RANK = 64
 # A one-sided V [out, r] is like a square one of rank sqrt(out r). Its factor is ten times as large, so that clipping at norm 1
@@ -57,6 +54,7 @@ class PMSSConfig(AdapterConfig):
     """
 
     method = "pmss"
+    per_matrix = ("rank", "columns", "selection", "row_mode", "oversample", "seed", "coordinates")
     columns: str = field(default="selected", metadata=one_of(*COLUMNS))
     rank: int = 256
     selection: str = field(default="lupp", metadata=one_of(*SELECTIONS))

@@ -91,6 +91,7 @@ class PMSS(Method[PMSSConfig]):
     update_class = PMSSUpdate
     layer_class = PMSSLinear
     doing = "selecting rows and columns"
+    derived = "rows and columns"
     variants: ClassVar[Sequence[Mapping[str, Any]]] = ({"columns": "all"},)
 
     @classmethod

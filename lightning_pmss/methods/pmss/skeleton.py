@@ -7,8 +7,7 @@ coordinates and the proof of its base (fingerprints) from the file. Format, safe
     <module>.left, <module>.right   float32 [c, c], [r, r]: the frame of orthonormal coordinates (see `coordinates.Frame`)
     <module>.gain                   float32 scalar: the frame of spectral and rotation coordinates
     <module>.core                   float32 [c, r]: the frame of rotation coordinates, beside left, right and gain
-    metadata["pmss_skeleton"]       JSON: format_version, selection options, coordinates, base, and per module its shape,
-                                    fingerprint and residual, and from format 2 on a checksum of each tensor
+    metadata["pmss_skeleton"]       see `lightning_pmss.methods.skeleton`
 
 Only rows and cols are needed: the file of an adapter serves as well, where weights are at hand.
 """
@@ -18,73 +17,27 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import ConfigDict, Field
 from torch import Tensor
 
-from lightning_pmss.layers.fingerprint import FingerprintRecord
-from lightning_pmss.messages import one_line, some
+from lightning_pmss.messages import some
 from lightning_pmss.methods.given import Given, GivenLayer
 from lightning_pmss.methods.pmss.coordinates import Frame, check_frame
-from lightning_pmss.store import (
-    Record,
-    TensorRecord,
-    check_index,
-    check_sums,
-    checked,
-    get_tensor,
-    not_finite,
-    open_tensors,
-    parse_json,
+from lightning_pmss.methods.skeleton import (
+    AGAIN,
+    METADATA,
+    PMSS_METHOD,
+    SkeletonLayerRecord1,
+    SkeletonRecord1,
+    compare_header,
+    existing,
+    read_about,
+    refuse_infinite,
 )
-from lightning_pmss.store.records import Size, shown
+from lightning_pmss.store import check_index, get_tensor, open_tensors
 
-FORMAT_VERSION = 2
-METADATA = "pmss_skeleton"
 _ANY_SIZE = 2**48
-_AGAIN = "Make it anew with `python -m lightning_pmss select`, or copy it again."
-
-
-class SkeletonLayerRecord1(Record):
-    """What the file says of one layer, in format 1."""
-
-    shape: Annotated[list[Size], Field(min_length=2, max_length=2)]
-    fingerprint: FingerprintRecord
-    residual: float | None = None
-
-
-class SkeletonLayerRecord(SkeletonLayerRecord1):
-    """The same in format 2: with a checksum of each of its tensors, by the last part of its name."""
-
-    tensors: dict[str, TensorRecord]
-
-
-class SkeletonRecord1(Record):
-    """The JSON in the header, format 1."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    format_version: Literal[1]
-    options: dict[str, Any] = {}
-    coordinates: Literal["orthonormal", "rotation", "spectral", "raw"] | None = None
-    base: dict[str, Any] | None = None
-    versions: dict[str, str] = {}
-    modules: Mapping[str, SkeletonLayerRecord1]
-
-
-class SkeletonRecord(SkeletonRecord1):
-    """The JSON in the header, format 2."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    format_version: Literal[2]  # type: ignore[assignment]
-    modules: Mapping[str, SkeletonLayerRecord]
-
-
-_RECORDS: dict[int, type[SkeletonRecord1]] = {1: SkeletonRecord1, 2: SkeletonRecord}
 
 
 def read_skeleton(path: str | os.PathLike[str], coordinates: str | None = None, columns: str | None = None) -> Given:
@@ -101,20 +54,19 @@ def read_skeleton(path: str | os.PathLike[str], coordinates: str | None = None, 
         ValueError: Not a complete safetensors file, without pairs of rows and columns, of a format that is not known, or with
             tensors that are damaged, are no indices, or are no coordinates.
     """
-    file = Path(path).expanduser()
-    source = f"skeleton_file={str(path)!r}"
-    if not file.exists():
-        raise FileNotFoundError(f"{source} does not exist; make it with `python -m lightning_pmss select`.")
-    with open_tensors(file, _AGAIN) as opened:
+    file, source = existing(path)
+    with open_tensors(file, AGAIN) as opened:
         keys = set(opened.keys())
-        about = _read_about((opened.metadata() or {}).get(METADATA), source)
+        about = read_about((opened.metadata() or {}).get(METADATA), source)
+        if about is not None and about.method != PMSS_METHOD:
+            raise ValueError(f"{source} is for {about.method}. Make one with `python -m lightning_pmss select`.")
         names = sorted(key.removesuffix(".rows") for key in keys if key.endswith(".rows"))
         indices = ("rows",) if about is not None and about.options.get("columns") == "all" else ("rows", "cols")
         if about is None and not any(key.endswith(".cols") for key in keys):
             indices = ("rows",)  # an adapter of a one-sided skeleton
         if not names or any(f"{n}.{part}" not in keys for n in names for part in indices):
             what = " and ".join(f"`<module>.{part}`" for part in indices)
-            raise ValueError(f"{source} does not hold {what}{' in pairs' if len(indices) > 1 else ''}. {_AGAIN}")
+            raise ValueError(f"{source} does not hold {what}{' in pairs' if len(indices) > 1 else ''}. {AGAIN}")
         if columns is not None and (columns == "all") != (indices == ("rows",)):
             has = "all" if indices == ("rows",) else "selected"
             raise ValueError(
@@ -127,12 +79,12 @@ def read_skeleton(path: str | os.PathLike[str], coordinates: str | None = None, 
         if about is not None:
             expected = {f"{n}.{part}" for n in about.modules for part in parts}
             if lost := sorted(set(about.modules) - set(names)):
-                raise ValueError(f"{source} promises {some(lost)} but does not hold them. {_AGAIN}")
+                raise ValueError(f"{source} promises {some(lost)} but does not hold them. {AGAIN}")
             if foreign := sorted(keys - expected):
-                raise ValueError(f"{source} holds {some(foreign)}, of which its header says nothing. {_AGAIN}")
+                raise ValueError(f"{source} holds {some(foreign)}, of which its header says nothing. {AGAIN}")
         layers = {}
         for n in names:
-            found = {p: get_tensor(opened, f"{n}.{p}", file, _AGAIN) for p in parts if f"{n}.{p}" in keys}
+            found = {p: get_tensor(opened, f"{n}.{p}", file, AGAIN) for p in parts if f"{n}.{p}" in keys}
             layers[n] = _layer(found, None if about is None else about.modules[n], about, n, source)
     if about is None:
         return Given(layers, source)
@@ -163,21 +115,6 @@ def _without_factors(layer: GivenLayer) -> GivenLayer:
     return replace(layer, tensors={part: t for part, t in layer.tensors.items() if part not in Frame._fields})
 
 
-def _read_about(text: str | None, source: str) -> SkeletonRecord1 | None:
-    """The JSON of the header; None where there is none, as in the file of an adapter."""
-    if text is None:
-        return None
-    about = parse_json(text.encode("utf-8", "surrogatepass"), f"{source}, its header's {METADATA}", _AGAIN)
-    version = about.get("format_version") if isinstance(about, dict) else None
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise ValueError(
-            f"{source} has format {one_line(version)}, newer than this library, which reads up to {FORMAT_VERSION}; update it."
-        )
-    if isinstance(version, bool) or not isinstance(version, int) or version not in _RECORDS:
-        raise ValueError(f"{source} has the format {shown(version)}, which does not exist. {_AGAIN}")
-    return checked(_RECORDS[version], about, source, _AGAIN)
-
-
 def _layer(
     found: Mapping[str, Tensor],
     entry: SkeletonLayerRecord1 | None,
@@ -187,25 +124,20 @@ def _layer(
 ) -> GivenLayer:
     """One layer's tensors, checked."""
     out_features, in_features = entry.shape if entry is not None else (_ANY_SIZE, _ANY_SIZE)
-    check_index(found["rows"], out_features, f"{name}.rows", source, _AGAIN)
+    check_index(found["rows"], out_features, f"{name}.rows", source, AGAIN)
     if "cols" in found:
-        check_index(found["cols"], in_features, f"{name}.cols", source, _AGAIN)
+        check_index(found["cols"], in_features, f"{name}.cols", source, AGAIN)
     frame = None
     if about is not None and about.coordinates is not None:
         frame = Frame(*(found.get(part) for part in Frame._fields))
-        factors = {f"{name}.{part}": value for part, value in found.items()}
         kinds = {value.dtype for part, value in found.items() if part in Frame._fields}
         if kinds - {torch.float32, torch.float64}:
-            raise ValueError(f"{source}: the coordinates of `{name}` are not float32 or float64 numbers. {_AGAIN}")
-        if broken := not_finite(factors):
-            raise ValueError(f"{source}: NaN or infinite values in {some(broken)}. {_AGAIN}")
+            raise ValueError(f"{source}: the coordinates of `{name}` are not float32 or float64 numbers. {AGAIN}")
+        refuse_infinite(found, name, source)
         columns = len(found["cols"]) if "cols" in found else None
         if reason := check_frame(frame, about.coordinates, columns, len(found["rows"])):
-            raise ValueError(f"{source}: the coordinates of `{name}` cannot be used: {reason}. {_AGAIN}")
-    if isinstance(entry, SkeletonLayerRecord):
-        if odd := sorted(set(entry.tensors) ^ set(found)):
-            raise ValueError(f"{source}: `{name}` differs from its header in {some(odd)}. {_AGAIN}")
-        check_sums(found, entry.tensors, f"{source}, `{name}`", _AGAIN)
+            raise ValueError(f"{source}: the coordinates of `{name}` cannot be used: {reason}. {AGAIN}")
+    compare_header(found, entry, name, source)
     return GivenLayer(
         {part: found[part].long() for part in ("rows", "cols") if part in found}
         | ({} if frame is None else frame.present()),
