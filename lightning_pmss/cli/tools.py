@@ -220,6 +220,20 @@ def _doctor(args: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
+def _lm_eval(args: Sequence[str]) -> None:
+    parser = _parser("lm_eval")
+    parser.usage = f"{PROGRAM} lm_eval --model lightning_pmss --model_args pretrained=DIR,adapter=DIR --tasks TASK ..."
+    parser.epilog = (
+        "Every option is the harness's own; `lm_eval run --help` lists them, such as --batch_size, --device, --limit, "
+        "--num_fewshot, --include_path, --output_path and --log_samples. `lm_eval ls tasks` lists the tasks."
+    )
+    _, given = parser.parse_known_args(args)
+
+    from lightning_pmss.harness import run
+
+    run(given)
+
+
 TOOLS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "select": (
         _select,
@@ -242,6 +256,7 @@ TOOLS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
         "training data as the model will see it: tokens, loss mask, lengths, steps; without the model",
     ),
     "doctor": (_doctor, "versions, devices, missing extras, and whether bf16, compile and DeepSpeed work here"),
+    "lm_eval": (_lm_eval, "lm-evaluation-harness, with the model class lightning_pmss: a base with an adapter"),
     "compare": (_compare, "two predictions files: bootstrap interval of the difference, McNemar's exact test"),
 }
 
