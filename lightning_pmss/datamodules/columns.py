@@ -116,8 +116,8 @@ class Format:
                 []
                 if layout is None
                 else [
-                    f"These look like {layout}: write them into these columns, or read them in a data module of your own"
-                    " (examples/custom_task.py)."
+                    f"These look like {layout}: read them with --data ChatDataModule, or write them into these columns (or"
+                    " examples/custom_task.py)."
                 ]
             )
         return " ".join(

@@ -300,3 +300,11 @@ def test_fit_from_the_command_line_lowers_the_loss(tiny_llama: str, tmp_path: Pa
     assert cli.datamodule.tokenizer_name == tiny_llama
     settings = json.dumps(dict(cli.datamodule.hparams), default=str)
     assert str(path) in settings
+
+
+def test_the_example_conversations(chatml: str, tmp_path: Path) -> None:  # noqa: F811
+    path = Path(__file__).resolve().parents[2] / "examples" / "conversations.jsonl"
+    module = module_of(chatml, path, tmp_path)
+    assert len(module.data["train"]) == 10
+    for batch in module.train_dataloader():
+        assert all(text.endswith("Mind the steps!<|im_end|>") for text in trained(module, batch))
