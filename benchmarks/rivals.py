@@ -14,7 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_pmss import LoRAConfig, MiSSConfig, PMSSConfig, convert
+from lightning_pmss import (
+    AdapterConfig,
+    BATConfig,
+    CURLoRAConfig,
+    HiRAConfig,
+    HUTConfig,
+    LoRAConfig,
+    LoRAXSConfig,
+    MiSSConfig,
+    PMSSConfig,
+    convert,
+)
 
 # Heads and width of the MLP by hidden size; 4096 and 5120 are LLaMA-2-7B's and 13B's.
 INTERMEDIATE = {64: 176, 1024: 2816, 2048: 5632, 4096: 11008, 5120: 13824}
@@ -43,6 +54,11 @@ class Case:
     def lora_rank(self) -> int:
         """The rank at which LoRA trains as many parameters on a square layer: ``rank^2 / (in + out)``."""
         return max(1, self.rank**2 // (2 * self.hidden))
+
+    @property
+    def wide_rank(self) -> int:
+        """The rank at which methods with one trained side, MiSS and the one-sided form, train as many there."""
+        return 2 * self.lora_rank
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -106,28 +122,17 @@ def _naive(model: nn.Module, case: Case) -> nn.Module:
     return model
 
 
-def _ours(**options: Any) -> Callable[[nn.Module, Case], nn.Module]:
+def _ours(make: Callable[[Case], AdapterConfig]) -> Callable[[nn.Module, Case], nn.Module]:
     def build(model: nn.Module, case: Case) -> nn.Module:
-        # Which rows and columns does not change a step's time; the random ones are drawn at once.
-        convert(model, PMSSConfig(rank=case.rank, selection="random", **options))
+        convert(model, make(case))
         return model
 
     return build
 
 
-def _our_lora(model: nn.Module, case: Case) -> nn.Module:
-    convert(model, LoRAConfig(rank=case.lora_rank, alpha=2.0 * case.lora_rank))
-    return model
-
-
-def _our_miss(model: nn.Module, case: Case) -> nn.Module:
-    convert(model, MiSSConfig(rank=2 * case.lora_rank))
-    return model
-
-
-def _one_sided(model: nn.Module, case: Case) -> nn.Module:
-    convert(model, PMSSConfig(columns="all", rank=2 * case.lora_rank, selection="random"))
-    return model
+def _pmss(**options: Any) -> Callable[[nn.Module, Case], nn.Module]:
+    # Which rows and columns does not change a step's time; the random ones are drawn at once.
+    return _ours(lambda case: PMSSConfig(rank=case.rank, selection="random", **options))
 
 
 def _full(model: nn.Module, case: Case) -> nn.Module:
@@ -151,6 +156,10 @@ def _lora(rank: int, **options: Any) -> dict[str, Any]:
     return {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", **options}
 
 
+def _miss(peft: Any, rank: int, **options: Any) -> Any:
+    return peft.MissConfig(r=rank, target_modules="all-linear", **options)
+
+
 def _psoft(peft: Any, case: Case) -> Any:
     # The quick decomposition: how the frozen pair was found does not change a step's time.
     return peft.PsoftConfig(r=case.rank, target_modules="all-linear", psoft_svd="lowrank", psoft_svd_lowrank_niter=0)
@@ -159,12 +168,14 @@ def _psoft(peft: Any, case: Case) -> Any:
 # The order is the tables'. In brackets: with the adapter in the base's dtype, instead of peft's default of float32.
 RIVALS: dict[str, Callable[[nn.Module, Case], nn.Module]] = {
     "frozen": lambda model, case: model,
-    "pmss keep": _ours(memory="keep"),
-    "pmss regather": _ours(memory="regather"),
-    "pmss spectral": _ours(coordinates="spectral"),
-    "pmss weight edit": _ours(edit="weight"),
-    "one-sided equal parameters": _one_sided,
-    "our lora equal parameters": _our_lora,
+    "pmss keep": _pmss(memory="keep"),
+    "pmss regather": _pmss(memory="regather"),
+    "pmss spectral": _pmss(coordinates="spectral"),
+    "pmss weight edit": _pmss(edit="weight"),
+    "one-sided equal parameters": _ours(
+        lambda case: PMSSConfig(columns="all", rank=case.wide_rank, selection="random")
+    ),
+    "our lora equal parameters": _ours(lambda case: LoRAConfig(rank=case.lora_rank, alpha=2.0 * case.lora_rank)),
     "naive": _naive,
     "lora equal rank": _peft(lambda peft, case: peft.LoraConfig(**_lora(case.rank))),
     "lora equal parameters": _peft(lambda peft, case: peft.LoraConfig(**_lora(case.lora_rank))),
@@ -174,12 +185,24 @@ RIVALS: dict[str, Callable[[nn.Module, Case], nn.Module]] = {
     "dora equal rank": _peft(lambda peft, case: peft.LoraConfig(**_lora(case.rank, use_dora=True))),
     "dora equal parameters": _peft(lambda peft, case: peft.LoraConfig(**_lora(case.lora_rank, use_dora=True))),
     "psoft equal rank": _peft(_psoft),
-    "miss equal rank": _peft(lambda peft, case: peft.MissConfig(r=case.rank, target_modules="all-linear")),
-    "miss equal parameters": _peft(
-        lambda peft, case: peft.MissConfig(r=2 * case.lora_rank, target_modules="all-linear")
-    ),
-    "our miss equal parameters": _our_miss,
+    "miss equal rank": _peft(lambda peft, case: _miss(peft, case.rank)),
+    "miss equal parameters": _peft(lambda peft, case: _miss(peft, case.wide_rank)),
+    "our miss equal parameters": _ours(lambda case: MiSSConfig(rank=case.wide_rank)),
+    "bat equal parameters": _peft(lambda peft, case: _miss(peft, case.wide_rank, init_weights="bat")),
+    "our bat, column equal parameters": _ours(lambda case: BATConfig(rank=case.wide_rank, form="column")),
+    "our bat, row equal parameters": _ours(lambda case: BATConfig(rank=case.wide_rank, form="row")),
+    "hira equal parameters": _peft(lambda peft, case: peft.HiraConfig(r=case.lora_rank, target_modules="all-linear")),
+    "our hira equal parameters": _ours(lambda case: HiRAConfig(rank=case.lora_rank)),
+    "our hut, tiled equal parameters": _ours(lambda case: HUTConfig(rank=case.lora_rank)),
+    "our hut, diagonal": _ours(lambda case: HUTConfig(form="diagonal")),
+    "our lora-xs equal parameters": _ours(lambda case: LoRAXSConfig(rank=case.rank)),
+    "our curlora equal parameters": _ours(lambda case: CURLoRAConfig(rank=case.rank)),
     "full": _full,
+}
+# Ours and peft's of the same method.
+PAIRS = {
+    f"our {name} equal parameters": f"{peft} equal parameters"
+    for name, peft in {"lora": "lora", "miss": "miss", "bat, column": "bat", "hira": "hira"}.items()
 }
 
 

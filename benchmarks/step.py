@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.machine import machine, spread, write_json
-from benchmarks.rivals import RIVALS, Case, blocks, build, run, trained
+from benchmarks.rivals import PAIRS, RIVALS, Case, blocks, build, run, trained
 from lightning_pmss.layers.indices import index_tensors
 
 CASES = {c.name: c for c in (Case(1024, 128), Case(1024, 256), Case(2048, 256), Case(4096, 256, layers=1))}
@@ -107,6 +107,10 @@ def compare(case: Case, rivals: Sequence[str], rounds: int) -> dict[str, Any]:
             if other in models:
                 ratios = [a / b for a, b in zip(seconds[name], seconds[other], strict=True)]
                 figures[name][f"over {other}"] = spread(ratios)
+        if (peft := PAIRS.get(name)) in models:
+            assert peft is not None
+            ratios = [a / b for a, b in zip(seconds[name], seconds[peft], strict=True)]
+            figures[name]["over peft"] = spread(ratios)
     return {
         "case": vars(case) | {"tokens": case.tokens, "lora_rank": case.lora_rank},
         "counted_bound": round(bound(case), 4),
@@ -120,16 +124,25 @@ def compare(case: Case, rivals: Sequence[str], rounds: int) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """The result as a Markdown table."""
     case = result["case"]
+    known = {
+        "frozen": "frozen",
+        "lora equal rank": "LoRA, equal rank",
+        "lora equal parameters": "LoRA, equal parameters",
+        "peft": "peft's own",
+    }
+    others = {o: words for o, words in known.items() if any(f"over {o}" in f for f in result["rivals"].values())}
     lines = [
         f"hidden {case['hidden']}, rank {case['rank']}, {case['layers']} layer(s), {case['tokens']} tokens, {case['dtype']};"
         f" LoRA's equal-parameter rank {case['lora_rank']}; counted bound {result['counted_bound']:.3f}; medians (min - max)",
         "",
-        "| | trained | seconds | / frozen | / LoRA, equal rank | / LoRA, equal parameters | saved, MiB above frozen |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "| | trained | seconds | "
+        + " | ".join(f"/ {words}" for words in others.values())
+        + " | saved, MiB above frozen |",
+        "|---|--:|--:|" + "--:|" * len(others) + "--:|",
     ]
     for name, figures in result["rivals"].items():
         cells = [f"{figures['trained']:,}", f"{figures['seconds']['median']:.3f}"]
-        for other in ("frozen", "lora equal rank", "lora equal parameters"):
+        for other in others:
             r = figures.get(f"over {other}")
             cells.append(f"{r['median']:.3f} ({r['min']:.3f} - {r['max']:.3f})" if r else "")
         cells.append(f"{figures['saved_bytes_above_floor'] / 2**20:.1f}")

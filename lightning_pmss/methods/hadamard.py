@@ -1,7 +1,8 @@
 """Methods that multiply W entry by entry: ``W' = W (.) (1 + M)`` with M made of two small matrices.
 
-The layer computes ``base(x) + (W (.) M) x``. In bfloat16, ``1 + M`` would round a small M away, and the base stays a black box.
-Neither M nor W' is kept for the backward pass: both are formed again there.
+On a frozen float32 weight the layer computes ``W' x``, one product each way. Elsewhere it computes ``base(x) + (W (.) M) x``:
+in bfloat16, ``1 + M`` would round a small M away, and a quantised base stays a black box. Neither M nor W' is kept for the
+backward pass: both are formed again there.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightning_pmss.layers.convertible import has_own_product
 from lightning_pmss.layers.products import compute_dtype, without_autocast
 from lightning_pmss.methods.method import ALL, Update
 
@@ -45,11 +47,11 @@ class HadamardUpdate(Update):
 
 
 class HadamardEdit(torch.autograd.Function):
-    """``(W (.) M(a, b)) x``, row-wise over tokens. Saved for backward: x, a, b, a reference to the weight.
+    """``(W (.) M(a, b)) x``, with `whole` ``W' x``, row-wise over tokens. Kept for backward: x, a, b, a reference to the weight.
 
     Args of `apply`: x ``[tokens, in]``; the frozen weight as stored, or the quantised layer that makes it of its codes; a and
-    b, of which M is made; ``form(a, b)``, M ``[out, in]``; ``pull(dM, a, b)``, the gradients of a and b; whether the layer
-    stores W^T.
+    b, of which M is made; ``form(a, b)``, M ``[out, in]``, new; ``pull(dM, a, b)``, the gradients of a and b; whether the layer
+    stores W^T; `whole`.
     """
 
     @staticmethod
@@ -62,13 +64,13 @@ class HadamardEdit(torch.autograd.Function):
         form: Callable[[Tensor, Tensor], Tensor],
         pull: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
         transposed: bool,
+        whole: bool,
     ) -> Tensor:
-        ctx.form, ctx.pull, ctx.transposed = form, pull, transposed
+        ctx.form, ctx.pull, ctx.transposed, ctx.whole = form, pull, transposed, whole
         ctx.layer = None if isinstance(weight, Tensor) else weight
         ctx.save_for_backward(x, a, b, weight if ctx.layer is None else None)
         with without_autocast(x):
-            changed = form(a, b) * _canonical(weight, transposed)
-            return x @ changed.to(x.dtype).T
+            return x @ _changed(form(a, b), _canonical(weight, transposed), whole).to(x.dtype).T
 
     @staticmethod
     @once_differentiable
@@ -79,9 +81,9 @@ class HadamardEdit(torch.autograd.Function):
         grad_x = None
         with without_autocast(x):
             if ctx.needs_input_grad[0]:
-                grad_x = grad @ (ctx.form(a, b) * weight).to(grad.dtype)
-            grad_a, grad_b = ctx.pull((grad.T @ x).to(a.dtype) * weight, a, b)
-        return grad_x, None, grad_a, grad_b, None, None, None
+                grad_x = grad @ _changed(ctx.form(a, b), weight, ctx.whole).to(grad.dtype)
+            grad_a, grad_b = ctx.pull((grad.T @ x).to(a.dtype).mul_(weight), a, b)
+        return grad_x, None, grad_a, grad_b, None, None, None, None
 
 
 def hadamard(
@@ -92,11 +94,21 @@ def hadamard(
     form: Callable[[Tensor, Tensor], Tensor],
     pull: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """``base(x) + (W (.) M) x`` of a layer, see `HadamardEdit`."""
-    y: Tensor = layer.base(x)
-    flat = x.reshape(-1, x.shape[-1]).to(compute_dtype(x))
-    more = HadamardEdit.apply(flat, layer if layer.quantised else layer.weight, a, b, form, pull, layer.transposed)
-    return y + more.view(*x.shape[:-1], more.shape[-1]).to(y.dtype)
+    """``W' x + bias`` of a layer, see `HadamardEdit`."""
+    flat, dtype = x.reshape(-1, x.shape[-1]), compute_dtype(x)
+    whole = dtype in (torch.float32, torch.float64) and has_own_product(layer, x.dtype, dtype)
+    weight = layer if layer.quantised else layer.weight
+    y = HadamardEdit.apply(flat.to(dtype), weight, a, b, form, pull, layer.transposed, whole)
+    y = y.view(*x.shape[:-1], y.shape[-1])
+    if whole:
+        return y if layer.bias is None else y + layer.bias
+    base: Tensor = layer.base(x)
+    return base + y.to(base.dtype)
+
+
+def _changed(multiplier: Tensor, weight: Tensor, whole: bool) -> Tensor:
+    """``W (.) M``, or ``W + W (.) M``, in the dtype of M, which it overwrites."""
+    return multiplier.mul_(weight).add_(weight) if whole else multiplier.mul_(weight)
 
 
 def _canonical(weight: Any, transposed: bool) -> Tensor:

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_pmss.layers.products import compute_dtype
 from lightning_pmss.methods.choices import one_of
@@ -144,23 +143,29 @@ class HUT(Method[HUTConfig]):
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """``(1 + left) (1 + right) - 1``, without the rounding of a small one beside the 1."""
-    return left + right + left * right
+    return (left * right).add_(left).add_(right)
 
 
 def _tiled(part: Tensor, size: int) -> Tensor:
     """A matrix repeated beside itself up to a number of columns, where the last copy is cut."""
-    return part.repeat(1, -(-size // part.shape[1]))[:, :size]
+    return part @ _tile(part, size)
+
+
+def _tile(like: Tensor, size: int) -> Tensor:
+    """``[r, size]``, identities beside each other. A product with it is faster than copies of pieces of r numbers."""
+    rank = like.shape[1]
+    found = like.new_zeros(rank, size)
+    at = torch.arange(size, device=like.device)
+    found[at % rank, at] = 1
+    return found
 
 
 def _form(left: Tensor, right: Tensor) -> Tensor:
-    return _product(_tiled(left, len(right)), _tiled(right, len(left)).T)
+    return _product(_tiled(left, len(right)), _tile(right, len(left)).T @ right.T)
 
 
 def _pull(grad: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    of_left, of_right = grad * (1 + _tiled(right, len(left)).T), (grad * (1 + _tiled(left, len(right)))).T
-    return _folded(of_left, left.shape[1]), _folded(of_right, right.shape[1])
-
-
-def _folded(grad: Tensor, rank: int) -> Tensor:
-    """The gradient of a matrix that was tiled: the sum of its copies'."""
-    return F.pad(grad, (0, -grad.shape[1] % rank)).unflatten(1, (-1, rank)).sum(1)
+    tile, across = _tile(left, len(right)), _tile(right, len(left))
+    of_left = (across.T @ right.T).add_(1).mul_(grad)
+    of_right = (left @ tile).add_(1).mul_(grad)
+    return of_left @ tile.T, (across @ of_right).T
