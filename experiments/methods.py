@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from experiments.calibrated import RULES, calibrate, choose
+from experiments.frozen_a import FrozenA
 from experiments.layer_scales import LayerScales
 from experiments.rectangular import RectangularCore
 from experiments.rotating import RotatingCore
@@ -26,7 +27,7 @@ from lightning_pmss.conversion.roots import canonical_modules
 from lightning_pmss.conversion.targets import find_targets
 from lightning_pmss.methods.pmss.coordinates import Frame
 from lightning_pmss.methods.pmss.layer import pmss_layers
-from lightning_pmss.methods.pmss.selection import SELECTORS, select_skeleton
+from lightning_pmss.methods.pmss.selection import SELECTORS, select_rows, select_skeleton
 
 TARGETS: dict[str, str | list[str]] = {
     "all": "all-linear",
@@ -47,7 +48,7 @@ PEFT: dict[str, Callable[..., Any]] = {
     "psoft": lambda peft, rank, **more: peft.PsoftConfig(r=rank, psoft_alpha=rank, **more),
 }
 OURS = {f"our {name}": method.config_class for name, method in OUR_METHODS.items() if name != "pmss"}
-METHODS = ("pmss", *OURS, *PEFT, "full", "base")
+METHODS = ("pmss", *OURS, *PEFT, "frozen_a", "full", "base")
 
 
 def callbacks(method: Mapping[str, Any], seed: int, folder: Path, calibration: Any) -> list[Callback]:
@@ -69,6 +70,8 @@ def callbacks(method: Mapping[str, Any], seed: int, folder: Path, calibration: A
         chosen: Any = OURS[name]
         drawn = {"seed": seed} if any(option.name == "seed" for option in fields(chosen)) else {}
         return [AdapterCallback(chosen(target_modules=targets, **drawn, **options), **quiet)]
+    if name == "frozen_a":
+        return [FrozenA(target_modules=targets, calibration=calibration, seed=seed, **{"batches": 4} | options)]
     if name in PEFT:
         return [PeftCallback(name, target_modules=targets, **options)]
     skeleton, reselect, frame = (options.pop(key, None) for key in ("skeleton", "reselect", "frame"))
@@ -246,7 +249,7 @@ class Reselection(Callback):
         step = trainer.global_step
         if step % self.every or step > self.until * trainer.max_steps:
             return
-        layers = pmss_layers(pl_module)
+        layers: dict[str, Any] = adapted_layers(pl_module)
         moments = {}
         if self.by in RULES:
             modules: dict[str, nn.Module] = dict(layers)
@@ -256,15 +259,20 @@ class Reselection(Callback):
             for name, layer in layers.items():
                 if layer.weight.dtype != torch.float32:
                     raise ValueError("reselection merges into W, which must be float32; set dtype: float32.")
-                layer.weight.add_(layer.weight_columns() @ layer.core_update() @ layer.weight_rows())
-                rank = len(layer.rows)
+                two_sided, rank = hasattr(layer, "cols"), len(layer.rows)
+                change = layer.core_update() @ layer.weight_rows()
+                layer.weight.add_(layer.weight_columns() @ change if two_sided else change)
                 if name in moments:
                     rows, cols = choose(layer.weight, moments[name], rank, self.by)
+                elif two_sided:
+                    rows, cols = select_skeleton(
+                        layer.weight, rank, selection=self.by, name=f"{self.seed}:{step}:{name}"
+                    )
                 else:
-                    drawn = f"{self.seed}:{step}:{name}"
-                    rows, cols = select_skeleton(layer.weight, rank, selection=self.by, name=drawn)
+                    rows = select_rows(layer.weight, rank, selection=self.by, seed=self.seed + step, name=name)
                 layer.rows.copy_(rows.sort().values)
-                layer.cols.copy_(cols.sort().values)
+                if two_sided:
+                    layer.cols.copy_(cols.sort().values)
                 layer.core.weight.zero_()
                 layer.rederive(name)
                 for value in state[layer.core.weight].values():

@@ -47,7 +47,7 @@ class HadamardUpdate(Update):
 
 
 class HadamardEdit(torch.autograd.Function):
-    """``(W (.) M(a, b)) x``, with `whole` ``W' x``, row-wise over tokens. Kept for backward: x, a, b, a reference to the weight.
+    """``(W (.) M(a, b)) x``, with `whole` ``W' x``, row-wise over tokens. Kept for backward: x, a, b, a reference to W.
 
     Args of `apply`: x ``[tokens, in]``; the frozen weight as stored, or the quantised layer that makes it of its codes; a and
     b, of which M is made; ``form(a, b)``, M ``[out, in]``, new; ``pull(dM, a, b)``, the gradients of a and b; whether the layer
