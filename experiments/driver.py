@@ -15,6 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
 from experiments.run import Places, run
@@ -39,8 +40,6 @@ def write_record(record: dict[str, Any], folder: Path) -> Path:
 
 
 def _prepare(threads: int) -> None:
-    import torch
-
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(threads)
     import logging
@@ -79,7 +78,7 @@ def drive(
     Args:
         studies: What to run.
         places: Where models and data are.
-        workers: Runs at a time, each with an equal share of the cores.
+        workers: Runs at a time, each with an equal share of torch's threads (OMP_NUM_THREADS lowers their number).
         folder: Of the records.
         minutes: Begin no run after so many.
 
@@ -90,7 +89,7 @@ def drive(
     records = read_records(folder)
     failed: set[str] = set()
     running: dict[Future[Any], Spec] = {}
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, torch.get_num_threads() // workers)
     pool = ProcessPoolExecutor(
         workers, get_context("spawn"), initializer=_prepare, initargs=(threads,), max_tasks_per_child=40
     )
