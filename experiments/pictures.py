@@ -131,8 +131,25 @@ def smoothed_difference(a: Sequence[float], b: Sequence[float]) -> list[tuple[fl
     ]
 
 
+def gradients(study: Study, records: Records, path: Path) -> Path:
+    """Norm of the whole gradient before clipping, step by step, of each arm's best run of the sweep."""
+    figure, axis = pyplot.subplots(figsize=(7, 4.2))
+    for arm in study.arms:
+        best = study.best_rate(arm, records)
+        for record in study.finished(arm, "sweep", records):
+            if record["spec"]["lr"] == best and (norms := record.get("gradient_norms")):
+                axis.plot(range(1, len(norms) + 1), norms, label=arm.label, lw=1)
+                break
+    axis.axhline(1.0, color="grey", ls=":", label="the usual clipping")
+    axis.set(yscale="log", xlabel="step", ylabel="norm of the gradient")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    return _save(figure, path)
+
+
 PICTURES: Mapping[str, Callable[[Study, Records, Path], Path]] = {
     "frontier": frontier,
+    "gradients": gradients,
     "lead": lead,
     "rates": rates,
     "spectrum": spectrum,

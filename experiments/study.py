@@ -26,7 +26,7 @@ Spec = dict[str, Any]
 Records = Mapping[str, Mapping[str, Any]]
 
 RUN_DEFAULTS: Spec = {"dtype": "float32", "precision": "32-true", "evaluate": ["val"]}
-SHOW = ("frontier", "lead", "norms", "rates", "spectrum", "sweep")
+SHOW = ("frontier", "gradients", "lead", "norms", "rates", "spectrum", "sweep")
 _PHASE = ("seeds", "evaluate", "steps", "spectra", "task")
 
 
@@ -34,7 +34,11 @@ def identity(spec: Mapping[str, Any]) -> str:
     """The name of a run: readable words and a digest of everything that it depends on."""
     digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:10]
     method = spec["method"]
-    words = [spec["task"]["name"], method["name"].replace(" ", "-"), *([f"r{method['rank']}"] if "rank" in method else [])]
+    words = [
+        spec["task"]["name"],
+        method["name"].replace(" ", "-"),
+        *([f"r{method['rank']}"] if "rank" in method else []),
+    ]
     return "-".join([*words, f"lr{spec['lr']:g}", f"seed{spec['seed']}", digest])
 
 

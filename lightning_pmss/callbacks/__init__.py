@@ -1,6 +1,7 @@
 """Lightning callbacks."""
 
 from lightning_pmss.callbacks.adapter import AdapterCallback
+from lightning_pmss.callbacks.flat_lora import FlatLoRA
 from lightning_pmss.callbacks.pmss import PMSSCallback
 
-__all__ = ["AdapterCallback", "PMSSCallback"]
+__all__ = ["AdapterCallback", "FlatLoRA", "PMSSCallback"]

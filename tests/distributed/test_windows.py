@@ -15,6 +15,9 @@ from tests.distributed.launch import launch, ranks, require
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
+RUNS: dict[str, dict[str, Any]] = {"free": {}, "clipped": {"clip": 0.02}, "noise": {"noise": True}}
+
+
 def adapter(folder: Path) -> dict[str, Tensor]:
     found = load_file(folder / "out" / "adapter" / "adapter_model.safetensors")
     return {name: value for name, value in found.items() if name.endswith(".U")}
@@ -22,11 +25,11 @@ def adapter(folder: Path) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def whole(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Folders of the runs with large batches: as they are, and clipped."""
+    """Folders of the runs with large batches: as they are, clipped, and with noise on the weights."""
     parent = tmp_path_factory.mktemp("whole")
-    for name, clip in (("free", None), ("clipped", 0.02)):
+    for name, options in RUNS.items():
         (parent / name).mkdir()
-        windows.run({"folder": str(parent / name), "model": tiny_llama, "clip": clip})
+        windows.run({"folder": str(parent / name), "model": tiny_llama, **options})
     return parent
 
 
@@ -34,12 +37,10 @@ def whole(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_equals_large_batches(whole: Path, tmp_path: Path, strategy: str, tiny_llama: str) -> None:
     require(strategy)
     common = {"strategy": strategy, "model": tiny_llama}
-    tasks = [
-        {"folder": str(tmp_path / name), "clip": clip, **common} for name, clip in (("free", None), ("clipped", 0.02))
-    ]
+    tasks = [{"folder": str(tmp_path / name), **options, **common} for name, options in RUNS.items()]
     again = {"folder": str(tmp_path / "again"), "checkpoint": str(tmp_path / "free" / "inside.ckpt"), **common}
     errors = launch("tests.distributed.windows", [*tasks, again])
-    for name in ("free", "clipped"):
+    for name in RUNS:
         expected, found = adapter(whole / name), adapter(tmp_path / name)
         assert expected.keys() == found.keys()
         for key, value in expected.items():

@@ -14,6 +14,7 @@ import lightning as L
 import torch
 
 from lightning_pmss import PMSSCallback
+from lightning_pmss.callbacks import FlatLoRA
 from lightning_pmss.callbacks.loss_curve import LossCurve
 from lightning_pmss.datamodules.collate import InstructionCollator
 from lightning_pmss.datamodules.sampler import ResumableDataLoader, TrainerProgress
@@ -90,7 +91,12 @@ def run(task: dict[str, Any], strategy: Any = "auto", devices: int = 1) -> L.Tra
         enable_model_summary=False,
         enable_checkpointing=False,
         default_root_dir=folder,
-        callbacks=[PMSSCallback(rank=8, output_dir=folder / "out", merge_on_save=None), curve, Saving(folder)],
+        callbacks=[
+            PMSSCallback(rank=8, output_dir=folder / "out", merge_on_save=None),
+            curve,
+            Saving(folder),
+            *([FlatLoRA(sigma=0.5, same_on_ranks=True)] if task.get("noise") else []),
+        ],
     )
     trainer.fit(module, Batches(devices == 1), ckpt_path=task.get("checkpoint"))
     record = {"steps": trainer.global_step, "curve": curve.points()[0]}
