@@ -26,6 +26,8 @@ from lightning_pmss import (
     PMSSConfig,
     convert,
 )
+from lightning_pmss.callbacks.flat_lora import StepNoise
+from lightning_pmss.conversion.convert import adapted_layers
 
 # Heads and width of the MLP by hidden size; 4096 and 5120 are LLaMA-2-7B's and 13B's.
 INTERMEDIATE = {64: 176, 1024: 2816, 2048: 5632, 4096: 11008, 5120: 13824}
@@ -135,6 +137,16 @@ def _pmss(**options: Any) -> Callable[[nn.Module, Case], nn.Module]:
     return _ours(lambda case: PMSSConfig(rank=case.rank, selection="random", **options))
 
 
+def _noisy(model: nn.Module, case: Case) -> nn.Module:
+    """PMSS under `FlatLoRA`, in the middle of a training."""
+    convert(model, PMSSConfig(rank=case.rank, selection="random"))
+    noise = StepNoise()
+    for name, layer in adapted_layers(model).items():
+        noise.disturb(layer, name)
+    noise.begin(0.05, (0, 1, 0))
+    return model
+
+
 def _full(model: nn.Module, case: Case) -> nn.Module:
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
@@ -171,6 +183,7 @@ RIVALS: dict[str, Callable[[nn.Module, Case], nn.Module]] = {
     "pmss keep": _pmss(memory="keep"),
     "pmss regather": _pmss(memory="regather"),
     "pmss spectral": _pmss(coordinates="spectral"),
+    "pmss regather, FlatLoRA": _noisy,
     "pmss weight edit": _pmss(edit="weight"),
     "one-sided equal parameters": _ours(
         lambda case: PMSSConfig(columns="all", rank=case.wide_rank, selection="random")

@@ -1,9 +1,9 @@
 """Controls: LoRA whose A is frozen, so that B alone is trained as in the one-sided form, with other directions in A.
 
 ``random``: orthonormal ones (LoRA-FA, arXiv 2308.03303, and arXiv 2402.16842, with rows of equal length). ``inputs``: entries
-of the input, drawn at random (PaCA, arXiv 2503.01905). ``eigen``: the leading eigenvectors of the inputs' second moments over a
-few batches (the directions of EVA, arXiv 2410.07170, at one rank for all layers). ``sums``: sums of every r-th entry of the input
-(MiSS, arXiv 2409.15371). ``outputs``: the same sums of the base's output, ``S W``, made orthonormal.
+of the input, drawn at random (PaCA, arXiv 2503.01905). ``eigen``: the leading eigenvectors of the inputs' second moments over
+a few batches (the directions of EVA, arXiv 2410.07170, at one rank for all layers). ``sums``: sums of every r-th entry of the
+input (MiSS, arXiv 2409.15371). ``outputs``: the same sums of the base's output, ``S W``, made orthonormal.
 """
 
 from __future__ import annotations

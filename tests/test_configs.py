@@ -18,7 +18,8 @@ FOLDER = Path(__file__).resolve().parents[1] / "configs"
 OVERLAYS = sorted((FOLDER / "strategy").glob("*.yaml"))
 MUON = FOLDER / "optimizer" / "muon.yaml"
 METHODS = sorted((FOLDER / "method").glob("*.yaml"))
-CONFIGS = sorted(set(FOLDER.rglob("*.yaml")) - {*OVERLAYS, *METHODS, MUON})
+TRAINING = sorted((FOLDER / "training").glob("*.yaml"))
+CONFIGS = sorted(set(FOLDER.rglob("*.yaml")) - {*OVERLAYS, *METHODS, *TRAINING, MUON})
 SMALL = sorted((FOLDER / "smollm2").glob("*.yaml"))  # on one CPU core; these are run
 RECIPES = [path for path in CONFIGS if path.parent != FOLDER and path not in SMALL]
 
@@ -114,6 +115,19 @@ def test_methods_behind_recipes_and_strategies(recipe: Path, method: Path, parse
     alone = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     assert both.pmss.target_modules == alone["pmss"]["target_modules"]
     check_within(yaml.safe_load(method.read_text(encoding="utf-8")), both)
+
+
+@pytest.mark.parametrize("overlay", TRAINING, ids=_name)
+@pytest.mark.parametrize("recipe", CONFIGS, ids=_name)
+def test_callbacks_of_an_overlay_stand_behind_those_of_the_recipe(recipe: Path, overlay: Path, parser: Any) -> None:
+    files = [recipe, overlay, FOLDER / "strategy" / "fsdp2.yaml"]
+    both = parser.parse_args([part for file in files for part in ("--config", str(file))])
+    *own, last = [callback.class_path for callback in both.trainer.callbacks]
+    alone = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    assert own == [callback["class_path"] for callback in alone["trainer"]["callbacks"]]
+    (added,) = yaml.safe_load(overlay.read_text(encoding="utf-8"))["trainer"]["callbacks+"]
+    assert last == added["class_path"]
+    check_within(added["init_args"], both.trainer.callbacks[-1].init_args)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=_name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -51,7 +50,7 @@ class FlatLoRA(Callback):
         if not (math.isfinite(sigma) and sigma > 0):
             raise ValueError(f"FlatLoRA: sigma={sigma!r} must be a positive number, such as 0.05.")
         self.sigma, self.seed, self.same_on_ranks = sigma, seed, same_on_ranks
-        self._noise = _Noise()
+        self._noise = StepNoise()
         self._handles: list[Any] = []
 
     @override
@@ -63,9 +62,7 @@ class FlatLoRA(Callback):
                 " or PMSSCallback(...) to the Trainer's callbacks."
             )
         for name, layer in layers.items():
-            measuring, disturbing = _hooks(self._noise, name)
-            # ZeRO-3 takes W back as soon as the layer's forward ends, so what needs W stands before it.
-            self._handles += [layer.register_forward_pre_hook(measuring), layer.register_forward_hook(disturbing)]
+            self._handles += self._noise.disturb(layer, name)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -109,13 +106,26 @@ class FlatLoRA(Callback):
         self._handles = []
 
 
-class _Noise:
+class StepNoise:
     """The noise of the running optimizer step."""
 
     def __init__(self) -> None:
         self.strength = 0.0  # of now: sigma times the factor; 0 outside of training batches
         self.words: tuple[int, ...] = ()
         self.norms: dict[str, Tensor] = {}  # of the rows of W', as they were when the step began
+
+    def disturb(self, layer: AdaptedLinear, name: str) -> list[Any]:
+        """Let the layer compute with noise while a batch runs; returns handles that end it."""
+
+        # Plain functions: a copy of the model shares them, and copies nothing of the callback.
+        def before(layer: Any, args: tuple[Tensor, ...]) -> None:
+            self.measure(layer, name)
+
+        def after(layer: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return self.added(name, args[0], output)
+
+        # ZeRO-3 takes W back as soon as the layer's forward ends, so what needs W stands before it.
+        return [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
 
     def begin(self, strength: float, words: tuple[int, ...]) -> None:
         """A batch begins; with other words than the last one's, a step."""
@@ -143,14 +153,3 @@ class _Noise:
         flat = x.reshape(-1, x.shape[-1]).to(compute_dtype(x))
         noise: Tensor = NoiseProduct.apply(flat, std, seed_of(*self.words, name))
         return y + noise.view(*x.shape[:-1], len(std)).to(y.dtype)
-
-
-def _hooks(noise: _Noise, name: str) -> tuple[Callable[..., None], Callable[..., Tensor]]:
-    # Plain functions: a copy of the model shares them, and copies nothing of the callback.
-    def measuring(layer: Any, args: tuple[Tensor, ...]) -> None:
-        noise.measure(layer, name)
-
-    def disturbing(layer: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return noise.added(name, args[0], output)
-
-    return measuring, disturbing

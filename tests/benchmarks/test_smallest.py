@@ -82,7 +82,7 @@ def test_rivals_share_the_base_and_start_as_it() -> None:
     for name in RIVALS:
         model = build(name, base, case)
         assert storages <= {p.untyped_storage().data_ptr() for p in model.parameters()}, name
-        assert torch.allclose(run(model, x), expected, atol=1e-4), name
+        assert torch.allclose(run(model, x), expected, atol=1e-4) is not name.endswith("FlatLoRA"), name
         assert (trained(model) > 0) == (name != "frozen")
         assert not any(p.requires_grad for p in base.parameters()), name
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_pmss import AdapterCallback, LoRAConfig, MiSSConfig, PMSSCallback, PMSSConfig, convert
 from lightning_pmss.callbacks import FlatLoRA
-from lightning_pmss.callbacks.flat_lora import _hooks, _Noise
+from lightning_pmss.callbacks.flat_lora import StepNoise
 from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.layers.weight_noise import NoiseProduct, draw, merged_row_norms, seed_of
 from tests.callbacks.toys import EXAMPLES, Numbers, Toy, inputs, plain_loader, trainer
@@ -57,11 +57,9 @@ def test_both_passes_have_one_noise() -> None:
     torch.testing.assert_close(x.grad, grad @ noise)
 
 
-def _disturbed(layer: Any, strength: float = 0.5) -> _Noise:
-    noise = _Noise()
-    before, after = _hooks(noise, "0")
-    layer.register_forward_pre_hook(before)
-    layer.register_forward_hook(after)
+def _disturbed(layer: Any, strength: float = 0.5) -> StepNoise:
+    noise = StepNoise()
+    noise.disturb(layer, "0")
     noise.begin(strength, (0, 1, 0))
     return noise
 
