@@ -1,4 +1,4 @@
-"""PMSS and some of peft's methods behind one interface, for the probes of `benchmarks.capabilities`."""
+"""Our methods and some of peft's behind one interface, for the probes of `benchmarks.capabilities`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_pmss import PMSSConfig, convert, load_adapter, merge, save_adapter, unmerge
+from lightning_pmss import METHODS as OURS
+from lightning_pmss import AdapterConfig, convert, load_adapter, merge, save_adapter, unmerge
 from lightning_pmss.named import disable_adapter, load_adapters, set_adapter
 
 
@@ -92,9 +93,14 @@ def stir(model: nn.Module) -> nn.Module:
     return model
 
 
-class PMSS(Method):
+class Ours(Method):
+    """One of our methods."""
+
+    def __init__(self, config: Callable[..., AdapterConfig]) -> None:
+        self.config = config
+
     def adapt(self, model: nn.Module, targets: list[str]) -> nn.Module:
-        convert(model, PMSSConfig(target_modules=targets, rank=8))
+        convert(model, self.config(target_modules=targets, rank=8))
         return stir(model)
 
     def merge(self, model: nn.Module) -> None:
@@ -169,9 +175,10 @@ class Peft(Method):
 
 
 METHODS: dict[str, Method] = {
-    "PMSS": PMSS(),
-    "LoRA": Peft(lambda peft, targets: peft.LoraConfig(r=8, target_modules=targets)),
-    "DoRA": Peft(lambda peft, targets: peft.LoraConfig(r=8, target_modules=targets, use_dora=True)),
-    "MiSS": Peft(lambda peft, targets: peft.MissConfig(r=8, target_modules=targets)),
-    "PSOFT": Peft(lambda peft, targets: peft.PsoftConfig(r=8, target_modules=targets)),
+    **{method.config_class.label(): Ours(method.config_class) for method in OURS.values()},
+    "peft LoRA": Peft(lambda peft, targets: peft.LoraConfig(r=8, target_modules=targets)),
+    "peft DoRA": Peft(lambda peft, targets: peft.LoraConfig(r=8, target_modules=targets, use_dora=True)),
+    "peft MiSS": Peft(lambda peft, targets: peft.MissConfig(r=8, target_modules=targets)),
+    "peft HiRA": Peft(lambda peft, targets: peft.HiraConfig(r=8, target_modules=targets)),
+    "peft PSOFT": Peft(lambda peft, targets: peft.PsoftConfig(r=8, target_modules=targets)),
 }
