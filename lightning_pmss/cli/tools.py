@@ -151,6 +151,31 @@ def _import(args: Sequence[str]) -> None:
     print(import_files(**given))
 
 
+def _combine(args: Sequence[str]) -> None:
+    parser = _parser("combine")
+    parser.add_argument("--base", required=True, metavar="MODEL_DIR", help="folder of the base model (safetensors)")
+    parser.add_argument(
+        "--adapters", required=True, nargs="+", metavar="ADAPTER_DIR", help="two adapter folders or more"
+    )
+    parser.add_argument(
+        "--rule", required=True, help="lego, cat, svd, linear, ties, dare_linear, dare_ties, magnitude_prune"
+    )
+    parser.add_argument("--output", required=True, metavar="ADAPTER_DIR", help="adapter folder to write")
+    parser.add_argument("--rank", type=int, metavar="N", help="rank of the result, for lego and svd")
+    parser.add_argument("--weights", type=float, nargs="+", metavar="W", help="one per adapter (default: 1 each)")
+    parser.add_argument(
+        "--density", type=float, metavar="D", help="share of entries kept, for ties, dare_* and magnitude_prune"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of lego's k-means and dare's draws (default: %(default)s)")
+    parser.add_argument("--as-published", action="store_true", help="lego: cluster the units as they are, unaligned")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
+    given = vars(parser.parse_args(args))
+
+    from lightning_pmss.named.combine_files import combine_files
+
+    print(combine_files(**given))
+
+
 def _inspect(args: Sequence[str]) -> None:
     parser = _parser("inspect")
     parser.add_argument("adapter", metavar="ADAPTER_DIR", help="adapter folder")
@@ -242,6 +267,7 @@ TOOLS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "merge": (_merge, "write base + adapter, or base + checkpoint, as a plain model folder, shard by shard"),
     "extract": (_extract, "write a checkpoint's adapter folder, without the program that trained it"),
     "export": (_export, "write an adapter for peft: as peft's own type of its method, or as a LoRA"),
+    "combine": (_combine, "combine several adapters of one base into one LoRA adapter"),
     "import": (_import, "write an adapter folder of peft (LoRA, MiSS, HiRA) as one of this library"),
     "inspect": (_inspect, "what an adapter changes, layer by layer: norms, effective ranks, singular values"),
     "report": (
