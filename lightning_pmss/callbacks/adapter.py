@@ -116,7 +116,7 @@ class AdapterCallback(L.Callback):
         self._randomness = StepRandomness()
         self._resume: Mapping[str, Any] | None = None
         self._clock = StepClock()
-        self._stop = GracefulStop()
+        self._stop = GracefulStop(self.config.label())
         self._ending: Ending | None = None
         self._accumulated, self._figures = AccumulatedGradients(), dict[str, float]()  # figures of a loaded checkpoint
         follow_launchers()
@@ -201,7 +201,15 @@ class AdapterCallback(L.Callback):
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             folder, merge = self.output_folder(trainer), self.merge_on_save
             check_before_training(trainer, pl_module, folder, merge)
-            self._ending = Ending(trainer, pl_module, folder, merge=merge, stop=self._stop, earlier=self._figures)
+            self._ending = Ending(
+                trainer,
+                pl_module,
+                folder,
+                merge=merge,
+                stop=self._stop,
+                earlier=self._figures,
+                label=self.config.label(),
+            )
         begin = None if self._ending is None else self._ending.begin_step
         self._finite = NonFiniteCheck(self.on_nonfinite, trainer, pl_module, layers, self._engine, begin)
         odd = not self._finite.names_layers
@@ -250,7 +258,7 @@ class AdapterCallback(L.Callback):
 
     @override
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check after the first backward passes that every U has a finite gradient."""
+        """Check after the first backward passes that every layer's adapter has a finite gradient."""
         where = f"batch {trainer.fit_loop.epoch_loop.batch_idx} in epoch {trainer.current_epoch}"
         if self._gradients is not None and self._gradients.check(where):
             self._gradients = None

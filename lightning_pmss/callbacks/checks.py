@@ -67,19 +67,21 @@ def agree_on_indices(trainer: L.Trainer, module: L.LightningModule) -> None:
 
 def say_what_was_converted(report: ConversionReport, precision: str) -> None:
     """Print the report, and warn about rounding under mixed precision; `convert` warns for a low-precision base."""
-    rank_zero_info(f"PMSS:\n{report}")
+    rank_zero_info(f"{report.config.label()}:\n{report}")
     if "mixed" in precision and (warning := report.rounding_warning(precision)):
         rank_zero_warn(warning)
 
 
 def refuse_merged(layers: Mapping[str, AdaptedLinear]) -> None:
-    """Refuse to train merged layers, whose U has no effect.
+    """Refuse to train merged layers, whose adapter has no effect.
 
     Raises:
         MisconfigurationException: A layer is merged.
     """
-    if any(layer.merged for layer in layers.values()):
-        raise MisconfigurationException("The model is merged, so U has no effect; call `unmerge(model)` before `fit`.")
+    if merged := [layer for layer in layers.values() if layer.merged]:
+        raise MisconfigurationException(
+            f"The model is merged, so {merged[0].method.trained} has no effect; call `unmerge(model)` before `fit`."
+        )
 
 
 def check_bases(trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -91,8 +93,8 @@ def check_bases(trainer: L.Trainer, module: L.LightningModule) -> None:
     unproven = {n: layer for n, layer in adapted_layers(module).items() if layer.on_trust}
     if strangers := [n for n, x in unproven.items() if x.fingerprint and not same_base(x.fingerprint, *x.reads())]:
         raise MisconfigurationException(
-            f"The skeleton file belongs to another base model: the rows and columns of {some(strangers)} are not those it was"
-            " made from, or the weights were not loaded after the model got its memory."
+            f"The skeleton file belongs to another base model: the weights of {some(strangers)} are not those it was made"
+            " from, or the weights were not loaded after the model got its memory."
         )
     for layer in unproven.values():
         layer.on_trust = False
@@ -113,9 +115,10 @@ def check_optimizers(trainer: L.Trainer, pl_module: L.LightningModule, also_trai
         if any(clean == a or clean.endswith(f".{a}") for a in also_train):
             allowed |= {id(p) for p in module.parameters()}
     if strangers := [n for n, p in trained.items() if id(p) not in allowed]:
+        own = next((layer.method.trained for layer in layers.values()), "the adapter")
         raise MisconfigurationException(
-            f"{len(strangers)} parameters train although only U should: {', '.join(f'`{n}`' for n in strangers[:5])}. Something"
-            " unfroze them after the conversion; to train a module on purpose, name it in `also_train`."
+            f"{len(strangers)} parameters train although only {own} should: {', '.join(f'`{n}`' for n in strangers[:5])}."
+            " Something unfroze them after the conversion; to train a module on purpose, name it in `also_train`."
         )
     held = _held(trainer)
     if missing := [n for n, p in trained.items() if id(p) not in held]:

@@ -41,6 +41,7 @@ class Ending:
         merge: Option ``merge_on_save`` of the callback.
         stop: Handler of signals.
         earlier: Metrics from the checkpoint that the run resumed.
+        label: Name of the method, for messages.
 
     Attributes:
         trained: Whether this fit has completed an optimizer step.
@@ -57,7 +58,9 @@ class Ending:
         merge: str | None,
         stop: GracefulStop,
         earlier: Mapping[str, float],
+        label: str,
     ) -> None:
+        self.label = label
         self.trainer, self.module, self.folder, self.merge, self.stop = trainer, module, folder, merge, stop
         self.earlier = earlier
         self.trained = self.torn = False
@@ -85,7 +88,7 @@ class Ending:
         ]
         if changed:
             rank_zero_warn(
-                f"PMSS: {some(changed)} were changed after the results of this fit were written, so adapter and merged"
+                f"{self.label}: {some(changed)} were changed after the results of this fit were written, so adapter and merged"
                 " model contain the earlier values. Change them in `on_train_end`, or call `save_adapter` afterwards."
             )
 
@@ -115,7 +118,7 @@ class Ending:
         self._adapter, _ = somewhere(
             trainer, self.folder / "adapter", lambda place: write_adapter(trainer, module, place, earlier=self.earlier)
         )
-        rank_zero_info(f"PMSS: adapter in {self._adapter}")
+        rank_zero_info(f"{self.label}: adapter in {self._adapter}")
         adapter = self._adapter
         together(trainer.strategy, partial(self._refuse_another_base, adapter))
         if self.merge is not None:
@@ -126,7 +129,7 @@ class Ending:
             except (OSError, ValueError) as error:
                 error.add_note(f"The adapter is complete: {self._adapter}. {self._how_to_merge(self._adapter)}")
                 raise
-            rank_zero_info(f"PMSS: merged model in {merged}\n{report}")
+            rank_zero_info(f"{self.label}: merged model in {merged}\n{report}")
         if trainer.is_global_zero:
             self._remove_of_stopped()
         trainer.strategy.barrier("PMSS.results")
@@ -155,7 +158,7 @@ class Ending:
             self._done = True
             rank_zero_warn(f"Nothing was trained, so that no adapter is written: {why_nothing_was_trained(trainer)}.")
             return
-        rank_zero_info(f"PMSS: nothing was left to train after {trainer.ckpt_path}; its results are written.")
+        rank_zero_info(f"{self.label}: nothing was left to train after {trainer.ckpt_path}; its results are written.")
         self.make_up_for_merged()
         self.finish()
 
@@ -166,11 +169,13 @@ class Ending:
         self.stop.release()
         self.stop.mark(exception, self.trainer)
         if self._done and self._adapter is not None:
-            rank_zero_info(f"PMSS: stopped while results were written. The adapter is complete: {self._adapter}.")
+            rank_zero_info(
+                f"{self.label}: stopped while results were written. The adapter is complete: {self._adapter}."
+            )
             return
         if not self.trained:
             if isinstance(exception, KeyboardInterrupt | SIGTERMException):
-                rank_zero_info("PMSS: stopped before the first optimizer step was done; nothing is written.")
+                rank_zero_info(f"{self.label}: stopped before the first optimizer step was done; nothing is written.")
             return
         self._done = True
         self._teardown.remove()
@@ -178,7 +183,7 @@ class Ending:
             self.watch.keep_fingerprints()
         by = self._by(exception)
         in_step = self.trainer.world_size == 1 or self.stop.agreed
-        rank_zero_info(f"PMSS: stopped by {by} after optimizer step {self.trainer.global_step}.")
+        rank_zero_info(f"{self.label}: stopped by {by} after optimizer step {self.trainer.global_step}.")
         if self.torn:
             rank_zero_info(
                 "It came in the middle of an optimizer step, when tensors of two steps are mixed: not saved."
@@ -189,14 +194,14 @@ class Ending:
             if in_step:
                 settle_progress(self.trainer)
                 checkpoint, _ = somewhere(self.trainer, self._stopped_checkpoint(), self.trainer.save_checkpoint)
-                rank_zero_info(f"PMSS: checkpoint {checkpoint}. To go on: --ckpt_path {checkpoint}")
+                rank_zero_info(f"{self.label}: checkpoint {checkpoint}. To go on: --ckpt_path {checkpoint}")
             else:
                 rank_zero_info("No checkpoint is made: the other processes cannot be asked for their part.")
                 self._say_last_checkpoint()
             if in_step or not is_sharded(self.module):
                 place = self.folder / (STOPPED_ADAPTER if self._found else "adapter")
                 adapter = self._write_stopped_adapter(place, by, in_step=in_step)
-                rank_zero_info(f"PMSS: adapter {adapter}. {self._how_to_merge(adapter)}")
+                rank_zero_info(f"{self.label}: adapter {adapter}. {self._how_to_merge(adapter)}")
         except Exception as error:  # it must not hide what stopped the training
             rank_zero_warn(f"Not everything could be saved: {type(error).__name__}: {error}")
 
@@ -220,7 +225,7 @@ class Ending:
     def _say_last_checkpoint(self) -> None:
         for callback in self.trainer.checkpoint_callbacks:
             if path := getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", ""):
-                rank_zero_info(f"PMSS: the last checkpoint is {path}.")
+                rank_zero_info(f"{self.label}: the last checkpoint is {path}.")
 
     def _how_to_merge(self, adapter: Path) -> str:
         base = base_of(self.module)

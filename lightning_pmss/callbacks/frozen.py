@@ -64,12 +64,12 @@ class FrozenWatch:
             return None
         what = (
             f"the frozen weights of {some(list(changes))} were changed during the training (by up to"
-            f" {max(changes.values()):.1e} of their norm). Something outside of PMSSCallback writes to all parameters of the"
+            f" {max(changes.values()):.1e} of their norm). Something outside of the callback writes to all parameters of the"
             " module, such as an average that is copied back; limit it to those that require grad, or use Lightning's"
             " EMAWeightAveraging."
         )
         if max(changes.values()) <= _ROUNDING:
-            rank_zero_warn(f"PMSS: {what} The merged model has the changed weights.")
+            rank_zero_warn(f"{what} The merged model has the changed weights.")
             return None
         return (
             f"{what} No merged model is written. The adapter in {adapter} is for the base as it was:"

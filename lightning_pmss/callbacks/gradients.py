@@ -1,4 +1,4 @@
-"""Check after the first backward passes that every U gets a gradient."""
+"""Check after the first backward passes that the adapter of every layer gets a gradient."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from lightning_pmss.messages import some
 
 
 class GradientCheck:
-    """Check that every U gets a finite gradient. A zero U also gets one, so a missing gradient means a broken graph.
+    """Check that every layer's adapter gets a finite gradient. A zero one also gets it, so a missing one means a broken graph.
 
     Args:
         layers: Converted layers by canonical name.
         infinities_are_normal: Whether infinite gradients are accepted, as a loss scaler makes them in its first steps.
-        sharded: Whether an engine shards U. It frees gradients early, and gives none to a rank without a shard: the gradient
-            of the core's output is checked instead.
+        sharded: Whether an engine shards the adapter. It frees gradients early, and gives none to a rank without a shard: the
+            gradient of the core's output is checked instead.
     """
 
     def __init__(
         self, layers: Mapping[str, AdaptedLinear], *, infinities_are_normal: bool = False, sharded: bool = False
     ) -> None:
         self.layers = dict(layers)
+        self._trained = next((layer.method.trained for layer in self.layers.values()), "the adapter")
         self.infinities_are_normal = infinities_are_normal
         self._called: set[str] = set()
         self._ran_untrained: set[str] = set()
@@ -38,7 +39,7 @@ class GradientCheck:
             self._hooks = [x.core.register_forward_hook(self._watching(n)) for n, x in self.layers.items()]
 
     def _gradient(self, name: str) -> bool | None:
-        """Whether the gradient of U is finite; None without a gradient."""
+        """Whether a layer's gradient is finite; None without a gradient."""
         if self._passed is not None:
             return self._passed.get(name)
         grads = [p.grad for p in self.layers[name].core.trained().values() if p.grad is not None]
@@ -51,7 +52,7 @@ class GradientCheck:
             where: The batch, for messages.
 
         Raises:
-            MisconfigurationException: No U got a gradient, one got none although its layer ran, or one is not finite.
+            MisconfigurationException: No layer got a gradient, one got none although its layer ran, or one is not finite.
         """
         found = {name: self._gradient(name) for name in self.layers}
         silent = [name for name, finite in found.items() if finite is None]
@@ -59,8 +60,8 @@ class GradientCheck:
             names = silent if len(silent) == len(self.layers) else cut_off
             self._remove_hooks()
             raise MisconfigurationException(
-                f"No gradient reached U of {len(names)} of {len(self.layers)} converted layers: {some(names)}. Usual causes:"
-                " re-entrant activation checkpointing over frozen inputs (use `use_reentrant=False`, or call"
+                f"No gradient reached {self._trained} of {len(names)} of {len(self.layers)} converted layers: {some(names)}."
+                " Usual causes: re-entrant activation checkpointing over frozen inputs (use `use_reentrant=False`, or call"
                 " `enable_input_require_grads()`), a `torch.no_grad()` or `detach()` around the model, or a parent that"
                 " reads the layer's `weight` instead of calling it (list such layers in `exclude_modules`). A reference or"
                 " teacher is left out if it is frozen and in eval mode before `fit`."
@@ -69,7 +70,8 @@ class GradientCheck:
             broken = [name for name, finite in found.items() if finite is False]
             if broken:
                 raise MisconfigurationException(
-                    f"U of {len(broken)} converted layers got NaN or infinite gradients in the first step: {some(broken)}"
+                    f"{self._trained} of {len(broken)} converted layers"
+                    f" got NaN or infinite gradients in the first step: {some(broken)}"
                     f" ({where})."
                     " The loss is not finite or the learning rate's warm-up is missing; check the batch and the base model."
                 )
@@ -91,18 +93,21 @@ class GradientCheck:
         others = [name for name in silent if name not in ran and name not in experts]
         if ran:
             rank_zero_warn(
-                f"U of {len(ran)} converted layers gets no gradient, since these layers ran in evaluation mode or without"
+                f"{self._trained} of {len(ran)} converted layers"
+                " gets no gradient, since these layers ran in evaluation mode or without"
                 f" gradients only: {some(ran)}. If they belong to a reference, teacher or metric, freeze them and call `eval()`"
                 " before `fit`, or list them in `exclude_modules`; if they are to be adapted, call `train()`."
             )
         if experts:
             rank_zero_warn(
-                f"U of {len(experts)} converted layers got no gradient, since no token reached these experts in the first two"
+                f"{self._trained} of {len(experts)} converted layers"
+                " got no gradient, since no token reached these experts in the first two"
                 f" steps: {some(experts)}. If that stays so, list them in `exclude_modules`."
             )
         if others:
             rank_zero_warn(
-                f"U of {len(others)} converted layers got no gradient, since the layers did not run in the first two steps:"
+                f"{self._trained} of {len(others)} converted layers"
+                " got no gradient, since the layers did not run in the first two steps:"
                 f" {some(others)}. If the model never uses them, list them in `exclude_modules`."
             )
 

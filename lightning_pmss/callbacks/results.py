@@ -67,7 +67,7 @@ def write_merged_model(trainer: L.Trainer, module: L.LightningModule, adapter: P
     if not sharded and not trainer.is_global_zero:
         return None
     if sharded:
-        rank_zero_info("PMSS: no checkpoint of the base on disk; gathering it on rank 0, one matrix at a time.")
+        rank_zero_info("No checkpoint of the base on disk; gathering it on rank 0, one matrix at a time.")
     return write_merged(_root(trainer, module), folder, tokenizer=processing_of(trainer, module), overwrite=True)
 
 

@@ -24,12 +24,16 @@ class GracefulStop:
 
     A second Ctrl-C stops at once. Handlers that are neither Python's nor Lightning's are left alone.
 
+    Args:
+        label: Name of the method, for messages.
+
     Attributes:
         requested: The signal received; None without one.
         agreed: Whether all processes stop, so that collectives are possible.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, label: str) -> None:
+        self.label = label
         self.requested: signal.Signals | None = None
         self.agreed = False
         self._before: dict[signal.Signals, Any] = {}
@@ -69,9 +73,8 @@ class GracefulStop:
             signal.default_int_handler(number, frame)
         if self.requested is None and self._speaks:
             again = " Press Ctrl-C again to stop at once." if number == signal.SIGINT else ""
-            text = (
-                f"\n{_NAMES[signal.Signals(number)]}: PMSS stops after this step and saves what was trained.{again}\n"
-            )
+            name = _NAMES[signal.Signals(number)]
+            text = f"\n{name}: {self.label} stops after this step and saves what was trained.{again}\n"
             os.write(2, text.encode())  # print is not re-entrant
         self.requested = self.requested or signal.Signals(number)
 

@@ -255,7 +255,7 @@ def _refuse_parameter(
             if field != "target_modules" or is_linear(module):
                 raise ValueError(f"{text} Patterns name modules" + (f": type {name!r}." if name else "."))
             raise ValueError(
-                f"{text} PMSS converts nn.Linear and Conv1D layers: take it out of target_modules; it stays frozen"
+                f"{text} lightning-pmss converts nn.Linear and Conv1D layers: take it out of target_modules; it stays frozen"
                 + (f", or is trained in full with also_train=[{name!r}]." if name else ".")
             )
 
@@ -264,7 +264,7 @@ def _refuse_no_match(pattern: str, hits: list[str], modules: Mapping[str, nn.Mod
     if hits:
         kinds = sorted({type(modules[n]).__name__ for n in hits})
         raise ValueError(
-            f"{field}: {pattern!r} matches only {', '.join(kinds)}; PMSS converts nn.Linear and Conv1D layers."
+            f"{field}: {pattern!r} matches only {', '.join(kinds)}; lightning-pmss converts nn.Linear and Conv1D layers."
         )
     raise ValueError(f"{field}: {pattern!r} matches no module; {_remedy(pattern, modules, linear)}.")
 
@@ -317,15 +317,15 @@ def refuse_unconvertible(
             raise ValueError(f"`{name}` ({type(layer).__name__}) {reason}")
         if reason := why_no_own_weight(layer):
             raise ValueError(
-                f"`{name}` ({type(layer).__name__}): {reason}. PMSS converts layers that own a plain weight. Take it"
+                f"`{name}` ({type(layer).__name__}): {reason}. lightning-pmss converts layers that own a plain weight. Take it"
                 " out of target_modules or list it in exclude_modules; of torch's parametrisations, norms and pruning the"
                 " result can be kept as a plain weight first (`remove_parametrizations`, `remove_weight_norm`,"
                 " `prune.remove`)."
             )
         if not is_supported(layer):
             raise ValueError(
-                f"`{name}` is a {type(layer).__name__} whose weight cannot be read as a floating-point matrix; PMSS converts"
-                " nn.Linear and Conv1D layers. Take it out of target_modules or list it in exclude_modules."
+                f"`{name}` is a {type(layer).__name__} whose weight cannot be read as a floating-point matrix; lightning-pmss"
+                " converts nn.Linear and Conv1D layers. Take it out of target_modules or list it in exclude_modules."
             )
         weight: Tensor = layer.weight  # type: ignore[assignment]
         if len(shared := owners[id(weight)]) > 1:

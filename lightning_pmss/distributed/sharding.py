@@ -116,7 +116,7 @@ def prepare_strategy(trainer: L.Trainer, module: L.LightningModule) -> Engine:
     elif engine == "zero":
         assert isinstance(strategy, DeepSpeedStrategy)
         if not strategy.exclude_frozen_parameters:
-            rank_zero_info("PMSS: DeepSpeedStrategy(exclude_frozen_parameters=True) set: checkpoints without the base.")
+            rank_zero_info("DeepSpeedStrategy(exclude_frozen_parameters=True) set: checkpoints without the base.")
         strategy.exclude_frozen_parameters = True
     return engine
 
@@ -145,7 +145,7 @@ def _prepare_fsdp2(trainer: L.Trainer, strategy: Strategy) -> None:
     if tensor_parallel > 1:
         raise MisconfigurationException(
             f"tensor_parallel_size={tensor_parallel} ('auto' means all devices of a node) would split the rows and columns"
-            " that PMSS selects. Type ModelParallelStrategy("
+            " that the adapter reads. Type ModelParallelStrategy("
             f"data_parallel_size={trainer.world_size}, tensor_parallel_size=1)."
         )
     if trainer.validate_loop.inference_mode:  # the Trainer's argument; the loop inside `fit` never uses it

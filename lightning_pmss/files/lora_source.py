@@ -24,7 +24,7 @@ from lightning_pmss.store import not_finite
 from lightning_pmss.store.shards import ShardReader, few
 
 _IN_PYTHON = "load_adapter(model, ADAPTER_DIR), then the same on the model."
-_QUANTISED = "a quantised form, of which no rows and columns can be read. Give the unquantised base."
+_QUANTISED = "a quantised form, of which no weights can be read. Give the unquantised base."
 
 
 @dataclass(frozen=True)

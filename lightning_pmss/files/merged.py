@@ -225,7 +225,7 @@ class _Plan:
             present = [key for key in aliases if key in reader.tensors]
             for key in present or aliases[:1]:
                 if key in self.modules:
-                    raise ValueError(f"{adapter.folder}: {key} is both a PMSS layer and trained in full.")
+                    raise ValueError(f"{adapter.folder}: {key} is both a converted layer and trained in full.")
                 self.trained[key] = value
                 if present and reader.tensors[key].shape[1:] != tuple(value.shape)[1:]:
                     raise ValueError(

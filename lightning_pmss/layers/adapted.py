@@ -188,7 +188,7 @@ class AdaptedLinear(IndexTensors, MergedLayer):
             output = F.linear(input.to(self.weight.dtype), self.weight, bias).to(input.dtype)
         else:
             output = self.base(input)
-        return refuse_training(self, output, next(iter(self.core.trained().values())))
+        return refuse_training(self, output, next(iter(self.core.trained().values())), self.method.trained)
 
     # -- merging, state dicts -----------------------------------------------------------------------------------------
 

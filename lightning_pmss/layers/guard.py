@@ -13,20 +13,27 @@ class _Refusing(torch.autograd.Function):
     """The identity; its backward pass raises an error."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, trained: Tensor) -> Tensor:
+    def forward(ctx: Any, output: Tensor, trained: Tensor, name: str) -> Tensor:
+        ctx.name = name
         ctx.mark_dirty(output)  # not a view: an in-place activation may follow
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         raise RuntimeError(
-            "the model is merged, so U has no effect and cannot be trained. Call unmerge(model) before training; to compute "
-            "gradients of the merged model for another purpose, call model.eval()."
+            f"the model is merged, so {ctx.name} has no effect and cannot be trained. Call unmerge(model) before training; to"
+            " compute gradients of the merged model for another purpose, call model.eval()."
         )
 
 
-def refuse_training(layer: torch.nn.Module, output: Tensor, trained: Tensor) -> Tensor:
-    """Refuse to backpropagate through a merged layer: U no longer reaches the output, so training would silently do nothing.
+def refuse_training(layer: torch.nn.Module, output: Tensor, trained: Tensor, name: str) -> Tensor:
+    """Refuse to backpropagate through a merged layer: its adapter does not reach the output and would silently not learn.
+
+    Args:
+        layer: The merged layer.
+        output: Of it.
+        trained: One of its trained tensors.
+        name: What is trained, for the message.
 
     Returns:
         The output; in training mode its backward pass raises. Without it a hand-written loop would end in torch's "element 0
@@ -34,7 +41,7 @@ def refuse_training(layer: torch.nn.Module, output: Tensor, trained: Tensor) -> 
     """
     if not (layer.training and torch.is_grad_enabled() and trained.requires_grad):
         return output
-    refusing: Tensor = _Refusing.apply(output, trained)  # type: ignore[no-untyped-call]
+    refusing: Tensor = _Refusing.apply(output, trained, name)  # type: ignore[no-untyped-call]
     return refusing
 
 

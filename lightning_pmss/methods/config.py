@@ -135,6 +135,32 @@ class AdapterConfig:
         return cls.__name__.removesuffix("Config")
 
 
+@dataclass(frozen=True)
+class ScaledConfig(AdapterConfig):
+    """Options of a method whose update has one factor for all layers.
+
+    Args:
+        scale: Factor s of the update.
+
+    Raises:
+        ValueError: See `AdapterConfig`.
+    """
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_factor("scale", self.scale)
+
+    def scale_of(self, rank: int, shape: tuple[int, int]) -> float:
+        """s."""
+        return self.scale
+
+    def meaning(self) -> dict[str, Any]:
+        """s scales what is trained."""
+        return {"scale": self.scale}
+
+
 @cache
 def _record_of(options: Any) -> type[Record]:
     """What the dataclass's fields look like in a file."""

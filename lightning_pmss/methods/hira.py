@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_pmss.methods.config import AdapterConfig
+from lightning_pmss.methods.config import AdapterConfig, ScaledConfig
 from lightning_pmss.methods.documentation import inherit_options
 from lightning_pmss.methods.hadamard import HadamardUpdate, hadamard
 from lightning_pmss.methods.lora import LoRA, LoRAUpdate
 from lightning_pmss.methods.method import Shape
 
 
-@inherit_options(AdapterConfig)
+@inherit_options(AdapterConfig, ScaledConfig)
 @dataclass(frozen=True)
-class HiRAConfig(AdapterConfig):
+class HiRAConfig(ScaledConfig):
     """Options of HiRA.
 
     Args:
@@ -35,16 +35,7 @@ class HiRAConfig(AdapterConfig):
 
     method = "hira"
     rank: int = 32
-    scale: float = 1.0
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_factor("scale", self.scale)
-
-    def scale_of(self, rank: int, shape: Shape) -> float:
-        """s."""
-        return self.scale
 
     def card(self) -> str:
         """The update, and what it is bound to."""
@@ -56,10 +47,6 @@ class HiRAConfig(AdapterConfig):
     def summary(self) -> str:
         """s."""
         return f"scale {self.scale:g}"
-
-    def meaning(self) -> dict[str, Any]:
-        """s scales the factors."""
-        return {"scale": self.scale}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from lightning_pmss.layers.products import compute_dtype
 from lightning_pmss.methods.choices import one_of
-from lightning_pmss.methods.config import AdapterConfig
+from lightning_pmss.methods.config import AdapterConfig, ScaledConfig
 from lightning_pmss.methods.documentation import inherit_options
 from lightning_pmss.methods.given import Given
 from lightning_pmss.methods.method import Factors, Kind, Method, Shape, Spec, Update, why_misshapen
@@ -29,9 +29,9 @@ _SIGMA = 1e-5  # of the paper's start
 _LOST = 1e-3  # of the singular vectors of a file, when they are expressed in those of a layer
 
 
-@inherit_options(AdapterConfig)
+@inherit_options(AdapterConfig, ScaledConfig)
 @dataclass(frozen=True)
-class LoRAXSConfig(AdapterConfig):
+class LoRAXSConfig(ScaledConfig):
     """Options of LoRA-XS.
 
     Args:
@@ -48,7 +48,6 @@ class LoRAXSConfig(AdapterConfig):
     method = "lora_xs"
     per_matrix = ("rank",)
     rank: int = 64
-    scale: float = 1.0
     init: str = field(default="zero", metadata=one_of("zero", "normal"))
     seed: int = 0
     skeleton_file: str | None = None
@@ -57,11 +56,6 @@ class LoRAXSConfig(AdapterConfig):
         super().__post_init__()
         if self.skeleton_file is not None:
             object.__setattr__(self, "skeleton_file", str(self.skeleton_file))
-        self.check_factor("scale", self.scale)
-
-    def scale_of(self, rank: int, shape: Shape) -> float:
-        """s."""
-        return self.scale
 
     def card(self) -> str:
         """The update, and what it is bound to."""
@@ -73,10 +67,6 @@ class LoRAXSConfig(AdapterConfig):
     def summary(self) -> str:
         """s and the start."""
         return f"scale {self.scale:g}, init {self.init}"
-
-    def meaning(self) -> dict[str, Any]:
-        """s scales R."""
-        return {"scale": self.scale}
 
 
 @dataclass(frozen=True)

@@ -191,6 +191,7 @@ class Method(ABC, Generic[C]):
         layer_class: Of the converted layers; a subclass may add attributes, never machinery.
         doing: What the progress bar of a conversion says.
         derived: What a skeleton file has of each layer, for messages.
+        trained: What is trained, for messages.
     """
 
     config_class: ClassVar[type[AdapterConfig]]
@@ -198,6 +199,7 @@ class Method(ABC, Generic[C]):
     layer_class: ClassVar[type[AdaptedLinear]] = AdaptedLinear
     doing: ClassVar[str] = "converting"
     derived: ClassVar[str] = "tensors"
+    trained: ClassVar[str] = "the adapter"
 
     variants: ClassVar[Sequence[Mapping[str, Any]]] = ()
     """Options that choose other mathematics. The tests of all methods ask the same of each of them."""

@@ -92,6 +92,7 @@ class PMSS(Method[PMSSConfig]):
     layer_class = PMSSLinear
     doing = "selecting rows and columns"
     derived = "rows and columns"
+    trained = "U"
     variants: ClassVar[Sequence[Mapping[str, Any]]] = ({"columns": "all"},)
 
     @classmethod

@@ -163,6 +163,8 @@ class OneSided(Method[PMSSConfig]):
     update_class = OneSidedUpdate
     layer_class = OneSidedLinear
     doing = "selecting rows"
+    derived = "rows"
+    trained = "U"
 
     def specs(self, shape: Shape, rank: int) -> dict[str, Spec]:
         """V, the factor of the coordinates, rows."""
