@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_pmss import METHODS, convert, save_adapter
 from lightning_pmss.chat.stream import Stream, shown
 from lightning_pmss.cli import main
+from lightning_pmss.conversion.convert import adapted_layers
 from tests.chat.conftest import Answer
 
 Chat = Callable[..., tuple[list[str], str]]
@@ -184,6 +186,24 @@ def test_a_merged_folder_says_what_its_adapter_says(
     merged = str(tmp_path / "merged")
     main(["merge", "--base", tiny_llama, "--adapter", adapters["red"], "--output", merged])
     assert chat("Hello", model=merged)[0][1] == f"model> {shown(plainly([user('Hello')], adapters['red']))}"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapter_of_any_method(method: str, tiny_llama: str, tmp_path: Path, chat: Chat, plainly: Answer) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    convert(model, METHODS[method].config_class(rank=8))
+    generator = torch.Generator().manual_seed(0)
+    for layer in adapted_layers(model).values():
+        for value in layer.core.trained().values():
+            value.data.add_(30 * torch.randn(value.shape, generator=generator))
+    folder = str(save_adapter(model, tmp_path / method))
+    said, _ = chat("Hello", "/adapter none", "/again", options=("--adapter", folder))
+    alone = shown(plainly([user("Hello")], folder))
+    assert said[1] == f"{method}> {alone}"
+    assert said[3] == f"model> {shown(plainly([user('Hello')]))}"
+    assert alone != shown(plainly([user("Hello")]))
 
 
 class _Letters:
