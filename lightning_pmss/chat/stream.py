@@ -46,7 +46,7 @@ class Stream(TextStreamer):
         held = (
             0 if stream_end or whole != self.text else max((_beginning(whole, word) for word in self.stop), default=0)
         )
-        piece = whole[self._shown : len(whole) - held]
+        piece = whole[: len(whole) - held].rstrip()[self._shown :]  # blanks at the end are no part of an answer
         if piece:
             self._shown += len(piece)
             self.write(shown(piece))

@@ -216,11 +216,12 @@ class _Letters:
 @pytest.mark.parametrize(
     ("text", "stop", "wanted"),
     [
-        ("one two Question: three", ["\nQ", "Question:"], "one two "),
+        ("one two Question: three", ["\nQ", "Question:"], "one two"),
         ("one Quest two", ["Question:"], "one Quest two"),
         ("one\n\n Ques", ["Question:"], "one\n\n Ques"),
-        ("ab abc abcd", ["abcd"], "ab abc "),
+        ("ab abc abcd", ["abcd"], "ab abc"),
         ("\n  one\x1b[2J", [], "one\ufffd[2J"),
+        ("one \n two \n ", [], "one \n two"),
     ],
 )
 def test_a_stop_text_is_never_shown(text: str, stop: list[str], wanted: str) -> None:
