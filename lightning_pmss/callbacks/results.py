@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_pmss.callbacks.facts import run_facts
 from lightning_pmss.callbacks.places import STOPPED_CHECKPOINT
-from lightning_pmss.callbacks.processing import processing_of
+from lightning_pmss.callbacks.processing import processing_of, report_template
 from lightning_pmss.distributed.ranks import together
 from lightning_pmss.files import merge_files, save_adapter, write_merged
 from lightning_pmss.files.base import base_of
@@ -40,7 +40,8 @@ def write_adapter(
     """
     if is_sharded(module) or trainer.is_global_zero:
         model, facts = _root(trainer, module), run_facts(trainer, module, earlier or {}, stopped)
-        save_adapter(model, folder, overwrite=True, run=facts, tokenizer=processing_of(trainer, module))
+        parts, rendered = processing_of(trainer, module), report_template(trainer, module, folder)
+        save_adapter(model, folder, overwrite=True, run=facts, tokenizer=parts, keep_tokenizer=rendered)
 
 
 def write_merged_model(trainer: L.Trainer, module: L.LightningModule, adapter: Path | None, folder: Path) -> Any:
@@ -63,11 +64,13 @@ def write_merged_model(trainer: L.Trainer, module: L.LightningModule, adapter: P
         if not trainer.is_global_zero:
             return None
         assert adapter is not None
+        report_template(trainer, module, folder)
         return merge_files(base, adapter, folder, overwrite=True, tokenizer=processing_of(trainer, module))
     if not sharded and not trainer.is_global_zero:
         return None
     if sharded:
         rank_zero_info("No checkpoint of the base on disk; gathering it on rank 0, one matrix at a time.")
+    report_template(trainer, module, folder)
     return write_merged(_root(trainer, module), folder, tokenizer=processing_of(trainer, module), overwrite=True)
 
 

@@ -100,6 +100,16 @@ class TokenisedDataModule(L.LightningDataModule):
     def tokenizer(self) -> Any:
         """The tokenizer, loaded at first use."""
 
+    @property
+    def uses_chat_template(self) -> bool:
+        """Whether the training texts are rendered by the tokenizer's chat template, which a merged model then needs."""
+        return False
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end the training texts; a merged model stops at them too."""
+        return frozenset()
+
     @abstractmethod
     def _make(self, split: Split, ids: Sequence[int] | None) -> Dataset | None:
         """Return a split as tokens: all rows for its own use or only ``ids`` for evaluation; ``None`` if there is none."""

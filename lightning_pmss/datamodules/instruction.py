@@ -165,6 +165,16 @@ class InstructionDataModule(TokenisedDataModule):
         return self.encoder.end_id
 
     @property
+    @override
+    def end_ids(self) -> frozenset[int]:
+        return frozenset({self.end_id})
+
+    @property
+    @override
+    def uses_chat_template(self) -> bool:
+        return self.prompt_style == "chat"
+
+    @property
     def _style(self) -> PromptStyle:
         return self.styles.get(self.prompt_style, PromptStyle(self.plain_template))
 

@@ -61,6 +61,7 @@ def save_adapter(
     overwrite: bool = False,
     run: Mapping[str, Any] | None = None,
     tokenizer: Any = None,
+    keep_tokenizer: bool = False,
 ) -> Path:
     """Write the adapter of a converted model, and a model card. Call it on every rank of a sharded model; rank 0 writes.
 
@@ -74,7 +75,8 @@ def save_adapter(
         overwrite: Replace an earlier adapter of this library.
         run: Facts about the training, for the card: section -> text, or name -> number or text.
         tokenizer: Object with ``save_pretrained``, or a list of such; saved with the adapter if tokens were added to the
-            base's.
+            base's, or `keep_tokenizer` says so.
+        keep_tokenizer: Save it though no tokens were added, such as for a chat template that the base does not have.
 
     Returns:
         The folder.
@@ -136,9 +138,8 @@ def save_adapter(
         fresh=to_be_kept(model, values, fresh),
         settings=settings_of(model, found),
     )
-    write_adapter(
-        adapter, target, overwrite=overwrite, run=run, base=known.folder, tokenizer=tokenizer if grown else None
-    )
+    kept = tokenizer if grown or keep_tokenizer else None
+    write_adapter(adapter, target, overwrite=overwrite, run=run, base=known.folder, tokenizer=kept)
     return target
 
 

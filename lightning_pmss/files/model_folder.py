@@ -17,6 +17,7 @@ from lightning_pmss.layers.merged_layer import LayerDrift
 from lightning_pmss.store.kinds import (
     ADAPTER,
     BESIDE_WEIGHTS,
+    FURTHER_TEMPLATES,
     MERGED,
     SHARDS,
     WRITTEN_BY,
@@ -133,9 +134,11 @@ def refuse_outside(base: Path, found: BesideWeights) -> None:
 def copy_beside(found: BesideWeights, folder: Path, dtype: torch.dtype | None) -> list[str]:
     """Copy config, tokenizer and the like; write a changed dtype into config.json. Return the names."""
     copied = []
+    # The base's further templates are not those of a tokenizer that the caller has written.
+    templated = (folder / "chat_template.jinja").exists()
     for name, source in found.files.items():
         target = folder / name
-        if target.exists():  # already written by the caller
+        if target.exists() or templated and matches(name, FURTHER_TEMPLATES):  # already written by the caller
             continue
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(source, target)  # without permissions

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_pmss.store.kinds import ADAPTER, TOKENIZER, entries, matches
+from lightning_pmss.store.kinds import ADAPTER, GENERATION, TOKENIZER, entries, matches
 
 
 def save_processing(tokenizer: Any, folder: Path) -> None:
@@ -18,12 +18,15 @@ def save_processing(tokenizer: Any, folder: Path) -> None:
 
 
 def copy_processing(adapter: Path, folder: Path) -> list[str]:
-    """Copy an adapter's tokenizer, if it has one: it contains the added tokens. Return the names of its files."""
+    """Copy an adapter's tokenizer, if it has one: it has the added tokens, and the chat template of the training.
+
+    The generation config beside it has the tokens that end a turn there. Return the names of the files.
+    """
     listed = ADAPTER.listed(adapter)
     names = [
         name
         for name, entry in entries(adapter)
-        if entry.is_file(follow_symlinks=False) and name in listed and matches(name, TOKENIZER)
+        if entry.is_file(follow_symlinks=False) and name in listed and matches(name, (*TOKENIZER, GENERATION))
     ]
     for name in names:
         if not (folder / name).exists():  # else already written by the caller

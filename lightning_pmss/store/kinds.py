@@ -20,13 +20,15 @@ WRITTEN_BY = "lightning-pmss"
 _LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}  # written by file managers, safe to remove
 
 SHARDS = ("model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors")
+GENERATION = "generation_config.json"
+FURTHER_TEMPLATES = ("chat_template.json", "additional_chat_templates/*.jinja")
 # Files of tokenizers and processors.
 TOKENIZER = (
     "tokenizer_config.json", "*processor_config.json", "preprocessor_config.json",
     "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "*vocab*.json", "vocab*.txt", "dict.txt", "merges.txt",
     "vocab.bpe", "bpe.codes", "normalizer.json", "emoji.json", "byte_maps.json", "word_shape.json", "word_pronunciation.json",
     "*.model", "*.spm", "*.tiktoken", "*.tokenizer", "tekken.json",
-    "chat_template.json", "*.jinja", "chat*/*.jinja", "additional_chat_templates/*.jinja",
+    "*.jinja", "chat*/*.jinja", *FURTHER_TEMPLATES,
 )  # fmt: skip
 # Files of a model folder beside its weights that no training run, version control or download cache writes.
 BESIDE_WEIGHTS = (
@@ -89,7 +91,9 @@ class FolderKind:
 
 
 ADAPTER = FolderKind(
-    "an adapter", "adapter_config.json", ("README.md", "adapter_config.json", "adapter_model.safetensors", *TOKENIZER)
+    "an adapter",
+    "adapter_config.json",
+    ("README.md", "adapter_config.json", "adapter_model.safetensors", *TOKENIZER, GENERATION),
 )
 LORA = FolderKind("an exported LoRA", "export_report.json", (*ADAPTER.files, "export_report.json"))
 MERGED = FolderKind(

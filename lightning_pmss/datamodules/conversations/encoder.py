@@ -6,13 +6,16 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_pmss.datamodules.continuations import chained, decoded
 from lightning_pmss.datamodules.conversations.formats import Side
 from lightning_pmss.datamodules.conversations.messages import BadRowError
 from lightning_pmss.datamodules.conversations.turns import TurnFinder
 from lightning_pmss.datamodules.prompts import own_prefix, tokenizer_spec
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 TrainOn = Literal["assistant", "last", "each", "all"]
 _CACHE_FORMAT = 1  # part of the names of cached files: raise it when the output of `ConversationEncoder` changes
@@ -164,6 +167,16 @@ class ConversationEncoder:
         for row in rows:
             digest.update(json.dumps(row).encode())
         return digest.hexdigest()[:32]
+
+
+def last_tokens(data: Dataset) -> frozenset[int]:
+    """Return the last tokens of all rows that `ConversationEncoder` made, without reading the others."""
+    found: set[int] = set()
+    for part in data.data.column("input_ids").chunks:
+        borders = part.offsets.to_numpy()
+        stops = borders[1:][borders[1:] > borders[:-1]]
+        found.update(part.values.take(stops - 1).unique().to_pylist())
+    return frozenset(found)
 
 
 _NOTHING: dict[str, Any] = {

@@ -12,7 +12,7 @@ from typing_extensions import override
 from lightning_pmss.datamodules.base import Split, TokenisedDataModule
 from lightning_pmss.datamodules.cache import tokenised
 from lightning_pmss.datamodules.conversations.collate import ConversationCollator
-from lightning_pmss.datamodules.conversations.encoder import ConversationEncoder, TrainOn
+from lightning_pmss.datamodules.conversations.encoder import ConversationEncoder, TrainOn, last_tokens
 from lightning_pmss.datamodules.conversations.formats import Layout, Side
 from lightning_pmss.datamodules.conversations.options import PLAIN, check_chat_options
 from lightning_pmss.datamodules.conversations.reading import Rows, dumped, read_split, split_rows
@@ -110,6 +110,7 @@ class ChatDataModule(TokenisedDataModule):
         """What is wrong with the rows of each split that are left out, where ``on_bad_row`` says so."""
         self._tokenizer: Any = None
         self._wheres: dict[Split, list[str]] = {}
+        self._rendered = False
 
     @property
     @override
@@ -117,6 +118,16 @@ class ChatDataModule(TokenisedDataModule):
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.tokenizer_name)
         return self._tokenizer
+
+    @property
+    @override
+    def uses_chat_template(self) -> bool:
+        return self._rendered
+
+    @property
+    @override
+    def end_ids(self) -> frozenset[int]:
+        return last_tokens(self.data["train"]) if "train" in self.data else frozenset()
 
     def _read(self, split: Split) -> Rows | None:
         """Return the rows of a split, ``None`` if the data has no such split."""
@@ -140,6 +151,7 @@ class ChatDataModule(TokenisedDataModule):
             raise ValueError(f"{rows.source}: rows of preferences cannot be packed; give --data.packing false.")
         if chat and self.template == PLAIN:
             raise ValueError(f"{rows.source}: --data.template plain has no form for {name}; give {REMEDY}.")
+        self._rendered |= chat and split == "train"
         form = use_template(self.tokenizer, self.template) if chat else "the texts as they are"
         examples = [
             (group, where, sides)
