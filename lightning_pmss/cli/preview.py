@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -41,8 +42,8 @@ def run(parser: argparse.ArgumentParser, args: Sequence[str]) -> None:
     given, rest = parser.parse_known_args(args)
     if given.rows < 0:
         raise ValueError(f"--rows {given.rows}: give a number of rows, 0 for none.")
-    if given.tokens_per_second is not None and not given.tokens_per_second > 0:
-        raise ValueError(f"--tokens-per-second {given.tokens_per_second}: give a speed above 0.")
+    if given.tokens_per_second is not None and not 0 < given.tokens_per_second < math.inf:
+        raise ValueError(f"--tokens-per-second {given.tokens_per_second}: give a finite speed above 0.")
     page = None if given.html is None else Path(given.html).expanduser()
     if page is not None:
         _refuse_existing(page, given.overwrite)
@@ -108,6 +109,8 @@ def _refuse_existing(page: Path, overwrite: bool) -> None:
         raise FileNotFoundError(f"--html {page}: the folder {page.parent} does not exist; make it first.")
     if not page.exists():
         return
+    if page.is_dir():
+        raise FileExistsError(f"--html {page} is a folder; name a file, such as {page / 'preview.html'}.")
     if not overwrite:
         raise FileExistsError(f"{page} exists; type another --html or --overwrite.")
     if not page.is_file() or _MARK not in page.read_bytes()[:4096]:

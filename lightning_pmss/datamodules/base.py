@@ -176,7 +176,8 @@ class TokenisedDataModule(L.LightningDataModule):
             if not order:
                 raise ValueError(
                     f"`val_size` is {self.val_size}, but there are only {len(train)} training rows to hold it out from"
-                    f" (whole passages, where rows share one); give --data.val_size below {len(train)}."
+                    " (whole passages, where rows share one); give a smaller --data.val_size, or 0 to train without"
+                    " validation."
                 )
             val = self._evaluated_rows(held) or train.select(held)
         lengths = train["length"][:]

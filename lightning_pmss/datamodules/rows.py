@@ -36,6 +36,10 @@ def _loads(text: str, where: str) -> Any:
         return json.loads(text, object_pairs_hook=_object)
     except _Repeated as error:
         raise ValueError(f"{where}: an object has the key {str(error)!r} more than once; keep one of them.") from None
+    except json.JSONDecodeError:
+        raise
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{where}: JSON that Python does not read ({error}). Correct it or take it out.") from error
 
 
 def _decode(raw: bytes, where: str, encoding: str) -> str:
@@ -108,6 +112,10 @@ def read_csv_rows(path: Path, on_bad: OnBad = None) -> Iterator[Row]:
             raise ValueError(
                 f"{path}:1: the header {header} has a name twice or an empty one; give each column a name."
             )
+        if len(header) == 1 and (mark := next((mark for mark in ";\t|" if mark in header[0]), None)):
+            raise ValueError(
+                f"{path}:1: the header {header} has {mark!r} between its cells; save the file with commas."
+            )
         line = reader.line_num + 1
         for cells in reader:
             where, line = f"{path}:{line}", reader.line_num + 1
@@ -165,7 +173,10 @@ def read_rows(path: Path, on_bad: OnBad = None) -> Iterator[Row]:
     elif path.suffix == ".json":
         rows = read_json(path)
         if not isinstance(rows, list):
-            raise ValueError(f"{path}: expected a JSON list of rows, got {type(rows).__name__}.")
+            raise ValueError(
+                f"{path}: expected a JSON list of rows, got {type(rows).__name__}. Put the rows into one list, [...], or one"
+                " object on each line of a file named .jsonl."
+            )
         yield from ((f"{path} row {number}", row) for number, row in enumerate(rows))
     else:
         yield from read_jsonl_rows(path, on_bad)

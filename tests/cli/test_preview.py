@@ -255,7 +255,7 @@ def test_page(tiny_tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture
     ("options", "message"),
     [
         (["--rows=-1"], "--rows -1: give a number of rows, 0 for none."),
-        (["--tokens-per-second=0"], "--tokens-per-second 0.0: give a speed above 0."),
+        (["--tokens-per-second=0"], "--tokens-per-second 0.0: give a finite speed above 0."),
         (["--html=none/page.html"], "the folder none does not exist; make it first."),
         (["--data.batch=3"], "batch"),
         (["--trainer.mx_epochs=3"], "Did you mean --trainer.max_epochs?"),

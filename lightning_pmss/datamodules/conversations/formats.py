@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning_pmss.datamodules.columns import Format, filled, recognise
 from lightning_pmss.datamodules.conversations.messages import (
+    OR_SKIP,
     BadRowError,
     Message,
     check_order,
@@ -40,15 +41,22 @@ class Layout:
         """Return the kind of a file by its first row.
 
         Raises:
-            BadRowError: If a mapped column is missing; the message has the columns that are there.
+            BadRowError: If a mapped column is missing, or the columns are those of no layout; the message has the columns
+                that are there.
         """
-        if isinstance(row, Mapping):
-            for ours, theirs in self.columns.items():
-                if theirs not in row:
-                    found = ", ".join(sorted(map(str, row)))
-                    raise BadRowError(
-                        f"{where}: no column {theirs!r}, which --data.columns gives for {ours!r}; found {found}."
-                    )
+        if not isinstance(row, Mapping):
+            lists = " A file with one list of all rows is to be named .json." if isinstance(row, list) else ""
+            raise BadRowError(
+                f"{where}: expected a JSON object with the columns of a layout, got {type(row).__name__}.{lists} {_LAYOUTS}"
+            )
+        for ours, theirs in self.columns.items():
+            if theirs not in row:
+                found = ", ".join(sorted(map(str, row)))
+                raise BadRowError(
+                    f"{where}: no column {theirs!r}, which --data.columns gives for {ours!r}; found {found}."
+                )
+        if not any(name in self._renamed(row) for each in KINDS for name in each.needs):
+            raise BadRowError(_unknown(where, row))
         return KINDS[recognise(list(KINDS), self._renamed(row), self.ignored)]
 
     def read(self, where: str, row: Any, kind: Kind) -> list[Side]:
@@ -85,6 +93,18 @@ class Layout:
         return read_messages(where, row[column], column, self.roles, self.ignored)
 
 
+def _unknown(where: str, row: Mapping[str, Any]) -> str:
+    """Return what is wrong with columns that belong to no layout, and how to map them."""
+    spelt = {str(name).strip().casefold(): str(name) for name in row}
+    known = (name for each in KINDS for name in each.needs if name in spelt)
+    ours = next(known, "messages")
+    theirs = spelt.get(ours, next(iter(spelt.values()), "COLUMN"))
+    return (
+        f"{where}: the columns {', '.join(sorted(map(str, row)))} are those of no layout. {_LAYOUTS} Map yours, ours first,"
+        f" for example --data.columns '{{{ours}: {theirs}}}'."
+    )
+
+
 @dataclass(frozen=True)
 class Kind:
     """A layout that is recognised by its columns.
@@ -101,7 +121,7 @@ class Kind:
 def _text(where: str, row: Mapping[str, Any], column: str) -> str:
     value = row[column]
     if not isinstance(value, str) or not value.strip():
-        raise BadRowError(f"{where}: the {column} is {short(value)}; it must be a text that is not empty.")
+        raise BadRowError(f"{where}: the {column} is {short(value)}; it must be a text that is not empty.{OR_SKIP}")
     return value
 
 
@@ -229,4 +249,5 @@ KINDS = {
     )
 }
 """What can be recognised. Of kinds that fit equally well the first one is meant."""
+_LAYOUTS = "Layouts are " + "; ".join(f"{each.name} ({', '.join(each.needs)})" for each in KINDS) + "."
 COLUMNS = sorted({name for each in KINDS for name in (*each.needs, *each.reads)})

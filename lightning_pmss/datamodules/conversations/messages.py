@@ -23,6 +23,9 @@ _READ = {
     "reasoning", "thinking", "weight",
 }  # fmt: skip
 
+OR_SKIP = " Correct it, or leave bad rows out: --data.on_bad_row skip."
+"""What to do about a row that no other option reads."""
+
 
 class BadRowError(ValueError):
     """A row that nothing can be trained on: refused with its place, or skipped and counted."""
@@ -70,6 +73,8 @@ def _message(where: str, given: Any, column: str, known: Mapping[str, str], igno
     tag = given.get("role", given.get("from"))
     if "role" not in given and "from" not in given:
         raise BadRowError(f"{where} has neither 'role' nor 'from', but {sorted(map(str, given))}.")
+    if not isinstance(tag, str):
+        raise BadRowError(f"{where} has the role {short(tag)}, {type(tag).__name__}; it must be a text.{OR_SKIP}")
     if tag not in known:
         raise BadRowError(
             f"{where} has the role {tag!r}; known are {', '.join(known)}. Others can be named:"
@@ -98,7 +103,7 @@ def _message(where: str, given: Any, column: str, known: Mapping[str, str], igno
             raise BadRowError(f"{where} calls a function, and its role is {tag!r}; only the assistant calls functions.")
         message["tool_calls"] = read_calls(where, calls)
     if not content.strip() and "tool_calls" not in message and message["role"] != "tool":
-        raise BadRowError(f"{where}, the {message['role']}'s, is empty ({content!r}).")
+        raise BadRowError(f"{where}, the {message['role']}'s, is empty ({content!r}).{OR_SKIP}")
     message["content"] = content
     for key in ("tool_call_id", "name"):
         if filled(given.get(key)):
@@ -172,7 +177,11 @@ def read_json(where: str, text: str, what: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise BadRowError(f"{where}: {what} is {short(text)}, which is no JSON ({error.msg}).") from error
+        raise BadRowError(f"{where}: {what} is {short(text)}, which is no JSON ({error.msg}).{OR_SKIP}") from error
+    except (RecursionError, ValueError) as error:
+        raise BadRowError(
+            f"{where}: {what} is {short(text)}, JSON that Python does not read ({error}).{OR_SKIP}"
+        ) from error
 
 
 def check_order(where: str, messages: Sequence[Message]) -> None:
@@ -187,7 +196,7 @@ def check_order(where: str, messages: Sequence[Message]) -> None:
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         raise BadRowError(
-            f"{where}: no assistant turn (the roles are {', '.join(roles)}), so there is nothing to train on."
+            f"{where}: no assistant turn (the roles are {', '.join(roles)}), so there is nothing to train on.{OR_SKIP}"
         )
     before = "start"
     for number, role in enumerate(roles, 1):
@@ -197,7 +206,9 @@ def check_order(where: str, messages: Sequence[Message]) -> None:
                 rule = "a tool answers a call of the assistant"
             else:
                 rule = f"behind {_IN_WORDS[before]} comes {' or '.join(_IN_WORDS[each] for each in _AFTER[before])}"
-            raise BadRowError(f"{where}: roles out of order: message {number} is {_IN_WORDS[role]}, but {rule}.")
+            raise BadRowError(
+                f"{where}: roles out of order: message {number} is {_IN_WORDS[role]}, but {rule}.{OR_SKIP}"
+            )
         before = role
         if role == "assistant" and messages[number - 1].get("tool_calls"):
             before = "call"
@@ -206,7 +217,9 @@ def check_order(where: str, messages: Sequence[Message]) -> None:
             f"{where}: the last message is {_IN_WORDS[roles[-1]]}, which nothing answers. Take it out, or add the answer."
         )
     if not any(message.get("weight", 1) for message in messages if message["role"] == "assistant"):
-        raise BadRowError(f"{where}: all of the assistant's turns have the weight 0, so there is nothing to train on.")
+        raise BadRowError(
+            f"{where}: all of the assistant's turns have the weight 0, so there is nothing to train on.{OR_SKIP}"
+        )
 
 
 _AFTER = {

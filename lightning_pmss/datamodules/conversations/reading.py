@@ -11,6 +11,7 @@ from typing import Any
 from lightning_pmss.datamodules.conversations.formats import Kind, Layout, Side
 from lightning_pmss.datamodules.conversations.messages import BadRowError
 from lightning_pmss.datamodules.rows import SUFFIXES, Row, existing, load_hub_rows, looks_like_file, read_rows
+from lightning_pmss.messages import some
 
 STEMS = {"train": ("train",), "val": ("validation", "val", "valid", "dev"), "test": ("test",)}
 """Names of a folder's files, without their suffixes."""
@@ -97,7 +98,7 @@ def split_rows(
     """
     remedy = f"Give --data.{option} a file ({', '.join(SUFFIXES)}), a folder with such files called train, or a hub id."
     if not looks_like_file(path):
-        rows = load_hub_rows(path, name, [{}], f"--data.{option} FILE.jsonl")
+        rows = load_hub_rows(path, name, [{}], f"--data.{option} FILE.jsonl; {Path(path).absolute()} is none.")
         return f"{path} {name}", ((where, _cleaned(row)) for where, row in rows)
     place = Path(path).expanduser()
     if place.is_dir():
@@ -105,10 +106,15 @@ def split_rows(
         file = next((each for each in files if each.is_file()), None)
         if file is None and split != "train":
             return None
+        others = sorted(each.name for each in place.iterdir() if each.suffix in SUFFIXES)
+        if file is None and others:
+            remedy = f"The folder has {some(others)}: give a file, such as --data.{option} {place / others[0]}, or rename it."
         place = existing(file or files[0], remedy)
     place = existing(place, remedy)
     if place.suffix not in SUFFIXES:
-        raise ValueError(f"{place}: files are read by their suffix, {', '.join(SUFFIXES)}; rename this one.")
+        raise ValueError(
+            f"{place}: files are read by their suffix, {', '.join(SUFFIXES)}; rename, unpack or convert this one."
+        )
     rows_of = read_rows(place, None if skipped is None else lambda error: skipped.append(str(error)))
     if place.suffix == ".parquet":
         return str(place), ((where, _cleaned(row)) for where, row in rows_of)

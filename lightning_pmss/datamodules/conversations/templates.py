@@ -90,7 +90,10 @@ def use_template(tokenizer: Any, template: str | None, remedy: str = REMEDY) -> 
     if not path.is_file():
         kind: type[Exception] = FileNotFoundError if path.suffix or len(path.parts) > 1 else ValueError
         raise kind(f"There is no chat template {template!r}, by name or as a file. Give {remedy}.")
-    tokenizer.chat_template = path.read_text(encoding="utf-8")
+    try:
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"The chat template {path} is not UTF-8 ({error.reason}). Save the file as UTF-8.") from error
     return f"the template of {path}"
 
 
