@@ -102,7 +102,7 @@ def _load(loader: Any, what: str, name_or_path: str, **options: Any) -> Any:
         else:
             problem = f"There is no folder {name_or_path!r}, and the model hub gave no {what} of that name ({reason})"
             remedy = (
-                "Type the path of a model folder after --model.model_name_or_path, or the id of a model on the hub "
+                "Type the path of a model folder (`fit` has it in --model.model_name_or_path), or the id of a model on the hub "
                 "while it is reachable (HF_HUB_OFFLINE not set). `python examples/smollm2.py` makes "
                 "models/SmolLM2-135M-Instruct without the hub"
             )
