@@ -9,8 +9,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lightning_pmss.cli.options import Options
+from lightning_pmss.cli.options import Options, flag
 from lightning_pmss.estimate.run import Run, ZeroSettings
+from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.methods.pmss.config import PMSSConfig
 from lightning_pmss.store import read_json
 from lightning_pmss.store.disk import atomic_file
@@ -30,6 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     for options in (RUN, CONVERSION, ZERO):
         options.add_to(parser)
+    parser.add_argument(
+        "--method",
+        default=PMSSConfig.method,
+        metavar="NAME",
+        help="The method, such as lora, miss or lora_xs (default: %(default)s). Defaults of the rank and the like are PMSS's;"
+        " the others have those of their configurations.",
+    )
     parser.add_argument("--gpu", type=_bytes, metavar="SIZE", help="Memory of one device, such as 80GB: does it fit?")
     parser.add_argument("--json", action="store_true", help="Print JSON, sizes in bytes.")
     parser.add_argument("--output", metavar="FILE", help="Write the JSON there too.")
@@ -54,11 +62,11 @@ def run(parser: argparse.ArgumentParser, args: Sequence[str]) -> None:
     from lightning_pmss.estimate.table import table
 
     options = vars(given)
-    config, zero = PMSSConfig(**CONVERSION.take(options)), ZeroSettings(**ZERO.take(options))
+    config, zero = _config(given.method, CONVERSION.take(options)), ZeroSettings(**ZERO.take(options))
     asked = Run(**RUN.take(options), config=config, zero=zero)
     result = estimate(asked)
     found = None
-    if given.gpu is not None and result.methods["pmss"].total > given.gpu:
+    if given.gpu is not None and result.methods[given.method].total > given.gpu:
         found = remedies(asked, given.gpu)
     record: dict[str, Any] = result.to_dict()
     if given.gpu is not None:
@@ -70,6 +78,18 @@ def run(parser: argparse.ArgumentParser, args: Sequence[str]) -> None:
         with atomic_file(given.output) as new:
             new.write_bytes(f"{text}\n".encode())
     print(text if given.json else table(result, given.gpu, found))
+
+
+def _config(method: str, options: dict[str, Any]) -> AdapterConfig:
+    from lightning_pmss.methods import METHODS
+
+    if method not in METHODS:
+        raise ValueError(f"--method {method} is not known; type one of {', '.join(METHODS)}.")
+    config = METHODS[method].config_class
+    if odd := [flag(name) for name in options if name not in {field.name for field in fields(config)}]:
+        raise ValueError(f"{', '.join(odd)}: not an option of --method {method}. Leave it out.")
+    found: AdapterConfig = config(**options)
+    return found
 
 
 def _refuse_others(output: Path) -> None:

@@ -27,7 +27,7 @@ class Remedy:
 
 
 def remedies(run: Run, gpu: float) -> list[Remedy]:
-    """List single changes with which PMSS fits, and combinations with checkpointing where that alone is not enough.
+    """List single changes with which the run's method fits, and combinations with checkpointing where that alone is not enough.
 
     Args:
         run: A run that does not fit.
@@ -83,4 +83,5 @@ def _largest_rank(run: Run, gpu: float) -> Remedy | None:
 
 
 def _total(run: Run, **options: Any) -> int:
-    return estimate(with_options(run, **options), ("pmss",), both=False).methods["pmss"].total
+    own = run.config.method
+    return estimate(with_options(run, **options), (own,), both=False).methods[own].total

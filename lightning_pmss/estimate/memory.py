@@ -1,4 +1,4 @@
-"""Estimate a run's memory for PMSS, for LoRA with about as many trained parameters, and for full fine-tuning."""
+"""Estimate a run's memory for its method, for LoRA with about as many trained parameters, and for full fine-tuning."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from lightning_pmss.conversion.roots import canonical_modules
 from lightning_pmss.conversion.targets import match_modules
 from lightning_pmss.estimate.depth import estimate_step
 from lightning_pmss.estimate.model import (
-    METHODS,
     Architecture,
     Piece,
     count,
@@ -34,8 +33,8 @@ from lightning_pmss.estimate.strategies import (
 from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.layers.convertible import canonical_shape
 from lightning_pmss.layers.products import core_dtype
+from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.methods.method import file_bytes
-from lightning_pmss.methods.pmss.config import PMSSConfig
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class MethodEstimate:
     """Memory of one method in bytes; `strategies.Placement` explains the columns that are not listed here.
 
     Attributes:
-        method: ``"pmss"``, ``"lora"`` or ``"full"``.
+        method: Name of a method, such as ``"pmss"``, or ``"full"``.
         rank: Rank of the adapters (PMSS: before it is clipped to a layer); None in full fine-tuning.
         trainable: Number of trained parameters.
         activations: Activations that the decoder layers keep from the forward to the backward pass.
@@ -133,12 +132,13 @@ class Estimate:
         }
 
 
-def estimate(run: Run, methods: tuple[str, ...] = METHODS, *, both: bool = True) -> Estimate:
+def estimate(run: Run, methods: tuple[str, ...] | None = None, *, both: bool = True) -> Estimate:
     """Estimate a run from its model's ``config.json``.
 
     Args:
         run: Options of the run.
-        methods: The methods to estimate, of `METHODS`.
+        methods: What to estimate: the name of the run's own method, ``"lora"`` (if that is another one: of about as many
+            trained parameters), ``"full"``; None: all of these.
         both: Also estimate the activations with gradient checkpointing toggled.
 
     Raises:
@@ -147,7 +147,7 @@ def estimate(run: Run, methods: tuple[str, ...] = METHODS, *, both: bool = True)
     """
     config = read_config(run.model)
     loaded = weights_dtype(config, run.weights_dtype)
-    return _estimate(run, config, loaded, methods, both)
+    return _estimate(run, config, loaded, methods or (*dict.fromkeys((run.config.method, "lora")), "full"), both)
 
 
 def _estimate(run: Run, config: Any, loaded: torch.dtype, methods: tuple[str, ...], both: bool) -> Estimate:
@@ -165,7 +165,7 @@ def _estimate(run: Run, config: Any, loaded: torch.dtype, methods: tuple[str, ..
         if method == "full" and run.quantisation is not None:
             continue  # quantised weights are not trained
         rank: int | None = None
-        if method == "pmss":
+        if method == run.config.method:
             model, rank = architecture.adapted(run.config), run.config.rank
         elif method == "lora":
             model, rank = architecture.lora(run.config)
@@ -241,8 +241,8 @@ def _trained_bytes(pieces: list[Piece]) -> int:
     return sum(p.nbytes for p in pieces if p.kind == "trained" and not p.buffer)
 
 
-def _adapter_bytes(model: nn.Module, config: PMSSConfig) -> int:
-    """Return the size of the adapter's tensors: U and indices of each layer, and the modules trained in full."""
+def _adapter_bytes(model: nn.Module, config: AdapterConfig) -> int:
+    """Return the size of the adapter's tensors: those of each layer, and the modules trained in full."""
     modules = canonical_modules(model)
     full = (modules[name] for name in match_modules(config.also_train, modules, "also_train"))
     extra = sum(value.nbytes for module in full for value in module.state_dict().values())

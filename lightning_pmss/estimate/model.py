@@ -33,7 +33,6 @@ from lightning_pmss.methods.lora import LoRAConfig
 from lightning_pmss.methods.method import Kind, Spec
 from lightning_pmss.store.model_config import read_model_config
 
-METHODS = ("pmss", "lora", "full")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning_pmss.methods.choices import check_choices, one_of
+from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.methods.pmss.config import PMSSConfig
 
 STRATEGIES = ("single", "ddp", "fsdp", "fsdp2", "zero2", "zero3", "zero3_offload")
@@ -41,7 +42,7 @@ class Run:
         strategy: Strategy of the Trainer. ``"auto"`` means single on one device and fsdp2 (quantised: ddp) on several.
         devices: Devices per node.
         nodes: Number of nodes.
-        config: Options of the conversion.
+        config: Options of the conversion, of any method.
         micro_batch: Sequences per device and pass.
         sequence_length: Tokens of the longest sequence.
         precision: Precision of the Trainer.
@@ -60,7 +61,7 @@ class Run:
     strategy: str = field(default="auto", metadata=one_of("auto", *STRATEGIES))
     devices: int = 1
     nodes: int = 1
-    config: PMSSConfig = field(default_factory=PMSSConfig)
+    config: AdapterConfig = field(default_factory=PMSSConfig)
     micro_batch: int = 1
     sequence_length: int = 2048
     precision: str = field(default="bf16-true", metadata=one_of("32-true", "bf16-mixed", "bf16-true"))

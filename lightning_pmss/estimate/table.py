@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from lightning_pmss.estimate.advice import Remedy
 from lightning_pmss.estimate.memory import Estimate, MethodEstimate
+from lightning_pmss.methods import METHODS
+from lightning_pmss.methods.config import AdapterConfig
+from lightning_pmss.methods.pmss.config import PMSSConfig
 
 GB = 1e9
 CARDS = (24, 40, 48, 80, 141)  # GB of common devices
 LABELS = {
     "base": "base weights",
-    "trained": "trained (V, indices / A, B)",
-    "factors": "frozen factors of V",
+    "trained": "trained, and indices",
+    "factors": "frozen factors",
     "gradients": "gradients",
     "optimizer": "optimizer",
     "gathered": "weights gathered temporarily",
@@ -28,7 +31,7 @@ def table(estimate: Estimate, gpu: float | None = None, remedies: list[Remedy] |
     Args:
         estimate: The estimate to show.
         gpu: Memory of one device in bytes; None names the smallest common device that fits.
-        remedies: Changes with which PMSS fits; None omits this section.
+        remedies: Changes with which the run's method fits; None omits this section.
     """
     run = estimate.run
     checkpointing = "with" if run.gradient_checkpointing else "without"
@@ -39,7 +42,7 @@ def table(estimate: Estimate, gpu: float | None = None, remedies: list[Remedy] |
         f"{estimate.architecture}, {estimate.parameters:,} parameters in {kept}; {run.strategy} on {where},"
         f" precision {run.precision}, {run.optimizer}",
         f"{run.micro_batch} x {run.sequence_length} tokens per device and pass, {checkpointing} gradient checkpointing;"
-        f" columns={run.config.columns}, memory={run.config.memory}, coordinates={run.config.coordinates}",
+        f" {run.config.label()}{_options(run.config)}",
         "",
     ]
     methods = list(estimate.methods.values())
@@ -64,14 +67,28 @@ def table(estimate: Estimate, gpu: float | None = None, remedies: list[Remedy] |
     lines += [text[0], rule, *text[1:total], rule, *text[total:], ""]
     lines += [_verdict(m, gpu) for m in methods]
     if remedies is not None:
-        lines.append("PMSS fits with one of these changes:" if remedies else "none of the changes tried makes PMSS fit")
+        name = run.config.label()
+        lines.append(
+            f"{name} fits with one of these changes:" if remedies else f"none of the changes tried makes {name} fit"
+        )
         lines += [f"  {r.change}: {_gb(r.total)} GB" for r in remedies]
     return "\n".join(lines)
 
 
+def _options(config: AdapterConfig) -> str:
+    """Those that change the memory."""
+    if isinstance(config, PMSSConfig):
+        return f", columns={config.columns}, memory={config.memory}, coordinates={config.coordinates}"
+    return f", {config.summary()}" if config.summary() else ""
+
+
+def _label(method: str) -> str:
+    return "full fine-tuning" if method == "full" else METHODS[method].config_class.label()
+
+
 def _title(method: MethodEstimate) -> str:
-    names = {"pmss": "PMSS", "lora": "LoRA", "full": "full"}
-    return names[method.method] + ("" if method.rank is None else f" r={method.rank}")
+    name = "full" if method.method == "full" else _label(method.method)
+    return name + ("" if method.rank is None else f" r={method.rank}")
 
 
 def _other_total(method: MethodEstimate) -> int:
@@ -80,7 +97,7 @@ def _other_total(method: MethodEstimate) -> int:
 
 
 def _verdict(method: MethodEstimate, gpu: float | None) -> str:
-    name = {"pmss": "PMSS", "lora": "LoRA", "full": "full fine-tuning"}[method.method]
+    name = _label(method.method)
     if gpu is None:
         enough = [card for card in CARDS if card * GB >= method.total]
         return f"{name}: " + (f"fits devices of {enough[0]} GB" if enough else f"fits none of up to {CARDS[-1]} GB")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_pmss import PMSSConfig, convert
+from lightning_pmss import AdapterConfig, PMSSConfig, convert
 from lightning_pmss.layers.indices import index_tensors
 from lightning_pmss.modules.causal_lm import IGNORED, CausalLMModule
 
@@ -37,7 +37,7 @@ def write_config(folder: Path) -> str:
     return str(folder)
 
 
-def small_model(dtype: torch.dtype, config: PMSSConfig | None) -> nn.Module:
+def small_model(dtype: torch.dtype, config: AdapterConfig | None) -> nn.Module:
     """In train mode, converted where there is a config; selection by norm, which needs no time."""
     from transformers import AutoModelForCausalLM
 
