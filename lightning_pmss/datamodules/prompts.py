@@ -86,9 +86,11 @@ def load_tokenizer(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(
-            f"Could not load the tokenizer {name!r} ({error}). Give the folder of a model with its tokenizer files, or a"
-            " hub id, as --data.tokenizer."
+            f"Could not load the tokenizer {name!r} ({reason}). Give the folder of a model with its tokenizer files, or a"
+            " hub id, as --model.model_name_or_path or --data.tokenizer. `python examples/smollm2.py` makes"
+            " models/SmolLM2-135M-Instruct without the hub."
         ) from error
 
 

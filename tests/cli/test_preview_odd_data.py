@@ -102,3 +102,6 @@ def test_places_and_options(tiny_tokenizer: str, tmp_path: Path, capsys: pytest.
         ([mine, "--tokens-per-second=inf"], "--tokens-per-second inf: give a finite speed above 0."),
     ):
         assert says in refusal(capsys, tiny_tokenizer, tmp_path, *arguments)
+    printed = refusal(capsys, "models/none", tmp_path, mine)  # transformers says it in several lines
+    assert printed.strip().splitlines()[-1].endswith("makes models/SmolLM2-135M-Instruct without the hub.")
+    assert "preview: error: Could not load the tokenizer 'models/none' (" in printed.strip().splitlines()[-1]
