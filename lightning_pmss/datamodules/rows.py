@@ -101,11 +101,11 @@ def read_csv_rows(path: Path, on_bad: OnBad = None) -> Iterator[Row]:
     raw = path.read_bytes()
     for number, part in enumerate(raw.split(b"\n"), start=1):
         _decode(part, f"{path}:{number}", "utf-8")
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default is 131,072 characters for a cell
     reader = csv.reader(io.StringIO(raw.decode("utf-8-sig"), newline=""), strict=True)
+    rows = _cells(reader)
     line = 1
     try:
-        header = next(reader, [])
+        header = next(rows, [])
         if header[:1] == [""]:  # an index without a name, as pandas writes it
             header[0] = "Unnamed: 0"
         if len(set(header)) < len(header) or not all(name.strip() for name in header):
@@ -117,7 +117,7 @@ def read_csv_rows(path: Path, on_bad: OnBad = None) -> Iterator[Row]:
                 f"{path}:1: the header {header} has {mark!r} between its cells; save the file with commas."
             )
         line = reader.line_num + 1
-        for cells in reader:
+        for cells in rows:
             where, line = f"{path}:{line}", reader.line_num + 1
             if not cells:
                 continue
@@ -134,6 +134,19 @@ def read_csv_rows(path: Path, on_bad: OnBad = None) -> Iterator[Row]:
         raise ValueError(
             f"{path}:{line}: not valid CSV ({error}). Put quotes around texts, and double those in them."
         ) from error
+
+
+def _cells(reader: Iterator[list[str]]) -> Iterator[list[str]]:
+    """The rows of a CSV reader, with cells of any size. The limit is one of the process: others get it back at once."""
+    while True:
+        before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default is 131,072 characters
+        try:
+            found = next(reader, None)
+        finally:
+            csv.field_size_limit(before)
+        if found is None:
+            return
+        yield found
 
 
 def read_json(path: Path) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from experiments.calibrated import RULES, calibrate, choose, pursue
+from experiments.frozen_a import DIRECTIONS
 from experiments.gradients import share
 from experiments.layer_scales import RULES as RULES_OF_SCALES
 from experiments.layer_scales import LayerScales
@@ -153,7 +154,12 @@ def test_selecting_anew_changes_the_skeleton_and_not_the_function(tiny_llama: st
         assert not loop.optimizers[0].state[layer.core.weight]["exp_avg"].any()
 
 
-OPTIONS: dict[str, dict[str, Any]] = {"full": {}, "pmss": {"rank": 4}, "psoft": {"rank": 4}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "pmss": {"rank": 4},
+    "psoft": {"rank": 4},
+    "frozen_a": {"rank": 2, "directions": "random", "scale": 8},
+}
 VARIANTS = [{"name": name, **OPTIONS.get(name, {"rank": 2})} for name in METHODS if name != "base"] + [
     {"name": "pmss", "rank": 4, "skeleton": {"by": "gradient", "batches": 2}},
     {"name": "pmss", "rank": 4, "layer_scales": "spectral"},
@@ -161,6 +167,8 @@ VARIANTS = [{"name": name, **OPTIONS.get(name, {"rank": 2})} for name in METHODS
     {"name": "pmss", "rank": 4, "columns": "all", "whitened": 2},
     {"name": "pmss", "rank": 4, "columns": "all", "skeleton": {"by": "activation", "batches": 2}},
     {"name": "pmss", "rank": 4, "reselect": {"every": 1, "by": "random"}, "targets": "mlp"},
+    {"name": "pmss", "rank": 4, "columns": "all", "reselect": {"every": 1, "by": "random"}},
+    *({"name": "frozen_a", "rank": 2, "directions": name, "scale": "in", "batches": 2} for name in DIRECTIONS),
 ]
 
 
