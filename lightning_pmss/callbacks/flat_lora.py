@@ -52,6 +52,7 @@ class FlatLoRA(Callback):
         self.sigma, self.seed, self.same_on_ranks = sigma, seed, same_on_ranks
         self._noise = StepNoise()
         self._handles: list[Any] = []
+        self._steps = 1
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -71,13 +72,14 @@ class FlatLoRA(Callback):
                 "FlatLoRA: the number of optimizer steps is not known, over which the noise grows. Set max_steps, or max_epochs"
                 " and a loader with a length."
             )
+        self._steps = max(1, int(trainer.estimated_stepping_batches))
 
     @override
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        step, steps = trainer.global_step, max(1, trainer.estimated_stepping_batches)
-        factor = 0.5 * (1 - math.cos(math.pi * min(1.0, step / steps)))
+        step = trainer.global_step
+        factor = 0.5 * (1 - math.cos(math.pi * min(1.0, step / self._steps)))
         rank = 0 if self.same_on_ranks else trainer.global_rank
         self._noise.begin(self.sigma * factor, (self.seed, step, rank))
 

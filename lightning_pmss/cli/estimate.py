@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lightning_pmss.cli.options import Options, flag
+from lightning_pmss.cli.options import Options, refuse_others
 from lightning_pmss.estimate.run import Run, ZeroSettings
 from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.methods.pmss.config import PMSSConfig
@@ -86,8 +86,7 @@ def _config(method: str, options: dict[str, Any]) -> AdapterConfig:
     if method not in METHODS:
         raise ValueError(f"--method {method} is not known; type one of {', '.join(METHODS)}.")
     config = METHODS[method].config_class
-    if odd := [flag(name) for name in options if name not in {field.name for field in fields(config)}]:
-        raise ValueError(f"{', '.join(odd)}: not an option of --method {method}. Leave it out.")
+    refuse_others(method, options, {field.name for field in fields(config)})
     found: AdapterConfig = config(**options)
     return found
 

@@ -51,6 +51,16 @@ class Options:
         return {name: _MEANINGS.get(types[name], _same)(name, value) for name, value in typed.items()}
 
 
+def refuse_others(method: str, typed: Collection[str], known: Collection[str]) -> None:
+    """Refuse typed options that the configuration of a method does not have.
+
+    Raises:
+        ValueError: There are some.
+    """
+    if odd := [flag(name) for name in typed if name not in known]:
+        raise ValueError(f"{', '.join(odd)}: not an option of --method {method}. Leave it out.")
+
+
 def flag(name: str) -> str:
     """An option as it is typed."""
     return f"--{name.replace('_', '-')}"

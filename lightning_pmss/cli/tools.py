@@ -56,7 +56,7 @@ def _extract(args: Sequence[str]) -> None:
 
 
 def _select(args: Sequence[str]) -> None:
-    from lightning_pmss.cli.options import Options, flag
+    from lightning_pmss.cli.options import Options, refuse_others
     from lightning_pmss.methods.pmss.config import PMSSConfig
 
     parser = _parser("select")
@@ -82,8 +82,7 @@ def _select(args: Sequence[str]) -> None:
     known = {name: method.config_class for name, method in METHODS.items() if method.config_class.per_matrix}
     if name not in known:
         raise ValueError(f"--method {name} has no skeleton; type one of {', '.join(known)}.")
-    if odd := [flag(option) for option in chosen if option not in known[name].skeleton_options()]:
-        raise ValueError(f"{', '.join(odd)}: not an option of --method {name}. Leave it out.")
+    refuse_others(name, chosen, known[name].skeleton_options())
     print(select_files(config=known[name](**chosen), **given))
 
 

@@ -23,12 +23,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lightning_pmss.layers.convertible import has_own_product
 from lightning_pmss.layers.products import compute_dtype
 from lightning_pmss.layers.quantised import SliceReader, dequantised
 from lightning_pmss.methods.choices import one_of
 from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.methods.documentation import inherit_options
+from lightning_pmss.methods.formed import formed_forward
 from lightning_pmss.methods.method import ALL, Kind, Method, Shape, Spec, Update
 
 FORMS = ("column", "row")
@@ -225,17 +225,15 @@ class BAT(Method[BATConfig]):
         return self.numbers(update.to(weight.device), {}, scale, name)
 
     def forward(self, layer: Any, x: Tensor) -> Tensor:
-        """With W' where it loses nothing; else with its change beside the base: W' in a low precision would round it away."""
-        flat, dtype = x.reshape(-1, x.shape[-1]), compute_dtype(x)
-        b = layer.core(layer.scale)["B"].to(dtype)
-        whole = dtype in (torch.float32, torch.float64) and has_own_product(layer, x.dtype, dtype)
+        """See `formed_forward`."""
         weight = SliceReader(layer) if layer.quantised else layer.weight
-        y = ColumnProduct.apply(flat.to(dtype), weight, b, layer.transposed, whole)
-        y = y.view(*x.shape[:-1], y.shape[-1])
-        if whole:
-            return y if layer.bias is None else y + layer.bias
-        base = layer.base(x)
-        return base + y.to(base.dtype)
+
+        def product(flat: Tensor, whole: bool) -> Tensor:
+            b = layer.core(layer.scale)["B"].to(flat.dtype)
+            y: Tensor = ColumnProduct.apply(flat, weight, b, layer.transposed, whole)
+            return y
+
+        return formed_forward(layer, x, product)
 
 
 class BATRow(BAT):

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_pmss.layers.convertible import has_own_product
-from lightning_pmss.layers.products import compute_dtype, without_autocast
+from lightning_pmss.layers.products import without_autocast
+from lightning_pmss.methods.formed import formed_forward
 from lightning_pmss.methods.method import ALL, Update
 
 
@@ -95,15 +95,10 @@ def hadamard(
     pull: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> Tensor:
     """``W' x + bias`` of a layer, see `HadamardEdit`."""
-    flat, dtype = x.reshape(-1, x.shape[-1]), compute_dtype(x)
-    whole = dtype in (torch.float32, torch.float64) and has_own_product(layer, x.dtype, dtype)
     weight = layer if layer.quantised else layer.weight
-    y = HadamardEdit.apply(flat.to(dtype), weight, a, b, form, pull, layer.transposed, whole)
-    y = y.view(*x.shape[:-1], y.shape[-1])
-    if whole:
-        return y if layer.bias is None else y + layer.bias
-    base: Tensor = layer.base(x)
-    return base + y.to(base.dtype)
+    return formed_forward(
+        layer, x, lambda flat, whole: HadamardEdit.apply(flat, weight, a, b, form, pull, layer.transposed, whole)
+    )
 
 
 def _changed(multiplier: Tensor, weight: Tensor, whole: bool) -> Tensor:

@@ -18,7 +18,7 @@ from lightning_pmss.files.model_folder import refuse_overlap
 from lightning_pmss.messages import some
 from lightning_pmss.methods.lora import LoRAConfig, LoRAUpdate
 from lightning_pmss.methods.method import Factors
-from lightning_pmss.named.rules import CUTTING, Rule
+from lightning_pmss.named.rules import ANY_UPDATE, Rule
 from lightning_pmss.store import not_finite
 from lightning_pmss.store.atomic import check_target
 from lightning_pmss.store.kinds import ADAPTER
@@ -164,6 +164,7 @@ def _refuse(files: Sequence[AdapterFile]) -> None:
         if extra := [*file.also_train, *file.fresh]:
             raise ValueError(
                 f"{file.folder} has {few(sorted(extra))} trained in full or fresh, of which a combination means nothing."
+                " Combine adapters that were trained without also_train, or merge one into the base first."
             )
     first, *others = files
     for other in others:
@@ -192,7 +193,7 @@ def _combine(
         parts: list[tuple[float, Factors]] = []
         for i in owners:
             update = files[i].modules[name].update
-            part = thin(update, sources[i].weight(name), name, cut=rule.name in CUTTING)
+            part = thin(update, sources[i].weight(name), name, cut=rule.name in ANY_UPDATE)
             parts.append((weights[i], Factors(part.a.double(), part.b.double())))
         try:
             total = rule.combined(parts, name)

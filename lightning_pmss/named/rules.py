@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_pmss.files.peft_form import lora_pair
 from lightning_pmss.methods.method import Factors
 
 SAME_RANKS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -22,6 +23,8 @@ SAME_RANKS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 RULES = ("lego", "cat", "svd", *SAME_RANKS)
 CUTTING = ("lego", "svd")
 """Rules that take a rank."""
+ANY_UPDATE = ("svd",)
+"""Rules that also take updates that are no product of thin matrices."""
 PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 """Rules that take a density."""
 
@@ -75,9 +78,11 @@ class Rule:
         if self.name == "cat":
             return _joined(parts)
         if self.name == "svd":
-            return _cut(_joined(parts), self.rank or 1)
+            a, b, _ = lora_pair(_joined(parts), self.rank)
+            return Factors(a, b)
         if self.name == "lego":
-            return lego(parts, self.rank or 1, seed=self.seed_of(name), aligned=self.aligned)
+            assert self.rank is not None
+            return lego(parts, self.rank, seed=self.seed_of(name), aligned=self.aligned)
         ranks = sorted({len(part.a) for _, part in parts})
         if len(ranks) > 1:
             raise ValueError(
@@ -164,15 +169,6 @@ def _aligned(units: Tensor, inputs: int) -> Tensor:
 
 def _joined(parts: Sequence[tuple[float, Factors]]) -> Factors:
     return Factors(torch.cat([part.a for _, part in parts]), torch.cat([weight * part.b for weight, part in parts], 1))
-
-
-def _cut(whole: Factors, rank: int) -> Factors:
-    """The nearest product of a rank, of thin factors alone."""
-    q_b, r_b = torch.linalg.qr(whole.b)
-    q_a, r_a = torch.linalg.qr(whole.a.T)
-    u, s, vh = torch.linalg.svd(r_b @ r_a.T)
-    rank = min(rank, len(s))
-    return Factors(vh[:rank] @ q_a.T, q_b @ (u[:, :rank] * s[:rank]))
 
 
 def _entry_rule(rule: Rule) -> Callable[[list[Tensor], Tensor], Tensor]:

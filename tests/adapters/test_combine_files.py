@@ -15,6 +15,7 @@ from lightning_pmss import HiRAConfig, LoRAConfig, MiSSConfig, PMSSConfig, conve
 from lightning_pmss.cli.tools import run_tool
 from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.named import combine_files
+from lightning_pmss.named.rules import RULES
 from tests.adapters.conftest import logits
 
 Write = Callable[..., Path]
@@ -101,6 +102,10 @@ def test_command_line(base: str, fresh: Any, write: Write, tmp_path: Path, capsy
     model = fresh()
     load_adapter(model, tmp_path / "out")
     assert not torch.equal(logits(model), logits(fresh()))
+    with pytest.raises(SystemExit):
+        run_tool("combine", "--help")
+    shown = capsys.readouterr().out
+    assert [rule for rule in RULES if rule not in shown] == []
     with pytest.raises(SystemExit) as stop:
         run_tool("combine", *words, "--rule", "cat")
     assert stop.value.code == 2
@@ -129,6 +134,8 @@ def test_updates_and_bases_that_do_not_fit(base: str, write: Write, tmp_path: Pa
     lora, hira = write("a", LoRAConfig(rank=4)), write("h", HiRAConfig(rank=2), 2)
     with pytest.raises(ValueError, match="is no product of two thin matrices"):
         combine_files(base, [lora, hira], tmp_path / "out", rule="cat", progress=False)
+    with pytest.raises(ValueError, match="is no product of two thin matrices"):
+        combine_files(base, [lora, hira], tmp_path / "out", rule="lego", rank=4, progress=False)
     combine_files(base, [lora, hira], tmp_path / "cut", rule="svd", rank=4, progress=False)
     head = write("head", LoRAConfig(rank=4, also_train=["ln_f"]), 3)
     with pytest.raises(ValueError, match="trained in full or fresh, of which a combination means nothing"):
