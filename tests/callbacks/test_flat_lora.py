@@ -97,6 +97,31 @@ def test_recomputed_compiled_and_in_bfloat16(way: str) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "torchao int8"])
+def test_quantised_bases_keep_their_codes(kind: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("torchao")
+    from tests.core.test_quantised import quantised_linear
+
+    torch.manual_seed(0)
+    model = nn.Sequential(quantised_linear(kind, 32, 64, True, torch.float32))
+    convert(model, PMSSConfig(target_modules=["0"], rank=4))
+    (layer,) = adapted_layers(model).values()
+    with torch.no_grad():
+        layer.core.weight.normal_(std=0.3)
+    x, dense = torch.randn(5, 64), layer.base_weight().float()
+    clean = layer(x)
+    noise = _disturbed(layer)
+    found = layer(x)
+    merged = (dense + layer.update().delta(dense)).detach()
+    std = 0.5 / math.sqrt(64) * merged.norm(dim=1)
+    torch.testing.assert_close(noise.norms["0"] * 0.5 / math.sqrt(64), std, rtol=1e-4, atol=1e-6)
+    expected = x @ draw(std, 64, seed_of(0, 1, 0, "0"), torch.float32).T
+    torch.testing.assert_close(found - clean, expected, rtol=1e-3, atol=1e-3)
+    found.square().sum().backward()
+    assert torch.equal(layer.base_weight().float(), dense)
+
+
 class Watching(Toy):
     """Records the noise of each pass: what the first layer adds to the merged weight, by a batch of unit vectors."""
 
