@@ -1,4 +1,4 @@
-"""``python -m experiments run STUDY.yaml ...``, ``status``, ``gradients``, ``floor`` and ``page``."""
+"""``python -m experiments run STUDY.yaml ...``, ``status``, ``gradients``, ``floor``, ``combined`` and ``page``."""
 
 from __future__ import annotations
 
@@ -22,16 +22,18 @@ def main() -> int:
     status = verbs.add_parser("status", help="what is finished and what is missing")
     gradients = verbs.add_parser("gradients", help="how much of GSM8K's gradients the skeletons of SmolLM2 hold")
     floor = verbs.add_parser("floor", help="the lowest loss on pairs that the frozen head of stories260K allows")
+    combined = verbs.add_parser("combined", help="adapters of three tasks, combined by each rule, tested on all three")
     page = verbs.add_parser("page", help="tables and plots of the records for docs/evidence.md")
     for verb in (runs, status):
         verb.add_argument("studies", nargs="*", type=Path, help="all of experiments/studies if none is given")
     for verb in (runs, status, page):
         verb.add_argument("--records", type=Path, default=RECORDS)
-    for verb in (runs, gradients, floor):
+    for verb in (runs, gradients, floor, combined):
         verb.add_argument("--models", nargs="+", default=["models"], help="folders that models lie in")
         if verb is not floor:
             verb.add_argument("--data", required=True, help="folder with gsm8k, commonsense and drop")
         verb.add_argument("--cache", default="runs/experiments/cache", help="for tokenised data")
+    combined.add_argument("--work", type=Path, default=Path("runs/experiments/combined"), help="for the adapters")
     runs.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     runs.add_argument("--workers", type=int, help="runs at a time; a core each on the CPU, one on a GPU if not given")
     runs.add_argument("--minutes", type=float, help="begin no run after so many minutes")
@@ -41,6 +43,11 @@ def main() -> int:
         from experiments.page import write_page
 
         print(write_page(read_records(given.records), given.output))
+        return 0
+    if given.verb == "combined":
+        from experiments.combined import measure
+
+        measure(Places(tuple(given.models), given.data, given.cache), given.work)
         return 0
     if given.verb in ("gradients", "floor"):
         from experiments import floor as floors

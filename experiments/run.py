@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from benchmarks.machine import machine
 from experiments.cloze import cloze_accuracy
+from experiments.flatness import SIZES, noisy
 from experiments.methods import callbacks
 from experiments.optimizers import OPTIMIZERS
 from experiments.spectrum import spectra, summary
@@ -80,7 +81,7 @@ def run(spec: Mapping[str, Any], places: Places) -> dict[str, Any]:
         warnings.simplefilter("ignore")
         calibration = partial(_calibration, data)
         added = callbacks(spec["method"], spec["seed"], Path(work), calibration) if spec["steps"] else []
-        trainer = _trainer(spec, places.device, [*added, watch])
+        trainer = make_trainer(spec, places.device, [*added, watch])
         status = "finished"
         if spec["steps"]:
             try:
@@ -92,7 +93,7 @@ def run(spec: Mapping[str, Any], places: Places) -> dict[str, Any]:
                     raise
         if watch.losses and not math.isfinite(watch.losses[-1]):
             status = "diverged"
-        scores = {} if status == "diverged" else _scores(spec, places, trainer, module, data)
+        scores = {} if status == "diverged" else evaluated(spec, places, trainer, module, data)
     steps = sorted(watch.seconds)
     return {
         "spec": dict(spec),
@@ -114,7 +115,8 @@ def _spectra(model: Any, folder: str) -> dict[str, Any] | None:
     return summary(values) if values else None
 
 
-def _trainer(spec: Mapping[str, Any], device: str, added: list[Any]) -> L.Trainer:
+def make_trainer(spec: Mapping[str, Any], device: str, added: list[Any]) -> L.Trainer:
+    """A Trainer for a run's ``precision``, ``steps`` and ``clip``."""
     return L.Trainer(
         accelerator="gpu" if device == "cuda" else "cpu",
         devices=1,
@@ -140,7 +142,8 @@ def _calibration(data: Any) -> list[dict[str, Any]]:
     return [batch for batch, _ in zip(loader, range(16), strict=False)]
 
 
-def _scores(spec: Mapping[str, Any], places: Places, trainer: L.Trainer, module: Any, data: Any) -> dict[str, Any]:
+def evaluated(spec: Mapping[str, Any], places: Places, trainer: L.Trainer, module: Any, data: Any) -> dict[str, Any]:
+    """The scores that a run's ``evaluate`` names."""
     scores: dict[str, Any] = {}
     task = spec["task"]["name"]
     silent: dict[str, Any] = {"verbose": False}
@@ -157,6 +160,10 @@ def _scores(spec: Mapping[str, Any], places: Places, trainer: L.Trainer, module:
                 right = recalled(module, loader)
             scores["test/accuracy"] = sum(right) / len(right)
             scores["test/right"] = "".join(str(int(x)) for x in right)  # per question, for paired comparisons
+    if "noise" in spec["evaluate"]:
+        with noisy(module.model) as size:
+            for size[0] in SIZES:
+                scores[f"noise/{size[0]}"] = trainer.test(module, data, **silent)[0]["test/loss"]
     if "prose" in spec["evaluate"]:
         drop = prose(Path(places.data), data.tokenizer_name, Path(places.cache))
         scores["prose/loss"] = trainer.test(module, drop, **silent)[0]["test/loss"]
