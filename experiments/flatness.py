@@ -1,6 +1,6 @@
 """How flat the minimum is that a run ended in: the loss with Gaussian noise of growing size on the merged weights.
 
-The noise of a row of W' has the standard deviation ``size |row| / sqrt(in)``, as `FlatLoRA` has it, so its norm is about ``size``
+The noise of a row of W' has the standard deviation ``size |row| / sqrt(in)``, as `FlatLoRA` has it: its norm is about ``size``
 times the row's. One draw, the same for all sizes and all runs.
 """
 

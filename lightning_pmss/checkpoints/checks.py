@@ -93,8 +93,8 @@ def check_state(module: nn.Module, made: Record, state: Mapping[str, Any], where
         where: The checkpoint, for messages.
 
     Raises:
-        ValueError: Indices are invalid, values would not be finite, or the rows and columns of a layer differ from the
-            fingerprints.
+        ValueError: Indices are invalid, values would not be finite, or the weights of a layer are not those that its
+            fingerprint was made of.
     """
     prefixes = {id(m): clean_name(n) for n, m in module.named_modules()}
     strangers, broken = [], []
@@ -177,8 +177,8 @@ def refuse_strangers(strangers: list[str], where: str) -> None:
     """
     if strangers:
         raise ValueError(
-            f"{where} belongs to another base model: the rows and columns of {some(strangers)} differ from those it"
-            " was trained on. Load the weights that the run started from."
+            f"{where} belongs to another base model: the weights of {some(strangers)} are not those it was trained"
+            " on. Load the weights that the run started from."
         )
 
 

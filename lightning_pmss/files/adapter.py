@@ -307,7 +307,7 @@ def _shapes(update: Update) -> list[torch.Size]:
 
 
 def check_base(adapter: AdapterFile, modules: Mapping[str, nn.Module], model: str) -> None:
-    """Refuse a base whose selected rows and columns differ from the adapter's base, and an update that would overflow."""
+    """Refuse a base whose weights are not those that the adapter was made with, and an update that would overflow."""
     wrong, large = [], []
     for name, stored in adapter.modules.items():
         layer, own = modules[name], adapter.fresh.get(f"{name}.weight")

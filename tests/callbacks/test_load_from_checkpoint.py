@@ -108,7 +108,7 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
             with torch.no_grad():
                 self.net[0].weight.mul_(1.01)
 
-    with pytest.raises(ValueError, match=r"belongs to another base model: the rows and columns of `net\.0` differ"):
+    with pytest.raises(ValueError, match=r"belongs to another base model: the weights of `net\.0` are not those"):
         Other.load_from_checkpoint(ckpt)
 
 

@@ -282,7 +282,7 @@ def test_misfit_checkpoint_is_refused_before_loading(tmp_path: Path, change: Any
 
 def test_checkpoint_of_another_base_is_refused(tmp_path: Path) -> None:
     saved_checkpoint(tmp_path)
-    with pytest.raises(ValueError, match=r"belongs to another base model: the rows and columns of `net\.0` differ"):
+    with pytest.raises(ValueError, match=r"belongs to another base model: the weights of `net\.0` are not those"):
         trainer(tmp_path, callback(tmp_path)).fit(
             other_base(), plain_loader(), ckpt_path=str(tmp_path / "saved" / "epoch=0.ckpt")
         )
