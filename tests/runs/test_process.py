@@ -63,7 +63,8 @@ def test_refusals_and_signals(tmp_path: Path) -> None:
     assert killed.how == "SIGKILL, as the kernel sends it when memory runs out"
 
 
-def test_what_it_left_behind_ends_with_it(tmp_path: Path) -> None:
+def test_what_it_left_behind_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     code = f"import subprocess, sys\nprint(subprocess.Popen([sys.executable, '-S', '-c', {WAITS!r}]).pid)"
     await_end(int(run_process([*PYTHON, code], tmp_path / "log").last_lines))
 
