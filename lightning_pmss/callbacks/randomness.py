@@ -18,6 +18,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_pmss.messages import reason
+from lightning_pmss.random_states import as_kept, random_states, set_random_states
 
 
 class StepRandomness:
@@ -86,33 +87,6 @@ def begin_epoch(trainer: L.Trainer, resumed: Mapping[str, Any] | None) -> None:
         set_random_states(resumed["outside"])
 
 
-def random_states() -> dict[str, Any]:
-    """States of all random generators that a training step uses, as plain values and tensors."""
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    version, internal, gauss = random.getstate()
-    return {
-        "python": [version, list(internal), gauss],
-        "numpy": [
-            name,
-            torch.from_numpy(np.asarray(keys).astype(np.int64)),
-            int(position),
-            int(has_gauss),
-            float(cached),
-        ],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_random_states(states: Mapping[str, Any]) -> None:
-    python, numpy = _as_kept(states)
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_rng_state(states["torch"].cpu())
-    if states["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([s.cpu() for s in states["cuda"]])
-
-
 def refuse_damaged_states(state: Mapping[str, Any], where: str) -> None:
     """Check the states of `StepRandomness.state` by setting them on separate generators.
 
@@ -121,7 +95,7 @@ def refuse_damaged_states(state: Mapping[str, Any], where: str) -> None:
     """
     try:
         for states in (state["outside"], *([] if state["inside"] is None else [state["inside"]])):
-            python, numpy = _as_kept(states)
+            python, numpy = as_kept(states)
             random.Random().setstate(python)
             np.random.RandomState().set_state(numpy)
             torch.Generator().set_state(states["torch"].cpu())
@@ -131,10 +105,3 @@ def refuse_damaged_states(state: Mapping[str, Any], where: str) -> None:
         raise ValueError(
             f"{where}: no states of random generators ({reason(error)}). Use an earlier checkpoint."
         ) from error
-
-
-def _as_kept(states: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Arguments for ``random.setstate`` and ``numpy.random.set_state`` from stored states."""
-    version, internal, gauss = states["python"]
-    name, keys, position, has_gauss, cached = states["numpy"]
-    return (version, tuple(internal), gauss), (name, keys.numpy().astype(np.uint32), position, has_gauss, cached)

@@ -139,7 +139,7 @@ def test_python_and_numpy_states_come_back(tmp_path: Path) -> None:
 
     import numpy as np
 
-    from lightning_pmss.callbacks.randomness import random_states, set_random_states
+    from lightning_pmss.random_states import random_states, set_random_states
 
     random.seed(3)
     np.random.seed(3)
