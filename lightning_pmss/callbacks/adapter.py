@@ -40,6 +40,7 @@ from lightning_pmss.callbacks.nonfinite import ON_NONFINITE, NonFiniteCheck, Non
 from lightning_pmss.callbacks.places import check_before_conversion, check_before_training, local_folder
 from lightning_pmss.callbacks.randomness import StepRandomness, begin_epoch
 from lightning_pmss.callbacks.results import merge_beside, remove_beside
+from lightning_pmss.callbacks.sharpness import forget_passes, refuse_deepspeed, run_passes
 from lightning_pmss.callbacks.stopping import GracefulStop
 from lightning_pmss.callbacks.stored import check_stored
 from lightning_pmss.callbacks.throughput import StepClock, log_u_norms
@@ -129,6 +130,7 @@ class AdapterCallback(L.Callback):
         catch_in_launched(trainer)
         self._engine = prepare_strategy(trainer, pl_module)
         refuse_averages(trainer, self._engine)
+        refuse_deepspeed(trainer, pl_module)
         if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._figures.clear()
             check_before_conversion(trainer, self.output_folder(trainer), self.merge_on_save)
@@ -196,6 +198,7 @@ class AdapterCallback(L.Callback):
         average_the_trained(trainer, pl_module)
         record_fingerprints(pl_module)
         check_optimizers(trainer, pl_module, also_train)
+        run_passes(trainer, pl_module)
         warn_about_batch_norm(pl_module, also_train)
         log_hyperparameters(trainer, pl_module, self.report, own_options(self))
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -325,6 +328,7 @@ class AdapterCallback(L.Callback):
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Remove hooks and signal handlers, and write nothing from here on."""
+        forget_passes(trainer)
         self._stop.release()
         if self._finite is not None:
             self._finite.close()

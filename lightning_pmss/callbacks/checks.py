@@ -128,7 +128,7 @@ def check_optimizers(trainer: L.Trainer, pl_module: L.LightningModule, also_trai
             " `configure_optimizers` from `[p for p in self.parameters() if p.requires_grad]`; with LightningCLI pass"
             " `auto_configure_optimizers=False`."
         )
-    if any(type(o).__name__ == "Muon" for o in trainer.optimizers):
+    if any(type(getattr(o, "base_optimizer", o)).__name__ == "Muon" for o in trainer.optimizers):
         for name, layer in layers.items():
             if reason := layer.method.why_no_matrix():
                 raise MisconfigurationException(f"Muon orthogonalises matrices, and `{name}` {reason}")
