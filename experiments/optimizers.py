@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_pmss.optimizers import BSAM, SAM
+
 
 class TensorAdam(torch.optim.Optimizer):
     """Adam with one second moment for a whole tensor: a step goes along the gradient's running mean.
@@ -62,9 +64,20 @@ class TensorAdam(torch.optim.Optimizer):
         return loss
 
 
+def _around(wrapper: Callable[..., torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+    """AdamW, whose gradients a wrapper finds in several passes."""
+
+    def make(params: Iterable[Any], **options: Any) -> torch.optim.Optimizer:
+        return wrapper(params, functools.partial(torch.optim.AdamW, **options))
+
+    return make
+
+
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     # A rate then moves a matrix about as far as AdamW's would.
     "muon": functools.partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw"),
     "tensor-adam": TensorAdam,
+    "sam": _around(SAM),
+    "bsam": _around(BSAM),
 }

@@ -25,6 +25,7 @@ from experiments.optimizers import OPTIMIZERS
 from experiments.spectrum import spectra, summary
 from experiments.tasks import data_module, prose
 from experiments.watch import Watch
+from lightning_pmss.callbacks import FlatLoRA, SharpnessPasses
 from lightning_pmss.datamodules.instruction import IGNORED
 from lightning_pmss.modules import CausalLMModule
 
@@ -81,7 +82,7 @@ def run(spec: Mapping[str, Any], places: Places) -> dict[str, Any]:
         warnings.simplefilter("ignore")
         calibration = partial(_calibration, data)
         added = callbacks(spec["method"], spec["seed"], Path(work), calibration) if spec["steps"] else []
-        trainer = make_trainer(spec, places.device, [*added, watch])
+        trainer = make_trainer(spec, places.device, [*added, *_flat(spec), watch])
         status = "finished"
         if spec["steps"]:
             try:
@@ -113,6 +114,12 @@ def run(spec: Mapping[str, Any], places: Places) -> dict[str, Any]:
 def _spectra(model: Any, folder: str) -> dict[str, Any] | None:
     values = spectra(model, folder)
     return summary(values) if values else None
+
+
+def _flat(spec: Mapping[str, Any]) -> list[Any]:
+    """What looks for flat minima; AdapterCallback runs the passes of SAM by itself, and peft's callback does not."""
+    noise = [FlatLoRA(sigma=spec["flat"], seed=spec["seed"])] if "flat" in spec else []
+    return [*noise, SharpnessPasses()] if spec["steps"] else []
 
 
 def make_trainer(spec: Mapping[str, Any], device: str, added: list[Any]) -> L.Trainer:

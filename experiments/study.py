@@ -171,6 +171,10 @@ def read_study(path: Path) -> Study:
     for options in (told["common"], *(arm.overrides for arm in arms)):
         if (optimizer := options.get("optimizer", "adamw")) not in OPTIMIZERS:
             raise ValueError(f"{path.name}: optimizer is {optimizer!r}; choose one of {list(OPTIMIZERS)}.")
+        if "flat" in options and not (isinstance(options["flat"], (int, float)) and options["flat"] > 0):
+            raise ValueError(
+                f"{path.name}: flat is {options['flat']!r}; give FlatLoRA's sigma, such as 0.05, or leave it out."
+            )
     if lost := sorted(set(told.get("show", ())) - set(SHOW)):
         raise ValueError(f"{path.name}: show names {lost[0]!r}; choose of {list(SHOW)}.")
     for phase in ("sweep", "final"):

@@ -277,6 +277,29 @@ def test_muon_steps_in_all_directions_alike(tiny_llama: str, tmp_path: Path) -> 
     assert spread["muon"] > spread["adamw"]
 
 
+def test_flat_minima_are_options_of_a_run(tiny_llama: str, tmp_path: Path) -> None:
+    places = Places((str(Path(tiny_llama).parent),), str(tmp_path), str(tmp_path / "cache"))
+    spec = _spec(tiny_llama, 8) | {"steps": 3, "evaluate": ["val"]}
+    found: dict[str, list[float]] = {}
+    changes: list[dict[str, Any]] = [
+        {},
+        {"optimizer": "sam"},
+        {"optimizer": "bsam"},
+        {"flat": 2.0},
+        {"optimizer": "sam", "flat": 2.0},
+    ]
+    for name in ("pmss", "lora"):
+        for change in changes if name == "pmss" else changes[:3]:
+            record = run(spec | {"method": {"name": name, "rank": 4}} | change, places)
+            assert record["status"] == "finished"
+            assert len(record["train_loss"]) == len(record["gradient_norms"]) == 3  # a step is one, whatever its passes
+            found[f"{name} {change}"] = [record["scores"]["val/loss"], record["train_loss"][0]]
+    assert len({scores[0] for scores in found.values()}) == len(found)
+    assert len({scores[1] for scores in found.values()}) == 1  # that of the first pass; the noise begins at 0
+    with pytest.raises(ValueError, match="no layer of the model is converted"):
+        run(spec | {"method": {"name": "lora", "rank": 4}, "flat": 0.05}, places)
+
+
 def test_a_missing_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no model 'SmolLM3'"):
         Places((str(tmp_path),), "", "").model("SmolLM3")

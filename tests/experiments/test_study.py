@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -115,10 +116,20 @@ def test_an_arm_has_the_last_word(tmp_path: Path) -> None:
     assert spec["task"] == {"name": "pairs", "size": 9}
 
 
+def test_the_names_of_finished_runs_stay() -> None:
+    for path in sorted(RECORDS.rglob("*.json"))[::50]:
+        assert identity(json.loads(path.read_text(encoding="utf-8"))["spec"]) == path.stem
+
+
 def test_the_name_of_a_run_depends_on_all_of_it(tmp_path: Path) -> None:
     spec = _study(tmp_path).next_runs({})[0]
-    names = {identity(spec), identity(spec | {"steps": 3}), identity(spec | {"task": spec["task"] | {"size": 5}})}
-    assert len(names) == 3
+    names = {
+        identity(spec),
+        identity(spec | {"steps": 3}),
+        identity(spec | {"flat": 0.05}),
+        identity(spec | {"task": spec["task"] | {"size": 5}}),
+    }
+    assert len(names) == 4
 
 
 @pytest.mark.parametrize(
@@ -132,6 +143,7 @@ def test_the_name_of_a_run_depends_on_all_of_it(tmp_path: Path) -> None:
         ({"show": ["frontiers"]}, "show names 'frontiers'; choose of"),
         ({"sweep": {"seed": [0]}}, r"unknown keys \['seed'\]"),
         ({"arms": [ASKED["arms"][0] | {"run": {"optimizer": "lion"}}], "compare": []}, "'lion'; choose one of"),
+        ({"arms": [ASKED["arms"][0] | {"run": {"flat": 0}}], "compare": []}, "flat is 0; give FlatLoRA's sigma"),
         ({"common": {"model": "tiny", "task": {"name": "gsm9k"}, "steps": 1}}, "'gsm9k'; choose one of"),
     ],
 )
