@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from lightning_pmss.datamodules.summary import Shown, Summary, Token
+from lightning_pmss.messages import one_line
 
 _SHOWN = 500  # tokens of a row; more of it is left out in the middle
 _BAR = 40
@@ -53,10 +54,14 @@ def tables(summary: Summary, speed: float | None) -> list[tuple[str, list[tuple[
     """Return the figures of a summary in words, under headings."""
     examples, run = len(summary.lengths), summary.run
     tokens, trained = sum(summary.lengths), sum(summary.trained)
-    read = examples + summary.left_out
+    read = summary.available + summary.left_out
     share, most = summary.left_out / read, summary.max_length
-    data = [
-        ("examples", f"{examples:,} to train on, {summary.validation:,} to validate on"),
+    data = [("examples", f"{examples:,} to train on, {summary.validation:,} to validate on")]
+    if examples < summary.available:
+        data.append(("chosen by train_limit", f"{examples:,} of {summary.available:,}"))
+    if summary.kinds:
+        data.append(("of each kind", ", ".join(f"{one_line(kind)} {count:,}" for kind, count in summary.kinds.items())))
+    data += [
         (
             "left out, too long",
             f"{summary.left_out:,} of {read:,} ({share:.1%}), max_length {most:,}",

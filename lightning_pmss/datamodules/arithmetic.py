@@ -229,7 +229,8 @@ def generate(split: Split, size: int, seed: int = 0, steps: int = 1, annotations
             raise ValueError(
                 f"Found only {len(problems)} different problems for the {split} set; ask for fewer than {size}."
             )
-        template = templates[len(problems) % len(templates)]  # all kinds equally often
+        number = len(problems) % len(templates)  # all kinds equally often
+        template = templates[number]
         numbers = {key: rng.randint(2, top) for key, top in zip("abc", template.largest, strict=False)}
         if template.steps[0][0] == "/":
             numbers["a"] *= numbers["b"]
@@ -243,7 +244,8 @@ def generate(split: Split, size: int, seed: int = 0, steps: int = 1, annotations
         for (_, _, sentence), (calculation, result) in zip(template.steps, solution, strict=True):
             mark = f"<<{calculation.replace(' ', '')}={result}>>" if annotations else ""
             lines.append(sentence.format(**words, calculation=f"{calculation} = {mark}{result}"))
-        problems.setdefault(question, Example(question, "\n".join([*lines, f"#### {solution[-1][1]}"])))
+        answer = "\n".join([*lines, f"#### {solution[-1][1]}"])
+        problems.setdefault(question, Example(question, answer, kind=f"story {number + 1}"))
     examples = list(problems.values())
     rng.shuffle(examples)
     return examples

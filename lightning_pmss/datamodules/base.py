@@ -21,7 +21,7 @@ from lightning_pmss.datamodules.sampler import (
     TrainerProgress,
     WithFillers,
 )
-from lightning_pmss.datamodules.splits import hold_out
+from lightning_pmss.datamodules.splits import hold_out, in_proportion, shuffled
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -52,6 +52,9 @@ class TokenisedDataModule(L.LightningDataModule):
         packing: Train on rows of several examples, at most ``max_length`` tokens together, that do not see each other;
             ``batch_size`` is then a number of rows. ``packing_report`` reports the padding saved.
         ignore_columns: Columns of the data that may be filled though nothing reads them.
+        split_seed: Seed of what is held out; ``seed`` if null. With one ``split_seed``, runs of different ``seed`` train on
+            different examples, in different orders, and validate on the same ones.
+        train_limit_by: Keep the shares of the kinds of examples among the ``train_limit`` chosen ones.
     """
 
     def __init__(
@@ -70,6 +73,8 @@ class TokenisedDataModule(L.LightningDataModule):
         too_long: str = "drop",
         packing: bool = False,
         ignore_columns: str | Sequence[str] = (),
+        split_seed: int | None = None,
+        train_limit_by: str | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
@@ -84,15 +89,22 @@ class TokenisedDataModule(L.LightningDataModule):
         self.too_long = too_long
         self.packing = packing
         self.ignore_columns = (ignore_columns,) if isinstance(ignore_columns, str) else tuple(ignore_columns)
+        self.split_seed = seed if split_seed is None else split_seed
+        self.train_limit_by = train_limit_by
         self.tokenizer_name = tokenizer
         self.data: dict[Split, Dataset] = {}
         """The tokenised splits that :meth:`setup` has made."""
         self.dropped = 0
         """Training examples left out because they are longer than ``max_length``."""
+        self.available = 0
+        """Training examples that ``train_limit`` chooses from."""
+        self.kinds: dict[str, int] = {}
+        """The kinds of the training examples, and how many of each are trained on, where ``train_limit_by`` is given."""
         self.cut: dict[Split, int] = {}
         """Examples per split that are cut to ``max_length``, where ``too_long`` says so."""
         self.packing_report: PackingReport | None = None
         """What packing saves, once there is a training loader."""
+        self._kind_of: Sequence[str | None] = ()  # a training row's kind by its id, where the data has kinds
         self._prepared: dict[tuple[Split, tuple[int, ...] | None], Dataset | None] = {}
 
     @property
@@ -150,7 +162,7 @@ class TokenisedDataModule(L.LightningDataModule):
         made: dict[Any, Dataset | None] = {(split, None): self._encode(split) for split in SPLITS}
         train = made["train", None]
         if train is not None and made["val", None] is None:
-            held = hold_out(train["group"][:], self._held_size(len(train)), self.seed)[1]
+            held = hold_out(train["group"][:], self._held_size(len(train)), self.split_seed)[1]
             made["train", tuple(held)] = self._evaluated_rows(held)
         self._prepared = made  # `setup` on this process would read and hash all texts once more
         self._forget_texts()
@@ -171,7 +183,8 @@ class TokenisedDataModule(L.LightningDataModule):
         train, val = self._encode("train"), self._encode("val")
         if not train:
             raise ValueError(f"`{type(self).__name__}` has no training examples; give it data with a training split.")
-        order, held = hold_out(train["group"][:], 0 if val is not None else self._held_size(len(train)), self.seed)
+        size = 0 if val is not None else self._held_size(len(train))
+        order, held = hold_out(train["group"][:], size, self.split_seed)
         if val is None:
             if not order:
                 raise ValueError(
@@ -201,8 +214,33 @@ class TokenisedDataModule(L.LightningDataModule):
                 f"{self.dropped} of {len(order)} training examples are longer than max_length {self.max_length} tokens"
                 f" and are left out (the longest has {max(lengths)}). Raise --data.max_length to train on them."
             )
-        self.data["train"] = train.select(sorted(fitting[: self.limits["train"]]))
+        self.available = len(fitting)
+        self.data["train"] = train.select(sorted(self._chosen(train, fitting)))
         self.data["val"] = self._evaluated(val, "val")
+
+    def _chosen(self, train: Dataset, fitting: list[int]) -> list[int]:
+        """Return the rows to train on; those of a smaller ``train_limit`` are among those of a larger one."""
+        if self.split_seed != self.seed:
+            fitting = shuffled(fitting, self.seed)
+        if self.train_limit_by is None:
+            return fitting[: self.limits["train"]]
+        ids = train["id"][:]
+        kinds = {row: self._kind_of[ids[row]] if ids[row] < len(self._kind_of) else None for row in fitting}
+        if without := [row for row, kind in kinds.items() if kind is None]:
+            raise ValueError(
+                f"--data.train_limit_by {self.train_limit_by}: {self._place(ids[min(without)])} has no kind; leave the option"
+                " out to choose at random."
+            )
+        chosen = in_proportion(fitting, list(kinds.values()), self.seed)[: self.limits["train"]]
+        self.kinds = dict.fromkeys(sorted({str(kind) for kind in kinds.values()}), 0)
+        for row in chosen:
+            self.kinds[str(kinds[row])] += 1
+        return chosen
+
+    @property
+    def has_kinds(self) -> bool:
+        """Whether the training examples are of different kinds, as far as the data says; known after :meth:`setup`."""
+        return None not in self._kind_of and len(set(self._kind_of)) > 1
 
     def _evaluated(self, data: Dataset, split: Split) -> Dataset:
         """Return the part of an evaluation set that ``split`` is limited to; prompts that are too long are reported."""

@@ -61,7 +61,8 @@ def _example(where: str, row: Any, task: str | None, ignored: Sequence[str] = ()
     if not output.strip().rstrip(".").endswith(label):
         raise ValueError(f"{where}: the output {output[-40:]!r} does not end in the answer {label!r}.")
     # "other" if the text does not identify the task: the metric then finds the labels by the gold label.
-    return Example(instruction.strip(), output.strip(), [possible[0] if len(possible) == 1 else "other", label])
+    name = possible[0] if len(possible) == 1 else "other"
+    return Example(instruction.strip(), output.strip(), [name, label], kind=name)
 
 
 class CommonsenseDataModule(InstructionDataModule):

@@ -55,24 +55,29 @@ class DROPQuestion(NamedTuple):
     passage: str
     question: str
     answers: list[list[str]]
+    kind: str | None = None
+    """The type of the first answer: number, span, spans or date; null where the format does not say it."""
 
 
-def _answers(where: str, row: Mapping[str, Any], ignored: Sequence[str]) -> list[list[str]]:
-    answers = []
+def _answers(where: str, row: Mapping[str, Any], ignored: Sequence[str]) -> tuple[list[list[str]], str]:
+    """Return the gold answers, and the type of the first one."""
+    answers, kinds = [], []
     validated = [("validated_answers", answer) for answer in _records(where, row.get("validated_answers"))]
     for column, candidate in [("answer", row["answer"]), *validated]:
         if not isinstance(candidate, Mapping):
             raise ValueError(f"{where}: an answer is {candidate!r}; it must be an object with number, spans and date.")
         _GOLD.check(where, candidate, ignored, f"{column}.")
         try:
-            spans = list(answer_strings(candidate)[0])
+            found, kind = answer_strings(candidate)
         except ValueError as error:
             raise ValueError(f"{where}: {error}.") from None
+        spans = list(found)
         if spans[0].strip() and spans not in answers:
             answers.append(spans)
+            kinds.append(kind)
     if not answers:
         raise ValueError(f"{where}: no gold answer that is not blank; remove the question or give it an answer.")
-    return answers
+    return answers, kinds[0]
 
 
 def _records(where: str, validated: Any) -> list[Any]:
@@ -97,7 +102,7 @@ def _from_passages(path: Path, passages: Mapping[str, Any], ignored: Sequence[st
         for number, pair in enumerate(entry["qa_pairs"]):
             place = f"{where} question {number}"
             pair = _PAIR.check(place, pair, ignored, "qa_pairs.")
-            yield DROPQuestion(passage, text(place, pair, "question").strip(), _answers(place, pair, ignored))
+            yield DROPQuestion(passage, text(place, pair, "question").strip(), *_answers(place, pair, ignored))
 
 
 def _from_context(where: str, row: Mapping[str, Any]) -> DROPQuestion:
@@ -137,8 +142,10 @@ def _from_rows(rows: Iterable[Row], ignored: Sequence[str] = ()) -> Iterator[DRO
             yield _from_context(where, row)
             continue
         passage, question = text(where, row, "passage"), text(where, row, "question").strip()
-        answers = _answers(where, row, ignored) if kind is _ROW else _spans(where, row["answers_spans"], ignored)
-        yield DROPQuestion(passage, question, answers)
+        if kind is _ROW:
+            yield DROPQuestion(passage, question, *_answers(where, row, ignored))
+        else:
+            yield DROPQuestion(passage, question, _spans(where, row["answers_spans"], ignored))
 
 
 def read_drop(path: str | Path, ignore_columns: Sequence[str] = ()) -> list[DROPQuestion]:
@@ -232,7 +239,7 @@ class DROPDataModule(InstructionDataModule):
             asked = f"{_PASSAGE}{question.passage}{_QUESTION}{question.question}"
         first = question.answers[0]
         response = first[0] if self.prompt_style == "quanta" else self.separator.join(span.strip() for span in first)
-        return Example(asked, response.strip(), question.answers, question.passage)
+        return Example(asked, response.strip(), question.answers, question.passage, question.kind)
 
     def _load(self, split: Split) -> list[DROPQuestion] | None:
         if split == "val":

@@ -145,7 +145,8 @@ def _parse(
         whole = ends(answer)
         if not whole and (split == "test" or kind is _GSM8K):
             raise ValueError(f"{where}: the answer ends in {answer[-40:]!r}, without {kind.needs}. Add it.")
-        yield Example(question, answer), whole
+        named = row.get("type") or row.get("subject")
+        yield Example(question, answer, kind=named if isinstance(named, str) else None), whole
 
 
 def _read(
@@ -257,7 +258,7 @@ class GSM8KDataModule(InstructionDataModule):
         examples = [example for example, _ in found]
         if self.keep_annotations:
             return examples
-        return [Example(example.question, strip_annotations(example.response)) for example in examples]
+        return [example._replace(response=strip_annotations(example.response)) for example in examples]
 
     def _load(self, split: Split) -> list[tuple[Example, bool]] | None:
         given = self.path if split == "train" or self.test_path is None else self.test_path

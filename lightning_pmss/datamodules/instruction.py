@@ -71,10 +71,14 @@ class InstructionDataModule(TokenisedDataModule):
         packing: Train on rows of several examples, at most ``max_length`` tokens together, that do not see each other;
             ``batch_size`` is then a number of rows. ``packing_report`` reports the padding saved.
         num_shots: Worked examples in front of each question in evaluation. They are part of the prompt.
-        shots: Source of the worked examples: "train", drawn by ``seed``, none of them evaluated; or a file of fixed ones,
+        shots: Source of the worked examples: "train", drawn by ``split_seed``, none of them evaluated; or a file of fixed ones,
             with the columns question and response.
         ignore_columns: Columns of the data that may be filled though nothing reads them. Any other such column is an
             error that names it.
+        split_seed: Seed of what is held out and of the worked examples; ``seed`` if null. With one ``split_seed``, runs of
+            different ``seed`` train on different examples, in different orders, and validate on the same ones.
+        train_limit_by: "kind" keeps the shares of the kinds of examples among the ``train_limit`` chosen ones: the type of the
+            answer (DROP), the task (commonsense), the type (MetaMathQA, MATH), the story (arithmetic).
 
     Raises:
         ValueError: If an argument is out of range, or if no training example is short enough.
@@ -106,6 +110,8 @@ class InstructionDataModule(TokenisedDataModule):
         num_shots: int = 0,
         shots: str = "train",
         ignore_columns: str | Sequence[str] = (),
+        split_seed: int | None = None,
+        train_limit_by: str | None = None,
     ) -> None:
         check_instruction_options(type(self).__name__, tuple(self.styles), self.few_shot, locals())
         super().__init__(
@@ -123,6 +129,8 @@ class InstructionDataModule(TokenisedDataModule):
             too_long,
             packing,
             ignore_columns,
+            split_seed,
+            train_limit_by,
         )
         self.prompt_style = prompt_style
         self.loss_on = loss_on
@@ -182,7 +190,7 @@ class InstructionDataModule(TokenisedDataModule):
         if not self.num_shots or self.shots != "train":
             return read_shots(self.shots, self.num_shots, self.ignore_columns) if self.num_shots else ()
         train, val, test = (self._examples(split) or [] for split in SPLITS)
-        left, held = hold_out(group_numbers(train), 0 if val else int(self.val_size), self.seed)
+        left, held = hold_out(group_numbers(train), 0 if val else int(self.val_size), self.split_seed)
         return draw_shots((train[row] for row in left), [*(train[row] for row in held), *val, *test], self.num_shots)
 
     def _examples(self, split: Split) -> list[Example] | None:
@@ -196,6 +204,8 @@ class InstructionDataModule(TokenisedDataModule):
         examples = self._examples(split)
         if examples is None:
             return None
+        if split == "train" and ids is None:
+            self._kind_of = [example.kind for example in examples]
         if ids is not None:
             examples = [examples[place] for place in ids]
         encoder = self.encoder if split == "train" and ids is None else self.eval_encoder

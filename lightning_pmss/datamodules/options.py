@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+KIND = "kind"
+"""Value of ``train_limit_by`` in modules of questions and answers, whose examples have a kind of their own."""
+
 
 def check_int(owner: str, name: str, value: int | None, least: int, *, optional: bool = False) -> None:
     """Raise ``ValueError`` unless ``value`` is an integer of at least ``least`` (or None where ``optional``)."""
@@ -35,6 +38,12 @@ def check_instruction_options(owner: str, styles: Sequence[str], few_shot: bool,
         check_int(owner, name, given[name], {"batch_size": 1, "max_length": 2}.get(name, 0))
     for name in ("eval_batch_size", "train_limit", "val_limit", "test_limit"):
         check_int(owner, name, given[name], 1, optional=True)
+    check_int(owner, "split_seed", given["split_seed"], 0, optional=True)
+    if given["train_limit_by"] not in (None, KIND):
+        raise ValueError(
+            f"`{owner}(train_limit_by={given['train_limit_by']!r})`: give --data.train_limit_by {KIND}, or null to choose at"
+            " random."
+        )
     check_choice(owner, "prompt_style", given["prompt_style"], ("plain", *styles, "chat"))
     check_choice(owner, "loss_on", given["loss_on"], ("response", "all"))
     check_choice(owner, "too_long", given["too_long"], ("drop", "cut_prompt", "error"))

@@ -24,6 +24,11 @@ class Example(NamedTuple):
     """What answers are scored against: a text, or lists of texts. ``None``: the response."""
     group: str | None = None
     """What examples that belong together share, such as their passage: they are held out for validation together."""
+    kind: str | None = None
+    """What ``train_limit_by`` keeps the shares of, such as the task; no part of the tokens, nor of their cache's key."""
+
+
+_HASHED = Example._fields.index("kind")  # the fields before it are in the key of cached tokens
 
 
 def check_examples(owner: str, split: str, examples: Sequence[Example]) -> None:
@@ -195,9 +200,9 @@ class PromptEncoder:
             self.prefix,
             self.end_id,
             None if ids is None else list(ids),
-            self.shots,
+            [shot[:_HASHED] for shot in self.shots],
         ]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for example in examples:
-            digest.update(json.dumps(example).encode())
+            digest.update(json.dumps(example[:_HASHED]).encode())
         return digest.hexdigest()[:32]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,6 +44,32 @@ def hold_out(groups: Sequence[int], size: int, seed: int) -> tuple[list[int], li
             count += members[groups[row]]
     left = [row for row in order if groups[row] not in held]
     return left, sorted(row for row in order if groups[row] in held)
+
+
+def shuffled(rows: Sequence[int], seed: int) -> list[int]:
+    """Return rows in an order that depends on them and ``seed`` alone, not on the order that they come in."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    ordered = sorted(rows)
+    return [ordered[place] for place in order]
+
+
+def in_proportion(rows: Sequence[int], kinds: Sequence[Any], seed: int) -> list[int]:
+    """Return rows in an order every beginning of which has the shares of the kinds that all have, to within one row of each.
+
+    Rows of one kind keep their order. Where the shares are no whole numbers, ``seed`` decides which kind is rounded up: row
+    number ``k`` of ``n`` of a kind comes at ``(k + u) / n`` of the way, with one ``u`` below 1 for each kind.
+    """
+    members: dict[Any, list[int]] = {}
+    for row, kind in zip(rows, kinds, strict=True):
+        members.setdefault(kind, []).append(row)
+    generator = torch.Generator().manual_seed(seed)
+    offsets = dict(zip(sorted(members, key=str), torch.rand(len(members), generator=generator).tolist(), strict=True))
+    places = {
+        row: (number + offsets[kind]) / len(of_kind)
+        for kind, of_kind in members.items()
+        for number, row in enumerate(of_kind)
+    }
+    return sorted(rows, key=places.__getitem__)
 
 
 def draw_shots(candidates: Iterable[Example], evaluated: Iterable[Example], count: int) -> tuple[Example, ...]:

@@ -59,6 +59,34 @@ class Run:
     max_steps: int = -1
     limit: int | float = 1.0
 
+    def batches(self, units: int, batch_size: int) -> int:
+        """Return the batches of one device that so many examples, or packed rows, make."""
+        return math.ceil(math.ceil(units / self.devices) / batch_size)
+
+    def batches_per_epoch(self, batches: int) -> int:
+        """Return how many of the batches of the data an epoch has."""
+        return min(batches, self.limit) if isinstance(self.limit, int) else int(batches * self.limit)
+
+    def steps_per_epoch(self, batches: int) -> int:
+        """Return the optimizer steps in an epoch; the last one may have fewer batches."""
+        return math.ceil(self.batches_per_epoch(batches) / self.accumulate)
+
+    def steps(self, batches: int) -> int | None:
+        """Return the optimizer steps of the run, ``None`` if it has no end."""
+        epochs = 1000 if self.max_epochs is None and self.max_steps == -1 else self.max_epochs
+        bounds = [self.max_steps] if self.max_steps != -1 else []
+        bounds += [epochs * self.steps_per_epoch(batches)] if epochs is not None and epochs != -1 else []
+        return min(bounds, default=None)
+
+
+def batches_of(module: TokenisedDataModule, run: Run) -> int:
+    """Return the batches of one device that a data module makes, after ``setup("fit")``."""
+    data = module.data["train"]
+    if not module.packing:
+        return run.batches(len(data), module.batch_size)
+    lengths = [min(length, module.max_length) for length in data["length"][:]]
+    return run.batches(len(pack(lengths, module.max_length, module.seed)), module.batch_size)
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -77,6 +105,8 @@ class Summary:
         packed: Rows that the examples are packed into; null without packing.
         padding: Share of padding in the batches of the first epoch.
         run: Settings of the run.
+        available: Examples that ``train_limit`` chooses from.
+        kinds: The kinds of examples, and how many of each are chosen, where ``train_limit_by`` is given.
     """
 
     rows: list[Shown]
@@ -91,33 +121,29 @@ class Summary:
     packed: int | None
     padding: float
     run: Run
+    available: int
+    kinds: dict[str, int]
 
     @property
     def all_batches(self) -> int:
         """Batches of one device that the data makes."""
         units = len(self.lengths) if self.packed is None else self.packed
-        return math.ceil(math.ceil(units / self.run.devices) / self.batch_size)
+        return self.run.batches(units, self.batch_size)
 
     @property
     def batches_per_epoch(self) -> int:
         """Batches of one device in an epoch."""
-        batches, limit = self.all_batches, self.run.limit
-        return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        return self.run.batches_per_epoch(self.all_batches)
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in an epoch: the last one may have fewer batches."""
-        return math.ceil(self.batches_per_epoch / self.run.accumulate)
+        return self.run.steps_per_epoch(self.all_batches)
 
     @property
     def steps(self) -> int | None:
         """Optimizer steps of the run, ``None`` if it has no end."""
-        run, epochs = self.run, self.run.max_epochs
-        if epochs is None and run.max_steps == -1:
-            epochs = 1000
-        bounds = [run.max_steps] if run.max_steps != -1 else []
-        bounds += [epochs * self.steps_per_epoch] if epochs is not None and epochs != -1 else []
-        return min(bounds, default=None)
+        return self.run.steps(self.all_batches)
 
     @property
     def tokens_of_run(self) -> float | None:
@@ -178,6 +204,8 @@ def summarise(module: TokenisedDataModule, rows: int, run: Run) -> Summary:
         packed,
         padding_share(order, units, module.batch_size),
         run,
+        module.available,
+        module.kinds,
     )
 
 

@@ -35,9 +35,11 @@ PASSAGES = {
     }
 }
 QUESTIONS = [
-    DROPQuestion("Carr threw to Crabtree and Roberts. ", "Who caught?", [["Crabtree", "Roberts"], ["Roberts"]]),
-    DROPQuestion("Carr threw to Crabtree and Roberts. ", "How many?", [["2"]]),
-    DROPQuestion("Carr threw to Crabtree and Roberts. ", "When?", [[" May 1939"]]),
+    DROPQuestion(
+        "Carr threw to Crabtree and Roberts. ", "Who caught?", [["Crabtree", "Roberts"], ["Roberts"]], "spans"
+    ),
+    DROPQuestion("Carr threw to Crabtree and Roberts. ", "How many?", [["2"]], "number"),
+    DROPQuestion("Carr threw to Crabtree and Roberts. ", "When?", [[" May 1939"]], "date"),
 ]
 CONTEXT = {
     "context": "Passage: P.\nQuestion: Odd?\nQuestion: Q?\nAnswer:",
@@ -132,7 +134,7 @@ def test_parquet(build: Any, tmp_path: Path) -> None:
 
     row = {"passage": "P", "question": "Q", "answer": _answer("4"), "validated_answers": [_answer("5")]}
     Dataset.from_list([row] * 3).to_parquet(str(tmp_path / "rows.parquet"))
-    assert read_drop(tmp_path / "rows.parquet") == [DROPQuestion("P", "Q", [["4"], ["5"]])] * 3
+    assert read_drop(tmp_path / "rows.parquet") == [DROPQuestion("P", "Q", [["4"], ["5"]], "number")] * 3
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(ValueError, match=r"broken\.parquet: not a readable parquet file"):
         read_drop(tmp_path / "broken.parquet")

@@ -13,7 +13,7 @@ from lightning_pmss.datamodules.base import Split, TokenisedDataModule
 from lightning_pmss.datamodules.cache import tokenised
 from lightning_pmss.datamodules.conversations.collate import ConversationCollator
 from lightning_pmss.datamodules.conversations.encoder import ConversationEncoder, TrainOn, last_tokens
-from lightning_pmss.datamodules.conversations.formats import Layout, Side
+from lightning_pmss.datamodules.conversations.formats import COLUMNS, Layout, Side
 from lightning_pmss.datamodules.conversations.options import PLAIN, check_chat_options
 from lightning_pmss.datamodules.conversations.reading import Rows, dumped, read_split, split_rows
 from lightning_pmss.datamodules.conversations.templates import REMEDY, use_template
@@ -71,7 +71,7 @@ class ChatDataModule(TokenisedDataModule):
         too_long: Treatment of examples longer than ``max_length``. "drop": leave them out of training, keep them whole in
             evaluation. "cut_turns": leave out the earliest exchanges of a conversation, never the system turn and never a part
             of a message. A warning reports how many. "error": refuse them.
-        **kwargs: Arguments of `TokenisedDataModule`.
+        **kwargs: Arguments of `TokenisedDataModule`; here ``train_limit_by`` names a column of the file, such as "source".
 
     Raises:
         FileNotFoundError: If ``path`` looks like a path and nothing is there.
@@ -105,7 +105,10 @@ class ChatDataModule(TokenisedDataModule):
         self.template = template
         self.train_on: TrainOn = train_on
         self.on_bad_row = on_bad_row
-        self.layout = Layout(dict(columns or {}), dict(roles or {}), self.ignore_columns, template == PLAIN)
+        by = self.train_limit_by
+        unread = () if by is None or by in COLUMNS or by in (columns or {}).values() else (by,)
+        ignored = (*self.ignore_columns, *unread)
+        self.layout = Layout(dict(columns or {}), dict(roles or {}), ignored, template == PLAIN)
         self.skipped: dict[Split, list[str]] = {}
         """What is wrong with the rows of each split that are left out, where ``on_bad_row`` says so."""
         self._tokenizer: Any = None
@@ -138,7 +141,8 @@ class ChatDataModule(TokenisedDataModule):
         skipped: list[str] | None = [] if self.on_bad_row == "skip" else None
         option = f"{split}_path" if split != "train" and self.paths[split] is not None else "path"
         found = split_rows(path, split, name or _HUB_NAMES[split], option, skipped)
-        return None if found is None else read_split(*found, self.layout, skipped)
+        kind = self.train_limit_by if split == "train" else None
+        return None if found is None else read_split(*found, self.layout, skipped, kind)
 
     @override
     def _make(self, split: Split, ids: Sequence[int] | None) -> Dataset | None:
@@ -178,6 +182,8 @@ class ChatDataModule(TokenisedDataModule):
         }
         data = tokenised(columns, encoder, ["where", "row"], encoder.fingerprint(texts), self.cache_dir, split)
         self._wheres[split] = wheres
+        if split == "train":
+            self._kind_of = [rows.kinds[group] for group, *_ in examples] if rows.kinds else ()
         return self._good(data, rows, split)
 
     def _good(self, data: Dataset, rows: Rows, split: Split) -> Dataset:

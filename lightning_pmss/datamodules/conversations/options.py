@@ -26,6 +26,7 @@ def check_chat_options(owner: str, given: Mapping[str, Any]) -> None:
             check_int(owner, name, given[name], smallest)
     for name in ("eval_batch_size", "train_limit", "val_limit", "test_limit"):
         check_int(owner, name, given.get(name), 1, optional=True)
+    check_int(owner, "split_seed", given.get("split_seed"), 0, optional=True)
     check_choice(owner, "train_on", given["train_on"], ("assistant", "last", "each", "all"))
     check_choice(owner, "on_bad_row", given["on_bad_row"], ("error", "skip"))
     check_choice(owner, "too_long", given["too_long"], ("drop", "cut_turns", "error"))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_pmss.datamodules.columns import filled
 from lightning_pmss.datamodules.conversations.formats import Kind, Layout, Side
 from lightning_pmss.datamodules.conversations.messages import BadRowError
 from lightning_pmss.datamodules.rows import SUFFIXES, Row, existing, load_hub_rows, looks_like_file, read_rows
@@ -27,6 +28,7 @@ class Rows:
         wheres: The place of each.
         sides: The texts of each.
         skipped: What is wrong with the rows that are left out.
+        kinds: The kind of each, where a column has it.
     """
 
     source: str
@@ -34,9 +36,12 @@ class Rows:
     wheres: list[str] = field(default_factory=list)
     sides: list[list[Side]] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
 
 
-def read_split(source: str, rows: Iterator[Row], layout: Layout, skipped: list[str] | None) -> Rows:
+def read_split(
+    source: str, rows: Iterator[Row], layout: Layout, skipped: list[str] | None, kind: str | None = None
+) -> Rows:
     """Return the rows of a split.
 
     Args:
@@ -44,6 +49,7 @@ def read_split(source: str, rows: Iterator[Row], layout: Layout, skipped: list[s
         rows: The rows with their places.
         layout: Reads them.
         skipped: Where to put what is wrong with bad rows; null: the first one is raised.
+        kind: The column that has the kind of each row; null: none.
 
     Raises:
         ValueError: A row is bad, or none is good; the message has its place.
@@ -55,6 +61,8 @@ def read_split(source: str, rows: Iterator[Row], layout: Layout, skipped: list[s
                 found.kind = layout.recognise(where, row)
             sides = layout.read(where, row, found.kind)
             _check_text(where, sides)
+            if kind is not None:
+                found.kinds.append(_kind(where, row, kind))
         except ValueError as error:
             if skipped is None:
                 raise
@@ -66,6 +74,16 @@ def read_split(source: str, rows: Iterator[Row], layout: Layout, skipped: list[s
         reason = f" All {len(found.skipped)} rows are bad, the first one: {found.skipped[0]}" if found.skipped else ""
         raise ValueError(f"{source}: no examples in this file; it needs one conversation per row.{reason}")
     return found
+
+
+def _kind(where: str, row: Any, column: str) -> str:
+    value = row.get(column)
+    if not filled(value) or not isinstance(value, str | int):
+        raise BadRowError(
+            f"{where}: --data.train_limit_by {column}: the value there is {value!r}; name a column of texts or whole numbers"
+            f" that every row has. This row has {some(sorted(map(str, row)))}."
+        )
+    return str(value)
 
 
 def _check_text(where: str, sides: list[Side]) -> None:
