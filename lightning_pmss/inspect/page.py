@@ -70,22 +70,31 @@ def write_report(
     for section in sections:
         if section.fault and announce is not None:
             announce(f"{section.title}: {section.fault}")
-    from jinja2 import Environment
-
-    template = files("lightning_pmss.inspect").joinpath("page.html.jinja").read_text(encoding="utf-8")
-    page = (
-        Environment(autoescape=True)
-        .from_string(template)
-        .render(
-            title=one_line(f"PMSS run {run.folder.resolve().parent.name}/{run.folder.name}"),
-            subtitle=_subtitle(run, inspection),
-            figures=_figures(run, inspection),
-            sections=sections,
-        )
+    page = render(
+        title=f"PMSS run {run.folder.resolve().parent.name}/{run.folder.name}",
+        subtitle=_subtitle(run, inspection),
+        figures=_figures(run, inspection),
+        sections=sections,
     )
     with atomic_file(target) as new:
         new.write_bytes(page.encode())
     return target
+
+
+def render(title: str, subtitle: str, figures: Sequence[tuple[str, str]], sections: Sequence[Section]) -> str:
+    """Return a page as HTML; its title is cut to one line.
+
+    Args:
+        title: Of the page.
+        subtitle: Below it.
+        figures: Names and values at the top.
+        sections: Its parts.
+    """
+    from jinja2 import Environment
+
+    template = files("lightning_pmss.inspect").joinpath("page.html.jinja").read_text(encoding="utf-8")
+    made = Environment(autoescape=True).from_string(template)
+    return made.render(title=one_line(title), subtitle=subtitle, figures=figures, sections=sections)
 
 
 def _refuse_existing(target: Path, overwrite: bool) -> None:
@@ -98,7 +107,7 @@ def _refuse_existing(target: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{target} is not a page of a run, and overwriting would destroy it. Name another file.")
 
 
-def _picture(title: str, draw: Callable[[], str], note: str = "", fault: str = "") -> Section:
+def picture_section(title: str, draw: Callable[[], str], note: str = "", fault: str = "") -> Section:
     """Make a section with a picture, or with the reason why it cannot be drawn."""
     try:
         return Section(title, draw(), note=note, fault=fault)
@@ -156,17 +165,17 @@ def _curves(run: Run) -> list[Section]:
     scores = {n: c for n, c in run.curves.items() if n.startswith("val/") and n != "val/loss"}
     sections = _fault(run, "metrics.csv", "Curves")
     if losses:
-        sections.append(_picture("Loss", lambda: pictures.curves(losses, ylabel="loss", smoothing=10)))
+        sections.append(picture_section("Loss", lambda: pictures.curves(losses, ylabel="loss", smoothing=10)))
     if scores:
         more = f"The first {pictures.MOST_LINES} of {len(scores)}." if len(scores) > pictures.MOST_LINES else ""
-        sections.append(_picture("Scores in validation", lambda: pictures.curves(scores, ylabel="score"), more))
+        sections.append(picture_section("Scores in validation", lambda: pictures.curves(scores, ylabel="score"), more))
     if speed := run.curves.get("pmss/tokens_per_second"):
         lines = {"tokens per second": speed}
         draw = partial(pictures.curves, lines, ylabel="tokens / s", smoothing=10, from_zero=True)
-        sections.append(_picture("Throughput", draw))
+        sections.append(picture_section("Throughput", draw))
     if memory := run.curves.get("pmss/peak_memory_gb"):
         draw = partial(pictures.curves, {"peak so far": memory}, ylabel="GB (10^9 bytes)", from_zero=True)
-        sections.append(_picture("Memory", draw))
+        sections.append(picture_section("Memory", draw))
     return sections
 
 
@@ -180,7 +189,7 @@ def _update(inspection: Inspection | None, note: str, fault: str) -> list[Sectio
         kind, block = _kind_and_block(layer.name)
         cells.setdefault(kind, {})[block] = float(layer.update_norm if with_base else layer.u_norm)  # type: ignore[arg-type]
     label = "norm of s C U R" if with_base else "norm of s U"
-    sections = [_picture(title, lambda: pictures.heat_map(cells, label=label), note, fault)]
+    sections = [picture_section(title, lambda: pictures.heat_map(cells, label=label), note, fault)]
     if with_base:
         strongest = sorted(inspection.layers, key=lambda layer: -float(layer.update_norm or 0.0))[:5]
         spectra = {layer.name: layer.singular_values or [] for layer in strongest if layer.update_norm}
@@ -192,7 +201,7 @@ def _update(inspection: Inspection | None, note: str, fault: str) -> list[Sectio
                 " with as many trained parameters; no LoRA was trained for this picture."
             )
             draw = partial(pictures.spectra, spectra, lora_rank=rank)
-            sections.append(_picture("Spectrum of the update", draw, text))
+            sections.append(picture_section("Spectrum of the update", draw, text))
     return sections
 
 

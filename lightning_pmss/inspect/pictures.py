@@ -15,21 +15,23 @@ _INK, _PALE = "#1f4e79", "#9dbbd6"
 _MOST_POINTS, _MOST_KINDS, _MOST_LETTERS = 2000, 60, 60
 
 
-def _figure(width: float = 7.2, height: float = 3.2) -> Any:
+def new_figure(width: float = 7.2, height: float = 3.2) -> Any:
+    """Make an empty figure of matplotlib; sizes in inches."""
     # Not by pyplot, which has global state and may need a display.
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _svg(figure: Any) -> str:
+def svg_text(figure: Any) -> str:
+    """Return a figure as an SVG element."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
 
-def _label(name: str) -> str:
+def safe_label(name: str) -> str:
     """Escape and shorten a name for matplotlib: ``$`` would begin a formula, a leading ``_`` hide it from the legend."""
     text = one_line(name)
     text = text if len(text) <= _MOST_LETTERS else f"{text[: _MOST_LETTERS - 3]}..."
@@ -51,7 +53,7 @@ def curves(lines: Mapping[str, Curve], *, ylabel: str, smoothing: int = 1, from_
         smoothing: Points in the running mean; 1 draws none.
         from_zero: Whether the y axis begins at 0.
     """
-    figure = _figure()
+    figure = new_figure()
     axes = figure.add_subplot()
     for number, (name, points) in enumerate(islice(lines.items(), MOST_LINES)):
         steps, values = zip(*points, strict=True)
@@ -60,17 +62,17 @@ def curves(lines: Mapping[str, Curve], *, ylabel: str, smoothing: int = 1, from_
             axes.plot(*zip(*_thinned(points), strict=True), color=_PALE if not number else color, linewidth=0.8)
             means = [sum(values[max(0, i - smoothing + 1) : i + 1]) / min(i + 1, smoothing) for i in range(len(values))]
             smooth = _thinned(list(zip(steps, means, strict=True)))
-            axes.plot(*zip(*smooth, strict=True), color=color, label=f"{_label(name)} (mean of {smoothing})")
+            axes.plot(*zip(*smooth, strict=True), color=color, label=f"{safe_label(name)} (mean of {smoothing})")
         else:
             thinned = zip(*_thinned(points), strict=True)
-            axes.plot(*thinned, color=color, marker="o", markersize=3, label=_label(name))
+            axes.plot(*thinned, color=color, marker="o", markersize=3, label=safe_label(name))
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(ylabel)
     if from_zero:
         axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    return _svg(figure)
+    return svg_text(figure)
 
 
 def heat_map(values: Mapping[str, Mapping[str, float]], *, label: str) -> str:
@@ -83,15 +85,15 @@ def heat_map(values: Mapping[str, Mapping[str, float]], *, label: str) -> str:
     values = dict(islice(values.items(), _MOST_KINDS))
     layers = list(dict.fromkeys(layer for row in values.values() for layer in row))
     grid = [[row.get(layer, float("nan")) for layer in layers] for row in values.values()]
-    figure = _figure(height=1.4 + 0.28 * len(values))
+    figure = new_figure(height=1.4 + 0.28 * len(values))
     axes = figure.add_subplot()
     image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0)
-    axes.set_yticks(range(len(values)), [_label(kind) for kind in values])
+    axes.set_yticks(range(len(values)), [safe_label(kind) for kind in values])
     every = -(-len(layers) // 16)
-    axes.set_xticks(range(0, len(layers), every), [_label(layer) for layer in layers[::every]])
+    axes.set_xticks(range(0, len(layers), every), [safe_label(layer) for layer in layers[::every]])
     axes.set_xlabel("block")
     figure.colorbar(image, label=label)
-    return _svg(figure)
+    return svg_text(figure)
 
 
 def spectra(singular_values: Mapping[str, Sequence[float]], *, lora_rank: int) -> str:
@@ -101,11 +103,11 @@ def spectra(singular_values: Mapping[str, Sequence[float]], *, lora_rank: int) -
         singular_values: Layer -> singular values, descending.
         lora_rank: Rank of a LoRA with as many parameters per layer.
     """
-    figure = _figure()
+    figure = new_figure()
     axes = figure.add_subplot()
     for name, values in singular_values.items():
         shown = [value / values[0] for value in values if value > values[0] * 1e-6]
-        axes.semilogy(range(1, len(shown) + 1), shown, label=_label(name))
+        axes.semilogy(range(1, len(shown) + 1), shown, label=safe_label(name))
     axes.axvline(lora_rank + 0.5, color="#b23a48", linestyle="--")
     axes.annotate(
         f"a LoRA of equal size ends at rank {lora_rank}",
@@ -119,4 +121,4 @@ def spectra(singular_values: Mapping[str, Sequence[float]], *, lora_rank: int) -
     axes.set_ylabel("singular value / largest")
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False, fontsize=8)
-    return _svg(figure)
+    return svg_text(figure)
