@@ -48,6 +48,8 @@ class ChatModel:
         # An adapter that was trained with added tokens has their tokenizer.
         own = [folder for folder in folders.values() if (Path(folder).expanduser() / "tokenizer_config.json").is_file()]
         self.tokenizer = load_tokenizer(own[0] if own else options.model)
+        for folder in folders.values():
+            self._refuse_other_words(own[0] if own else options.model, folder if folder in own else options.model)
         self.form = "no chat template: it continues your text"
         """How it is addressed, in words."""
         self.template = None if options.plain else self._template()
@@ -61,6 +63,21 @@ class ChatModel:
         self.active = next(iter(self.adapters), None)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.context: int | None = limit if isinstance(limit, int) and limit > 0 else None
+
+    def _refuse_other_words(self, first: str, other: str) -> None:
+        """Refuse adapters that one conversation cannot serve: of other tokens, or of other chat templates."""
+        theirs = self.tokenizer if other == first else load_tokenizer(other)
+        tokens, more = self.tokenizer.get_vocab().items(), theirs.get_vocab().items()
+        if not (tokens <= more or more <= tokens):  # added tokens do no harm
+            raise ValueError(
+                f"--adapter: {first} and {other} have tokenizers with other tokens. Chat with one of the two."
+            )
+        asked = self.options.plain or self.options.chat_template is not None
+        if not asked and theirs.chat_template != self.tokenizer.chat_template:
+            raise ValueError(
+                f"--adapter: {first} and {other} have other chat templates. Chat with one of the two, or name a template for"
+                " both with --chat-template."
+            )
 
     def _template(self) -> ChatTemplate:
         self.form = use_template(self.tokenizer, self.options.chat_template, _REMEDY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,35 @@ def test_an_adapter_of_another_base_is_refused(
         main(["chat", "--model", str(tmp_path), "--adapter", adapters["red"]])
     assert stop.value.code == 2
     assert "base" in capsys.readouterr().err
+
+
+def test_adapters_of_other_templates_are_refused(
+    tmp_path: Path, tiny_llama: str, adapters: dict[str, str], chat: Chat, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoTokenizer
+
+    own = shutil.copytree(adapters["blue"], tmp_path / "own")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.save_pretrained(own)
+    both = ("--adapter", adapters["red"], f"own={own}")
+    assert chat("Hello", options=both)[0][1].startswith("red> ")
+
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(own)
+    with pytest.raises(SystemExit) as stop:
+        main(["chat", "--model", tiny_llama, *both])
+    assert stop.value.code == 2
+    assert f"{own} and {tiny_llama} have other chat templates" in capsys.readouterr().err
+    assert chat("Hello", options=(*both, "--chat-template", "alpaca"))[0][1].startswith("red> ")
+
+    other = AutoTokenizer.from_pretrained(tiny_llama)
+    other.add_tokens(["<blue>"])
+    other.save_pretrained(second := shutil.copytree(adapters["red"], tmp_path / "second"))
+    tokenizer.add_tokens(["<own>"])
+    tokenizer.save_pretrained(own)
+    with pytest.raises(SystemExit):
+        main(["chat", "--model", tiny_llama, "--adapter", str(own), str(second), "--plain"])
+    assert "have tokenizers with other tokens" in capsys.readouterr().err
 
 
 def test_a_merged_folder_says_what_its_adapter_says(
