@@ -51,7 +51,7 @@ RULES: dict[str, dict[str, Any]] = {
     "svd, rank 4, of the sum": {"rule": "svd", "rank": RANK},
     "lego, rank 4": {"rule": "lego", "rank": RANK},
     "lego, rank 8": {"rule": "lego", "rank": 2 * RANK},
-    "lego, rank 4, as published": {"rule": "lego", "rank": RANK, "as_published": True},
+    "lego, rank 4, raw units": {"rule": "lego", "rank": RANK, "units": "raw"},
     "linear": {"rule": "linear"},
     "ties, density 0.5": {"rule": "ties", "density": 0.5},
     "dare_linear, density 0.5": {"rule": "dare_linear", "density": 0.5},

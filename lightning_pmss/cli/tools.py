@@ -166,7 +166,7 @@ def _combine(args: Sequence[str]) -> None:
         "--density", type=float, metavar="D", help="share of entries kept, for ties, dare_* and magnitude_prune"
     )
     parser.add_argument("--seed", type=int, default=0, help="of lego's k-means and dare's draws (default: %(default)s)")
-    parser.add_argument("--as-published", action="store_true", help="lego: cluster the units as they are, unaligned")
+    parser.add_argument("--units", metavar="HOW", help="what lego clusters: aligned (default), raw or normalised units")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
     given = vars(parser.parse_args(args))
 

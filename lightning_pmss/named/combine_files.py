@@ -89,7 +89,7 @@ def combine_files(
     weights: Sequence[float] | None = None,
     density: float | None = None,
     seed: int = 0,
-    as_published: bool = False,
+    units: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> CombinedFiles:
@@ -106,7 +106,7 @@ def combine_files(
         weights: One per adapter; 1 each if not given. Negative ones subtract.
         density: Share of the entries kept, for ``ties``, ``dare_*`` and ``magnitude_prune``.
         seed: Of the k-means and of the draws.
-        as_published: ``lego`` on the units as they are, neither flipped nor balanced.
+        units: What ``lego`` clusters: "aligned" (if not given), "raw" or "normalised"; see `lightning_pmss.named.rules.UNITS`.
         overwrite: Replace an earlier adapter.
         progress: Show a progress bar.
 
@@ -120,7 +120,7 @@ def combine_files(
         ValueError: Options that do not fit, another base than an adapter's, adapters with modules trained in full or fresh
             tensors, no layer in common, updates that are no product of thin matrices, or values that are not finite.
     """
-    chosen = Rule(rule, rank, density, seed, not as_published)
+    chosen = Rule(rule, rank, density, seed, units)
     base, target, folders = Path(base).expanduser(), Path(output).expanduser(), [Path(a).expanduser() for a in adapters]
     factors = _weights(weights, folders)
     refuse_overlap(target, {"base": base} | {f"adapter {n}": folder for n, folder in enumerate(folders, 1)})

@@ -27,6 +27,10 @@ ANY_UPDATE = ("svd",)
 """Rules that also take updates that are no product of thin matrices."""
 PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 """Rules that take a density."""
+UNITS = ("aligned", "raw", "normalised")
+"""What ``lego`` clusters. "raw": units as they are. "normalised": a and b are divided by their norms, and a centre is the mean
+of units as they are. "aligned", ours: units are flipped from ``(a, b)`` to ``(-a, -b)`` where they point against the main
+direction of the pool, and a and b get one norm; both leave ``b a`` as it is, but not the distance between units."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,7 @@ class Rule:
         rank: Of the result, for `CUTTING`; a layer whose updates have less keeps less.
         density: Share of the entries that `PRUNING` rules keep, in (0, 1].
         seed: Of the k-means of ``lego`` and the draws of ``dare``.
-        aligned: ``lego``: flip units ``(a, b)`` to ``(-a, -b)`` where they point against the main direction of the pool, and
-            give a and b one norm. Both leave ``b a`` as it is, but not the distance between units. Ours; off as published.
+        units: What ``lego`` clusters, one of `UNITS`; "aligned" if None.
 
     Raises:
         ValueError: An unknown rule, or an option that is missing, out of range, or not the rule's.
@@ -49,7 +52,7 @@ class Rule:
     rank: int | None = None
     density: float | None = None
     seed: int = 0
-    aligned: bool = True
+    units: str | None = None
 
     def __post_init__(self) -> None:
         if self.name not in RULES:
@@ -64,6 +67,10 @@ class Rule:
             raise ValueError(f"rule {self.name} {need}. {', '.join(PRUNING)} take one.")
         if self.density is not None and not 0 < self.density <= 1:
             raise ValueError(f"density={self.density!r} must be above 0 and at most 1.")
+        if self.units is not None and self.name != "lego":
+            raise ValueError(f"rule {self.name} clusters no units: leave --units out, or take --rule lego.")
+        if self.units is not None and self.units not in UNITS:
+            raise ValueError(f"units={self.units!r} is not known; choose one of {', '.join(UNITS)}.")
 
     def combined(self, parts: Sequence[tuple[float, Factors]], name: str = "") -> Factors:
         """The update of one layer.
@@ -82,7 +89,7 @@ class Rule:
             return Factors(a, b)
         if self.name == "lego":
             assert self.rank is not None
-            return lego(parts, self.rank, seed=self.seed_of(name), aligned=self.aligned)
+            return lego(parts, self.rank, seed=self.seed_of(name), units=self.units or UNITS[0])
         ranks = sorted({len(part.a) for _, part in parts})
         if len(ranks) > 1:
             raise ValueError(
@@ -106,7 +113,7 @@ class Rule:
         return Factors(a, b)
 
 
-def lego(parts: Sequence[tuple[float, Factors]], rank: int, *, seed: int = 0, aligned: bool = True) -> Factors:
+def lego(parts: Sequence[tuple[float, Factors]], rank: int, *, seed: int = 0, units: str = UNITS[0]) -> Factors:
     """LoRA-LEGO (arXiv 2409.16167), reconstructed from two implementations by others; the authors released no code.
 
     Each rank-one piece of each adapter is a unit ``[a, b]``. The units of all adapters are clustered by k-means into ``rank``
@@ -117,14 +124,15 @@ def lego(parts: Sequence[tuple[float, Factors]], rank: int, *, seed: int = 0, al
         parts: See `Rule.combined`.
         rank: Of the result; at least the number of all units: their exact sum, without clusters and without scaling.
         seed: Of the k-means (scikit-learn, 10 starts).
-        aligned: See `Rule`.
+        units: One of `UNITS`.
     """
-    units = torch.cat([_units(weight, part) for weight, part in parts])
+    pool = torch.cat([_units(weight, part) for weight, part in parts])
     inputs = parts[0][1].a.shape[1]
-    if len(units) <= rank:
-        return _split(units, inputs)
-    if aligned:
-        units = _aligned(units, inputs)
+    if len(pool) <= rank:
+        return _split(pool, inputs)
+    if units == "aligned":
+        pool = _aligned(pool, inputs)
+    points = _normalised(pool, inputs) if units == "normalised" else pool
     try:
         from sklearn.cluster import KMeans
     except ModuleNotFoundError as error:
@@ -132,13 +140,13 @@ def lego(parts: Sequence[tuple[float, Factors]], rank: int, *, seed: int = 0, al
             "rule lego uses k-means of scikit-learn, which is not installed: pip install 'lightning-pmss[combine]'",
             name=error.name,
         ) from error
-    found = KMeans(rank, n_init=10, max_iter=300, random_state=seed).fit(units.cpu().numpy())
+    found = KMeans(rank, n_init=10, max_iter=300, random_state=seed).fit(points.cpu().numpy())
     labels = torch.from_numpy(found.labels_).long()
-    centres = torch.zeros(rank, units.shape[1], dtype=units.dtype).index_add_(0, labels, units.cpu())
+    centres = torch.zeros(rank, pool.shape[1], dtype=pool.dtype).index_add_(0, labels, pool.cpu())
     counts = torch.bincount(labels, minlength=rank).clamp(min=1)[:, None]
     centres /= counts
     sizes = (
-        torch.zeros(rank, 1, dtype=units.dtype).index_add_(0, labels, units.cpu().abs().amax(1, keepdim=True)) / counts
+        torch.zeros(rank, 1, dtype=pool.dtype).index_add_(0, labels, pool.cpu().abs().amax(1, keepdim=True)) / counts
     )
     own = centres.abs().amax(1, keepdim=True)
     centres = torch.where(own > 0, centres * (sizes / own.clamp(min=torch.finfo(own.dtype).tiny)), centres)
@@ -165,6 +173,11 @@ def _aligned(units: Tensor, inputs: int) -> Tensor:
     units = torch.cat([a * ratio, b / ratio], 1)
     main = torch.linalg.svd(units, full_matrices=False).Vh[0]
     return torch.where((units @ main)[:, None] < 0, -units, units)
+
+
+def _normalised(units: Tensor, inputs: int) -> Tensor:
+    a, b = units[:, :inputs], units[:, inputs:]
+    return torch.cat([a / a.norm(dim=1, keepdim=True), b / b.norm(dim=1, keepdim=True)], 1)
 
 
 def _joined(parts: Sequence[tuple[float, Factors]]) -> Factors:

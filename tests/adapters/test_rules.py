@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pmss.methods.method import Factors
-from lightning_pmss.named.rules import Rule, lego
+from lightning_pmss.named.rules import UNITS, Rule, lego
 
 peft = pytest.importorskip("peft")
 OUT, IN = 12, 10
@@ -84,9 +84,9 @@ def test_dare_draws_from_its_seed_and_leaves_the_global_state() -> None:
 def test_lego_with_as_many_clusters_as_units_is_the_sum() -> None:
     parts = [(0.7, part(3, 1)), (-0.3, part(5, 2))]
     expected = sum(weight * change(factors) for weight, factors in parts)
-    for aligned in (True, False):
-        torch.testing.assert_close(change(lego(parts, 8, aligned=aligned)), expected)
-        assert len(lego(parts, 20, aligned=aligned).a) == 8
+    for units in UNITS:
+        torch.testing.assert_close(change(lego(parts, 8, units=units)), expected)
+        assert len(lego(parts, 20, units=units).a) == 8
 
 
 def test_lego_by_hand() -> None:
@@ -94,7 +94,7 @@ def test_lego_by_hand() -> None:
     a = torch.tensor([[10.0, 0.0], [0.0, 8.0]], dtype=torch.float64)
     b = torch.tensor([[6.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
     near = [Factors(a, b), Factors(a + 0.5, b - 0.5)]
-    found = lego([(1.0, near[0]), (1.0, near[1])], 2, aligned=False)
+    found = lego([(1.0, near[0]), (1.0, near[1])], 2, units="raw")
     expected = torch.zeros(2, 2, dtype=torch.float64)
     for i in range(2):
         units = [torch.cat([f.a[i], f.b[:, i]]) for f in near]
@@ -102,14 +102,14 @@ def test_lego_by_hand() -> None:
         mean = mean * (sum(float(u.abs().max()) for u in units) / 2 / float(mean.abs().max()))
         expected += torch.outer(mean[2:], mean[:2])
     torch.testing.assert_close(change(found), expected)  # r = k = 2
-    single = lego([(1.0, near[0])], 1, aligned=False)
+    single = lego([(1.0, near[0])], 1, units="raw")
     assert len(single.a) == 1
 
 
 def test_lego_scales_the_output_by_the_root_of_source_rank_over_rank() -> None:
     same = part(1, 1)
     parts = [(1.0, Factors(same.a.repeat(4, 1), same.b.repeat(1, 4)))]  # four equal units: one cluster has no spread
-    torch.testing.assert_close(change(lego(parts, 1, aligned=False)), math.sqrt(4 / 1) * change(same))
+    torch.testing.assert_close(change(lego(parts, 1, units="raw")), math.sqrt(4 / 1) * change(same))
 
 
 def test_alignment_makes_signs_and_scales_of_units_irrelevant() -> None:
@@ -118,7 +118,19 @@ def test_alignment_makes_signs_and_scales_of_units_irrelevant() -> None:
     changed = Factors(one.a * flips[:, None], one.b / flips)
     plain, moved = ([(1.0, factors), (1.0, two)] for factors in (one, changed))
     torch.testing.assert_close(change(lego(plain, 3)), change(lego(moved, 3)))
-    assert not torch.allclose(change(lego(plain, 3, aligned=False)), change(lego(moved, 3, aligned=False)))
+    assert not torch.allclose(change(lego(plain, 3, units="raw")), change(lego(moved, 3, units="raw")))
+
+
+def test_normalised_units_are_clustered_by_direction_and_averaged_as_they_are() -> None:
+    """A long and a short unit of one direction belong together, though the short one is nearer to another."""
+    a = torch.tensor([[9.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    b = torch.tensor([[9.0, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    found, raw = (change(lego([(1.0, Factors(a, b))], 2, units=units)) for units in ("normalised", "raw"))
+    # The first two: mean (5, 0 | 5, 0), whose largest entry is the mean of theirs. sqrt(3 / 2) on the output.
+    torch.testing.assert_close(found, math.sqrt(3 / 2) * torch.diag(torch.tensor([25.0, 1.0], dtype=torch.float64)))
+    assert float(raw[0, 0]) == pytest.approx(
+        math.sqrt(3 / 2) * (81 + 1)
+    )  # the first alone; the others (1, 1 | 1, 1) / 2
 
 
 @pytest.mark.parametrize(
@@ -130,6 +142,11 @@ def test_alignment_makes_signs_and_scales_of_units_irrelevant() -> None:
         ({"name": "svd", "rank": 0}, "rank=0 is not a rank; type a whole number of at least 1"),
         ({"name": "ties"}, "rule ties needs a density: type --density"),
         ({"name": "linear", "density": 0.5}, "rule linear has no density: leave --density out"),
+        ({"name": "cat", "units": "raw"}, "rule cat clusters no units: leave --units out"),
+        (
+            {"name": "lego", "rank": 2, "units": "row"},
+            "units='row' is not known; choose one of aligned, raw, normalised",
+        ),
         ({"name": "ties", "density": 0.0}, "density=0.0 must be above 0 and at most 1"),
     ],
 )
