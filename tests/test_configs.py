@@ -18,8 +18,9 @@ FOLDER = Path(__file__).resolve().parents[1] / "configs"
 OVERLAYS = sorted((FOLDER / "strategy").glob("*.yaml"))
 MUON = FOLDER / "optimizer" / "muon.yaml"
 METHODS = sorted((FOLDER / "method").glob("*.yaml"))
-TRAINING = sorted((FOLDER / "training").glob("*.yaml"))
-CONFIGS = sorted(set(FOLDER.rglob("*.yaml")) - {*OVERLAYS, *METHODS, *TRAINING, MUON})
+TRAINING = [FOLDER / "training" / "flat_lora.yaml"]
+SHARPNESS = [FOLDER / "training" / "sam.yaml", FOLDER / "training" / "bsam.yaml"]
+CONFIGS = sorted(set(FOLDER.rglob("*.yaml")) - {*OVERLAYS, *METHODS, *TRAINING, *SHARPNESS, MUON})
 SMALL = sorted((FOLDER / "smollm2").glob("*.yaml"))  # on one CPU core; these are run
 RECIPES = [path for path in CONFIGS if path.parent != FOLDER and path not in SMALL]
 
@@ -178,6 +179,19 @@ def test_every_recipe_with_muon(recipe: Path, parser: Any) -> None:
     assert (made.class_path, made.init_args.lr, made.init_args.weight_decay) == ("torch.optim.Muon", 1.5e-2, 0.0)
     assert made.init_args.adjust_lr_fn == "match_rms_adamw"
     assert str(MUON.relative_to(FOLDER.parent)) in MUON.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("overlay", SHARPNESS, ids=_name)
+@pytest.mark.parametrize("recipe", CONFIGS, ids=_name)
+def test_every_recipe_with_several_passes(recipe: Path, overlay: Path, parser: Any) -> None:
+    files = [recipe, overlay, FOLDER / "strategy" / "fsdp2.yaml"]
+    both = parser.parse_args([part for file in files for part in ("--config", str(file))])
+    alone = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    for name, value in alone["model"]["init_args"].items():
+        if not isinstance(value, (dict, str)):
+            assert both.model.init_args[name] == value, name
+    check_within(yaml.safe_load(overlay.read_text(encoding="utf-8")), both)
+    assert str(overlay.relative_to(FOLDER.parent)) in overlay.read_text(encoding="utf-8")
 
 
 def test_the_lines_for_several_nodes_parse(parser: Any) -> None:

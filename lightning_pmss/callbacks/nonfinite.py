@@ -20,6 +20,7 @@ from lightning_pmss.distributed.sharding import Engine
 from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.layers.parts import clean_name, own_part
 from lightning_pmss.messages import some
+from lightning_pmss.optimizers import SharpnessAware
 
 ON_NONFINITE = ("stop", "skip")
 _RANK = 1 << 20  # above the number of batches in a step
@@ -206,6 +207,8 @@ class NonFiniteCheck:
             if isinstance(p.grad, Tensor) and not bool(_square(_local(p.grad)).isfinite().all())
         ]
         what = f"gradients ({some(names)})" if names else "gradients"
+        if isinstance(optimizer, SharpnessAware):
+            what += f" in one of the {optimizer.passes} passes of {type(optimizer).__name__}"
         # Without Lightning's backward pass no batch was recorded: it is the current one.
         batches = batches or [(self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_idx)]
         seen = sorted({batch for _, batch in batches})

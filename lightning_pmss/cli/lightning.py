@@ -46,6 +46,11 @@ class PMSSParser(LightningArgumentParser):
         close = difflib.get_close_matches(unknown[1], known, n=1) if unknown else []
         lines = [line for line in message.splitlines() if not line.strip().startswith(_NOISE)]
         said = "\n".join(line[:400] for line in lines) + (f". Did you mean --{close[0]}?" if close else "")
+        if inside := re.search(
+            r"Option '(\w+)' is not accepted.*class_path='lightning_pmss\.optimizers\.(\w+)'", message
+        ):
+            name, kind = inside.groups()
+            said += f"\n{kind} wraps an optimizer, which has such options: --model.optimizer.base_optimizer.{name}"
         refuse(program, said, help_of=program)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from lightning_pmss.evaluation.likelihood import IGNORED
 from lightning_pmss.layers.parts import clean_name, is_sharded
 from lightning_pmss.modules.resuming import restore_loaders
+from lightning_pmss.optimizers import SharpnessAware
 
 CHECKPOINT_KEY = "accumulation"
 
@@ -169,7 +170,8 @@ class TokenWeighted(L.LightningModule):
             rank_zero_warn(
                 f"Resuming inside an optimizer step: the gradients of its first {inside} of {window.accumulate} batches are not"
                 f" in the checkpoint, so this step is the mean over the {len(window.tokens)} that are left. Checkpoints keep"
-                " them on one device and under DDP, for the same accumulate_grad_batches and number of devices; elsewhere"
+                " them on one device and under DDP, for the same accumulate_grad_batches and number of devices, if the"
+                " optimizer needs no batch twice (SAM and BSAM do); elsewhere"
                 " make checkpoints between steps (val_check_interval: a multiple of accumulate_grad_batches)."
             )
             return
@@ -185,9 +187,10 @@ def gradients_so_far(trainer: L.Trainer, module: L.LightningModule) -> dict[str,
     """The accumulated gradients of the trained parameters, on the CPU; a collective under DDP.
 
     Under DDP they are averaged over the ranks, as the step would do anyway. Engines that shard gradients or keep them in
-    buffers of their own (FSDP, DeepSpeed) give none.
+    buffers of their own (FSDP, DeepSpeed) give none, nor does an optimizer that needs the batches of these gradients again.
     """
-    if is_sharded(module) or isinstance(trainer.strategy, DeepSpeedStrategy):
+    again = any(isinstance(optimizer, SharpnessAware) for optimizer in trainer.optimizers)
+    if again or is_sharded(module) or isinstance(trainer.strategy, DeepSpeedStrategy):
         return {}
     trained = {clean_name(name): p for name, p in module.named_parameters() if p.requires_grad}
     if trainer.world_size == 1:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from lightning_pmss.cli import PMSSCLI, TOOLS, main, tools
 from tests import forks
@@ -80,12 +81,25 @@ def test_module_without_a_model_name_is_accepted(capsys: pytest.CaptureFixture[s
     assert config["model"]["class_path"] == f"{demo}BoringModel"
 
 
+def test_fit_in_several_passes(tiny_llama: str, tmp_path: Path) -> None:
+    overlay = str(REPOSITORY / "configs" / "training" / "bsam.yaml")
+    found = {}
+    for name, more in {
+        "plain": [],
+        "bsam": ["--config", overlay],
+        "published": ["--model.optimizer.published=true"],
+    }.items():
+        words = ["--config", overlay, *more] if name == "published" else more
+        main(["fit", *small(tiny_llama, tmp_path, *words), f"--pmss.output_dir={tmp_path / name}"])
+        found[name] = load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+    key = next(key for key in found["plain"] if key.endswith(".U"))
+    assert len({round(float(tensors[key].norm()), 6) for tensors in found.values()}) == 3
+
+
 def test_fit_trains_u_and_writes_results(tiny_llama: str, tmp_path: Path) -> None:
     main(["fit", *small(tiny_llama, tmp_path)])
     run = tmp_path / "runs" / "quickstart" / "version_0"
     assert {"adapter", "merged", "loss.png", "config.yaml", "metrics.csv"} <= {path.name for path in run.iterdir()}
-    from safetensors.torch import load_file
-
     trained = load_file(run / "adapter" / "adapter_model.safetensors")
     updates = [value for key, value in trained.items() if key.endswith(".U")]
     assert len(updates) == 14

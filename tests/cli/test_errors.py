@@ -132,6 +132,11 @@ def test_configuration_files(said: Said, tmp_path: Path, text: bytes, message: s
         (["--pmss.also_train=nope"], "also_train: 'nope' matches no module"),
         (["--pmss.skeleton_file=nope.safetensors"], "skeleton_file='nope.safetensors' does not exist"),
         (["--model.optimizer.lr=-1"], "Invalid learning rate: -1.0 (ValueError of torch.optim.adam)"),
+        (
+            ["--model.optimizer=SAM", "--model.optimizer.rho=-1"],
+            "SAM: rho=-1.0 must be a positive number, such as 0.05",
+        ),
+        (["--model.optimizer=BSAM", "--model.optimizer.lr=1"], "options: --model.optimizer.base_optimizer.lr"),
         (["--model.dtype=float31"], "dtype='float31' is not known"),
         (["--model.model_name_or_path=/nope"], "'/nope'"),
         (["--data.max_length=3"], "All 16 training examples are longer than max_length 3"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from lightning_pmss.callbacks.loss_curve import LossCurve
 from lightning_pmss.datamodules.collate import InstructionCollator
 from lightning_pmss.datamodules.sampler import ResumableDataLoader, TrainerProgress
 from lightning_pmss.modules import CausalLMModule
+from lightning_pmss.optimizers import BSAM, SAM
 from tests.distributed.strategies import make_strategy
 from tests.leaving import leave
 
@@ -56,14 +59,28 @@ class Batches(L.LightningDataModule):
 
 
 class Saving(L.Callback):
-    """A checkpoint inside the second window."""
+    """Checkpoints after the first window, and inside the second one."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        self.folder, self.names = folder, names
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.fit_loop.total_batch_idx == 2 and trainer.accumulate_grad_batches > 1:
-            trainer.save_checkpoint(self.folder / "inside.ckpt")
+        name = {1: "after.ckpt", 2: "inside.ckpt"}.get(trainer.fit_loop.total_batch_idx)
+        if name in self.names and trainer.accumulate_grad_batches > 1:
+            trainer.save_checkpoint(self.folder / name)
+
+
+def momentum(parameters: Any, lr: float = 0.5) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=lr, momentum=0.5)
+
+
+slow = functools.partial(momentum, lr=0.1)  # several passes are less stable, and rounding would grow
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": momentum,
+    "sam": lambda p: SAM(p, slow, rho=0.2),
+    "bsam": lambda p: BSAM(p, slow, rho_max=0.2, rho_min=0.1),
+    "published": lambda p: BSAM(p, slow, rho_max=0.2, rho_min=0.1, published=True),
+}
 
 
 def run(task: dict[str, Any], strategy: Any = "auto", devices: int = 1) -> L.Trainer:
@@ -71,7 +88,7 @@ def run(task: dict[str, Any], strategy: Any = "auto", devices: int = 1) -> L.Tra
     torch.manual_seed(0)
     module = CausalLMModule(
         task["model"],
-        optimizer=lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.5),
+        optimizer=OPTIMIZERS[task.get("optimizer", "sgd")],
         lr_schedule="constant",
         warmup_ratio=0.0,
         generate_in=[],
@@ -94,7 +111,7 @@ def run(task: dict[str, Any], strategy: Any = "auto", devices: int = 1) -> L.Tra
         callbacks=[
             PMSSCallback(rank=8, output_dir=folder / "out", merge_on_save=None),
             curve,
-            Saving(folder),
+            Saving(folder, task.get("save", ["inside.ckpt"])),
             *([FlatLoRA(sigma=0.5, same_on_ranks=True)] if task.get("noise") else []),
         ],
     )

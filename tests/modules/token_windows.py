@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,9 +28,17 @@ def rows_of(lengths: Sequence[int]) -> list[dict[str, Any]]:
     return rows
 
 
-def gradient_alone(folder: str, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """Gradient of the sum of the rows' token losses, over the number of their response tokens; rows one by one."""
+def gradient_alone(
+    folder: str, rows: Sequence[dict[str, Any]], move: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Gradient of the sum of the rows' token losses, over the number of their response tokens; rows one by one.
+
+    `move` is added to the weights before.
+    """
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter += (move or {}).get(name, 0)
     tokens = sum(len(row["response_ids"]) for row in rows)
     for row in rows:
         ids, begin = row["prompt_ids"] + row["response_ids"], len(row["prompt_ids"])
