@@ -160,15 +160,19 @@ class PMSSCLI(LightningCLI):
 class DataCLI(PMSSCLI):
     """Parses the options of ``fit`` and makes the data module alone: no model, no Trainer, no training.
 
-    ``datamodule`` is the data module, null without ``--data``; ``trainer_options`` are the Trainer's arguments.
+    ``datamodule`` is the data module, null without ``--data``; ``trainer_options`` are the Trainer's arguments, and ``recipe``
+    is the whole configuration as text.
     """
 
     datamodule: L.LightningDataModule | None
     trainer_options: Namespace
+    recipe: str
 
     def instantiate_classes(self) -> None:
         """Make the data module."""
         self.trainer_options = self._get(self.config, "trainer")
+        parser: ArgumentParser = self._subcommand_parsers["fit"]
+        self.recipe = parser.dump(self.config["fit"], skip_none=False)
         given = self._get(self.config, "data")
         parser = ArgumentParser()
         parser.add_subclass_arguments(L.LightningDataModule, "data", required=False)

@@ -67,14 +67,14 @@ def run(parser: argparse.ArgumentParser, args: Sequence[str]) -> None:
             f"{kind}; preview shows data modules of this library and subclasses, such as --data ChatDataModule."
         )
     module.setup("fit")  # not `prepare_data`, which would read a test set as well
-    summary = summarise(module, given.rows, _run(cli.trainer_options))
+    summary = summarise(module, given.rows, run_of(cli.trainer_options))
     print(text_of(summary, given.tokens_per_second, in_colour(sys.stdout)))
     if page is not None:
         _write(page, summary, given.tokens_per_second)
         print(f"\nwritten: {page}")
 
 
-def _run(options: Any) -> Run:
+def run_of(options: Any) -> Run:
     """Return the settings of the run that its steps depend on."""
     from lightning_pmss.datamodules.summary import Run
 

@@ -224,6 +224,12 @@ def _preview(args: Sequence[str]) -> None:
     run(_parser("preview"), args)
 
 
+def _enough(args: Sequence[str]) -> None:
+    from lightning_pmss.cli.enough import run
+
+    run(_parser("enough"), args)
+
+
 def _doctor(args: Sequence[str]) -> None:
     from lightning_pmss.doctor.examination import SECONDS, examine
 
@@ -279,6 +285,10 @@ TOOLS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "preview": (
         _preview,
         "training data as the model will see it: tokens, loss mask, lengths, steps; without the model",
+    ),
+    "enough": (
+        _enough,
+        "how much data pays: runs on nested subsets of growing size, and a saturating curve through their scores",
     ),
     "doctor": (_doctor, "versions, devices, missing extras, and whether bf16, compile and DeepSpeed work here"),
     "lm_eval": (_lm_eval, "lm-evaluation-harness, with the model class lightning_pmss: a base with an adapter"),

@@ -1,0 +1,206 @@
+"""The runs of a study: how many steps each has, and the configuration of each one."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pkgutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from lightning_pmss.messages import some
+
+RECORD = "lightning_pmss.runs.record.RunRecord"
+CHECKPOINTS = "checkpoints"
+_SAVES = 10  # checkpoints in a run, of which the last is kept
+_NEVER = 10**9  # batches
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a study.
+
+    Args:
+        size: Training examples.
+        seed: Seed.
+        folder: Its folder.
+    """
+
+    size: int
+    seed: int
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """Its name for people."""
+        return f"{self.size:,} examples, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study: what is trained, on how many examples, and what is read from it.
+
+    Args:
+        recipe: Whole configuration of ``fit`` with the recipe's own amount of data, plain data.
+        sizes: Training examples of the runs, increasing.
+        seeds: Number of seeds.
+        equal: Whether runs of all sizes have equally many steps or epochs.
+        steps: Optimizer steps of each run, where these are equal.
+        epochs: Epochs of each run, where these are equal.
+        steps_per_example: Optimizer steps that an example makes in an epoch, about.
+        kind: Value of ``train_limit_by``.
+        validations: Validations of a run, about; the last one is after the last step.
+        monitor: The score.
+        data: What identifies the data of the study.
+        output: Folder of the study.
+    """
+
+    recipe: Mapping[str, Any]
+    sizes: tuple[int, ...]
+    seeds: int
+    equal: Literal["steps", "epochs"]
+    steps: int
+    epochs: int
+    steps_per_example: float
+    kind: str | None
+    validations: int
+    monitor: str
+    data: Mapping[str, Any]
+    output: Path
+
+    @property
+    def first_seed(self) -> int:
+        """The recipe's seed, of the first run of each size."""
+        found = self._data.get("seed", 0)
+        return found if isinstance(found, int) else 0
+
+    @property
+    def _data(self) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self.recipe["data"]["init_args"]
+        return found
+
+    def runs(self) -> Iterator[Run]:
+        """Yield the runs, all sizes of one seed after the other, so that a curve shows early."""
+        for seed in range(self.first_seed, self.first_seed + self.seeds):
+            for size in self.sizes:
+                yield Run(size, seed, self.output / f"n{size}-seed{seed}")
+
+    def weight(self, run: Run) -> float:
+        """Return the work of a run in optimizer steps, about."""
+        return float(self.steps) if self.equal == "steps" else self.epochs * max(1.0, run.size * self.steps_per_example)
+
+    def bound(self) -> dict[str, Any]:
+        """Return what all runs in a folder share; sizes and seeds may be added later."""
+        length = {"steps": self.steps} if self.equal == "steps" else {"epochs": self.epochs}
+        return {
+            "recipe": dict(self.recipe),
+            "equal": self.equal,
+            **length,
+            "train_limit_by": self.kind,
+            "validations": self.validations,
+            "data": dict(self.data),
+        }
+
+    def config(self, run: Run, checkpoint: Path | None) -> str:
+        """Return the configuration of a run as text.
+
+        Its own logger, checkpoints and validations replace the recipe's, and no merged model is written.
+
+        Args:
+            run: The run.
+            checkpoint: Where it goes on; null: from the beginning.
+        """
+        config = copy.deepcopy(dict(self.recipe))
+        place = str(run.folder.absolute())
+        split = self._data.get("split_seed")
+        config["data"]["init_args"] |= {
+            "train_limit": run.size,
+            "train_limit_by": self.kind,
+            "seed": run.seed,
+            "split_seed": self.first_seed if split is None else split,
+        }
+        config["seed_everything"] = _shifted(config.get("seed_everything"), run.seed - self.first_seed)
+        config["pmss"] = dict(config.get("pmss") or {}) | {"output_dir": place, "merge_on_save": None}
+        trainer = config["trainer"] = dict(config.get("trainer") or {})
+        accumulate = trainer.get("accumulate_grad_batches") or 1
+        batches = math.ceil(self.weight(run) * accumulate / self.validations)
+        trainer |= {
+            "default_root_dir": place,
+            "logger": _made("lightning.pytorch.loggers.CSVLogger", save_dir=place, name="", version=""),
+            "callbacks": [*kept_callbacks(trainer.get("callbacks")), *self._callbacks(place, run)],
+            "max_steps": self.steps if self.equal == "steps" else -1,
+            "max_epochs": -1 if self.equal == "steps" else self.epochs,
+            "min_steps": None,
+            "min_epochs": None,
+            "check_val_every_n_epoch": None,
+            "val_check_interval": _NEVER if self.validations == 1 else batches,
+            "num_sanity_val_steps": 1,
+            "enable_checkpointing": True,
+            "enable_progress_bar": False,
+        }
+        config["ckpt_path"] = None if checkpoint is None else str(checkpoint)
+        return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+
+    def _callbacks(self, place: str, run: Run) -> list[dict[str, Any]]:
+        steps = round(self.weight(run))
+        every = max(1, steps // _SAVES)
+        while steps % every == 0 and every < steps:  # a checkpoint of the last step would resume without its validation
+            every += 1
+        saver = _made(
+            "lightning.pytorch.callbacks.ModelCheckpoint",
+            dirpath=f"{place}/{CHECKPOINTS}",
+            save_last=True,
+            save_top_k=0,
+            every_n_train_steps=every,
+        )
+        return [_made(RECORD, folder=place, monitor=self.monitor), saver]
+
+
+def _made(class_path: str, **init_args: Any) -> dict[str, Any]:
+    return {"class_path": class_path, "init_args": init_args}
+
+
+def _shifted(seed: Any, by: int) -> Any:
+    """The seed of everything random; ``true`` would draw one, so that no run could be repeated."""
+    return (0 if isinstance(seed, bool) or seed is None else int(seed)) + by
+
+
+def kept_callbacks(callbacks: Any) -> list[Any]:
+    """Return a recipe's callbacks without those that save checkpoints.
+
+    Raises:
+        ValueError: One may end a run early.
+    """
+    from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, Timer
+
+    kept = []
+    for callback in [callbacks] if isinstance(callbacks, Mapping) else list(callbacks or []):
+        kind = pkgutil.resolve_name(callback["class_path"])
+        if issubclass(kind, EarlyStopping | Timer):
+            raise ValueError(
+                f"the recipe has {kind.__name__}, so runs of different sizes would end at different steps. Leave it out of"
+                " --trainer.callbacks."
+            )
+        if not issubclass(kind, Checkpoint):
+            kept.append(callback)
+    return kept
+
+
+def differences(before: Any, now: Any, path: str = "") -> list[str]:
+    """Return in words where two configurations differ."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        keys = dict.fromkeys([*before, *now])
+        return [
+            line
+            for key in keys
+            for line in differences(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))
+        ]
+    return [] if before == now else [f"{path} was {_shown(before)}, is {_shown(now)}"]
+
+
+def _shown(value: Any) -> str:
+    return some([str(value)]).strip("`")
