@@ -23,13 +23,16 @@ class PairsDataModule(InstructionDataModule):
         size: Number of pairs.
         letters: Letters of a key and of a value; no two keys are equal.
         pairs_seed: Seed of the words. ``seed`` is that of their order in training.
+        val_size: 0 turns validation off; otherwise all pairs are the validation set.
         **kwargs: Arguments of `InstructionDataModule`.
     """
 
     plain_template = "{question} ->"
 
-    def __init__(self, tokenizer: str, size: int = 256, letters: int = 6, pairs_seed: int = 0, **kwargs: Any) -> None:
-        super().__init__(tokenizer, **{"val_size": 0, **kwargs})
+    def __init__(
+        self, tokenizer: str, size: int = 256, letters: int = 6, pairs_seed: int = 0, val_size: int = 0, **kwargs: Any
+    ) -> None:
+        super().__init__(tokenizer, val_size=val_size, **kwargs)  # the command line reads this call
         for name, value, least in (("size", size, 1), ("letters", letters, 1), ("pairs_seed", pairs_seed, 0)):
             check_int(type(self).__name__, name, value, least)
         if size > 26**letters:

@@ -20,7 +20,8 @@ MUON = FOLDER / "optimizer" / "muon.yaml"
 METHODS = sorted((FOLDER / "method").glob("*.yaml"))
 TRAINING = [FOLDER / "training" / "flat_lora.yaml"]
 SHARPNESS = [FOLDER / "training" / "sam.yaml", FOLDER / "training" / "bsam.yaml"]
-CONFIGS = sorted(set(FOLDER.rglob("*.yaml")) - {*OVERLAYS, *METHODS, *TRAINING, *SHARPNESS, MUON})
+SPACES = sorted((FOLDER / "tune").glob("*.yaml"))  # of searches
+CONFIGS = sorted(set(FOLDER.rglob("*.yaml")) - {*OVERLAYS, *METHODS, *TRAINING, *SHARPNESS, *SPACES, MUON})
 SMALL = sorted((FOLDER / "smollm2").glob("*.yaml"))  # on one CPU core; these are run
 RECIPES = [path for path in CONFIGS if path.parent != FOLDER and path not in SMALL]
 

@@ -44,8 +44,7 @@ class PMSSParser(LightningArgumentParser):
         unknown = re.search(r"(?:unrecognized arguments:|does not accept option) '?-*([\w.]+)", message)
         known = [word.lstrip("-") for word in parser._option_string_actions]
         close = difflib.get_close_matches(unknown[1], known, n=1) if unknown else []
-        lines = [line for line in message.splitlines() if not line.strip().startswith(_NOISE)]
-        said = "\n".join(line[:400] for line in lines) + (f". Did you mean --{close[0]}?" if close else "")
+        said = without_noise(message) + (f". Did you mean --{close[0]}?" if close else "")
         if inside := re.search(
             r"Option '(\w+)' is not accepted.*class_path='lightning_pmss\.optimizers\.(\w+)'", message
         ):
@@ -56,6 +55,12 @@ class PMSSParser(LightningArgumentParser):
 
 # What jsonargparse adds to an error that says nothing more to the reader.
 _NOISE = ("Subtypes: ", "Given value", "- Expected a <class 'NoneType'>")
+
+
+def without_noise(message: str) -> str:
+    """An error of jsonargparse without the lines that say nothing more to the reader, and with shorter ones."""
+    lines = [line for line in message.splitlines() if not line.strip().startswith(_NOISE)]
+    return "\n".join(line[:400] for line in lines)
 
 
 class PMSSCLI(LightningCLI):

@@ -230,6 +230,12 @@ def _enough(args: Sequence[str]) -> None:
     run(_parser("enough"), args)
 
 
+def _tune(args: Sequence[str]) -> None:
+    from lightning_pmss.cli.tune import run
+
+    run(_parser("tune"), args)
+
+
 def _doctor(args: Sequence[str]) -> None:
     from lightning_pmss.doctor.examination import SECONDS, examine
 
@@ -289,6 +295,10 @@ TOOLS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "enough": (
         _enough,
         "how much data pays: runs on nested subsets of growing size, and a saturating curve through their scores",
+    ),
+    "tune": (
+        _tune,
+        "search learning rate, rank and other options: trials stop early, the best ones are trained to the end",
     ),
     "doctor": (_doctor, "versions, devices, missing extras, and whether bf16, compile and DeepSpeed work here"),
     "lm_eval": (_lm_eval, "lm-evaluation-harness, with the model class lightning_pmss: a base with an adapter"),
