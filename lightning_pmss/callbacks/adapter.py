@@ -130,7 +130,8 @@ class AdapterCallback(L.Callback):
         catch_in_launched(trainer)
         self._engine = prepare_strategy(trainer, pl_module)
         refuse_averages(trainer, self._engine)
-        refuse_deepspeed(trainer, pl_module)
+        if stage == "fit":
+            refuse_deepspeed(trainer, pl_module)
         if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._figures.clear()
             check_before_conversion(trainer, self.output_folder(trainer), self.merge_on_save)

@@ -50,7 +50,8 @@ class SharpnessPasses(Callback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        refuse_deepspeed(trainer, pl_module)
+        if stage == "fit":
+            refuse_deepspeed(trainer, pl_module)
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -69,7 +70,7 @@ def refuse_deepspeed(trainer: L.Trainer, module: L.LightningModule) -> None:
 
     @functools.wraps(original)
     def configure_optimizers() -> Any:
-        del module.configure_optimizers
+        module.__dict__.pop("configure_optimizers", None)  # it must not survive in a copy
         made = original()
         if kind := next((type(o).__name__ for o in _optimizers_in(made)), None):
             raise MisconfigurationException(
@@ -95,9 +96,9 @@ def run_passes(trainer: L.Trainer, module: L.LightningModule) -> None:
     Raises:
         MisconfigurationException: With manual optimization or a scaled loss.
     """
-    optimizer = next((o for o in trainer.optimizers if isinstance(o, SharpnessAware)), None)
-    loop: Any = trainer.fit_loop.epoch_loop.automatic_optimization
-    if optimizer is None or isinstance(loop, _Passes):
+    forget_passes(trainer)  # of a fit that an exception ended
+    optimizer = next(_optimizers_in(trainer.optimizers), None)
+    if optimizer is None:
         return
     kind = type(optimizer).__name__
     if not module.automatic_optimization:
@@ -115,12 +116,15 @@ def run_passes(trainer: L.Trainer, module: L.LightningModule) -> None:
         root: Any = trainer.strategy.model
         optimizer.gradient_norm = functools.partial(root.clip_grad_norm_, math.inf)
     optimizer.driven = True
+    loop: Any = trainer.fit_loop.epoch_loop.automatic_optimization
     loop.__class__ = type(type(loop).__name__, (_Passes, type(loop)), {})
     loop.begin(module)
 
 
 def forget_passes(trainer: L.Trainer) -> None:
     """Give Lightning its own loop back."""
+    for optimizer in _optimizers_in(trainer.optimizers):
+        optimizer.driven = False
     loop: Any = trainer.fit_loop.epoch_loop.automatic_optimization
     if isinstance(loop, _Passes):
         loop.batches.clear()

@@ -110,8 +110,7 @@ class SharpnessAware(torch.optim.Optimizer):
         """
         self._completed = True
         gradients = self._gradients()
-        if not gradients:
-            return
+        # Without any gradient too: a process may hold no shard, and the others need it in their passes.
         weights = {p: own_part(p).clone() for p in gradients}
         try:
             final = self._final(weights, gradients, replay)
@@ -162,7 +161,7 @@ class SharpnessAware(torch.optim.Optimizer):
             if part
         ]
         whole = [n.full_tensor() if is_dtensor(n) else n for n in norms]  # type: ignore[attr-defined]
-        return torch.linalg.vector_norm(torch.stack(whole))
+        return torch.linalg.vector_norm(torch.stack(whole)) if whole else torch.zeros(())
 
     def _refuse_gradients(self) -> None:
         """Accept zero gradients without a closure: loading a sharded checkpoint makes the state by such a step."""

@@ -135,6 +135,7 @@ class Watching(Sharp):
 
     def on_before_backward(self, loss: Tensor) -> None:
         self.events.append("backward")
+        torch.rand(1)  # further passes, which leave the hook out, must not shift what comes after them
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         self.events.append("clip")
@@ -352,6 +353,21 @@ def test_what_is_refused(tmp_path: Path) -> None:
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
     with pytest.raises(MisconfigurationException, match="SAM is not possible with precision='16-mixed'.*bf16-mixed"):
         fit(tmp_path, Sharp(sharp), 8, plugins=plugin)
+
+
+def test_a_fit_after_an_interrupted_one(tmp_path: Path) -> None:
+    """The trainer of an interrupted fit goes on, with another module and optimizer."""
+    broken, module, expected = (Sharp(MAKERS["sam"]) for _ in range(3))
+    broken.on_before_optimizer_step = lambda optimizer: 1 / 0  # type: ignore[assignment, return-value]
+    run = trainer(tmp_path, None, SharpnessPasses(), max_epochs=1, accumulate_grad_batches=3)
+    with pytest.raises(ZeroDivisionError):
+        run.fit(broken, loader(4))
+    fit(tmp_path, expected, 4, SharpnessPasses(), max_epochs=1, accumulate_grad_batches=3)
+    run.fit_loop.epoch_loop.batch_progress.reset()
+    run.fit_loop.epoch_progress.reset()
+    run.fit(module, loader(4))
+    for found, value in zip(trained(module), trained(expected), strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-12, atol=0)
 
 
 def test_the_loop_is_lightnings_again_afterwards(tmp_path: Path) -> None:

@@ -148,6 +148,26 @@ def test_the_base_optimizer_steps_from_the_same_bits(make: Any, dtype: torch.dty
         assert float(distance) == pytest.approx(0.05, rel=1e-3 if dtype == torch.float32 else 0.3), number
 
 
+def test_gradients_that_a_reducer_keeps_in_one_buffer() -> None:
+    """As under DDP with ``gradient_as_bucket_view``: the gradient of a pass lies where that of the last one lay."""
+    usual, model = network(), network()
+    for one in (usual, model):
+        optimizer = BSAM(one.parameters(), SGD)
+        buffers = [torch.zeros_like(p) for p in one.parameters()]
+
+        def closure(one: Any = one, buffers: list[Tensor] = buffers) -> Tensor:
+            loss = loss_of(one, 0)
+            for p, buffer, g in zip(
+                one.parameters(), buffers, torch.autograd.grad(loss, list(one.parameters())), strict=True
+            ):
+                p.grad = buffer.copy_(g) if one is model else g
+            return loss
+
+        optimizer.step(closure)
+    for a, b in zip(usual.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_an_exception_in_a_pass_leaves_the_weights() -> None:
     model = network()
     optimizer = BSAM(model.parameters(), SGD, published=True)
@@ -240,6 +260,15 @@ def test_parameters_without_a_gradient_in_some_pass() -> None:
     np.testing.assert_allclose(a.detach().numpy(), 1 - (2 - factor * lower), atol=1e-12)
     np.testing.assert_allclose(b.detach().numpy(), -1.0)
     assert torch.equal(unused.detach(), torch.ones(2, dtype=torch.float64))
+
+
+def test_a_process_without_gradients_takes_part_in_all_passes() -> None:
+    p = nn.Parameter(torch.ones(2))
+    optimizer = BSAM([p], SGD)
+    calls: list[int] = []
+    optimizer.step(lambda: calls.append(1))
+    assert len(calls) == 3
+    assert torch.equal(p.detach(), torch.ones(2))
 
 
 def test_state_groups_and_hooks_are_the_base_optimizers() -> None:
