@@ -157,6 +157,8 @@ def test_hooks_logs_metrics_and_statistics_see_a_step_once(tmp_path: Path) -> No
     again = ["step 0", "step 1", "step 2"] * 2
     first = ["step 0", "backward", "step 1", "backward", "optimizer step", "step 2", "backward"]
     assert module.events[:15] == [*first, *again, "before optimizer step", "clip"]
+    at_w, above, below = (sum(module.losses[start : start + 3]) for start in (0, 3, 6))
+    assert above > at_w > below  # so these are the batches of the first pass, which changed its own ones
     assert [e for e in module.events if not e.startswith("step")] == [
         e for e in plain.events if not e.startswith("step")
     ]
