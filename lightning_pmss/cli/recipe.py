@@ -10,21 +10,15 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, Namespace
 
-from lightning_pmss.cli.lightning import PMSSCLI, without_noise
+from lightning_pmss.cli.lightning import DataCLI, without_noise
 from lightning_pmss.search.space import Settings, arguments
 
 
-class _ParsingCLI(PMSSCLI):
-    """Parses the options of ``fit``, and does nothing else."""
+class _ParsingCLI(DataCLI):
+    """Parses the options of ``fit``, and makes nothing."""
 
     def instantiate_classes(self) -> None:
         """Nothing is made."""
-
-    def _set_seed(self) -> None:
-        """Nothing random is done."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing is run."""
 
 
 class Recipe:

@@ -94,7 +94,7 @@ def run(parser: argparse.ArgumentParser, args: Sequence[str]) -> None:
         return
     _check(given)
     from lightning_pmss.search.space import read_space
-    from lightning_pmss.search.storage import open_storage
+    from lightning_pmss.search.storage import open_storage, said_if_away
 
     space = read_space(given.space)
     name = given.study or (Path(given.config[0]).stem if given.config else "search")
@@ -121,7 +121,7 @@ def run(parser: argparse.ArgumentParser, args: Sequence[str]) -> None:
         search = Search(plan, storage, url, recipe.compose, runner, _say, worker)
         _write_yaml(output / "space.yaml", space.text, "What the search varies; the recipe is in recipe.yaml.")
         _write_yaml(output / "recipe.yaml", recipe.data, "The recipe of the search, without the settings of a trial.")
-        with _stoppable(search):
+        with said_if_away(), _stoppable():
             search.search()
             search.finish()
     finally:
@@ -181,7 +181,7 @@ def _warnings(recipe: Recipe, space: Space, given: argparse.Namespace) -> Iterat
 
 
 @contextmanager
-def _stoppable(search: Search) -> Iterator[None]:
+def _stoppable() -> Iterator[None]:
     """Turn Ctrl-C and SIGTERM into an end after which the search can be continued."""
 
     class _Terminated(KeyboardInterrupt):

@@ -22,7 +22,8 @@ PROGRAM = (sys.executable, "-m", "lightning_pmss")
 """What starts this library's command line."""
 REFUSED = 2
 """Status of a command that could not do what was typed; its last words say what to type instead."""
-_PIPE = "LIGHTNING_PMSS_STARTED_BY"  # a pipe's end that is closed when the starting process ends
+STARTED_BY = "LIGHTNING_PMSS_STARTED_BY"
+"""The environment variable with the end of a pipe that closes when the starting process ends."""
 _GRACE = 300.0  # seconds that a stopped run has for its checkpoint
 _READ = 2**16
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -91,7 +92,7 @@ def run_process(
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **(environment or {}), _PIPE: str(theirs)},
+                env={**os.environ, **(environment or {}), STARTED_BY: str(theirs)},
                 pass_fds=(theirs,),
                 start_new_session=True,  # Ctrl-C reaches this process alone, which then stops the other one in order
             )
@@ -150,7 +151,7 @@ def stop_with_parent() -> bool:
     Returns:
         Whether `run_process` started it.
     """
-    end = os.environ.pop(_PIPE, None)
+    end = os.environ.pop(STARTED_BY, None)
     if end is None:
         return False
 

@@ -120,6 +120,7 @@ class Search:
     poll: float = 2.0
     study: Study = field(init=False)
     finals: Study | None = field(init=False, default=None)
+    _awaited: str = field(init=False, default="")
     _failures: list[tuple[int, str]] | None = field(init=False, default_factory=list)  # None: one was no failure
 
     def __post_init__(self) -> None:
@@ -350,6 +351,10 @@ class Search:
         open_ones = [t for t in counted(study) if t.state in (TrialState.RUNNING, TrialState.WAITING)]
         if not open_ones:
             return False
+        names = ", ".join(f"{t.user_attrs.get(OF, t.number)} (on {t.user_attrs.get(HOST, '?')})" for t in open_ones)
+        if names != self._awaited:
+            self.say(f"waits for trials of other workers: {names}")
+            self._awaited = names
         time.sleep(self.poll)
         return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -126,6 +127,22 @@ def load_study(storage: RDBStorage, name: str) -> Study:
         names = sorted(study.study_name for study in optuna.get_all_study_summaries(storage))
         known = f"It has {', '.join(map(repr, names))}." if names else "It has none."
         raise ValueError(f"the database has no study {name!r}. {known}") from None
+
+
+@contextlib.contextmanager
+def said_if_away() -> Iterator[None]:
+    """Turn an error of the database into one sentence.
+
+    Raises:
+        ConnectionError: The database cannot be reached any more.
+    """
+    try:
+        yield
+    except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
+        cause = getattr(error.__cause__ or error, "orig", None) or error
+        raise ConnectionError(
+            f"the database broke off: {reason(cause, 300)}. The trials' folders keep their results; the same command continues."
+        ) from error
 
 
 def differences(old: Any, new: Any) -> Iterator[str]:

@@ -224,7 +224,7 @@ def _child_of(pid: int) -> int:
                     line = (entry / "cmdline").read_text()
                 except OSError:
                     continue
-                if int(fields[1]) == pid and "lightning_pmss.search.guard" in line:
+                if int(fields[1]) == pid and "lightning_pmss.runs.guard" in line:
                     return int(entry.name)
         time.sleep(0.05)
     raise AssertionError("no trial runs")

@@ -61,9 +61,9 @@ def test_the_result_is_read(tmp_path: Path) -> None:
             "ValueError: the rank is too",
         ),
         ("print('RuntimeError: CUDA out of memory'); print('bye'); sys.exit(1)", "RuntimeError: CUDA out of memory"),
-        ("os.kill(os.getpid(), 9)", "ended by signal SIGKILL (out of memory?)"),
+        ("os.kill(os.getpid(), 9)", "ended by signal SIGKILL, as the kernel"),
         ("os.kill(os.getpid(), 11)", "ended by signal SIGSEGV"),
-        ("sys.exit(3)", "exit code 3, and no output"),
+        ("sys.exit(3)", "exit status 3, and no output"),
         ("print('well')", "ended without a result"),
     ],
 )
@@ -78,12 +78,12 @@ def test_a_crash_has_a_reason_and_its_last_lines(tmp_path: Path, code: str, reas
 
 def test_a_divergence_counts_although_the_process_failed(tmp_path: Path) -> None:
     write_result(tmp_path, Result(state="diverged", step=2, steps=10, message="NaN"))
-    assert outcome(tmp_path, 1).state == "diverged"
+    assert outcome(tmp_path, 1, "").state == "diverged"
     write_result(tmp_path, Result(state="stopped", step=2, steps=10, score=1.0))
-    assert outcome(tmp_path, 1).state == "failed"  # it crashed while it wrote its other results
+    assert outcome(tmp_path, 1, "").state == "failed"  # it crashed while it wrote its other results
     (tmp_path / RESULT).write_text('{"state": "stopped"')
-    assert outcome(tmp_path, 0).state == "failed"
-    assert "is not readable JSON" in outcome(tmp_path, 0).message
+    assert outcome(tmp_path, 0, "").state == "failed"
+    assert "is not readable JSON" in outcome(tmp_path, 0, "").message
 
 
 def test_what_it_has_started_ends_with_it(tmp_path: Path) -> None:

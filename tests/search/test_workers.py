@@ -12,11 +12,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from lightning_pmss.search.records import lines
 from lightning_pmss.search.search import Search
+from lightning_pmss.search.storage import said_if_away
 from lightning_pmss.search.trial import Assignment, Outcome
 from lightning_pmss.search.workers import HOST, LOCK, MOST_ATTEMPTS, PID, Worker, counted
 from tests.search.fakes import Trainings, make
@@ -206,56 +208,89 @@ def test_a_worker_that_was_taken_for_dead_does_not_overwrite(tmp_path: Path) -> 
 # -- PostgreSQL ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a PostgreSQL that listens on a socket of its own."""
-    pytest.importorskip("psycopg2", reason="needs psycopg2-binary")
-    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin")) or [Path("/usr/bin")]
-    if not (programs[-1] / "initdb").exists():
-        pytest.skip("needs a PostgreSQL: apt-get install postgresql")
-    folder = Path(tmp_path_factory.mktemp("pg", numbered=True))
-    prefix: list[str] = []
-    if os.geteuid() == 0:  # it refuses to run as root
-        if shutil.which("setpriv") is None:
-            pytest.skip("PostgreSQL refuses to run as root, and there is no setpriv")
-        shutil.chown(folder, "nobody")
-        prefix = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups"]
-        for place in [folder, *folder.parents]:  # the other user must reach it
-            if place.owner() == "root" and place.stat().st_mode & 0o001 == 0:
-                place.chmod(place.stat().st_mode | 0o011)
-    data = folder / "data"
-    make_it = [str(programs[-1] / "initdb"), "-D", str(data), "-A", "trust", "-U", "tester", "--no-sync", "-E", "UTF8"]
-    made = subprocess.run([*prefix, *make_it], capture_output=True, text=True, cwd="/")
-    if made.returncode:
-        pytest.skip(f"initdb fails here: {made.stderr.strip()[-200:]}")
-    start = [str(programs[-1] / "postgres"), "-D", str(data), "-k", str(folder), "-c", "listen_addresses=", "-F"]
-    with (folder / "log").open("w") as log:
-        server = subprocess.Popen([*prefix, *start], stdout=log, stderr=log, cwd="/")
-    try:
+class Postgres:
+    """A PostgreSQL that listens on a socket in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        programs = sorted(Path("/usr/lib/postgresql").glob("*/bin")) or [Path("/usr/bin")]
+        if not (programs[-1] / "initdb").exists():
+            pytest.skip("needs a PostgreSQL: apt-get install postgresql")
+        self.folder, self.url = folder, f"postgresql+psycopg2://tester@/postgres?host={folder}"
+        prefix: list[str] = []
+        if os.geteuid() == 0:  # it refuses to run as root
+            if shutil.which("setpriv") is None:
+                pytest.skip("PostgreSQL refuses to run as root, and there is no setpriv")
+            shutil.chown(folder, "nobody")
+            prefix = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups"]
+            for place in [folder, *folder.parents]:  # the other user must reach it
+                if place.owner() == "root" and place.stat().st_mode & 0o001 == 0:
+                    place.chmod(place.stat().st_mode | 0o011)
+        data = str(folder / "data")
+        make_it = [str(programs[-1] / "initdb"), "-D", data, "-A", "trust", "-U", "tester", "--no-sync", "-E", "UTF8"]
+        made = subprocess.run([*prefix, *make_it], capture_output=True, text=True, cwd="/")
+        if made.returncode:
+            pytest.skip(f"initdb fails here: {made.stderr.strip()[-200:]}")
+        serve = [str(programs[-1] / "postgres"), "-D", data, "-k", str(folder), "-c", "listen_addresses=", "-F"]
+        self._command = [*prefix, *serve]
+        self.start()
+
+    def start(self) -> None:
+        with (self.folder / "log").open("w") as log:
+            self._server = subprocess.Popen(self._command, stdout=log, stderr=log, cwd="/")
         end = time.monotonic() + 60
-        while not (folder / ".s.PGSQL.5432").exists() or "ready to accept" not in (folder / "log").read_text():
-            assert server.poll() is None, (folder / "log").read_text()
+        while "ready to accept" not in (said := (self.folder / "log").read_text()):
+            assert self._server.poll() is None, said
             assert time.monotonic() < end
             time.sleep(0.05)
-        yield f"postgresql+psycopg2://tester@/postgres?host={folder}"
+
+    def stop(self) -> None:
+        if self._server.poll() is None:
+            self._server.send_signal(signal.SIGINT)
+            self._server.wait(30)
+
+
+@pytest.fixture
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+    pytest.importorskip("psycopg2", reason="needs psycopg2-binary")
+    server = Postgres(Path(tmp_path_factory.mktemp("pg", numbered=True)))
+    try:
+        yield server
     finally:
-        server.send_signal(signal.SIGINT)
-        server.wait(30)
+        server.stop()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="starts a PostgreSQL of Debian")
-def test_two_workers_on_one_postgresql(tmp_path: Path, postgres: str) -> None:
+def test_a_database_that_breaks_off(tmp_path: Path, postgres: Postgres) -> None:
+    def training(assignment: Assignment) -> Outcome:
+        found = Trainings()(assignment)
+        postgres.stop()
+        return found
+
+    with pytest.raises(ConnectionError, match="the database broke off: .*the same command continues"), said_if_away():
+        make(tmp_path, training, url=postgres.url, trials=2).search()
+    postgres.start()
+    run, said = Trainings(), list[str]()
+    search = make(tmp_path, run, url=postgres.url, trials=2, said=said)
+    worker_is_dead = patch.object(
+        search.worker, "is_dead", lambda study, trial: trial.number == 0
+    )  # it is this process
+    with worker_is_dead:
+        search.search()
+    assert len(run.ran) == 1
+    assert [line.state for line in search.lines()] == ["done", "done"]
+
+
+def test_two_workers_on_one_postgresql(tmp_path: Path, postgres: Postgres) -> None:
     """Each with a lock file of its own, as on two hosts: the database alone keeps them apart."""
 
     def work(number: int) -> None:
-        search = make(tmp_path, slow, url=postgres, trials=7, finish=3)
+        search = make(tmp_path, slow, url=postgres.url, trials=7, finish=3)
         search._claims = type(search._claims)(tmp_path / f"claims-{number}")
         search.search()
         search.finish()
 
     children = [fork(lambda number=number: work(number)) for number in range(2)]
     assert [ended(child) for child in children] == [0, 0]
-    search = make(tmp_path, Trainings(), url=postgres, trials=7, finish=3)
+    search = make(tmp_path, Trainings(), url=postgres.url, trials=7, finish=3)
     search.finish()
     check_shared(search, 7, 3)
     for trial in search.study.trials:
