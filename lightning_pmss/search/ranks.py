@@ -37,7 +37,8 @@ class Ranks:
     def text(self) -> str:
         """Return what can be said, in sentences."""
         if self.finished < 3:
-            return f"Early and final scores: {self.finished} trials have both, too few for a rank correlation."
+            have = "1 trial has" if self.finished == 1 else f"{self.finished} trials have"
+            return f"Early and final scores: {have} both, too few for a rank correlation."
         parts = []
         if self.spearman is None or self.kendall is None:
             parts.append(f"Early and final scores of {self.finished} trials: equal scores allow no rank correlation.")

@@ -37,10 +37,16 @@ class Scheduled(toys.Toy):
 
 
 class Validated(L.Callback):
-    """Counts validations."""
+    """Remembers at which steps it saw a validation, in checkpoints too, as `EarlyStopping` does."""
 
     def __init__(self) -> None:
         self.at: list[int] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": list(self.at)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.at = list(state_dict["at"])
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -71,14 +77,15 @@ def trained(module: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2, "max_epochs": 6}, {"val_check_interval": 2}])
 @pytest.mark.parametrize("fraction", [0.2, 1 / 3, 0.5])
 def test_stopped_and_finished_is_never_stopped(tmp_path: Path, fraction: float, options: dict[str, Any]) -> None:
-    whole, end, _ = fit(tmp_path / "whole", 1.0, **options)
+    whole, end, seen = fit(tmp_path / "whole", 1.0, **options)
     early, stopped, _ = fit(tmp_path / "early", fraction, **options)
     assert (stopped.state, stopped.checkpoint) == ("stopped", str(tmp_path / "early" / CHECKPOINT))
     assert stopped.steps == end.step == end.steps
     assert stopped.step == -(-round(fraction * stopped.steps * 1e6) // 10**6)
     assert early.rates == whole.rates[: len(early.rates)]  # the schedule is that of the whole run
     assert early.losses == whole.losses[: len(early.losses)]
-    late, finished, _ = fit(tmp_path / "late", 1.0, stopped.checkpoint, **options)
+    late, finished, seen_late = fit(tmp_path / "late", 1.0, stopped.checkpoint, **options)
+    assert seen_late == seen  # the validation at the stop is known only where a whole run has one there
     assert early.losses + late.losses == whole.losses
     assert early.rates + late.rates == whole.rates
     assert finished.score == end.score != stopped.score
