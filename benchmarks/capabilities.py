@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from benchmarks.capability_methods import METHODS, Method, One, Ours, Toy
@@ -53,6 +53,25 @@ def layer(make: Callable[[], nn.Module], inputs: Callable[[], tuple[Any, ...]]) 
         return not torch.allclose(before, after)
 
     return probe
+
+
+def fused_experts(method: Method, folder: Path) -> bool:
+    """Both parameters of a Mixtral's experts are adapted, and the output changes."""
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    torch.manual_seed(0)
+    sizes = MixtralConfig(hidden_size=32, intermediate_size=48, num_local_experts=4)
+    sizes._experts_implementation = "eager"
+    plain = One(MixtralExperts(sizes))
+    for parameter in plain.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    given = torch.randn(6, 32), torch.randint(0, 4, (6, 2)), torch.rand(6, 2)
+    adapted = method.adapt_parameters(copy.deepcopy(plain), ["layer.gate_up_proj", "layer.down_proj"])
+    changed: Tensor = adapted(*given)
+    changed.sum().backward()
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    return not torch.allclose(changed, plain(*given)) and all(p.grad is not None for p in trained)
 
 
 def dtype(kind: torch.dtype) -> Callable[[Method, Path], bool]:
@@ -218,6 +237,7 @@ PROBES: dict[str, dict[str, Callable[[Method, Path], bool]]] = {
         "nn.Embedding": layer(lambda: nn.Embedding(64, 32), lambda: (torch.arange(4),)),
         "nn.Conv2d": layer(lambda: nn.Conv2d(16, 16, 3), lambda: (torch.randn(1, 16, 8, 8),)),
         "nn.MultiheadAttention": layer(lambda: nn.MultiheadAttention(32, 2), lambda: (torch.randn(4, 1, 32),) * 3),
+        "fused experts of transformers (Mixtral)": fused_experts,
     },
     "Training": {
         "bfloat16 base": dtype(torch.bfloat16),

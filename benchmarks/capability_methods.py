@@ -59,6 +59,10 @@ class Method(ABC):
         """The adapted model, its update not zero."""
 
     @abstractmethod
+    def adapt_parameters(self, model: nn.Module, names: list[str]) -> nn.Module:
+        """The same of parameters that are no module's weight."""
+
+    @abstractmethod
     def merge(self, model: nn.Module) -> None: ...
 
     @abstractmethod
@@ -103,6 +107,10 @@ class Ours(Method):
         convert(model, self.config(target_modules=targets, rank=8))
         return stir(model)
 
+    def adapt_parameters(self, model: nn.Module, names: list[str]) -> nn.Module:
+        convert(model, self.config(target_modules=[], target_parameters=names, rank=8))
+        return stir(model)
+
     def merge(self, model: nn.Module) -> None:
         merge(model)
 
@@ -139,6 +147,15 @@ class Peft(Method):
         import peft
 
         return stir(peft.get_peft_model(model, self.make(peft, targets)))  # type: ignore[arg-type]
+
+    def adapt_parameters(self, model: nn.Module, names: list[str]) -> nn.Module:
+        import peft
+
+        config = self.make(peft, [])
+        if not hasattr(config, "target_parameters"):
+            raise ValueError(f"{type(config).__name__} has no target_parameters.")
+        config.target_parameters = names
+        return stir(peft.get_peft_model(model, config))  # type: ignore[arg-type]
 
     def merge(self, model: nn.Module) -> None:
         model.merge_adapter(safe_merge=True)  # type: ignore[operator]

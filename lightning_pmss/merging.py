@@ -20,6 +20,7 @@ from lightning_pmss.conversion.roots import below, canonical_modules
 from lightning_pmss.distributed.gathering import whole_tensors, whole_update
 from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.layers.convertible import canonical_shape
+from lightning_pmss.layers.expert_layer import holder
 from lightning_pmss.layers.guard import refuse_disabled
 from lightning_pmss.layers.merged_layer import LayerDrift, merge_update
 from lightning_pmss.layers.parts import clean_name, clean_state, is_sharded
@@ -148,7 +149,9 @@ def merged_state(
         if under is None or below(clean_name(name), under)
     }
     # Also those that the model's own conversion has left alone.
-    layers = {n: x for n, x in canonical_modules(model).items() if isinstance(x, AdaptedLinear) and id(x) in asked}
+    layers = {
+        n: x for n, x in canonical_modules(model).items() if isinstance(x, AdaptedLinear) and id(holder(x)) in asked
+    }
     if not is_sharded(model):
         with plain_state_dicts(model, asked) as cost:
             full = clean_state(model)

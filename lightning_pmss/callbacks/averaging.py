@@ -21,6 +21,8 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.distributed.sharding import Engine
 from lightning_pmss.layers.adapted import AdaptedLinear
+from lightning_pmss.layers.expert_layer import holder
+from lightning_pmss.layers.experts import AdaptedExperts
 from lightning_pmss.layers.indices import index_tensors
 from lightning_pmss.layers.parts import clean_name, clean_state
 from lightning_pmss.messages import some
@@ -176,9 +178,11 @@ def refuse_copies(module: L.LightningModule) -> None:
         MisconfigurationException: The module has such copies; the message names them.
     """
     averaged = {id(x) for m in module.modules() if isinstance(m, AveragedModel) for x in m.modules()}
-    own = {id(layer) for layer in adapted_layers(module).values()} - averaged
+    own = {id(holder(layer)) for layer in adapted_layers(module).values()} - averaged
     if copies := [
-        clean_name(n) for n, m in module.named_modules() if isinstance(m, AdaptedLinear) and id(m) not in own
+        clean_name(n)
+        for n, m in module.named_modules()
+        if isinstance(m, (AdaptedLinear, AdaptedExperts)) and id(m) not in own
     ]:
         raise MisconfigurationException(
             f"{some(copies)} are converted layers in a copy of the model that is part of the module: an average or a teacher."

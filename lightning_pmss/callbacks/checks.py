@@ -17,6 +17,7 @@ from lightning_pmss.conversion.roots import canonical_modules, hugging_face_mode
 from lightning_pmss.distributed.sharding import Engine
 from lightning_pmss.files.fresh import fresh_tensors, fresh_warnings, frozen_beside, untrained
 from lightning_pmss.layers.adapted import AdaptedLinear
+from lightning_pmss.layers.expert_layer import ExpertLinear, holder, parameter_name
 from lightning_pmss.layers.fingerprint import same_base
 from lightning_pmss.layers.parts import clean_name
 from lightning_pmss.messages import some
@@ -109,7 +110,7 @@ def check_optimizers(trainer: L.Trainer, pl_module: L.LightningModule, also_trai
     """
     layers = adapted_layers(pl_module)
     trained = {clean_name(n): p for n, p in pl_module.named_parameters() if p.requires_grad}
-    allowed = {id(p) for layer in layers.values() for p in layer.core.trained().values()}
+    allowed = {id(p) for layer in layers.values() for p in layer.core.parameters(recurse=False)}
     for name, module in pl_module.named_modules():
         clean = clean_name(name)
         if any(clean == a or clean.endswith(f".{a}") for a in also_train):
@@ -132,6 +133,11 @@ def check_optimizers(trainer: L.Trainer, pl_module: L.LightningModule, also_trai
         for name, layer in layers.items():
             if reason := layer.method.why_no_matrix():
                 raise MisconfigurationException(f"Muon orthogonalises matrices, and `{name}` {reason}")
+            if isinstance(layer, ExpertLinear):
+                raise MisconfigurationException(
+                    f"Muon orthogonalises matrices, and the adapters of `{parameter_name(name)}` are stacked, one for each"
+                    " expert. Take another optimizer, or leave experts out: exclude_modules=['experts']."
+                )
 
 
 def _held(trainer: L.Trainer) -> set[int]:
@@ -196,7 +202,7 @@ def wake(pl_module: L.LightningModule) -> None:
 
     `from_pretrained` leaves eval mode, in which dropout and transformers' activation checkpointing are off.
     """
-    report, ours = conversion_of(pl_module), {id(layer) for layer in adapted_layers(pl_module).values()}
+    report, ours = conversion_of(pl_module), {id(holder(x)) for x in adapted_layers(pl_module).values()}
     named = canonical_modules(pl_module)
     asleep = [named[name] for name in (report.asleep if report else ()) if name in named]
     asleep = [module for module in asleep if not module.training]

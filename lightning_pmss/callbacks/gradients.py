@@ -42,7 +42,7 @@ class GradientCheck:
         """Whether a layer's gradient is finite; None without a gradient."""
         if self._passed is not None:
             return self._passed.get(name)
-        grads = [p.grad for p in self.layers[name].core.trained().values() if p.grad is not None]
+        grads = self.layers[name].core.gradients().values()
         return all(bool(torch.isfinite(grad).all()) for grad in grads) if grads else None
 
     def check(self, where: str) -> bool:
@@ -75,6 +75,11 @@ class GradientCheck:
                     f" ({where})."
                     " The loss is not finite or the learning rate's warm-up is missing; check the batch and the base model."
                 )
+        if idle := [name for name, layer in self.layers.items() if name not in silent and not layer.ran()]:
+            rank_zero_warn(
+                f"{self._trained} of {len(idle)} of {len(self.layers)} converted layers got a gradient of zero, since no token"
+                f" reached these experts in the first step: {some(idle)}. They train as soon as tokens reach them."
+            )
         if not silent:
             self._remove_hooks()
             return True

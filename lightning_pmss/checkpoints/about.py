@@ -15,6 +15,7 @@ from lightning_pmss.files.base import base_of
 from lightning_pmss.files.fresh import live_tensors, settings_of, untrained
 from lightning_pmss.files.plain import quantisation_settings
 from lightning_pmss.layers.convertible import canonical_shape
+from lightning_pmss.layers.experts import names_of_modules
 from lightning_pmss.layers.fingerprint import fingerprint
 from lightning_pmss.layers.parts import clean_name
 from lightning_pmss.layers.quantised import quantisation_of
@@ -70,7 +71,7 @@ def describe(
     """
     report, layers = conversion_of(module), adapted_layers(module)
     assert report is not None
-    names = {id(m): clean_name(name) for name, m in module.named_modules()}
+    names = names_of_modules(module)
     modules = {
         name: {
             "key": names[id(layer)],

@@ -16,6 +16,8 @@ from lightning_pmss.conversion.convert import adapted_layers, conversion_of
 from lightning_pmss.conversion.converted import frozen_but_fresh
 from lightning_pmss.layers.adapted import AdaptedLinear, trained_key
 from lightning_pmss.layers.convertible import canonical_shape
+from lightning_pmss.layers.expert_stack import ExpertStack
+from lightning_pmss.layers.experts import names_of_modules, without_stacks
 from lightning_pmss.layers.fingerprint import same_base
 from lightning_pmss.layers.parts import clean_name, is_sharded, own_part
 from lightning_pmss.layers.products import core_dtype
@@ -96,11 +98,14 @@ def check_state(module: nn.Module, made: Record, state: Mapping[str, Any], where
         ValueError: Indices are invalid, values would not be finite, or the weights of a layer are not those that its
             fingerprint was made of.
     """
-    prefixes = {id(m): clean_name(n) for n, m in module.named_modules()}
+    prefixes = names_of_modules(module)
+    of_each = without_stacks(state)
     strangers, broken = [], []
     for name, layer in adapted_layers(module).items():
         prefix, shape = prefixes[id(layer)], canonical_shape(layer)
-        stored = check_layer(state, shape, layer.method, prefix, where, layer.rank if layer.index_names == () else None)
+        stored = check_layer(
+            of_each, shape, layer.method, prefix, where, layer.rank if layer.index_names == () else None
+        )
         w = layer.base_weight()
         indices = {part: index.to(w.device) for part, index in stored.indices.items()}
         if not same_base(made.prints[name], *layer.reads_of(w, indices)):
@@ -164,7 +169,7 @@ def _adapter_keys(module: nn.Module) -> list[str]:
     return [
         clean_name(f"{name}.{trained_key(part)}".lstrip("."))
         for name, layer in module.named_modules()
-        if isinstance(layer, AdaptedLinear)
+        if isinstance(layer, (AdaptedLinear, ExpertStack))
         for part in layer.core.trained()
     ]
 

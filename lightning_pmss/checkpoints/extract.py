@@ -26,6 +26,7 @@ from lightning_pmss.files.fresh import rows_to_keep
 from lightning_pmss.files.merged import merge_files
 from lightning_pmss.files.model_folder import FileMergeReport, refuse_overlap
 from lightning_pmss.files.naming import Wording, match_names, refuse_misfits
+from lightning_pmss.layers.experts import without_stacks
 from lightning_pmss.layers.fingerprint import same_base
 from lightning_pmss.layers.parts import clean_name
 from lightning_pmss.layers.products import core_dtype
@@ -133,6 +134,7 @@ def _adapter(
     for key, value in content["state_dict"].items():
         refuse_odd_type(value, key, where, DAMAGED)
     state: dict[str, Tensor] = {clean_name(key): value for key, value in content["state_dict"].items()}
+    state = without_stacks(state)
     record = read_record(content.get(METADATA), where)
     options = options_of(record, where)
     with open_shards(base) as reader:

@@ -21,7 +21,17 @@ EPILOG = "Only config.json is read. What is counted and what is not: docs/estima
 
 RUN = Options(Run, [option.name for option in fields(Run) if option.name not in ("config", "zero")])
 CONVERSION = Options(
-    PMSSConfig, ("target_modules", "exclude_modules", "rank", "rank_pattern", "columns", "coordinates", "memory")
+    PMSSConfig,
+    (
+        "target_modules",
+        "exclude_modules",
+        "target_parameters",
+        "rank",
+        "rank_pattern",
+        "columns",
+        "coordinates",
+        "memory",
+    ),  # fmt: skip
 )
 ZERO = Options(ZeroSettings, ("bucket",))
 

@@ -190,7 +190,8 @@ class DataCLI(PMSSCLI):
         """Nothing is run."""
 
 
-_SHARED = ("target_modules", "exclude_modules", "also_train", "root")  # which layers are meant, whatever the method
+# Which layers are meant, whatever the method.
+_SHARED = ("target_modules", "exclude_modules", "target_parameters", "also_train", "root")
 
 
 def _with_method(callback: L.Callback, config: AdapterConfig) -> L.Callback:

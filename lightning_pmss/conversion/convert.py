@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from lightning_pmss.conversion.converted import adapted_layers as adapted_layers
 from lightning_pmss.conversion.converted import changed_fields, is_complete, layers_to_keep, record
 from lightning_pmss.conversion.converted import conversion_of as conversion_of
+from lightning_pmss.conversion.experts import experts_by_parameter, without_experts
 from lightning_pmss.conversion.left_out import LeftOut
 from lightning_pmss.conversion.report import ConversionReport, LayerReport
 from lightning_pmss.conversion.roots import (
@@ -37,6 +38,8 @@ from lightning_pmss.conversion.targets import (
 from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.layers.adapter import FrozenTensors
 from lightning_pmss.layers.convertible import canonical_shape, is_transposed
+from lightning_pmss.layers.expert_layer import ExpertLinear
+from lightning_pmss.layers.experts import adopt_experts
 from lightning_pmss.layers.fingerprint import same_base
 from lightning_pmss.layers.parts import clean_name, outside_zero_init, whole_size
 from lightning_pmss.layers.products import core_dtype
@@ -98,7 +101,8 @@ def convert(
     if given is None:
         given = method.read_given()
     if names is None:
-        also_train = match_modules(config.also_train, modules, "also_train", owners=canonical_owners(model, root))
+        owners = canonical_owners(model, root)
+        also_train = match_modules(config.also_train, without_experts(modules), "also_train", owners=owners)
         targets, left_out = find_targets(model, config, modules, also_train, root)
         ranks = ranks_of(config, targets, modules)
     else:
@@ -118,8 +122,16 @@ def convert(
         plans = dict(_plan(fresh, modules, method, given, ranks, compute_dtype, selected))
         starts = {name: _start(plans[name], modules[name], method, name, updates) for name in fresh}
         for name, plan in plans.items():
-            scale = config.scale_of(plan.rank, plan.shape)
-            layer = AdaptedLinear.adopt(modules[name], method, plan.rank, starts[name], plan.tensors, scale)
+            if not isinstance(modules[name], ExpertLinear):
+                scale = config.scale_of(plan.rank, plan.shape)
+                AdaptedLinear.adopt(modules[name], method, plan.rank, starts[name], plan.tensors, scale)
+        for group in experts_by_parameter(fresh, modules).values():
+            first, layers_of = plans[group[0]], [modules[name] for name in group]
+            scale = config.scale_of(first.rank, first.shape)
+            tensors = [plans[name].tensors for name in group]
+            adopt_experts(layers_of, method, first.rank, [starts[name] for name in group], tensors, scale)  # type: ignore[arg-type]
+        for name, plan in plans.items():
+            layer: AdaptedLinear = modules[name]  # type: ignore[assignment]
             layer.fingerprint = plan.fingerprint
             layer.derived_dtype = None if given is not None and given.complete else value_dtype(layer)
         layers = kept | {name: _report(modules[name], ranks[name], plan) for name, plan in plans.items()}
@@ -259,9 +271,12 @@ def _without_frozen(model: nn.Module) -> Iterator[nn.Parameter]:
 
 def _children(model: nn.Module, targets: Sequence[str], modules: Mapping[str, nn.Module]) -> dict[str, int]:
     """Number of targets by top-level child of the model."""
-    ours = {id(modules[name]) for name in targets}
-    full = [clean_name(name) for name, module in model.named_modules() if id(module) in ours]
-    return dict(Counter(name.split(".")[0] for name in full))
+    counts = Counter(id(getattr(modules[name], "owner", modules[name])) for name in targets)
+    found: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        if id(module) in counts:
+            found[clean_name(name).split(".")[0]] += counts[id(module)]
+    return dict(found)
 
 
 def _shares(model: nn.Module, names: Sequence[str], root: str, total: int) -> dict[str, float]:

@@ -14,6 +14,7 @@ from lightning_pmss.conversion.roots import adapted_root, below, canonical_modul
 from lightning_pmss.conversion.targets import outside_of
 from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.layers.convertible import canonical_shape, is_linear
+from lightning_pmss.layers.expert_layer import parameter_name
 from lightning_pmss.layers.parts import clean_name
 from lightning_pmss.messages import some
 from lightning_pmss.methods.config import AdapterConfig
@@ -139,7 +140,7 @@ def is_complete(model: nn.Module, report: ConversionReport, root: str | None = N
     """Whether the report covers every linear layer of the model. ``root`` as in `adapted_root`."""
     known = {layer.name for layer in report.layers} | set(report.left_out)
     found = [n for n, m in canonical_modules(model, root).items() if is_linear(m) and not below(n, report.also_train)]
-    return set(found) <= known
+    return all(name in known or parameter_name(name) in known for name in found)
 
 
 def is_converted(model: nn.Module) -> bool:

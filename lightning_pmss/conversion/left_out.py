@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from lightning_pmss.layers.convertible import is_linear
+from lightning_pmss.layers.expert_layer import is_fused_experts, projections
 from lightning_pmss.layers.parts import clean_name, whole_shape
 from lightning_pmss.layers.quantised import quantisation_of
 
@@ -17,6 +18,7 @@ HEAD = "output head"
 ASLEEP = "frozen and in eval mode"
 IN_METRIC = "inside a torchmetrics Metric"
 UNTARGETED = "not in target_modules"
+UNNAMED = "fused experts, not in target_parameters"
 
 
 class LeftOut(NamedTuple):
@@ -98,7 +100,8 @@ def frozen_weights(
         elif is_linear(module):
             yield name, UNTARGETED, False
         else:
-            yield _join(name, key), _kind(module, len(whole_shape(parameter))), True
+            fused = is_fused_experts(module) and key in projections(module)
+            yield _join(name, key), UNNAMED if fused else _kind(module, len(whole_shape(parameter))), True
 
 
 def _kind(module: nn.Module, dims: int) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lightning_pmss.conversion.left_out import HEAD
+from lightning_pmss.conversion.left_out import HEAD, UNNAMED
 from lightning_pmss.messages import kind_of
 from lightning_pmss.methods.config import AdapterConfig
 
@@ -121,9 +121,11 @@ class ConversionReport:
             f"`{kind if len(names) > 1 else names[0]}` ({self.left_out[names[0]]}, {share:.1%} of the model)"
             for kind, (names, share) in biggest
         )
+        fused = sorted({name.rpartition(".")[2] for name in self.unowned if self.left_out[name] == UNNAMED})
+        experts = f" To convert the experts, type target_parameters={fused}." if fused else ""
         return (
             f"{total:.0%} of the model's parameters belong to no linear layer, so they are not converted and stay frozen. The"
-            f" biggest: {listed}. To train such weights in full, name their module in also_train."
+            f" biggest: {listed}. To train such weights in full, name their module in also_train.{experts}"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from lightning_pmss.conversion.left_out import resting
+from lightning_pmss.layers.expert_layer import expert_layers, is_fused_experts
 from lightning_pmss.layers.parts import clean_name
 
 _ROOT = "pmss_root"  # attribute in which a conversion stores its root, relative to that module
@@ -92,10 +93,17 @@ def _hugging_face_models(named: Mapping[str, nn.Module]) -> list[str]:
 def canonical_modules(model: nn.Module, root: str | None = None) -> dict[str, nn.Module]:
     """All modules by canonical name: relative to the root (see `adapted_root`) inside it, the full name outside.
 
-    Therefore an adapter trained inside a LightningModule loads into the plain model. If two names collide, all names stay
-    full.
+    Therefore an adapter trained inside a LightningModule loads into the plain model. If two names collide, all names stay full.
+    The matrices of fused experts are among them (`lightning_pmss.layers.expert_layer`), though no model has them as modules:
+    ``model.layers.0.mlp.experts.gate_up_proj.3``.
     """
-    return {name: module for name, module in canonical_owners(model, root) if name}
+    found: dict[str, nn.Module] = {}
+    for name, module in canonical_owners(model, root):
+        if name:
+            found[name] = module
+        if is_fused_experts(module):
+            found |= {f"{name}.{own}".lstrip("."): layer for own, layer in expert_layers(module).items()}
+    return found
 
 
 def canonical_owners(model: nn.Module, root: str | None) -> list[tuple[str, nn.Module]]:

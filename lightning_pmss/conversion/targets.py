@@ -11,19 +11,29 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_pmss.conversion.experts import (
+    ends_in,
+    experts_by_parameter,
+    match_parameters,
+    parameter_names,
+    refuse_experts,
+    refuse_mixed_ranks,
+    without_experts,
+)
 from lightning_pmss.conversion.expression import Expression
+from lightning_pmss.conversion.heads import heads_of
 from lightning_pmss.conversion.left_out import (
     ASLEEP,
     EXCLUDED,
-    HEAD,
     IN_FULL,
     UNTARGETED,
     LeftOut,
     frozen_weights,
     resting,
 )
-from lightning_pmss.conversion.roots import adapted_root, below, canonical_owners, is_hugging_face
+from lightning_pmss.conversion.roots import adapted_root, below, canonical_owners
 from lightning_pmss.layers.convertible import is_linear, is_supported, why_no_own_weight
+from lightning_pmss.layers.expert_layer import holder, is_fused_experts, parameter_name
 from lightning_pmss.layers.parts import clean_name, is_dtensor, whole_shape
 from lightning_pmss.layers.quantised import why_unusable
 from lightning_pmss.layers.shared_memory import is_expanded, shares_memory
@@ -31,9 +41,6 @@ from lightning_pmss.messages import some
 from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.methods.given import Given
 from lightning_pmss.methods.method import Method
-
-# Usual names of the output head in models that are not Hugging Face models.
-HEAD_NAMES = ("lm_head", "head", "heads", "classifier", "score", "qa_outputs", "embed_out")
 
 
 @dataclass(frozen=True)
@@ -76,30 +83,37 @@ def find_targets(
         ValueError: A pattern matches nothing, or nothing is left to convert.
     """
     owners = canonical_owners(model, root)
-    excluded = match_modules(config.exclude_modules, modules, "exclude_modules", owners=owners)
+    real, fused = without_experts(modules), experts_by_parameter(modules, modules)
+    of_parameters = {name: holder(modules[group[0]]) for name, group in fused.items()}
+    excluded = match_modules(config.exclude_modules, real | of_parameters, "exclude_modules", owners=owners)
     away = _away(model, config.root)
-    within = {name: module for name, module in modules.items() if away.get(id(module)) != outside_of(config.root)}
+    within = {name: m for name, m in modules.items() if away.get(id(holder(m))) != outside_of(config.root)}
     reasons: dict[str, str] = {}
     targets: list[str] = []
     everything = config.target_modules == "all-linear"
-    wanted = _names(config.target_modules, within)
+    inside = without_experts(within)
+    wanted = _names(config.target_modules, inside)
     named = () if isinstance(wanted, str) else wanted
     if everything:
         candidates = [n for n, m in within.items() if is_linear(m)]
-        heads = _heads(adapted_root(model, root)[0], modules, candidates)
+        heads = heads_of(adapted_root(model, root)[0], modules, [n for n in candidates if n in real])
     else:
-        candidates = match_modules(wanted, within, "target_modules", linear=True, owners=owners)
+        candidates = match_modules(wanted, inside, "target_modules", linear=True, owners=owners)
         heads = {}
+    if config.target_parameters:
+        more = set(match_parameters(config.target_parameters, within, owners))
+        candidates = [n for n in within if n in more or n in set(candidates)]
     for name in candidates:
+        label = parameter_name(name) if name not in real else name
         if below(name, excluded):
-            reasons[name] = EXCLUDED
+            reasons[label] = EXCLUDED
         elif everything and below(name, also_train):
-            reasons[name] = IN_FULL
-        elif id(modules[name]) in away and name not in named:  # a listed full name overrides the reason
-            reasons[name] = away[id(modules[name])]
+            reasons[label] = IN_FULL
+        elif id(holder(modules[name])) in away and name not in named:  # a listed full name overrides the reason
+            reasons[label] = away[id(holder(modules[name]))]
         elif name in heads:
             reasons[name] = heads[name]
-        elif not named and (reason := why_no_own_weight(modules[name])):
+        elif not named and name in real and (reason := why_no_own_weight(modules[name])):
             reasons[name] = reason
         else:
             targets.append(name)
@@ -109,7 +123,7 @@ def find_targets(
         raise ValueError(
             f"{some(clash)} match both target_modules and also_train; a module is either converted or trained."
         )
-    branches = {id(m): EXCLUDED for n in excluded for m in modules[n].modules()} | away
+    branches = {id(m): EXCLUDED for n in excluded if n in real for m in real[n].modules()} | away
     return targets, _left_out(owners, modules, targets, also_train, reasons, branches)
 
 
@@ -138,14 +152,16 @@ def _left_out(
         reasons: Reasons known so far, by name of layer; the others are added.
         branches: Reason by id of module, for branches left out as a whole.
     """
-    accounted = {id(p) for n in (*targets, *also_train, *reasons) for p in modules[n].parameters()}
+    fused = experts_by_parameter(modules, modules)
+    one_of = {name: modules[group[0]] for name, group in fused.items()}  # whose parameter is that of all
+    accounted = {id(p) for n in (*targets, *also_train, *reasons) for p in (one_of.get(n) or modules[n]).parameters()}
     unowned = []
     for owner, module in sorted(owners, key=lambda item: not is_linear(item[1])):  # tied: listed under the linear layer
         for name, reason, nobodys in frozen_weights(owner, module, accounted, branches):
             reasons[name] = reason
             if nobodys:
                 unowned.append(name)
-    for name, module in modules.items():  # linear layers whose parameters are all shared
+    for name, module in without_experts(modules).items():  # linear layers whose parameters are all shared
         if is_linear(module) and name not in targets and not below(name, also_train):
             reasons.setdefault(name, branches.get(id(module), UNTARGETED))
     asleep: list[str] = []
@@ -217,15 +233,15 @@ def match_modules(
         usable = [n for n in hits if is_supported(modules[n]) or why_no_own_weight(modules[n])] if linear else hits
         if not usable:
             if not hits:
-                for matches in (partial(_ends_in, patterns), expression.matches):
+                for matches in (partial(ends_in, patterns), expression.matches):
                     _refuse_parameter(patterns, matches, owners or modules.items(), field)
             _refuse_no_match(patterns, hits, modules, field, linear)
         return usable
     names: dict[str, None] = {}
     for pattern in patterns:
-        hits = [n for n in modules if _ends_in(pattern, n)]
+        hits = [n for n in modules if ends_in(pattern, n)]
         if not hits:
-            _refuse_parameter(pattern, partial(_ends_in, pattern), owners or modules.items(), field)
+            _refuse_parameter(pattern, partial(ends_in, pattern), owners or modules.items(), field)
             _refuse_no_match(pattern, hits, modules, field, linear)
         names.update(dict.fromkeys(hits))
     return [n for n in modules if n in names]
@@ -233,12 +249,8 @@ def match_modules(
 
 def _names(patterns: str | Sequence[str], modules: Iterable[str]) -> str | Sequence[str]:
     """Put a lone string into a list if it is the name of a module or the end of one."""
-    lone = isinstance(patterns, str) and any(_ends_in(patterns, name) for name in modules)
+    lone = isinstance(patterns, str) and any(ends_in(patterns, name) for name in modules)
     return [patterns] if lone else patterns  # type: ignore[list-item]
-
-
-def _ends_in(pattern: str, name: str) -> bool:
-    return name == pattern or name.endswith(f".{pattern}")
 
 
 def _refuse_parameter(
@@ -254,6 +266,8 @@ def _refuse_parameter(
             text = f"{field}: {pattern!r} is no module but {of}."
             if field != "target_modules" or is_linear(module):
                 raise ValueError(f"{text} Patterns name modules" + (f": type {name!r}." if name else "."))
+            if is_fused_experts(module) and len(whole_shape(parameter)) == 3:
+                raise ValueError(f"{text} Experts are converted by target_parameters=[{key!r}].")
             raise ValueError(
                 f"{text} lightning-pmss converts nn.Linear and Conv1D layers: take it out of target_modules; it stays frozen"
                 + (f", or is trained in full with also_train=[{name!r}]." if name else ".")
@@ -272,7 +286,7 @@ def _refuse_no_match(pattern: str, hits: list[str], modules: Mapping[str, nn.Mod
 def _remedy(pattern: str, modules: Mapping[str, nn.Module], linear: bool) -> str:
     """Advice on a pattern that matches nothing."""
     several = [part for part in re.split(r"[\s,;\[\]'\"]+", pattern) if part]
-    if len(several) > 1 and all(any(_ends_in(part, name) for name in modules) for part in several):
+    if len(several) > 1 and all(any(ends_in(part, name) for name in modules) for part in several):
         return f"for several names type [{', '.join(several)}]"
     if pattern == "all-linear":
         return "type all-linear alone, not in a list"
@@ -306,9 +320,11 @@ def refuse_unconvertible(
         derived_later: Whether weights on the meta device are allowed, since they are read from files.
     """
     owners: dict[int, list[str]] = {}
-    for name, module in modules.items():
+    for name, module in without_experts(modules).items():
         for parameter in _parameters_used(module):
             owners.setdefault(id(parameter), []).append(name)
+    refuse_experts(targets, modules, method, given, owners)
+    targets = list(without_experts({n: modules[n] for n in targets}))
     usable = [n for n in targets if why_unusable(modules[n]) is None and is_supported(modules[n])]
     sharing = shares_memory(usable, modules)
     for name in targets:
@@ -371,30 +387,13 @@ def ranks_of(config: AdapterConfig, targets: list[str], modules: Mapping[str, nn
     ranks: dict[str, int] = {}
     for pattern, rank in config.rank_pattern.items():
         expression = Expression(pattern, "rank_pattern")
-        hits = [name for name in targets if _ends_in(pattern, name) or expression.matches(name)]
+        names = {
+            name: [name, *parameter_names(name, modules)] for name in targets
+        }  # experts are named by their parameter
+        hits = [name for name in targets if any(ends_in(pattern, n) or expression.matches(n) for n in names[name])]
         if not hits:
             _refuse_no_match(pattern, [], {n: modules[n] for n in targets}, "rank_pattern", True)
         ranks = dict.fromkeys(hits, rank) | ranks  # the first match wins
-    return {name: ranks.get(name, config.rank) for name in targets}
-
-
-def _heads(root: nn.Module, modules: Mapping[str, nn.Module], candidates: list[str]) -> dict[str, str]:
-    """Reason by name of the linear layers that ``"all-linear"`` leaves out."""
-    heads: dict[str, str] = {}
-    embedded = {id(m._parameters.get("weight")) for m in modules.values() if isinstance(m, nn.Embedding)} - {id(None)}
-    body = getattr(root, getattr(root, "base_model_prefix", "") or "_", root)
-    inside = {id(m) for m in body.modules()} if is_hugging_face(root) else None
-    for name in candidates:
-        parent = modules.get(name.rpartition(".")[0])
-        if id(modules[name]._parameters.get("weight")) in embedded:
-            heads[name] = "shares the embedding's weight"
-        elif (
-            inside is not None
-            and id(modules[name]) not in inside
-            or inside is None
-            and any(part in HEAD_NAMES for part in name.split("."))
-        ):
-            heads[name] = HEAD
-        elif isinstance(parent, nn.MultiheadAttention):
-            heads[name] = "nn.MultiheadAttention never calls its forward"
-    return heads
+    found = {name: ranks.get(name, config.rank) for name in targets}
+    refuse_mixed_ranks(found, modules)
+    return found

@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.fsdp.wrap import CustomPolicy, _Policy
 
 from lightning_pmss.layers.adapter import Adapter, FrozenTensors
+from lightning_pmss.layers.experts import AdaptedExperts
 from lightning_pmss.layers.parts import clean_name, is_fsdp1
 from lightning_pmss.layers.quantised import quantisation_of
 
@@ -136,6 +137,21 @@ def refuse_quantised(engine: Engine, module: nn.Module) -> None:
         raise MisconfigurationException(
             f"`{found[0][0]}` and {len(found) - 1} more layers are quantised ({found[0][1]}), which {engine} cannot shard."
             " Train on one device or under 'ddp', or load the model unquantised."
+        )
+
+
+def refuse_experts(engine: Engine, module: nn.Module) -> None:
+    """Refuse to shard converted experts: their stacks have not been tried with engines that keep tensors in parts.
+
+    Raises:
+        MisconfigurationException: Fused experts are converted and the strategy shards.
+    """
+    if engine != "plain" and (
+        found := next((n for n, m in module.named_modules() if isinstance(m, AdaptedExperts)), None)
+    ):
+        raise MisconfigurationException(
+            f"`{clean_name(found)}` has adapters on fused experts, which {engine} cannot shard. Train on one device or under"
+            " 'ddp', or leave the experts out: exclude_modules=['experts']."
         )
 
 

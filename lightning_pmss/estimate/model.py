@@ -19,18 +19,20 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lightning_pmss.conversion.experts import experts_by_parameter, without_experts
 from lightning_pmss.conversion.roots import canonical_modules
 from lightning_pmss.conversion.targets import find_targets, match_modules, ranks_of, refuse_unconvertible
 from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.layers.adapter import Adapter
 from lightning_pmss.layers.convertible import canonical_shape
+from lightning_pmss.layers.experts import adopt_experts
 from lightning_pmss.layers.indices import index_tensors
 from lightning_pmss.layers.products import core_dtype
 from lightning_pmss.messages import reason
 from lightning_pmss.methods import method_of
 from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.methods.lora import LoRAConfig
-from lightning_pmss.methods.method import Kind, Spec
+from lightning_pmss.methods.method import Kind, Method, Spec
 from lightning_pmss.store.model_config import read_model_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -136,15 +138,18 @@ class Architecture:
         method, modules = method_of(config), canonical_modules(model)
         model.requires_grad_(False)
         with self.mode:
-            for name, rank in ranks.items():
-                layer, shape = modules[name], canonical_shape(modules[name])
-                dtype = core_dtype(layer.weight.dtype)  # type: ignore[arg-type, union-attr]
-                made = {n: _empty(spec, dtype) for n, spec in method.specs(shape, rank).items()}
-                kinds = {n: spec.kind for n, spec in method.specs(shape, rank).items()}
-                start = {n: t for n, t in made.items() if kinds[n] is Kind.TRAINED}
-                derived = {n: t for n, t in made.items() if kinds[n] is not Kind.TRAINED}
-                adapted = AdaptedLinear.adopt(layer, method, rank, start, derived, config.scale_of(rank, shape))
-                for parameter in adapted.core.parameters(recurse=False):
+            for name in without_experts({n: modules[n] for n in ranks}):
+                layer, rank, shape = modules[name], ranks[name], canonical_shape(modules[name])
+                start, derived = _made(method, shape, rank, layer)
+                AdaptedLinear.adopt(layer, method, rank, start, derived, config.scale_of(rank, shape))
+            for group in experts_by_parameter(ranks, modules).values():
+                layer, rank, shape = modules[group[0]], ranks[group[0]], canonical_shape(modules[group[0]])
+                start, derived = _made(method, shape, rank, layer)
+                experts: Any = [modules[name] for name in group]
+                many = len(experts)
+                adopt_experts(experts, method, rank, [start] * many, [derived] * many, config.scale_of(rank, shape))
+            for name in ranks:
+                for parameter in modules[name].core.parameters(recurse=False):  # type: ignore[union-attr, operator]
                     parameter.requires_grad_(True)
         for name in also_train:
             modules[name].requires_grad_(True)
@@ -222,6 +227,16 @@ def count(pieces: list[Piece]) -> Counter[str]:
         if not piece.buffer:
             numbers[piece.kind] += piece.numel
     return numbers
+
+
+def _made(
+    method: Method[Any], shape: tuple[int, int], rank: int, layer: nn.Module
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The trained tensors of a layer, and the others, without values."""
+    specs, dtype = method.specs(shape, rank), core_dtype(layer.weight.dtype)  # type: ignore[arg-type, union-attr]
+    made = {name: _empty(spec, dtype) for name, spec in specs.items()}
+    trained = {name for name, spec in specs.items() if spec.kind is Kind.TRAINED}
+    return {n: t for n, t in made.items() if n in trained}, {n: t for n, t in made.items() if n not in trained}
 
 
 def _empty(spec: Spec, dtype: torch.dtype) -> Tensor:

@@ -13,6 +13,7 @@ from lightning_pmss.conversion.roots import canonical_modules
 from lightning_pmss.conversion.targets import find_targets, match_modules, ranks_of, refuse_unconvertible
 from lightning_pmss.files.naming import Wording, match_names
 from lightning_pmss.layers.convertible import canonical_shape, is_transposed
+from lightning_pmss.layers.expert_layer import refuse_experts
 from lightning_pmss.messages import reason
 from lightning_pmss.methods import method_of
 from lightning_pmss.methods.config import AdapterConfig
@@ -128,6 +129,7 @@ def find_matrices(model: nn.Module, config: AdapterConfig, reader: ShardReader) 
     modules = canonical_modules(model)
     names, left_out = find_targets(model, config, modules, match_modules(config.also_train, modules, "also_train"))
     method = method_of(config)
+    refuse_experts({n: modules[n] for n in names}, "a skeleton file has no", "leave skeleton_file out when you train")
     refuse_unconvertible(names, modules, method, None, derived_later=True)
     ranks = ranks_of(config, names, modules)
     shapes = {name: canonical_shape(modules[name]) for name in names}

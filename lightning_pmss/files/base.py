@@ -64,8 +64,8 @@ def _has_weights(folder: Path, layers: dict[str, AdaptedLinear]) -> bool:
         with open_shards(folder) as reader:
             for name, layer in layers.items():
                 own = f".{name}.weight"  # either name may have the model's base prefix
-                key = next((k for k in reader.tensors if f".{k}".endswith(own) or own.endswith(f".{k}")), None)
-                if key is None or reader.tensors[key].shape != tuple(layer.weight.shape):
+                key = next((k for k in reader.matrices if f".{k}".endswith(own) or own.endswith(f".{k}")), None)
+                if key is None or reader.matrices[key].shape != tuple(layer.weight.shape):
                     return False
                 stored = reader.read(key)
                 canonical = stored.T if layer.transposed else stored

@@ -16,6 +16,7 @@ from lightning_pmss.files.base import base_of
 from lightning_pmss.files.fresh import fresh_tensors, live_tensors, untrained
 from lightning_pmss.files.naming import base_weight, refuse_misfits, refuse_wrong_base, resolve_names
 from lightning_pmss.layers.convertible import canonical_shape
+from lightning_pmss.layers.expert_layer import ExpertLinear, holder
 from lightning_pmss.layers.guard import refuse_disabled
 from lightning_pmss.layers.parts import clean_name, is_sharded
 from lightning_pmss.methods.config import AdapterConfig
@@ -92,7 +93,10 @@ def model_source(model: nn.Module) -> Source:
     modules = canonical_modules(model)
     root = adapted_root(model)[0]
     inside = {clean_name(name): module for name, module in root.named_modules(remove_duplicate=False)}
-    if outside := [n for n in (*layers, *report.also_train) if inside.get(n) is not modules[n]]:
+    experts = {n for n in layers if isinstance(modules[n], ExpertLinear)}  # no modules, but parts of one
+    own = {id(module) for module in inside.values()}
+    outside = [n for n in (*layers, *report.also_train) if n not in experts and inside.get(n) is not modules[n]]
+    if outside := [*outside, *(n for n in layers if n in experts and id(holder(modules[n])) not in own)]:
         raise ValueError(
             f"{few(outside)}: outside of the {type(root).__name__}, the model that peft loads a LoRA onto. Use save_adapter."
         )

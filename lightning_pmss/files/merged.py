@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from lightning_pmss.layers.merged_layer import merge_update
 from lightning_pmss.layers.plain_state import without_quantiser
 from lightning_pmss.merging import merged_state
 from lightning_pmss.store.atomic import atomic_folder, check_target
+from lightning_pmss.store.expert_tensors import ExpertTensor
 from lightning_pmss.store.kinds import MERGED, SHARDS, matches
 from lightning_pmss.store.shards import (
     SINGLE_FILE,
@@ -213,6 +215,11 @@ class _Plan:
     ) -> None:
         self.adapter, self.reader, self.rename = adapter, reader, rename
         self.modules = {f"{rename(name)}.weight": name for name in adapter.modules}
+        self.experts: dict[str, list[ExpertTensor]] = {}  # the matrices that a tensor of the base has a part of
+        for key in self.modules.keys() - reader.tensors.keys() & reader.experts.keys():
+            for part in reader.experts[key].parts:
+                self.experts.setdefault(part, []).append(replace(reader.experts[key], key=key))
+        self._last: tuple[str, Tensor] | None = None  # the matrix merged last: its parts are often neighbours
         self.trained: dict[str, Tensor] = {}
         self.kept: dict[str, FreshTensor] = {}
         self.resized: dict[str, TensorInfo] = {}
@@ -250,6 +257,44 @@ class _Plan:
             for info in infos
         ]
 
+    def merged(self, key: str, dtype: torch.dtype, report: FileMergeReport, stored: Tensor | None = None) -> Tensor:
+        """W' ``[out, in]`` of a layer, by its key.
+
+        Args:
+            key: In `modules`.
+            dtype: Of the result.
+            report: Gets what the rounding cost.
+            stored: The base's weight, where it was read already.
+        """
+        if self._last is not None and self._last[0] == key:
+            return self._last[1]
+        name = self.modules[key]
+        module = self.adapter.modules[name]
+        weight = module.canonical(self.reader.read(key) if stored is None else stored)
+        if not module.is_of(weight):
+            refuse_wrong_base(self.adapter, self.reader, self.rename, name)
+        try:
+            value, report.merged[name] = merge_update(weight, module.update, dtype, name)
+        except ValueError as error:
+            remedy = "" if bool(weight.isfinite().all()) else " The base's own weights are not finite."
+            raise ValueError(f"merging {name} in {dtype}: {error} Try dtype='float32'.{remedy}") from error
+        if key in self.reader.experts:
+            self._last = key, value
+        return value
+
+    def merged_experts(self, info: TensorInfo, report: FileMergeReport) -> Tensor:
+        """A tensor of the base with the merged matrices of its experts, as the base keeps it."""
+        whole = torch.empty(info.shape, dtype=info.dtype)
+        for expert in self.experts[info.key]:
+            value = self.merged(expert.key, info.dtype, report)
+            if expert.index is not None:
+                whole[expert.index] = expert.back(value)
+                continue
+            before = expert.parts[: expert.parts.index(info.key)]
+            start = sum(self.reader.tensors[part].shape[0] for part in before)
+            whole.copy_(value[start : start + info.shape[0]])
+        return whole
+
     def _note(self, key: str, dtype: torch.dtype, shape: tuple[int, ...], extra: list[TensorInfo]) -> None:
         """Plan a tensor that replaces the base's, or that the base does not have."""
         stored = self.reader.tensors.get(key)
@@ -280,20 +325,14 @@ def _write_shards(
 def _output_tensor(plan: _Plan, info: TensorInfo, report: FileMergeReport) -> Tensor:
     if info.key in plan.trained:
         return _cast(plan.trained[info.key], info)
+    if info.key in plan.experts:
+        return plan.merged_experts(info, report)
     fresh = plan.kept.get(info.key)
     stored = plan.reader.read(info.key) if fresh is None else fresh.whole(lambda: plan.reader.read(info.key))
     if info.key not in plan.modules:
         return _cast(stored, info)
-    name = plan.modules[info.key]
-    module = plan.adapter.modules[name]
-    if not module.is_of(module.canonical(stored)):
-        refuse_wrong_base(plan.adapter, plan.reader, plan.rename, name)
-    try:
-        value, report.merged[name] = merge_update(module.canonical(stored), module.update, info.dtype, name)
-    except ValueError as error:
-        remedy = "" if bool(stored.isfinite().all()) else " The base's own weights are not finite."
-        raise ValueError(f"merging {name} in {info.dtype}: {error} Try dtype='float32'.{remedy}") from error
-    return value.T.contiguous() if module.layout == "conv1d" else value
+    value = plan.merged(info.key, info.dtype, report, stored)
+    return value.T.contiguous() if plan.adapter.modules[plan.modules[info.key]].layout == "conv1d" else value
 
 
 def _cast(value: Tensor, info: TensorInfo) -> Tensor:

@@ -144,7 +144,7 @@ def match_names(
     Raises:
         ValueError: No prefix fits, or several do; another shape; a dtype that is not floating-point.
     """
-    keys = reader.tensors
+    keys = reader.matrices
 
     def fits(rename: Callable[[str], str]) -> bool:
         return all(f"{rename(name)}.weight" in keys for name in stored)
@@ -170,7 +170,7 @@ def match_names(
         missing = [name for name in stored if f"{name}.weight" not in keys]
         raise ValueError(
             f"{base} has no weights for {len(missing)} of the {len(stored)} modules of {wording.owner}: {few(missing)}. "
-            f"Its own tensors are called {few(list(keys), 3)}. {wording.missing}"
+            f"Its own tensors are called {few(list(reader.tensors), 3)}. {wording.missing}"
         )
     if len(results) > 1:
         options = [next(iter(names)) for names in results]
@@ -198,7 +198,7 @@ def _check(
     wording: Wording,
 ) -> None:
     for name, shape in stored.items():
-        info = reader.tensors[f"{rename(name)}.weight"]
+        info = reader.matrices[f"{rename(name)}.weight"]
         if info.dtype not in FLOATS:  # first, because packed weights also have other shapes
             raise ValueError(f"{base}: {info.key} is stored as {info.dtype}, {wording.quantised}")
         if len(info.shape) != 2 or shape not in (None, info.shape):

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from lightning_pmss.files.lora_config import lora_fields
 from lightning_pmss.files.lora_source import Source, no_thin_factors, thin
+from lightning_pmss.layers.expert_layer import is_expert_name
 from lightning_pmss.methods.bat import BATUpdate
 from lightning_pmss.methods.hira import HiRAUpdate
 from lightning_pmss.methods.lora import LoRAUpdate
@@ -263,6 +264,11 @@ def choose_form(source: Source, native: bool | None, rank: int | None) -> Chosen
         ValueError: peft's own type is asked for and there is none, or a rank with it; or nothing is asked for and neither form
             can express the adapter.
     """
+    if found := next(filter(is_expert_name, source.layers), None):
+        raise ValueError(
+            f"{found} is one of several fused experts, which are not exported to peft. Merge instead:"
+            " `python -m lightning_pmss merge`; or train without them: exclude_modules=['experts']."
+        )
     if native is False or (native is None and rank is not None):
         return Chosen(LoraForm(source, rank))
     kind = type(source.update(next(iter(source.layers))))

@@ -95,7 +95,7 @@ class AdaptedLinear(IndexTensors, MergedLayer):
             raise ValueError("the layer is converted already; a converted layer is not converted again.")
         if reason := why_no_own_weight(layer):
             raise ValueError(f"this {type(layer).__name__} cannot be converted: {reason}.")
-        layer.__class__ = _adapted_class(type(method), type(layer))
+        layer.__class__ = adapted_class(type(method), type(layer))
         assert isinstance(layer, AdaptedLinear)
         weight, dtype = layer.weight, core_dtype(layer.weight.dtype)
         indices = {name: t for name, t in derived.items() if not t.is_floating_point()}
@@ -157,6 +157,10 @@ class AdaptedLinear(IndexTensors, MergedLayer):
             derived = self.method.derive(weight, self.rank, name, given)
         self.core.set_frozen(derived)
         self.derived_dtype = weight.dtype
+
+    def ran(self) -> bool:
+        """Whether the layer has seen an input; where nobody asks each input, it is taken for granted."""
+        return True
 
     def reads(self) -> tuple[Tensor, ...]:
         """What the update reads of the pristine W, in its dtype; a collective where W is kept in parts."""
@@ -271,18 +275,21 @@ class AdaptedLinear(IndexTensors, MergedLayer):
         return f"{super().extra_repr()}, {self.method.describe(self)}".lstrip(", ")
 
 
-_CLASSES: dict[tuple[type[Any], type[nn.Module]], type[AdaptedLinear]] = {}
+_CLASSES: dict[tuple[type[Any], ...], type[AdaptedLinear]] = {}
 
 
-def _adapted_class(method: type[Method[Any]], base: type[nn.Module]) -> type[AdaptedLinear]:
+def adapted_class(
+    method: type[Method[Any]], base: type[nn.Module], *mixins: type[AdaptedLinear]
+) -> type[AdaptedLinear]:
+    """The class of the layers of a method that were of a class before; mixins come first."""
     watch_writers()
-    if (method, base) not in _CLASSES:
+    if (method, base, *mixins) not in _CLASSES:
         name = f"{method.config_class.label()}{base.__name__}"
         own = {"__module__": __name__, "base_class": base}
-        _CLASSES[method, base] = type(name, (method.layer_class, base), own)
-    return _CLASSES[method, base]
+        _CLASSES[method, base, *mixins] = type(name, (*mixins, method.layer_class, base), own)
+    return _CLASSES[method, base, *mixins]
 
 
 def _rebuild(method: type[Method[Any]], base: type[nn.Module]) -> AdaptedLinear:
-    cls = _adapted_class(method, base)
+    cls = adapted_class(method, base)
     return cls.__new__(cls)

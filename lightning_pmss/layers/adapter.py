@@ -96,6 +96,10 @@ class Adapter(nn.Module):
         """The frozen tensors by name."""
         return {} if self.frame is None else self.frame.tensors()
 
+    def gradients(self) -> Tensors:
+        """Of the trained tensors, as far as there are any."""
+        return {name: own.grad for name, own in self.trained().items() if own.grad is not None}
+
     def set_frozen(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace the frozen tensors; those that are trained are left as they are."""
         if self.frame is not None:

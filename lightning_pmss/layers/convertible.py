@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_pmss.layers.expert_layer import ExpertLinear
 from lightning_pmss.layers.parts import is_dtensor, whole_shape
+from lightning_pmss.layers.products import FLOATS
 from lightning_pmss.layers.quantised import is_quantised, why_unusable
-
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # the dtypes of a W that is read and written
 
 
 def is_conv1d(layer: nn.Module) -> bool:
@@ -60,6 +60,8 @@ def why_no_own_weight(layer: nn.Module) -> str | None:
     """
     if not is_linear(layer) or isinstance(layer, nn.modules.lazy.LazyModuleMixin):
         return None
+    if isinstance(layer, ExpertLinear):
+        return layer.why_unusable()
     if is_quantised(layer) or why_unusable(layer):
         return None
     own = layer._parameters.get("weight")

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_pmss.layers.merged_layer import MergedLayer
+from lightning_pmss.layers.merged_layer import Mergeable
 from lightning_pmss.layers.parts import clean_state, is_sharded
 from lightning_pmss.layers.plain_state import is_trained_state, plain_state, plain_state_dicts, without_quantiser
 
@@ -41,7 +41,7 @@ def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self, nn.Module) or not any(isinstance(m, MergedLayer) for m in self.modules()):
+        if not isinstance(self, nn.Module) or not any(isinstance(m, Mergeable) for m in self.modules()):
             return original(self, *args, **kwargs)
         bound = signature.bind(self, *args, **kwargs)
         given = bound.arguments.get("state_dict")

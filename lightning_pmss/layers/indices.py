@@ -17,7 +17,7 @@ from lightning_pmss.store import why_no_index
 
 
 class IndexTensors(nn.Module):
-    """Mixin for layers that own index tensors: int64 ``[k]``, distinct, never trained, averaged or cast.
+    """Mixin for layers that own index tensors: int64 ``[k]`` or ``[experts, k]``, distinct, never trained, averaged or cast.
 
     The state dict has them under the attributes' names, of any integer dtype when it is loaded. They follow the module to
     another device. On the meta device their values are kept and come back with ``to_empty``.
@@ -87,7 +87,7 @@ class IndexTensors(nn.Module):
             if key not in state_dict:
                 if strict:
                     missing_keys.append(key)
-            elif reason := why_no_indices(state_dict[key], len(getattr(self, name)), sizes[name]):
+            elif reason := why_no_indices(state_dict[key], getattr(self, name).shape, sizes[name]):
                 error_msgs.append(f"{key} {reason}.")
             else:
                 self._take(name, state_dict[key], bool(local_metadata.get("assign_to_params_buffers")))
@@ -104,14 +104,22 @@ class IndexTensors(nn.Module):
             own.copy_(value)
 
 
-def why_no_indices(value: Any, count: int, size: int) -> str | None:
-    """Why a value of a state dict cannot be `count` indices, to be put behind its name; None if it can."""
+def why_no_indices(value: Any, shape: torch.Size, size: int) -> str | None:
+    """Why a value of a state dict cannot be indices of this shape, to be put behind its name; None if it can.
+
+    Args:
+        value: As found.
+        shape: ``[k]``, or ``[experts, k]`` of indices that are distinct within a row.
+        size: What they stay below.
+    """
     if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         kind = str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else type(value).__name__
         return f"is {kind}, and whole numbers were expected"
-    if value.shape != (count,):
-        return f"has the shape {list(value.shape)}, and [{count}] was expected"
-    return None if value.is_meta else why_no_index(value.long(), size)
+    if value.shape != shape:
+        return f"has the shape {list(value.shape)}, and {list(shape)} was expected"
+    if value.is_meta:
+        return None
+    return next(filter(None, (why_no_index(row, size) for row in value.long().reshape(-1, shape[-1]))), None)
 
 
 def index_tensors(model: nn.Module) -> dict[str, Tensor]:

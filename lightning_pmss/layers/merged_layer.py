@@ -42,7 +42,34 @@ class LayerDrift:
     lost_update: float
 
 
-class MergedLayer(nn.Module):
+class Mergeable(nn.Module):
+    """A module whose state dict can be had as if it had never been converted."""
+
+    def adapter_key(self, key: str) -> bool:
+        """Whether the module's state dict has this key, without prefix, because it was converted."""
+        raise NotImplementedError
+
+    def plain_weights(self, name: str) -> tuple[dict[str, Tensor], dict[int, LayerDrift]]:
+        """W' by key in the module's state dict, and what each rounding cost by ``id`` of the layer; nothing is changed.
+
+        Args:
+            name: Of the module, for errors.
+
+        Raises:
+            ValueError: W' is not finite.
+        """
+        raise NotImplementedError
+
+    def plain_from(self, state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        """W' by key, as the base stores it, from the tensors of a state dict; the module's own stay out of it.
+
+        Raises:
+            ValueError: The state dict lacks some of them, or W' is not finite.
+        """
+        raise NotImplementedError
+
+
+class MergedLayer(Mergeable):
     """Mixin for a layer of one weight that can hold W' in its place.
 
     Attributes:
@@ -73,9 +100,14 @@ class MergedLayer(nn.Module):
         """
         raise NotImplementedError
 
-    def adapter_key(self, key: str) -> bool:
-        """Whether the layer's state dict has this key, without prefix, because it was converted."""
-        raise NotImplementedError
+    def plain_weights(self, name: str) -> tuple[dict[str, Tensor], dict[int, LayerDrift]]:
+        """See `Mergeable`; of a quantised layer on the CPU: the device that holds the codes need not have room for W'."""
+        value, drift = self.merged_weight(name)
+        return {"weight": value.cpu() if self.quantised else value}, {id(self): drift}
+
+    def plain_from(self, state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        """See `Mergeable`."""
+        return {"weight": self.merged_from(state, prefix)}
 
     @property
     def merged(self) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pmss.layers.guard import refuse_disabled
-from lightning_pmss.layers.merged_layer import LayerDrift, MergedLayer
+from lightning_pmss.layers.merged_layer import LayerDrift, Mergeable
 from lightning_pmss.layers.parts import clean_name
 from lightning_pmss.layers.quantised import dequantised, is_quantised, value_dtype
 
@@ -32,26 +32,25 @@ def plain_state_dicts(model: nn.Module, asked: Container[int] | None = None) -> 
     Raises:
         ValueError: A merged weight is not finite, or the adapter is disabled.
     """
-    dense: dict[int, Tensor] = {}
+    dense: dict[int, dict[str, Tensor]] = {}
     drift: dict[int, LayerDrift] = {}
     found = {clean_name(n): m for n, m in model.named_modules() if asked is None or id(m) in asked}
     refuse_disabled(found.values(), "written or merged")
     for name, module in found.items():
-        if isinstance(module, MergedLayer):
-            value, drift[id(module)] = module.merged_weight(name)
-            # The device that holds the codes need not have room for all of the dense weights.
-            dense[id(module)] = value.cpu() if module.quantised else value
+        if isinstance(module, Mergeable):
+            dense[id(module)], cost = module.plain_weights(name)
+            drift |= cost
         elif isinstance(module, nn.Linear) and is_quantised(module):
-            dense[id(module)] = dequantised(module, dtype=value_dtype(module)).cpu()
+            dense[id(module)] = {"weight": dequantised(module, dtype=value_dtype(module)).cpu()}
 
     def show(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        converted = isinstance(module, MergedLayer)
-        codes = module.quantised if isinstance(module, MergedLayer) else True
+        converted = isinstance(module, Mergeable)
+        codes = getattr(module, "quantised", False) if converted else True
         for key in [key for key in state if key.startswith(prefix)]:
             own = key.removeprefix(prefix)
             if converted and module.adapter_key(own) or codes and own.startswith(("weight", "SCB")):  # type: ignore[union-attr, operator]
                 del state[key]
-        state[f"{prefix}weight"] = dense[id(module)]
+        state.update({f"{prefix}{key}": value for key, value in dense[id(module)].items()})
 
     with ExitStack() as stack:
         for module in found.values():
@@ -62,7 +61,7 @@ def plain_state_dicts(model: nn.Module, asked: Container[int] | None = None) -> 
 
 def is_trained_state(model: nn.Module, state: Mapping[str, Any]) -> bool:
     """Whether a state dict of this model has the tensors of an adapter beside the base's weights."""
-    layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, MergedLayer)}
+    layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Mergeable)}
     prefixes = {f"{clean_name(name)}.".lstrip("."): layer for name, layer in layers.items()}
     return any(
         key.startswith(prefix) and layer.adapter_key(key.removeprefix(prefix))
@@ -83,15 +82,16 @@ def plain_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tens
     plain = {clean_name(key): value for key, value in state.items()}
     for name, module in model.named_modules(remove_duplicate=False):
         prefix = f"{clean_name(name)}.".lstrip(".")
-        if not isinstance(module, MergedLayer):
+        if not isinstance(module, Mergeable):
             continue
         own = [key for key in plain if key.startswith(prefix) and module.adapter_key(key.removeprefix(prefix))]
         if own:
-            value = module.merged_from(plain, prefix)
-            codes = [key for key in plain if module.quantised and key.startswith((f"{prefix}weight", f"{prefix}SCB"))]
+            values = module.plain_from(plain, prefix)
+            kept_in_codes = getattr(module, "quantised", False)
+            codes = [key for key in plain if kept_in_codes and key.startswith((f"{prefix}weight", f"{prefix}SCB"))]
             for key in (*own, *codes):
                 plain.pop(key, None)
-            plain[f"{prefix}weight"] = value
+            plain |= {f"{prefix}{key}": value for key, value in values.items()}
     return plain
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # the dtypes of a W that is read and written
+
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which a linear layer would compute: autocast's where it applies (never to float64), else the input's."""

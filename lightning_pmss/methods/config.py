@@ -14,7 +14,7 @@ from lightning_pmss.methods.choices import check_choices
 from lightning_pmss.store import Record, checked
 
 # Of float32, by its definition (IEEE 754): torch takes seconds to import, and a command's help needs these classes.
-_OF_ALL = ("target_modules", "exclude_modules", "rank_pattern")
+_OF_ALL = ("target_modules", "exclude_modules", "target_parameters", "rank_pattern")
 _TINY, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
 
@@ -23,10 +23,12 @@ class AdapterConfig:
     """Which layers are converted, and at which rank. Each method adds options of its own.
 
     Args:
-        target_modules: ``"all-linear"`` (every linear layer of the body; output head and embeddings are left out); a module's
+        target_modules: ``"all-linear"`` (every linear layer of the body and every matrix of fused experts; output head and
+            embeddings are left out); a module's
             name, where ``t`` matches a module called ``t`` or ending in ``"." + t``, or a list of names; or any other string:
             a regular expression for the full name. Each item must match something.
         exclude_modules: Modules left out of the targets, with everything below them; name, list or regular expression as above.
+            A parameter of fused experts may be named too.
         rank: Rank of each layer's update; clipped to the smaller side of a layer, which the report says.
         rank_pattern: Rank of the targets that match a key (a name ending or a regular expression); the first match is used.
         also_train: Modules trained in full and saved with the adapter, such as a fresh classification head; patterns
@@ -34,6 +36,9 @@ class AdapterConfig:
         root: Full name of the module to adapt, in a model that holds several (``"policy"``): only what lies inside is
             converted, names are relative to it, and adapter, merged model and export are for it alone. ``also_train`` may
             name modules beside it.
+        target_parameters: Parameters of fused experts that are converted beside the modules, each expert for itself; name, list
+            or regular expression as for ``target_modules`` (``"gate_up_proj"``). ``"all-linear"`` has all of them already. To
+            convert these alone, type ``target_modules=[]``.
 
     Raises:
         ValueError: A value is out of its range; the message names the option and the values allowed.
@@ -56,15 +61,16 @@ class AdapterConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     also_train: str | Sequence[str] = ()
     root: str | None = None
+    target_parameters: str | Sequence[str] = ()
 
     def __post_init__(self) -> None:
         # Lists, so that equality and JSON do not depend on which sequence type a caller happened to use.
-        for name in ("target_modules", "exclude_modules", "also_train"):
+        for name in ("target_modules", "exclude_modules", "target_parameters", "also_train"):
             value = getattr(self, name)
             if not isinstance(value, str):
                 object.__setattr__(self, name, list(value or ()))
         object.__setattr__(self, "rank_pattern", dict(self.rank_pattern or {}))
-        if not self.target_modules:
+        if not self.target_modules and not self.target_parameters:
             raise ValueError("target_modules is empty; type 'all-linear' or a list of module names such as ['q_proj'].")
         for where, rank in (("rank", self.rank), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())):
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:

@@ -16,7 +16,7 @@ from lightning_pmss.methods.config import AdapterConfig, ScaledConfig
 from lightning_pmss.methods.documentation import inherit_options
 from lightning_pmss.methods.hadamard import HadamardUpdate, hadamard
 from lightning_pmss.methods.lora import LoRA, LoRAUpdate
-from lightning_pmss.methods.method import Shape
+from lightning_pmss.methods.method import Method, Shape
 
 
 @inherit_options(AdapterConfig, ScaledConfig)
@@ -77,6 +77,8 @@ class HiRA(LoRA):
         """``base(x) + (W (.) B A) x``."""
         values: Mapping[str, Tensor] = layer.core(layer.scale)
         return hadamard(layer, x, values["A"], values["B"], _form, _pull)
+
+    grouped = Method.grouped  # not LoRA's
 
     def kept_per_token(self, shape: Shape, rank: int) -> int:
         """x, which the gradients of A and B need."""

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.layers.adapter import Adapter
+from lightning_pmss.layers.expert_stack import GroupedLayer
 from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.methods.given import Given
 
@@ -153,6 +154,11 @@ class Update(ABC):
             dtype: Of the factors and of all products in them.
         """
         return None
+
+    @classmethod
+    def has_factors(cls) -> bool:
+        """Whether `factors` gives any."""
+        return cls.factors is not Update.factors
 
     def delta(self, weight: Tensor, rows: slice = ALL, dtype: torch.dtype | None = None) -> Tensor:
         """``(W' - W)[rows]``, computed in `dtype` (default: W's); W ``[out, in]`` is not changed."""
@@ -333,6 +339,25 @@ class Method(ABC, Generic[C]):
         weight = layer.base_weight()
         changed = weight + layer.update().delta(weight)
         return F.linear(x, changed.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
+
+    # -- fused experts ------------------------------------------------------------------------------------------------
+
+    def stacked_values(self, tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+        """`values` of tensors ``[experts, ...]``. Default: `values` itself, which allows dimensions in front."""
+        return self.values(tensors, scale)
+
+    def why_no_experts(self) -> str | None:
+        """Why these options cannot serve fused experts, behind the parameter's name, with what to type; None if they can."""
+        return None
+
+    def grouped(self, layer: GroupedLayer, x: Tensor) -> Tensor:
+        """``W'_e x`` of all experts of a parameter: x ``[pairs, in]``, sorted by expert, to ``[pairs, out]``; no bias.
+
+        The default adds the product of the update's thin factors, where it has such, else of the change itself, which is
+        formed for all experts at once. A method that has a cheaper product should say it.
+        """
+        y = layer.base(x)
+        return y + layer.change(x.to(y.dtype), layer.values(), self.update_class).to(y.dtype)
 
     # -- figures ------------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_pmss.layers.convertible import canonical_shape
+from lightning_pmss.layers.expert_stack import GroupedLayer
 from lightning_pmss.layers.products import compute_dtype
 from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.methods.documentation import inherit_options
@@ -146,6 +147,13 @@ class MiSS(Method[MiSSConfig]):
         dtype = compute_dtype(x)
         change = block_sum(h, len(d)).to(dtype) @ d.to(dtype)
         return (y.unflatten(-1, (-1, d.shape[1])) + change.unsqueeze(-2).to(y.dtype)).flatten(-2)
+
+    def grouped(self, layer: GroupedLayer, x: Tensor) -> Tensor:
+        """The same of all experts: the sum of the blocks is that of each token, whatever its expert."""
+        y, d = layer.base(x), layer.values()["D"]
+        h = F.dropout(x, self.config.dropout, layer.training) if self.config.dropout > 0 else x
+        change = layer.linear(block_sum(h, d.shape[1]), d.mT)
+        return (y.unflatten(-1, (-1, d.shape[2])) + change.unsqueeze(-2)).flatten(-2)
 
     def kept_per_token(self, shape: Shape, rank: int) -> int:
         """s ``[r]``."""

@@ -23,6 +23,7 @@ from lightning_pmss.files.adapter_file import AdapterFile, read_adapter
 from lightning_pmss.files.fresh import check_fresh, live_tensors
 from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.layers.convertible import canonical_shape, is_transposed
+from lightning_pmss.layers.expert_layer import holder, refuse_experts
 from lightning_pmss.layers.guard import refuse_disabled
 from lightning_pmss.layers.quantised import whole_weight
 from lightning_pmss.messages import some
@@ -90,6 +91,11 @@ def load_adapters(
         check_base(adapter, modules, type(model).__name__)
         check_also_train(adapter, tensors_of(list(found[name].also_train), modules), model)
     _refuse_other_weights(read)
+    refuse_experts(
+        {name: modules[name] for adapter in read.values() for name in adapter.modules},
+        "several adapters on one base are not there for",
+        "load one adapter, with load_adapter",
+    )
     sizes: dict[str, int] = {}
     for adapter in read.values():
         for name, stored in adapter.modules.items():
@@ -232,11 +238,11 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
             stack.enter_context(_holding_base(modules[name], name, {} if bank is None else bank.base))
         try:
             for layer in layers.values():
-                layer.disabled = True
+                layer.disabled = holder(layer).disabled = True  # type: ignore[assignment]
             yield
         finally:
             for layer in layers.values():
-                layer.disabled = False
+                layer.disabled = holder(layer).disabled = False  # type: ignore[assignment]
 
 
 @contextmanager
@@ -292,6 +298,7 @@ def _config(first: AdapterConfig, sizes: Mapping[str, int], also_train: list[str
         method_of(first).for_several(),
         target_modules="|".join(_exactly(name) for name in sizes),
         exclude_modules=(),
+        target_parameters=(),
         rank=max(sizes.values()),
         rank_pattern={_exactly(name): size for name, size in sizes.items()},
         also_train="|".join(_exactly(name) for name in also_train) if also_train else (),

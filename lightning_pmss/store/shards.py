@@ -11,8 +11,10 @@ import json
 import math
 import os
 import re
+from collections import ChainMap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from lightning_pmss.messages import one_line, short
 from lightning_pmss.store import Record, checked, get_tensor, open_tensors, read_json
+from lightning_pmss.store.expert_tensors import ExpertTensor, expert_tensors
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -64,6 +67,16 @@ class ShardReader:
     metadata: dict[str, Any] = field(default_factory=dict)  # of the index file
     _open: tuple[str, Any] | None = None
 
+    @cached_property
+    def experts(self) -> dict[str, ExpertTensor]:
+        """The matrices of fused experts in these files, by the names of their layers' weights."""
+        return expert_tensors(self.tensors)
+
+    @property
+    def matrices(self) -> ChainMap[str, TensorInfo | ExpertTensor]:
+        """The tensors, and the experts'."""
+        return ChainMap(self.tensors, self.experts)  # type: ignore[arg-type]
+
     @property
     def files(self) -> list[str]:
         """The shard files in the order of the index."""
@@ -72,9 +85,15 @@ class ShardReader:
     def read(self, key: str) -> Tensor:
         """One tensor: a view of the mapped file, to be read only; it stays valid when the shard is closed.
 
+        Args:
+            key: Of `tensors`, or of an expert's matrix, which is made of its parts.
+
         Raises:
             ValueError: The shard cannot be read.
         """
+        if key not in self.tensors:
+            expert = self.experts[key]
+            return expert.of({part: self.read(part) for part in expert.parts})
         info = self.tensors[key]
         file = self.folder / info.file
         if self._open is None or self._open[0] != info.file:

@@ -50,11 +50,12 @@ def accounted_for(model: nn.Module, left_out: dict[str, str]) -> set[str]:
 
 
 @pytest.mark.parametrize("name", EXPERTS)
-def test_fused_experts_are_listed_with_their_share_and_warned_about(name: str) -> None:
+def test_fused_experts_that_nobody_asked_for_are_listed_with_their_share_and_warned_about(name: str) -> None:
     model = EXPERTS[name]()
     experts = sum(p.numel() for n, p in model.named_parameters() if "experts." in n and p.dim() == 3)
-    with pytest.warns(UserWarning, match=r"belong to no linear layer.*`model\.layers\.\*\.mlp\.experts\.gate_up_proj`"):
-        report = convert(model, PMSSConfig(rank=4))
+    message = r"belong to no linear layer.*`model\.layers\.\*\.mlp\.experts\.gate_up_proj`.*target_parameters"
+    with pytest.warns(UserWarning, match=message):
+        report = convert(model, PMSSConfig(rank=4, target_modules=["q_proj"]))
     assert frozen_matrices(model) == accounted_for(model, report.left_out)
     fused = [n for n in report.left_out if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]
     assert len(fused) == 4
@@ -69,7 +70,7 @@ def test_a_parameter_that_is_named_is_answered_as_one(pattern: Any) -> None:
     with pytest.raises(
         ValueError,
         match=r"is no module but a parameter \[4, 128, 32\] of the MixtralExperts `model\.layers\.0\.mlp\.experts`.*"
-        r"also_train=\['model\.layers\.0\.mlp\.experts'\]",
+        r"Experts are converted by target_parameters=\['gate_up_proj'\]",
     ):
         convert(model, PMSSConfig(rank=4, target_modules=pattern))
     assert not adapted_layers(model)

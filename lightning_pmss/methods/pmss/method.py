@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from lightning_pmss.layers.adapter import Adapter
 from lightning_pmss.layers.convertible import canonical_shape
+from lightning_pmss.layers.expert_stack import GroupedLayer
 from lightning_pmss.methods.given import Given
 from lightning_pmss.methods.method import Factors, Kind, Method, Shape, Spec, Update
 from lightning_pmss.methods.pmss import sums
 from lightning_pmss.methods.pmss.config import PMSSConfig
 from lightning_pmss.methods.pmss.coordinates import Frame, PMSSCore, coordinate_frame, trained_shape
+from lightning_pmss.methods.pmss.experts import grouped_edit, stacked_update, why_no_expert_options
 from lightning_pmss.methods.pmss.layer import PMSSLinear, can_output_edit, choose_edit, why_no_weight_edit
 from lightning_pmss.methods.pmss.merged_twice import is_merged
 from lightning_pmss.methods.pmss.number_range import why_out_of_range
@@ -225,6 +227,18 @@ class PMSS(Method[PMSSConfig]):
     def forward(self, layer: PMSSLinear, x: Tensor) -> Tensor:
         """By one of the edits."""
         return layer.edited(x)
+
+    def why_no_experts(self) -> str | None:
+        """See `why_no_expert_options`."""
+        return why_no_expert_options(self.config)
+
+    def stacked_values(self, tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+        """``s U`` of each expert."""
+        return {"U": stacked_update(tensors, scale)}
+
+    def grouped(self, layer: GroupedLayer, x: Tensor) -> Tensor:
+        """The same of all experts, by the cheaper of both edits."""
+        return grouped_edit(layer, x, layer.values()["U"], self.config)
 
     def kept_per_token(self, shape: Shape, rank: int) -> int:
         """h ``[r]``."""

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.layers.convertible import has_own_product
+from lightning_pmss.layers.expert_stack import GroupedLayer
 from lightning_pmss.layers.products import compute_dtype, product, without_autocast
 from lightning_pmss.layers.quantised import dequantised_slice
 from lightning_pmss.methods.given import Given
@@ -34,6 +35,7 @@ from lightning_pmss.methods.pmss import sums
 from lightning_pmss.methods.pmss.config import PMSSConfig
 from lightning_pmss.methods.pmss.coordinates import Frame, coordinate_frame
 from lightning_pmss.methods.pmss.edits import slice_of
+from lightning_pmss.methods.pmss.experts import why_no_expert_options
 from lightning_pmss.methods.pmss.merged_twice import is_merged
 from lightning_pmss.methods.pmss.number_range import why_out_of_range
 from lightning_pmss.methods.pmss.rounding import LIMIT, LOW_PRECISION, fitting_rank, rounding_error
@@ -284,6 +286,17 @@ class OneSided(Method[PMSSConfig]):
         h = F.linear(x.to(dtype), features.detach())  # autograd keeps these rows, and nothing of x
         y = layer.base(x)
         return y + F.linear(F.dropout(h, dropout) if dropout else h, u).to(y.dtype)
+
+    def why_no_experts(self) -> str | None:
+        """See `why_no_expert_options`."""
+        return why_no_expert_options(self.config)
+
+    def grouped(self, layer: GroupedLayer, x: Tensor) -> Tensor:
+        """The same of all experts: features from each token's own product."""
+        y = layer.base(x)
+        h = layer.groups.take(y, layer.indices["rows"])
+        dropout = self.config.dropout if layer.training else 0.0
+        return y + layer.linear(F.dropout(h, dropout) if dropout else h, layer.values()["U"])
 
     def kept_per_token(self, shape: Shape, rank: int) -> int:
         """h ``[r]``."""

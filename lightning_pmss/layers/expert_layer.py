@@ -1,0 +1,143 @@
+"""Fused experts: which modules keep them, and each expert's matrix as a linear layer of its own.
+
+transformers keeps the experts of a mixture in two 3-D parameters, ``gate_up_proj`` and ``down_proj``, of one module, and
+computes with both in that module's forward. There is no layer to convert. Here each expert's matrix is presented as one: a
+module that owns nothing, is in no model's tree, and whose ``weight`` is a view of the parameter in canonical layout
+``[out, in]``. Everything that treats a layer for itself (selection, updates, adapter files, merging, reports) then treats an
+expert. The forward pass works on all experts at once (`lightning_pmss.layers.experts`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_pmss.layers.parts import is_dtensor, is_zero_partitioned, whole_shape
+from lightning_pmss.layers.products import FLOATS
+
+# What transformers' `use_experts_implementation` gives each instance. The core never imports transformers.
+_CONTRACT = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
+_KEPT = "pmss_experts"
+FUSED = ("gate_up_proj", "up_proj", "down_proj")  # names of the parameters
+
+
+def is_fused_experts(module: nn.Module) -> bool:
+    """Whether a module keeps experts in 3-D parameters and follows transformers' experts interface."""
+    if not all(name in module.__dict__ for name in _CONTRACT) or not hasattr(module, "_apply_gate"):
+        return False
+    found = [module._parameters.get(key) for key in projections(module)]
+    return all(p is not None and len(whole_shape(p)) == 3 for p in found)
+
+
+def projections(experts: Any) -> tuple[str, str]:
+    """The names of the two parameters, in the order in which a token passes them."""
+    gated, plain, down = FUSED
+    return (gated if experts.has_gate else plain), down
+
+
+class ExpertLinear(nn.Linear):
+    """One expert's matrix, without a bias: that of the expert is added by its module.
+
+    Attributes:
+        owner: Module that keeps the experts.
+        key: Name of its parameter.
+        index: Number of the expert.
+    """
+
+    owner: Any
+    key: str
+    index: int
+
+    def __init__(self, owner: nn.Module, key: str, index: int) -> None:
+        nn.Module.__init__(self)
+        self.__dict__["owner"] = owner  # not a child: the owner would be walked from inside itself
+        self.key, self.index = key, index
+        self.out_features, self.in_features = canonical_sides(owner, key)
+        self.register_parameter("bias", None)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """A view ``[out, in]`` of the parameter, also where the owner stores ``[in, out]``."""
+        matrix: Tensor = self.owner._parameters[self.key][self.index]
+        return matrix.T if self.owner.is_transposed else matrix
+
+    def why_unusable(self) -> str | None:
+        """Why the parameter cannot be converted, a sentence without its full stop; None if it can."""
+        parameter = self.owner._parameters[self.key]
+        if parameter.dtype not in FLOATS:
+            kind = str(parameter.dtype).removeprefix("torch.")
+            return f"its experts are kept in codes ({kind}), which lightning-pmss does not read"
+        if self.owner._is_expert_parallel:
+            return "its experts are spread over several processes (expert parallelism)"
+        if is_dtensor(parameter) or is_zero_partitioned(parameter):
+            return "its experts are sharded already"
+        return None
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The owner's parameter, of all experts."""
+        yield self.owner._parameters[self.key]
+
+    def requires_grad_(self, requires_grad: bool = True) -> ExpertLinear:
+        """Refused: the parameter belongs to all experts."""
+        raise ValueError(
+            f"expert {self.index} of {self.key} cannot be trained in full alone; name the module of the experts."
+        )
+
+
+def canonical_sides(experts: Any, key: str) -> tuple[int, int]:
+    """``(out, in)`` of one expert's matrix."""
+    _, first, second = whole_shape(experts._parameters[key])
+    return (second, first) if experts.is_transposed else (first, second)
+
+
+def expert_layers(experts: nn.Module) -> dict[str, ExpertLinear]:
+    """The layers by name behind the module's own, ``gate_up_proj.0`` and so on; the same objects at each call."""
+    kept: dict[str, ExpertLinear] | None = experts.__dict__.get(_KEPT)
+    sizes = {key: len_of(experts, key) for key in projections(experts)}
+    if kept is None or len(kept) != sum(sizes.values()):
+        kept = {f"{key}.{i}": ExpertLinear(experts, key, i) for key, size in sizes.items() for i in range(size)}
+        experts.__dict__[_KEPT] = kept
+    return kept
+
+
+def len_of(experts: nn.Module, key: str) -> int:
+    """Number of experts in a parameter."""
+    parameter = experts._parameters[key]
+    assert parameter is not None
+    return whole_shape(parameter)[0]
+
+
+def is_expert_name(name: str) -> bool:
+    """Whether a layer of this name is an expert's."""
+    owner, _, index = name.rpartition(".")
+    return index.isdigit() and owner.rpartition(".")[2] in FUSED
+
+
+def holder(module: nn.Module) -> nn.Module:
+    """The module of the model that a layer is part of: of an expert, the one that keeps it."""
+    return module.owner if isinstance(module, ExpertLinear) else module
+
+
+def refuse_experts(layers: Mapping[str, nn.Module], lacking: str, instead: str) -> None:
+    """Refuse what is not there for fused experts.
+
+    Args:
+        layers: Layers by name.
+        lacking: What is not there, before the experts' name: ``"select reads no"``.
+        instead: What to do instead of leaving them out.
+
+    Raises:
+        ValueError: One of the layers is an expert's.
+    """
+    if found := next((name for name, layer in layers.items() if isinstance(layer, ExpertLinear)), None):
+        raise ValueError(
+            f"{lacking} fused experts, such as `{parameter_name(found)}`. Convert without them:"
+            f" exclude_modules=['experts']; or {instead}."
+        )
+
+
+def parameter_name(name: str) -> str:
+    """The parameter's name, from that of a layer in it."""
+    return name.rpartition(".")[0]

@@ -1,0 +1,197 @@
+"""The adapters of all experts of one fused parameter: stacked tensors, of which each expert's layer sees its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_pmss.layers.adapter import Adapter, Tensors
+from lightning_pmss.layers.grouped import Groups, outer_sums, products
+from lightning_pmss.layers.indices import IndexTensors
+from lightning_pmss.layers.parts import fill
+
+if TYPE_CHECKING:
+    from lightning_pmss.methods.method import Method, Update
+
+
+class ExpertStack(IndexTensors):
+    """Owns the stacked tensors of one fused parameter ``[experts, ...]``; a child of the module that keeps the experts.
+
+    Attributes:
+        method, rank, scale: Of every expert; see `AdaptedLinear`.
+        core: Owner of the trained tensors and of those derived from W, each with the experts in front.
+        index_names: Of the index tensors, int64 ``[experts, k]``.
+        seen: Whether an expert got a token in a training pass since `forget`, bool ``[experts]``; None before the first.
+    """
+
+    method: Method[Any]
+    index_names: tuple[str, ...]  # type: ignore[misc]
+
+    def __init__(
+        self,
+        method: Method[Any],
+        rank: int,
+        scale: float,
+        shape: tuple[int, int],
+        start: Mapping[str, Tensor],
+        derived: Mapping[str, Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.method, self.rank, self.scale, self.shape = method, rank, float(scale), shape
+        indices = {name: t for name, t in derived.items() if not t.is_floating_point()}
+        frozen = {name: t.to(dtype) for name, t in derived.items() if t.is_floating_point()}
+        self.index_names = tuple(indices)
+        self.set_indices(device, **indices)
+        self.core = Adapter(method.stacked_values, {name: t.to(dtype) for name, t in start.items()}, frozen, device)
+        self.seen: Tensor | None = None
+
+    def index_sizes(self) -> dict[str, int]:
+        specs = self.method.specs(self.shape, self.rank)
+        return {name: specs[name].below for name in self.index_names}
+
+    def forward(self, x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
+        """``W'_e x`` of each pair of token and expert, without a bias: x ``[pairs, in]``, weight ``[experts, out, in]``."""
+        if self.training and torch.is_grad_enabled():
+            seen = groups.seen()
+            self.seen = seen if self.seen is None else self.seen | seen
+        index = dict(zip(self.index_names, self.indices_on(x.device), strict=True))
+        return self.method.grouped(GroupedLayer(weight, index, self, groups), x)
+
+    def extra_repr(self) -> str:
+        return f"{self.method.config.method}(rank={self.rank})"
+
+
+@dataclass(frozen=True)
+class GroupedLayer:
+    """What a method sees of all experts in one pass; `x` is always ``[pairs, in]``, sorted by expert.
+
+    Attributes:
+        weight: W ``[experts, out, in]``, frozen.
+        indices: Index tensors, int64 ``[experts, k]``.
+        stack: Owner of the adapters.
+        groups: Which token is whose.
+    """
+
+    weight: Tensor
+    indices: Mapping[str, Tensor]
+    stack: ExpertStack
+    groups: Groups
+
+    @property
+    def training(self) -> bool:
+        """Whether the layer is in training mode."""
+        return self.stack.training
+
+    def values(self) -> Tensors:
+        """The floating-point tensors of the update, with the experts in front."""
+        found: Tensors = self.stack.core(self.stack.scale)
+        return found
+
+    def base(self, x: Tensor) -> Tensor:
+        """``W x``."""
+        return self.groups.linear(x, self.weight)
+
+    def linear(self, x: Tensor, matrices: Tensor) -> Tensor:
+        """``M x`` with matrices ``[experts, out, in]``."""
+        return self.groups.linear(x, matrices)
+
+    def change(self, x: Tensor, values: Mapping[str, Tensor], update: type[Update]) -> Tensor:
+        """``(W' - W) x`` of any update: by its thin factors, or of the change itself, which is formed anew for the backward."""
+        names = tuple(values)
+
+        def one(weight: Tensor, index: Tensors, *tensors: Tensor) -> Any:
+            return update(**index, **dict(zip(names, tensors, strict=True)))
+
+        if update.has_factors():
+            dtype = next(iter(values.values())).dtype
+
+            def factors(weight: Tensor, index: Tensors, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+                found = one(weight, index, *tensors).factors(weight, dtype)
+                return found.a, found.b
+
+            a, b = torch.func.vmap(factors)(self.weight, dict(self.indices), *values.values())
+            return self.linear(self.linear(x, a), b)
+
+        def delta(weight: Tensor, *tensors: Tensor) -> Tensor:
+            change: Tensor = one(weight, {}, *tensors).delta(weight, dtype=tensors[0].dtype)
+            return change
+
+        assert not self.indices, "an update with indices has thin factors"
+        changed: Tensor = FormedChange.apply(x, self.weight, self.groups, torch.func.vmap(delta), *values.values())
+        return changed
+
+
+class FormedChange(torch.autograd.Function):
+    """``dW_e x`` with ``dW = form(W, *values) [experts, out, in]``. Kept for backward: x, the values, a reference to W."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, groups: Groups, form: Callable[..., Tensor], *values: Tensor
+    ) -> Tensor:
+        ctx.groups, ctx.form = groups, form
+        ctx.save_for_backward(x, weight, *values)
+        return products(x, form(weight, *values).to(x.dtype).mT, groups)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, weight, *values = ctx.saved_tensors
+        with torch.enable_grad():
+            own = [value.detach().requires_grad_() for value in values]
+            change = ctx.form(weight, *own)
+        grad_x = products(grad, change.detach().to(grad.dtype), ctx.groups) if ctx.needs_input_grad[0] else None
+        found = torch.autograd.grad(change, own, outer_sums(grad, x, ctx.groups).to(change.dtype))
+        return grad_x, None, None, None, *found
+
+
+class StackSlice(Adapter):
+    """One expert's view of a stack's `Adapter`: its tensors are views, so that writing to them changes the stack."""
+
+    def __init__(self, stack: ExpertStack, index: int) -> None:
+        nn.Module.__init__(self)
+        self.__dict__["owner"] = stack  # no child
+        self.index = index
+
+    @property
+    def stack(self) -> ExpertStack:
+        """The owner of the tensors."""
+        found: ExpertStack = self.__dict__["owner"]
+        return found
+
+    def forward(self, scale: float = 1.0) -> Tensors:
+        """See `Adapter`."""
+        return self.stack.method.values(self.trained() | self.frozen(), scale)
+
+    def trained(self) -> Tensors:
+        """Views of the trained tensors."""
+        return {name: tensor[self.index] for name, tensor in self.stack.core.trained().items()}
+
+    def frozen(self) -> Tensors:
+        """Views of the frozen tensors."""
+        return {name: tensor[self.index] for name, tensor in self.stack.core.frozen().items()}
+
+    def set_frozen(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the values of this expert's."""
+        with torch.no_grad():
+            for name, own in self.frozen().items():
+                if name in tensors:
+                    fill(own, tensors[name].reshape(own.shape))
+
+    def parameters(self, recurse: bool = True) -> Any:
+        """The stack's trained parameters, of all experts."""
+        return self.stack.core.parameters(recurse=False)
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """On the stack's adapter, which is what a pass calls."""
+        return self.stack.core.register_forward_hook(*args, **kwargs)
+
+    def gradients(self) -> Tensors:
+        """Of the trained tensors, as far as there are any."""
+        return {name: grad[self.index] for name, grad in self.stack.core.gradients().items()}
