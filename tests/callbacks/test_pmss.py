@@ -378,6 +378,7 @@ def test_callback_takes_every_field_of_the_config() -> None:
         "rank": 3,
         "rank_pattern": {"a": 2},
         "root": "policy",
+        "target_parameters": ["down_proj"],
         "seed": 5,
         "dropout": 0.5,
         "scale": 2.0,
