@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -92,6 +93,14 @@ def run(parser: argparse.ArgumentParser, args: Sequence[str]) -> None:
     console = _Console()
     study = Study(plan, process.PROGRAM, console.announce, console.note)
     print(_heading(plan, sizes, given.seeds), flush=True)
+    if plan.seen is not None:
+        steps = math.ceil(sizes[-1] * plan.steps_per_example)
+        print(
+            f"warning: {plan.steps:,} steps are over after {plan.seen:,} examples, so larger sizes are worth no more; give"
+            f" --trainer.max_steps {steps}, or --equal epochs.",
+            file=sys.stderr,
+            flush=True,
+        )
     try:
         with held(output, f"another process works on the study {output}. Wait for its end, or name another --output."):
             study.train(lambda: _write(study, given))

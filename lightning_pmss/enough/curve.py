@@ -95,8 +95,8 @@ def fit_curve(scores: Scores, confidence: float = CONFIDENCE) -> Curve | NoCurve
     seeds, numbers = np.unique(scores.seeds, return_inverse=True)
     if len(sizes) < FEWEST_SIZES:
         return NoCurve(
-            f"{len(sizes)} sizes are too few for a curve with an asymptote, so nothing is said beyond them; give at least"
-            f" {FEWEST_SIZES}."
+            f"a curve with an asymptote needs at least {FEWEST_SIZES} sizes, and there are {len(sizes)}, so nothing is said"
+            " beyond those measured."
         )
     freedom = len(scores.values) - len(seeds) - 2
     if freedom < 1:

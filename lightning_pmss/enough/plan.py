@@ -93,6 +93,12 @@ class Plan:
         """Return the work of a run in optimizer steps, about."""
         return float(self.steps) if self.equal == "steps" else self.epochs * max(1.0, run.size * self.steps_per_example)
 
+    @property
+    def seen(self) -> int | None:
+        """Examples that equal steps hold, where these are fewer than the largest size; else null."""
+        seen = math.floor(self.steps / self.steps_per_example + 0.5)
+        return seen if self.equal == "steps" and seen < self.sizes[-1] else None
+
     def bound(self) -> dict[str, Any]:
         """Return what all runs in a folder share; sizes and seeds may be added later."""
         length = {"steps": self.steps} if self.equal == "steps" else {"epochs": self.epochs}

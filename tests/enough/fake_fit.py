@@ -19,7 +19,8 @@ folder = Path(config["trainer"]["default_root_dir"])
 with (folder.parent / "started.txt").open("a") as file:
     file.write(f"{folder.name} {Path(config['ckpt_path'] or 'anew').name}\n")
 act = json.loads(os.environ.get("FAKE", "{}")).get(folder.name, "")
-size, seed, steps = config["data"]["init_args"]["train_limit"], config["seed_everything"], 12
+size, seed = config["data"]["init_args"]["train_limit"], config["seed_everything"]
+steps = config["trainer"]["max_steps"] if config["trainer"]["max_steps"] > 0 else 12
 print("training", folder.name, flush=True)
 if act == "crash":
     sys.exit("ZeroDivisionError: no more")

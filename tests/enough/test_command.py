@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +15,8 @@ import yaml
 
 from lightning_pmss.cli import main
 from lightning_pmss.runs import process
+from tests.enough.conftest import FAKE, Enough
 from tests.forks import Program
-
-FAKE = Path(__file__).with_name("fake_fit.py")
-Enough = Callable[..., int]
-
-
-@pytest.fixture
-def enough(tiny_tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Enough:
-    """Run `enough` on a recipe with 64 problems; returns the exit status. ``fake`` is what runs do, by their folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(process, "PROGRAM", (sys.executable, str(FAKE)))
-    Path("recipe.yaml").write_text(
-        yaml.safe_dump(
-            {
-                "model": {"class_path": "CausalLMModule", "init_args": {"model_name_or_path": tiny_tokenizer}},
-                "data": {
-                    "class_path": "ArithmeticDataModule",
-                    "init_args": {
-                        "train_size": 64, "val_size": 10, "test_size": 4, "batch_size": 8, "cache_dir": str(tmp_path / "cache"),
-                    },
-                },
-                "trainer": {"accelerator": "cpu", "max_steps": 12},
-            }
-        )
-    )  # fmt: skip
-
-    def run(*words: str, fake: dict[str, str] | None = None) -> int:
-        monkeypatch.setenv("FAKE", json.dumps(fake or {}))
-        try:
-            main(["enough", "--config", "recipe.yaml", "--output", "study", *words])
-        except SystemExit as stop:
-            return int(stop.code or 0)
-        return 0
-
-    return run
 
 
 def started() -> list[str]:
@@ -89,6 +55,17 @@ def test_a_study(enough: Enough, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Doubling the data from 64 to 128" in page
     assert not re.search(r"(src|href)=\"http", page)
     assert Path("study/enough.svg").read_text().startswith("<svg")
+
+
+def test_steps_that_end_before_the_largest_size(enough: Enough, capsys: pytest.CaptureFixture[str]) -> None:
+    assert enough("--sizes=16,64", "--seeds=1", "--trainer.max_steps=4") == 0
+    message = (
+        "warning: 4 steps are over after 32 examples, so larger sizes are worth no more; give --trainer.max_steps 8, or"
+    )
+    assert message in capsys.readouterr().err
+    assert enough("--sizes=16,64", "--seeds=1", "--trainer.max_steps=8", "--output=other") == 0
+    assert enough("--sizes=16,64", "--seeds=1", "--trainer.max_steps=8", "--output=third", "--equal=epochs") == 0
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_configurations_of_runs(enough: Enough) -> None:

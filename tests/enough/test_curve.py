@@ -134,7 +134,7 @@ def test_a_missing_run_is_no_bias() -> None:
 
 def test_refusals() -> None:
     rng = np.random.default_rng(3)
-    assert "3 sizes are too few for a curve" in refused(simulated(rng, 0.01, sizes=SIZES[:3]))
+    assert "needs at least 4 sizes, and there are 3, so" in refused(simulated(rng, 0.01, sizes=SIZES[:3]))
     flat = Scores.of([(n, s, 1 + rng.normal(0, 0.1)) for n in SIZES for s in range(3)])
     assert "do not differ by more than their noise" in refused(flat)
     constant = Scores.of([(n, s, 1.0) for n in SIZES for s in range(3)])
