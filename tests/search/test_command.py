@@ -258,3 +258,20 @@ def test_real_trainings(tiny_llama: str, tmp_path: Path) -> None:
     for name, value in load_file(final / "adapter" / "adapter_model.safetensors").items():
         assert torch.equal(value, tensors[name]), name
     assert not list(trials.rglob("merged"))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_trainings_of_two_processes_by_a_launcher(tiny_llama: str, tmp_path: Path) -> None:
+    launcher = f"--launcher={sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"
+    more = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trials=1", "--finish=1", "--fraction=0.5"]
+    done = forks.run(["-m", "lightning_pmss", *command(tiny_llama, tmp_path, launcher, *more)])
+    trials = tmp_path / "out" / "trials"
+    assert done.returncode == 0, done.stderr + done.stdout
+    early, late = read_result(trials / "0000"), read_result(trials / "0000" / "final-0")
+    assert early is not None
+    assert late is not None
+    assert (early.state, early.step, late.state, late.step) == ("stopped", 2, "ended", 3)  # 20 of 40 examples each
+    assert early.untrained is not None
+    assert late.score != early.score
+    assert "MEMBER: 2/2" in (trials / "0000" / "output.txt").read_text()
