@@ -159,11 +159,11 @@ def _write(
 ) -> LoraReport:
     """Plan the file, announce it, and write the folder."""
     form, source = chosen.form, chosen.form.source
-    ranks = {name: form.rank(name) for name in source.layers}
+    ranks = {name: form.rank(name) for name in form.names()}
     dtype = dtype or (torch.float64 if source.double else torch.float32)
     extra = _with_tied(source)
     config = peft_config(
-        ranks,
+        [name for name in ranks if name in source.layers],
         form.fields(ranks),
         modules=source.modules,
         modules_to_save=_owners(extra),
@@ -172,8 +172,8 @@ def _write(
         model_class=source.model_class,
     )
     infos = [
-        TensorInfo(f"{PREFIX}{name}.{end}", dtype, shape, name)
-        for name in source.layers
+        TensorInfo(f"{PREFIX}{form.place(name)}.{end}", dtype, shape, name)
+        for name in form.names()
         for end, shape in form.shapes(name).items()
     ]
     infos += [TensorInfo(f"{PREFIX}{key}", value.dtype, tuple(value.shape)) for key, value in extra.items()]
@@ -184,7 +184,7 @@ def _write(
         about=source.options.card(),
         layers=[
             ExportedLayer(name, layer.shape, layer.rank if cut else ranks[name], ranks[name])
-            for name, layer in source.layers.items()
+            for name, layer in ((name, source.layers[form.one(name)]) for name in form.names())
         ],
         modules_to_save=config["modules_to_save"] or [],
         dtype=str(dtype).removeprefix("torch."),
@@ -193,10 +193,10 @@ def _write(
         revision=source.revision,
         model_class=source.model_class,
         form=form.name,
-        served=form.served,
+        served=form.served and len(form.names()) == len(source.layers),  # a server has other names for experts
         instead=chosen.instead,
     )
-    form.part(next(iter(source.layers)))  # refuses another base before anything is announced or written
+    form.part(form.names()[0])  # refuses another base before anything is announced or written
     if announce is not None:
         announce(report.announcement())
     with atomic_folder(target, LORA, overwrite=overwrite) as folder:
@@ -226,7 +226,7 @@ def _tensors(
             tensors, lost = form.part(name)
             if lost is not None:
                 errors[name] = lost
-            held = {f"{PREFIX}{name}.{end}": t.to(info.dtype) for end, t in tensors.items()}
+            held = {f"{PREFIX}{form.place(name)}.{end}": t.to(info.dtype) for end, t in tensors.items()}
             if broken := not_finite(held):
                 raise ValueError(
                     f"{few(broken)}: NaN or infinite values in {info.dtype}; nothing is written. The run diverged, or"

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from lightning_pmss.files.lora_config import lora_fields
 from lightning_pmss.files.lora_source import Source, no_thin_factors, thin
-from lightning_pmss.layers.expert_layer import is_expert_name
+from lightning_pmss.files.peft_experts import experts_of, refuse_confused_experts
+from lightning_pmss.layers.expert_layer import FUSED, is_expert_name
 from lightning_pmss.methods.bat import BATUpdate
 from lightning_pmss.methods.hira import HiRAUpdate
 from lightning_pmss.methods.lora import LoRAUpdate
@@ -59,6 +60,18 @@ class PeftForm(ABC):
         """Why peft cannot have this adapter in this form, behind "peft's <name>"; None if it can."""
         return None
 
+    def names(self) -> list[str]:
+        """What the file has tensors of: layers, and parameters of fused experts."""
+        return list(self.source.layers)
+
+    def place(self, name: str) -> str:
+        """The name of the module that peft gives the tensors to."""
+        return name
+
+    def one(self, name: str) -> str:
+        """A layer that has the shape and the rank."""
+        return name
+
     @abstractmethod
     def rank(self, name: str) -> int:
         """What the config says of the rank of a layer."""
@@ -81,7 +94,7 @@ class PeftForm(ABC):
 
 
 class LoraForm(PeftForm):
-    """A LoRA.
+    """A LoRA. A parameter of fused experts has the tensors of all of them, as peft's ``target_parameters`` reads them.
 
     Args:
         source: The adapter and its base.
@@ -94,22 +107,50 @@ class LoraForm(PeftForm):
     def __init__(self, source: Source, cut: int | None = None) -> None:
         super().__init__(source)
         self.cut = cut
+        self.experts = experts_of(source.layers)
+
+    def names(self) -> list[str]:
+        inside = {layer for group in self.experts.values() for layer in group}
+        return [*(name for name in self.source.layers if name not in inside), *self.experts]
+
+    def place(self, name: str) -> str:
+        if name not in self.experts:
+            return name
+        # peft wraps a module once for each parameter, in their order, and the last wrapper is outermost.
+        owner, _, key = name.rpartition(".")
+        later = FUSED[FUSED.index(key) + 1 :]
+        return owner + ".base_layer" * sum(f"{owner}.{other}" in self.experts for other in later)
+
+    def one(self, name: str) -> str:
+        return self.experts[name][0] if name in self.experts else name
 
     def rank(self, name: str) -> int:
-        full = self.source.layers[name].rank
+        full = max(self.source.layers[layer].rank for layer in self.experts.get(name, [name]))
         return min(full, self.cut or full)
 
     def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
-        (out, inp), rank = self.source.layers[name].shape, self.rank(name)
-        return {"lora_A.weight": (rank, inp), "lora_B.weight": (out, rank)}
+        (out, inp), rank = self.source.layers[self.one(name)].shape, self.rank(name)
+        many = len(self.experts.get(name, [name]))
+        return {"lora_A.weight": (many * rank, inp), "lora_B.weight": (out, many * rank)}
 
     def part(self, name: str) -> Part:
+        if name not in self.experts:
+            a, b, lost = self._pair(name, self.rank(name))
+            return Part({"lora_A.weight": a, "lora_B.weight": b}, lost)
+        pairs = [self._pair(layer, self.rank(name)) for layer in self.experts[name]]
+        a = torch.cat([one for one, _, _ in pairs])  # rows: experts, then ranks
+        b = torch.stack([one for _, one, _ in pairs], 2).flatten(1)  # columns: ranks, then experts
+        cut = [lost for _, _, lost in pairs if lost is not None]
+        return Part({"lora_A.weight": a, "lora_B.weight": b}, max(cut) if cut else None)
+
+    def _pair(self, name: str, rank: int) -> tuple[Tensor, Tensor, float | None]:
         weight, update = self.source.weight(name), self.source.update(name)
-        a, b, lost = lora_pair(thin(update, weight, name, self.cut is not None), self.rank(name))
-        return Part({"lora_A.weight": a, "lora_B.weight": b}, lost)
+        a, b, lost = lora_pair(thin(update, weight, name, self.cut is not None), rank)
+        return F.pad(a, (0, 0, 0, rank - len(a))), F.pad(b, (0, rank - b.shape[1])), lost
 
     def fields(self, ranks: Mapping[str, int]) -> dict[str, Any]:
-        return lora_fields(ranks, transposed=any(layer.transposed for layer in self.source.layers.values()))
+        found = lora_fields(ranks, transposed=any(layer.transposed for layer in self.source.layers.values()))
+        return found | {"target_parameters": sorted(self.experts) or None}
 
 
 class NativeForm(PeftForm):
@@ -264,15 +305,18 @@ def choose_form(source: Source, native: bool | None, rank: int | None) -> Chosen
         ValueError: peft's own type is asked for and there is none, or a rank with it; or nothing is asked for and neither form
             can express the adapter.
     """
-    if found := next(filter(is_expert_name, source.layers), None):
-        raise ValueError(
-            f"{found} is one of several fused experts, which are not exported to peft. Merge instead:"
-            " `python -m lightning_pmss merge`; or train without them: exclude_modules=['experts']."
-        )
+    refuse_confused_experts(source.layers)
     if native is False or (native is None and rank is not None):
         return Chosen(LoraForm(source, rank))
     kind = type(source.update(next(iter(source.layers))))
     form, label = NATIVE.get(kind), source.options.label()
+    if form is not LoraForm and (found := next(filter(is_expert_name, source.layers), None)) is not None:
+        if native or form is not None and kind.factors is Update.factors:
+            raise ValueError(
+                f"{found} is one of several fused experts, which peft has in no type but LoRA. Export a LoRA (--as lora, or"
+                " native=False in Python; with a rank, where the update is no product of thin matrices), or merge."
+            )
+        form = None
     if native and rank is not None:
         raise ValueError(f"rank={rank} cuts a LoRA, and peft's own type of {label} is asked for. Give one of the two.")
     reason = f"peft has no type for the updates of {label}"
