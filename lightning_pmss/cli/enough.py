@@ -203,7 +203,7 @@ def _check_data(module: TokenisedDataModule, sizes: tuple[int, ...]) -> None:
 def _heading(plan: Plan, sizes: tuple[int, ...], seeds: int) -> str:
     length = f"{plan.steps:,} steps" if plan.equal == "steps" else f"{plan.epochs:,} epochs"
     kept = f"; subsets keep the shares of {plan.kind}" if plan.kind else "; subsets are drawn at random"
-    count = f"{len(sizes)} sizes, {seeds} {'seed' if seeds == 1 else 'seeds'}"
+    count = f"{len(sizes)} {'size' if len(sizes) == 1 else 'sizes'}, {seeds} {'seed' if seeds == 1 else 'seeds'}"
     return (
         f"{count}: {len(sizes) * seeds} runs of {length} in {plan.output}{kept}."
         f" {plan.data['validation']:,} examples to validate on, the same for all runs."

@@ -13,7 +13,7 @@ from typing import Literal
 from lightning_pmss.enough.plan import CHECKPOINTS, Plan, Run, differences
 from lightning_pmss.messages import one_line
 from lightning_pmss.runs.process import Ended, run_process
-from lightning_pmss.runs.record import RunRecordFile, read_progress, read_record
+from lightning_pmss.runs.record import PROGRESS, RunRecordFile, await_free, read_progress, read_record
 from lightning_pmss.store import read_json
 from lightning_pmss.store.disk import atomic_file, clean_folder
 
@@ -104,6 +104,7 @@ class Study:
 
     def _train(self, run: Run, title: str, left: list[Run]) -> None:
         run.folder.mkdir(exist_ok=True)
+        await_free(run.folder)
         clean_folder(run.folder)
         checkpoint = _newest(run)
         begun = read_progress(run.folder) is not None or checkpoint is not None
@@ -125,8 +126,15 @@ class Study:
             time_left = self._time_left(left, time.monotonic() - started, share, first / progress[1])
             self.note(f"{title}: step {progress[0]:,} of {progress[1]:,}{time_left}")
 
-        (run.folder / "progress").unlink(missing_ok=True)
-        ended = run_process([*self.program, "fit", "--config", str(config)], run.folder / LOG, meanwhile=meanwhile)
+        (run.folder / PROGRESS).unlink(missing_ok=True)
+        ended = run_process(
+            [*self.program, "fit", "--config", str(config)],
+            run.folder / LOG,
+            meanwhile=meanwhile,
+            stopping=lambda: self.announce(
+                "stopping after this step, to save a checkpoint; Ctrl-C again stops at once"
+            ),
+        )
         record = self._finished(run)
         if record is None:
             self._fail(run, title, ended)

@@ -64,6 +64,7 @@ def run_process(
     *,
     environment: Mapping[str, str] | None = None,
     meanwhile: Callable[[], object] | None = None,
+    stopping: Callable[[], object] | None = None,
     every: float = 1.0,
     lines: int = 15,
 ) -> Ended:
@@ -74,7 +75,8 @@ def run_process(
         log: File that what it writes is appended to.
         environment: Variables beside those of this process.
         meanwhile: Called while it runs.
-        every: Seconds between two such calls.
+        stopping: Called when the process has been asked to stop, which may take it a while.
+        every: Seconds between two calls of ``meanwhile``.
         lines: How many of its last lines to return.
 
     Raises:
@@ -104,7 +106,7 @@ def run_process(
     try:
         status = _waited(process, meanwhile, every)
     except BaseException:
-        _stop(process)
+        _stop(process, stopping)
         raise
     finally:
         os.close(ours)
@@ -121,10 +123,12 @@ def _waited(process: subprocess.Popen[bytes], meanwhile: Callable[[], object] | 
                 meanwhile()
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _stop(process: subprocess.Popen[bytes], stopping: Callable[[], object] | None) -> None:
     """Ask for a checkpoint and wait for the end."""
     _signal_group(process, signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+        if stopping is not None:
+            stopping()
         process.wait(_GRACE)
     _signal_group(process, signal.SIGKILL)
     process.wait()

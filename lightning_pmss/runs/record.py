@@ -97,13 +97,7 @@ class RunRecord(L.Callback):
             return
         stop_with_parent()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.folder / _LOCK)
-        try:
-            self._lock.acquire(timeout=_WAIT)
-        except Timeout:
-            raise ValueError(
-                f"another process has been training in {self.folder} for {_WAIT:.0f} s; wait for its end, or stop it."
-            ) from None
+        self._lock = _locked(self.folder)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -152,6 +146,26 @@ class RunRecord(L.Callback):
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self.scores = [ScoresRecord(**each) for each in state_dict["scores"]]
+
+
+def await_free(folder: Path) -> None:
+    """Wait until no process trains in a run's folder: one whose command was killed may still be saving its checkpoint.
+
+    Raises:
+        ValueError: One does so for long.
+    """
+    _locked(folder).release()
+
+
+def _locked(folder: Path) -> FileLock:
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(timeout=_WAIT)
+    except Timeout:
+        raise ValueError(
+            f"another process has been training in {folder} for {_WAIT:.0f} s; wait for its end, or stop it."
+        ) from None
+    return lock
 
 
 def _note(path: Path, text: str) -> None:

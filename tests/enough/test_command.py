@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import pytest
 import yaml
 
 from lightning_pmss.cli import main
+from lightning_pmss.cli.lightning import DataCLI
 from lightning_pmss.runs import process
 from tests.enough.conftest import FAKE, Enough
-from tests.forks import Program
+from tests.forks import ROOT, Program
 
 
 def started() -> list[str]:
@@ -88,6 +90,27 @@ def test_configurations_of_runs(enough: Enough) -> None:
     assert kinds == ["RunRecord", "ModelCheckpoint"]
     every = trainer["callbacks"][1]["init_args"]["every_n_train_steps"]
     assert 12 % every  # one at the last step would resume without the validation that the score is
+
+
+def test_another_method(enough: Enough) -> None:
+    assert enough("--sizes=16", "--seeds=1", "--adapter=LoRAConfig", "--adapter.rank=4") == 0
+    assert config("n16-seed0")["adapter"]["init_args"]["rank"] == 4
+    cli = DataCLI(["fit", "--config", "study/n16-seed0/run.yaml"])  # `fit` takes what was written
+    assert yaml.safe_load(cli.recipe)["adapter"]["class_path"].endswith("LoRAConfig")
+
+
+@pytest.mark.usefixtures("enough")
+def test_the_folder_by_default() -> None:
+    main(["enough", "--config=recipe.yaml", "--sizes=16", "--seeds=1"])
+    assert Path("runs/enough/recipe/enough.html").is_file()
+
+
+def test_help_is_quick() -> None:
+    code = "import sys\nfrom lightning_pmss.cli import main\ntry: main(['enough', '--help'])\n"
+    code += "finally: print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert found.stdout.endswith("False\n")
+    assert "--validations N" in found.stdout
 
 
 @pytest.mark.parametrize(
@@ -216,7 +239,8 @@ def test_stopped_in_the_middle(enough: Enough, tmp_path: Path, by: signal.Signal
         program.send_signal(by)
         assert program.wait(60) == (130 if by is signal.SIGINT else -signal.SIGKILL)
         rest = program.stdout.read()
-    assert ("stopped. The same command continues the study." in rest) == (by is signal.SIGINT)
+    for message in ("stopping after this step, to save a checkpoint", "stopped. The same command continues the study."):
+        assert (message in rest) == (by is signal.SIGINT)
     await_path(Path("study/n16-seed0/checkpoints/last-interrupted.ckpt"))
     assert enough("--sizes=4,16", "--seeds=1") == 0
     assert started() == ["n4-seed0 anew", "n16-seed0 anew", "n16-seed0 last-interrupted.ckpt"]

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_pmss import PMSSCallback
-from lightning_pmss.runs.record import RunRecord, ScoresRecord, read_progress, read_record
+from lightning_pmss.runs.record import RunRecord, ScoresRecord, await_free, read_progress, read_record
 from tests.callbacks.toys import Numbers, Toy, trainer
 
 SETTINGS: dict[str, Any] = {"check_val_every_n_epoch": None, "num_sanity_val_steps": 1}  # 6 batches an epoch
@@ -92,6 +92,9 @@ def test_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     first = RunRecord(tmp_path / "run")
     options = {"max_epochs": -1, "max_steps": 2, "val_check_interval": 10**9}
     fit(tmp_path / "first", first, **options)
+    with pytest.raises(ValueError, match="another process has been training in"):
+        await_free(tmp_path / "run")
+    await_free(tmp_path)
     with pytest.raises(ValueError, match="another process has been training in"):
         fit(tmp_path / "second", RunRecord(tmp_path / "run"), **options)
 
