@@ -141,6 +141,8 @@ class Watching(Sharp):
         self.events.append("clip")
 
     def on_train_batch_end(self, *args: Any) -> None:
+        kept = getattr(self.trainer.fit_loop.epoch_loop.automatic_optimization, "batches", [])
+        assert len(kept) in (0, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready % 3)
         self.shown.append(float(self.trainer.callback_metrics["loss_step"]))
 
 
