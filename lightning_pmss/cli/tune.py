@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +119,7 @@ def run(parser: argparse.ArgumentParser, args: Sequence[str]) -> None:
     runner = ProcessRunner(shlex.split(given.launcher)) if given.launcher else ProcessRunner()
     worker = Worker(output / "workers")
     try:
-        search = Search(plan, storage, url, recipe.compose, runner, _say, worker)
+        search = Search(plan, storage, url, partial(recipe.refuse_wrong, what=given.space), runner, _say, worker)
         _write_yaml(output / "space.yaml", space.text, "What the search varies; the recipe is in recipe.yaml.")
         _write_yaml(output / "recipe.yaml", recipe.data, "The recipe of the search, without the settings of a trial.")
         with said_if_away(), _stoppable():

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from lightning_pmss.cli import main
 from lightning_pmss.search.result import read_result
 from tests import forks
-from tests.cli.test_cli import small
+from tests.cli.test_cli import REPOSITORY, small
 from tests.search.test_trial import alive, wait_for
 
 SPACE = """
@@ -96,6 +96,26 @@ def test_wrong_options_are_refused(
     assert re.search(said, refused(capsys, command(tiny_llama, tmp_path, *more)))
 
 
+@pytest.mark.parametrize(
+    "recipe", ["configs/quickstart.yaml", "configs/smollm2/gsm8k.yaml", "configs/gsm8k/llama2_7b.yaml"]
+)
+def test_the_default_space_fits_the_recipes(recipe: str) -> None:
+    from lightning_pmss.cli.recipe import Recipe
+    from lightning_pmss.search.space import read_space
+
+    parsed = Recipe(["--config", str(REPOSITORY / recipe)])
+    classes = set()
+    for what, settings in read_space(REPOSITORY / "configs/tune/default.yaml").examples():
+        config = parsed.refuse_wrong(settings, what)
+        assert config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == settings["model.optimizer.lr"]
+        assert config["data"]["init_args"]["batch_size"] == settings["data.batch_size"]
+        assert config["pmss"]["target_modules"] == settings["pmss.target_modules"]
+        if config["adapter"] is not None:
+            assert config["adapter"]["init_args"]["rank"] == settings["adapter.rank"]
+        classes.add(config["adapter"] and config["adapter"]["class_path"].rpartition(".")[2])
+    assert classes == {None, "LoRAConfig", "MiSSConfig"}
+
+
 def test_a_database_that_is_away_is_refused_before_the_recipe_is_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,8 +184,12 @@ def test_a_search_prints_a_table_and_writes_page_and_recipe(
     assert page.tags.count("svg") >= 5
     assert "Not drawn" not in (out / "report.html").read_text()
     assert yaml.safe_load((out / "space.yaml").read_text()) == yaml.safe_load(SPACE)
-    main(["tune", "--show=quickstart", f"--output={out}"])
-    shown = capsys.readouterr().out
+    show = f"import sys; from lightning_pmss.cli import main; main(['tune', '--show=quickstart', '--output={out}'])"
+    alone = subprocess.run(
+        [sys.executable, "-c", f"{show}; assert 'torch' not in sys.modules"], stdout=subprocess.PIPE, text=True
+    )
+    assert alone.returncode == 0
+    shown = alone.stdout
     assert shown.splitlines()[1].split()[0] == number
     assert "Spearman" in shown
     with pytest.raises(SystemExit) as stop:  # `fit` takes the recipe by itself
