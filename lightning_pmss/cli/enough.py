@@ -129,6 +129,7 @@ def _plan(words: list[str], sizes: tuple[int, ...], given: argparse.Namespace, v
     from lightning_pmss.cli.lightning import DataCLI
     from lightning_pmss.cli.preview import run_of
     from lightning_pmss.datamodules.base import TokenisedDataModule
+    from lightning_pmss.datamodules.options import KIND
     from lightning_pmss.datamodules.summary import batches_of
     from lightning_pmss.enough.plan import Plan, kept_callbacks
 
@@ -166,7 +167,7 @@ def _plan(words: list[str], sizes: tuple[int, ...], given: argparse.Namespace, v
         )
     kind: str | None = module.train_limit_by
     if given.by is None and kind is None and module.has_kinds:
-        kind = "kind"
+        kind = KIND
     return Plan(
         recipe,
         sizes,
@@ -202,10 +203,9 @@ def _check_data(module: TokenisedDataModule, sizes: tuple[int, ...]) -> None:
 
 def _heading(plan: Plan, sizes: tuple[int, ...], seeds: int) -> str:
     length = f"{plan.steps:,} steps" if plan.equal == "steps" else f"{plan.epochs:,} epochs"
-    kept = f"; subsets keep the shares of {plan.kind}" if plan.kind else "; subsets are drawn at random"
     count = f"{len(sizes)} {'size' if len(sizes) == 1 else 'sizes'}, {seeds} {'seed' if seeds == 1 else 'seeds'}"
     return (
-        f"{count}: {len(sizes) * seeds} runs of {length} in {plan.output}{kept}."
+        f"{count}: {len(sizes) * seeds} runs of {length} in {plan.output}; {plan.drawn}."
         f" {plan.data['validation']:,} examples to validate on, the same for all runs."
     )
 

@@ -73,8 +73,7 @@ def write_page(plan: Plan, result: Result) -> Path:
     with atomic_file(plan.output / PICTURE) as new:
         new.write_text(picture, encoding="utf-8")
     length = f"{plan.steps:,} steps" if plan.equal == "steps" else f"{plan.epochs:,} epochs"
-    each = f"Every run has {length}"
-    each += f", and subsets keep the shares of {one_line(plan.kind)}" if plan.kind else ""
+    each = f"Every run has {length}; {plan.drawn}"
     last = result.rows[-1]
     figures = [
         ("training examples", f"{result.rows[0].size:,} to {last.size:,}"),

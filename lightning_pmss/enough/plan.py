@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import yaml
 
-from lightning_pmss.messages import some
+from lightning_pmss.datamodules.options import KIND
+from lightning_pmss.messages import one_line, some
 
 RECORD = "lightning_pmss.runs.record.RunRecord"
 CHECKPOINTS = "checkpoints"
@@ -92,6 +93,14 @@ class Plan:
     def weight(self, run: Run) -> float:
         """Return the work of a run in optimizer steps, about."""
         return float(self.steps) if self.equal == "steps" else self.epochs * max(1.0, run.size * self.steps_per_example)
+
+    @property
+    def drawn(self) -> str:
+        """How subsets are drawn, in words."""
+        if self.kind is None:
+            return "subsets are drawn at random"
+        what = "the kinds of examples" if self.kind == KIND else f"the column {one_line(self.kind)}"
+        return f"subsets keep the shares of {what}"
 
     @property
     def seen(self) -> int | None:

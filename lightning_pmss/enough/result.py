@@ -118,7 +118,8 @@ def sentences(result: Result) -> list[str]:
     """Return what the result means, in words."""
     said = []
     if result.missing:
-        said.append(f"{result.missing} runs have no score; everything here is without them.")
+        runs = "1 run has" if result.missing == 1 else f"{result.missing} runs have"
+        said.append(f"{runs} no score; everything here is without {'it' if result.missing == 1 else 'them'}.")
     if result.which == "best":
         said.append(
             "Scores are the best of several validations on the same examples, which is better than new examples would give."

@@ -41,7 +41,10 @@ def test_a_study(enough: Enough, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     names = [f"n{size}-seed{seed}" for seed in range(3) for size in (4, 9, 16, 64)]
     assert started() == [f"{name} anew" for name in names]
-    assert "4 sizes, 3 seeds: 12 runs of 12 steps in study; subsets keep the shares of kind. 10 examples to" in printed
+    assert (
+        "4 sizes, 3 seeds: 12 runs of 12 steps in study; subsets keep the shares of the kinds of examples. 10 examples to"
+        in printed
+    )
     assert re.search(r"\[5/12\] 4 examples, seed 1: val/loss 3\.\d+ after \d+ s; about .* left", printed)
     assert re.search(r"^      64     3 +1\.5", printed, re.MULTILINE)
     assert "Curve: val/loss = " in printed

@@ -72,6 +72,7 @@ def test_without_a_curve_the_last_gain_is_said_as_measured() -> None:
 def test_what_is_missing_and_what_was_chosen_is_said() -> None:
     text = said(study(0.01, which="best", missing=2))
     assert text.startswith("2 runs have no score; everything here is without them. Scores are the best of several")
+    assert said(study(0.01, missing=1)).startswith("1 run has no score; everything here is without it.")
     assert sentences(result_of([], "val/loss", "min", "last", 3))[1] == "No curve: no run has finished."
 
 

@@ -22,6 +22,12 @@ def test_runs_come_seed_by_seed() -> None:
     assert names == ["n10-seed2", "n40-seed2", "n10-seed3", "n40-seed3"]
 
 
+def test_how_subsets_are_drawn() -> None:
+    assert plan("steps").drawn == "subsets are drawn at random"
+    assert plan("steps", kind="kind").drawn == "subsets keep the shares of the kinds of examples"
+    assert plan("steps", kind="topic").drawn == "subsets keep the shares of the column topic"
+
+
 def test_time_left() -> None:
     """As many seconds for each optimizer step as the finished runs took."""
     for equal, weights in (("steps", [30, 30, 30, 30]), ("epochs", [10, 40, 10, 40])):
