@@ -116,6 +116,7 @@ def refuse_experts(
     method: Method[Any],
     given: Given | None,
     owners: Mapping[int, Sequence[str]],
+    derived_later: bool = False,
 ) -> None:
     """Refuse fused experts that cannot be converted, before any work.
 
@@ -125,6 +126,7 @@ def refuse_experts(
         method: The method.
         given: What is known of the layers.
         owners: Names of the modules that use a parameter, by its ``id``.
+        derived_later: Whether weights on the meta device are allowed, since they are read from files.
     """
     for name, group in experts_by_parameter(targets, modules).items():
         layer = modules[group[0]]
@@ -141,7 +143,7 @@ def refuse_experts(
             raise ValueError(f"{where}: {reason}. Load plain weights on one process, or {leave}.")
         if len(shared := owners[id(parameter)]) > 1:
             raise ValueError(f"{where} is shared by {some(list(shared))}: a change to one would change both; {leave}.")
-        if parameter.is_meta:
+        if parameter.is_meta and not derived_later:
             raise ValueError(f"{where} is on the meta device; load its weights before it is converted, or {leave}.")
         if reason := method.why_no_experts():
             raise ValueError(f"{where} {reason}, or {leave}.")

@@ -323,7 +323,7 @@ def refuse_unconvertible(
     for name, module in without_experts(modules).items():
         for parameter in _parameters_used(module):
             owners.setdefault(id(parameter), []).append(name)
-    refuse_experts(targets, modules, method, given, owners)
+    refuse_experts(targets, modules, method, given, owners, derived_later)
     targets = list(without_experts({n: modules[n] for n in targets}))
     usable = [n for n in targets if why_unusable(modules[n]) is None and is_supported(modules[n])]
     sharing = shares_memory(usable, modules)

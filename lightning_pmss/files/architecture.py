@@ -13,7 +13,7 @@ from lightning_pmss.conversion.roots import canonical_modules
 from lightning_pmss.conversion.targets import find_targets, match_modules, ranks_of, refuse_unconvertible
 from lightning_pmss.files.naming import Wording, match_names
 from lightning_pmss.layers.convertible import canonical_shape, is_transposed
-from lightning_pmss.layers.expert_layer import refuse_experts
+from lightning_pmss.layers.expert_layer import ExpertLinear
 from lightning_pmss.messages import reason
 from lightning_pmss.methods import method_of
 from lightning_pmss.methods.config import AdapterConfig
@@ -129,20 +129,23 @@ def find_matrices(model: nn.Module, config: AdapterConfig, reader: ShardReader) 
     modules = canonical_modules(model)
     names, left_out = find_targets(model, config, modules, match_modules(config.also_train, modules, "also_train"))
     method = method_of(config)
-    refuse_experts({n: modules[n] for n in names}, "a skeleton file has no", "leave skeleton_file out when you train")
     refuse_unconvertible(names, modules, method, None, derived_later=True)
     ranks = ranks_of(config, names, modules)
     shapes = {name: canonical_shape(modules[name]) for name in names}
     stored = {name: shape[::-1] if is_transposed(modules[name]) else shape for name, shape in shapes.items()}
     as_loaded, changed = names_in_the_model(model, reader)
+    experts = {name: stored.pop(name) for name in names if isinstance(modules[name], ExpertLinear)}
     rename = match_names(stored, as_loaded, reader.folder, _wording(model))
-    keys = {name: as_loaded.tensors[f"{rename(name)}.weight"].key for name in names}
+    keys = {name: as_loaded.tensors[f"{rename(name)}.weight"].key for name in stored}
+    fused = match_names(experts, reader, reader.folder, _wording(model))
+    keys |= {name: f"{fused(name)}.weight" for name in experts}
     if strange := [name for name, key in keys.items() if key in changed]:
         raise ValueError(
             f"transformers changes the weights of {few(strange)} when it loads a {type(model).__name__}, so the weights "
             f"on disk are not the model's; list them in exclude_modules, or {_IN_PYTHON}"
         )
     place = {key: number for number, key in enumerate(reader.tensors)}
+    place |= {key: place[reader.experts[key].parts[0]] for key in keys.values() if key not in place}
     targets = [
         Target(name, keys[name], shape, is_transposed(modules[name]), method.rank_of(shape, ranks[name]), ranks[name])
         for name, shape in shapes.items()

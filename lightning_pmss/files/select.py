@@ -185,7 +185,7 @@ def _read(target: Target, reader: ShardReader) -> Tensor:
 
 
 def _source(target: Target, reader: ShardReader) -> list[int]:
-    return file_state(reader.folder / reader.tensors[target.key].file)
+    return file_state(reader.folder / reader.matrices[target.key].file)
 
 
 def _is_finished(pieces: Pieces, target: Target) -> bool:

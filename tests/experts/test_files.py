@@ -10,11 +10,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lightning_pmss import AdapterConfig, convert, export_peft, load_adapter, merge, save_adapter, unmerge
+from lightning_pmss import AdapterConfig, convert, load_adapter, merge, save_adapter, unmerge
 from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.estimate import Run, estimate
 from lightning_pmss.files import merge_files, read_adapter, write_merged
-from lightning_pmss.files.lora import export_files
 from lightning_pmss.files.select import select_files
 from lightning_pmss.inspect.inspection import inspect_adapter
 from lightning_pmss.merging import merged_state_dict
@@ -80,22 +79,22 @@ def test_saved_loaded_and_merged_on_disk(name: str, method: str, tmp_path: Path)
     torch.testing.assert_close(fresh(tokens()).logits, wanted, rtol=1e-3, atol=1e-4)
 
 
-def test_what_files_of_experts_are_not_there_is_refused_by_name(tmp_path: Path) -> None:
-    model = trained("mixtral", "pmss", tmp_path / "base")
-    save_adapter(model, tmp_path / "adapter")
-    message = r"one of several fused experts, which are not exported to peft\. Merge instead"
-    with pytest.raises(ValueError, match=message):
-        export_peft(model, tmp_path / "lora")
-    with pytest.raises(ValueError, match=message):
-        export_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "lora")
-    with pytest.raises(ValueError, match=r"a skeleton file has no fused experts.*exclude_modules=\['experts'\]"):
-        select_files(tmp_path / "base", tmp_path / "skeleton.safetensors", config_of("pmss"), progress=False)
-    select_files(
-        tmp_path / "base",
-        tmp_path / "skeleton.safetensors",
-        config_of("pmss", exclude_modules=["experts"]),
-        progress=False,
-    )
+@pytest.mark.parametrize("method", ["pmss", "pmss columns=all", "lora_xs"])
+@pytest.mark.parametrize("name", list(MIXTURES))
+def test_a_skeleton_file_has_what_a_conversion_derives(name: str, method: str, tmp_path: Path) -> None:
+    mixture(name).save_pretrained(tmp_path / "base")
+    report = select_files(tmp_path / "base", tmp_path / "file.safetensors", config_of(method), progress=False)
+    direct, model = plain(tmp_path / "base"), plain(tmp_path / "base")
+    convert(direct, config_of(method))
+    convert(model, config_of(method, skeleton_file=tmp_path / "file.safetensors"))
+    layers = adapted_layers(model)
+    assert {layer.name for layer in report.layers} == set(layers)
+    for key, layer in adapted_layers(direct).items():
+        for part, tensor in layer.tensors().items():
+            torch.testing.assert_close(layers[key].tensors()[part], tensor, msg=f"{key}.{part}")
+    other = mixture(name, seed=4)
+    with pytest.raises(ValueError, match=r"belongs to another base model"):
+        convert(other, config_of(method, skeleton_file=tmp_path / "file.safetensors"))
 
 
 def test_another_base_is_refused(tmp_path: Path) -> None:
