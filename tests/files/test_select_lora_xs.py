@@ -57,7 +57,8 @@ def test_the_command_writes_what_convert_computes(
     model = loaded(base)
     convert(model, LoRAXSConfig(rank=8))
     given = read_derived(output, "lora_xs", PARTS)
-    assert given.options == {"rank": 8, "target_modules": "all-linear", "exclude_modules": [], "rank_pattern": {}}
+    kept = {"target_modules": "all-linear", "exclude_modules": [], "target_parameters": [], "rank_pattern": {}}
+    assert given.options == {"rank": 8} | kept
     assert given.layers.keys() == adapted_layers(model).keys()
     for name, layer in adapted_layers(model).items():
         stored = given.layers[name]
