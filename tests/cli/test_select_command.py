@@ -36,6 +36,7 @@ def test_every_option_reaches_the_file(tiny_llama: str, tmp_path: Path, capsys: 
     assert skeleton.options == {
         "target_modules": ["q_proj", "up_proj"],
         "exclude_modules": r".*layers\.1\..*",
+        "target_parameters": [],
         "rank": 6,
         "rank_pattern": {"up_proj": 4},
         "selection": "pivoted_qr",
