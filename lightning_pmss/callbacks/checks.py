@@ -110,7 +110,12 @@ def check_optimizers(trainer: L.Trainer, pl_module: L.LightningModule, also_trai
     """
     layers = adapted_layers(pl_module)
     trained = {clean_name(n): p for n, p in pl_module.named_parameters() if p.requires_grad}
-    allowed = {id(p) for layer in layers.values() for p in layer.core.parameters(recurse=False)}
+    # FSDP1's wrapper of a core has no parameters of its own, and the tensors of one expert are no parameters.
+    allowed = {
+        id(p)
+        for layer in layers.values()
+        for p in (*layer.core.trained().values(), *layer.core.parameters(recurse=False))
+    }
     for name, module in pl_module.named_modules():
         clean = clean_name(name)
         if any(clean == a or clean.endswith(f".{a}") for a in also_train):
