@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
-from lightning_pmss import PMSSCallback
+from lightning_pmss import METHODS, AdapterCallback, PMSSCallback
 from lightning_pmss.callbacks import FlatLoRA, SharpnessPasses
 from lightning_pmss.callbacks.nonfinite import NonFiniteError
 from lightning_pmss.layers import weight_noise
@@ -102,6 +102,17 @@ def test_a_window_equals_its_large_batch(tmp_path: Path, kind: str, options: dic
     for found, expected in zip(trained(parts), trained(whole), strict=True):
         assert float(expected.abs().max()) > 1e-3
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("config", [method.config_class for method in METHODS.values()], ids=METHODS)
+def test_windows_with_every_method(tmp_path: Path, config: Any) -> None:
+    make = functools.partial(BSAM, base_optimizer=functools.partial(SGD, lr=0.01), rho_max=0.1, rho_min=0.1)
+    whole, parts = Sharp(make), Sharp(make)
+    for module, size, batches in ((whole, 12, 1), (parts, 4, 3)):
+        callback = AdapterCallback(config(rank=4), merge_on_save=None)
+        fit(tmp_path, module, size, callback, accumulate_grad_batches=batches)
+    for found, expected in zip(trained(parts), trained(whole), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-12)
 
 
 class Watching(Sharp):
