@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from filelock import FileLock
 from optuna.samplers import RandomSampler
 from optuna.storages import RDBStorage
 from optuna.study import Study
@@ -22,7 +21,7 @@ from lightning_pmss.search.records import OF, Line, best_first, finals_by_trial,
 from lightning_pmss.search.result import read_result
 from lightning_pmss.search.sampler import sampler
 from lightning_pmss.search.space import Settings, Space, space_of
-from lightning_pmss.search.storage import BOUND, database_file, direction, load_study, open_storage, open_study
+from lightning_pmss.search.storage import BOUND, claims, direction, load_study, open_storage, open_study
 from lightning_pmss.search.trial import Assignment, Outcome, Runner
 from lightning_pmss.search.workers import (
     ATTEMPT,
@@ -132,8 +131,7 @@ class Search:
         plan = self.plan
         self.study, _ = open_study(self.storage, plan.name, plan.mode, plan.bound())
         self.study.sampler = sampler(plan.sampler, plan.space, plan.seed)
-        file = database_file(self.url)
-        self._claims = FileLock(f"{file or plan.output / 'study'}.claims")
+        self._claims = claims(self.url, plan.output)
 
     def lines(self) -> list[Line]:
         """Return the trials."""

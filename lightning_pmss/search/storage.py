@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import optuna
 import sqlalchemy
+from filelock import FileLock
 from optuna.storages import RDBStorage
 from optuna.study import Study
 
@@ -57,8 +58,10 @@ def open_storage(url: str) -> RDBStorage:
     wait = {"timeout": _LOCK_SECONDS} if file is not None else {"connect_timeout": _CONNECT_SECONDS}
     if file is not None and not file.parent.is_dir():
         raise ValueError(f"--storage {shown}: the folder {file.parent} does not exist; make it first.")
+    one_at_a_time = contextlib.nullcontext() if file is None else claims(url, file.parent)
     try:
-        return _connect(url, wait)
+        with one_at_a_time:
+            return _connect(url, wait)
     except (ImportError, sqlalchemy.exc.NoSuchModuleError) as error:
         raise ValueError(
             f"--storage {shown}: its driver is not installed ({reason(error)}). For PostgreSQL install psycopg, or install"
@@ -69,13 +72,26 @@ def open_storage(url: str) -> RDBStorage:
         raise ValueError(f"--storage {shown}: the database cannot be used: {reason(cause, 300)}") from error
 
 
+def claims(url: str, folder: Path) -> FileLock:
+    """Return the lock under which the workers of one machine take trials.
+
+    The workers of several machines are kept apart by the database, whose rows SQLite cannot lock.
+
+    Args:
+        url: The database.
+        folder: Where the lock is, of other databases than SQLite.
+    """
+    return FileLock(f"{database_file(url) or folder / 'study'}.claims")
+
+
 def _connect(url: str, options: Mapping[str, Any]) -> RDBStorage:
     """Connect, and make the tables of a new database, as another worker may be doing at this moment."""
     for left in reversed(range(_ATTEMPTS)):
         try:
             return RDBStorage(url, engine_kwargs={"connect_args": dict(options), "pool_pre_ping": True})
         except sqlalchemy.exc.DBAPIError as error:
-            if left == 0 or "already exists" not in str(error.orig):
+            known = isinstance(error, sqlalchemy.exc.IntegrityError) or "already exists" in str(error.orig)
+            if left == 0 or not known:
                 raise
             time.sleep(1.0)
     raise AssertionError

@@ -18,7 +18,7 @@ import pytest
 
 from lightning_pmss.search.records import lines
 from lightning_pmss.search.search import Search
-from lightning_pmss.search.storage import said_if_away
+from lightning_pmss.search.storage import open_storage, open_study, said_if_away
 from lightning_pmss.search.trial import Assignment, Outcome
 from lightning_pmss.search.workers import HOST, LOCK, MOST_ATTEMPTS, PID, Worker, counted
 from tests.search.fakes import Trainings, make
@@ -205,6 +205,20 @@ def test_a_worker_that_was_taken_for_dead_does_not_overwrite(tmp_path: Path) -> 
     assert any("took this one for dead" in line for line in said)
 
 
+def at_once(count: int, work: Callable[[], Any]) -> list[int]:
+    """Statuses of processes that begin at the same moment."""
+    reading, writing = os.pipe()
+    children = [fork(lambda: (os.read(reading, 1), work())) for _ in range(count)]
+    os.write(writing, b"." * count)
+    return [ended(child) for child in children]
+
+
+def test_workers_that_make_the_database_at_the_same_moment(tmp_path: Path) -> None:
+    for number in range(3):
+        url = f"sqlite:///{tmp_path / f'{number}.db'}"
+        assert at_once(3, lambda url=url: open_study(open_storage(url), "study", "min", {"a": 1})) == [0] * 3
+
+
 # -- PostgreSQL ---------------------------------------------------------------------------------------------------------
 
 
@@ -295,3 +309,7 @@ def test_two_workers_on_one_postgresql(tmp_path: Path, postgres: Postgres) -> No
     check_shared(search, 7, 3)
     for trial in search.study.trials:
         assert trial.user_attrs[PID] in children or trial.user_attrs.get("surplus")
+
+
+def test_workers_that_make_the_tables_of_postgresql_at_the_same_moment(postgres: Postgres) -> None:
+    assert at_once(3, lambda: open_study(open_storage(postgres.url), "study", "min", {"a": 1})) == [0] * 3
