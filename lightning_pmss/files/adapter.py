@@ -34,6 +34,7 @@ from lightning_pmss.files.fresh import (
 from lightning_pmss.files.plain import quantisation_settings
 from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.layers.convertible import canonical_shape, is_linear, is_supported, is_transposed
+from lightning_pmss.layers.expert_layer import label
 from lightning_pmss.layers.fingerprint import fingerprint
 from lightning_pmss.layers.guard import refuse_disabled
 from lightning_pmss.layers.parts import clean_name, clean_state, is_sharded
@@ -48,7 +49,6 @@ from lightning_pmss.store.kinds import ADAPTER
 from lightning_pmss.store.shards import few
 
 _LARGEST = torch.finfo(torch.float32).max
-
 __all__ = ["AdapterFile", "AdapterModule", "load_adapter", "read_adapter", "save_adapter"]
 
 
@@ -199,8 +199,9 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Conversion
 
 
 def linear_left_out(model: nn.Module) -> list[str]:
-    """Names of all linear layers that were not converted; the file records them to recognise the architecture."""
-    return [n for n, m in canonical_modules(model).items() if is_linear(m) and not isinstance(m, AdaptedLinear)]
+    """Names of all linear layers, and parameters of experts, not converted; the file records them to know the architecture."""
+    left = ((n, m) for n, m in canonical_modules(model).items() if is_linear(m) and not isinstance(m, AdaptedLinear))
+    return list(dict.fromkeys(label(n, m) for n, m in left))
 
 
 def names_in(adapter: AdapterFile, model: nn.Module) -> Names:
@@ -280,7 +281,7 @@ def _refuse_deeper(adapter: AdapterFile, modules: Mapping[str, nn.Module]) -> No
         left_out = []
     in_full = {key.rpartition(".")[0] for key in adapter.also_train}
     known, kinds = {*adapter.modules, *left_out, *in_full}, {kind_of(name) for name in adapter.modules}
-    if more := [n for n, m in modules.items() if is_linear(m) and n not in known and kind_of(n) in kinds]:
+    if more := [n for n, m in modules.items() if is_linear(m) and not {n, label(n, m)} & known and kind_of(n) in kinds]:
         raise ValueError(
             f"{adapter.folder}: its options select other layers in this model than the ones stored: {few(more)}. Load it into"
             " the architecture it was trained on."

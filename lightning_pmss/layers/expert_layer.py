@@ -109,6 +109,11 @@ def len_of(experts: nn.Module, key: str) -> int:
     return whole_shape(parameter)[0]
 
 
+def label(name: str, layer: nn.Module) -> str:
+    """How a layer is listed: an expert's by its parameter."""
+    return parameter_name(name) if isinstance(layer, ExpertLinear) else name
+
+
 def is_expert_name(name: str) -> bool:
     """Whether a layer of this name is an expert's."""
     owner, _, index = name.rpartition(".")

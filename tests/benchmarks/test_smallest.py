@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, optimizer_step, step
+from benchmarks import experts, gpu, optimizer_step, step
 from benchmarks.rivals import RIVALS, Case, blocks, build, run, trained
 
 OURS = ["pmss keep", "pmss regather", "naive"]
@@ -112,3 +112,14 @@ def test_gpu_script_compiles(tmp_path: Path) -> None:
     found = gpu.main(["--output", str(tmp_path), "--rivals", "pmss regather", "--sections", "compiled"])
     assert found["compiled"][0]["recompiled_while_timed"] is False
     assert found["compiled"][0]["rivals"]["pmss regather"]["trained"] > 0
+
+
+def test_experts_keep_less_than_peft(tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="the benchmark compares with peft")
+    small = ["--hidden", "64", "--inner", "48", "--experts", "4", "--layers", "1", "--tokens", "32", "--repeats", "1"]
+    result = experts.main([*small, "--json", str(tmp_path / "experts.json")])
+    kept = result["kept_bytes"]
+    assert json.loads((tmp_path / "experts.json").read_text())["kept_bytes"] == kept
+    assert result["trained"]["no adapter"] == 0
+    assert result["trained"]["LoRA"] == result["trained"]["LoRA of peft"]
+    assert kept["no adapter"] < kept["MiSS"] < kept["LoRA"] < kept["LoRA of peft"]

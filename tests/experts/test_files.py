@@ -133,3 +133,26 @@ def test_state_dicts_while_merged(tmp_path: Path) -> None:
     torch.testing.assert_close(model(tokens()).logits, merged, rtol=1e-3, atol=1e-4)
     model.load_state_dict(before)
     torch.testing.assert_close(model(tokens()).logits, wanted)
+
+
+def test_experts_that_were_left_out_are_recorded_by_parameter(tmp_path: Path) -> None:
+    """Also where others of their kind were converted."""
+    mixture("qwen3_moe").save_pretrained(tmp_path / "base")
+    model = plain(tmp_path / "base")
+    convert(model, config_of("lora", exclude_modules=["layers.0.mlp.experts", "layers.1.mlp.experts.gate_up_proj"]))
+    train(model)
+    save_adapter(model, tmp_path / "adapter")
+    experts = "model.layers.{}.mlp.experts.{}"
+    left_out = [name for name in read_adapter(tmp_path / "adapter").left_out or () if "experts" in name]
+    assert left_out == [
+        experts.format(0, "gate_up_proj"),
+        experts.format(0, "down_proj"),
+        experts.format(1, "gate_up_proj"),
+    ]
+    again = plain(tmp_path / "base")
+    load_adapter(again, tmp_path / "adapter")
+    assert adapted_layers(again).keys() == adapted_layers(model).keys()
+    torch.testing.assert_close(again(tokens()).logits, model(tokens()).logits)
+    deeper = mixture("qwen3_moe", num_hidden_layers=3)
+    with pytest.raises(ValueError, match=r"its options select other layers in this model|belongs to another base"):
+        load_adapter(deeper, tmp_path / "adapter")
