@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.combined import RECORD as COMBINED
+from experiments.combined import combined_table
 from experiments.driver import spent_minutes
 from experiments.floor import RECORD as FLOOR
 from experiments.floor import floor_text
@@ -76,6 +78,7 @@ def write_page(records: Mapping[str, Any], docs: Path) -> Path:
     sections = {s.name: section(s, records, "evidence") for s in studies}
     sections["gradients"] = gradient_table(json.loads(RECORD.read_text(encoding="utf-8")))
     sections["floor"] = floor_text(json.loads(FLOOR.read_text(encoding="utf-8")))
+    sections["combined"] = combined_table(json.loads(COMBINED.read_text(encoding="utf-8")))
     sections["total"] = total(records)
     text = filled(page.read_text(encoding="utf-8"), sections)
     page.write_text(text, encoding="utf-8")

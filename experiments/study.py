@@ -26,7 +26,7 @@ Spec = dict[str, Any]
 Records = Mapping[str, Mapping[str, Any]]
 
 RUN_DEFAULTS: Spec = {"dtype": "float32", "precision": "32-true", "evaluate": ["val"]}
-SHOW = ("frontier", "gradients", "lead", "norms", "rates", "spectrum", "sweep")
+SHOW = ("frontier", "gradients", "lead", "noise", "norms", "rates", "spectrum", "sweep")
 _PHASE = ("seeds", "evaluate", "steps", "spectra", "task")
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from experiments.combined import TASKS, combined_table
-from experiments.flatness import noisy
+from experiments.flatness import SIZES, noisy
+from experiments.run import Places, run
 from lightning_pmss import LoRAConfig, convert, merge
 from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.layers.weight_noise import draw, seed_of
@@ -36,6 +39,24 @@ def test_noise_is_that_of_a_dense_merged_weight() -> None:
             layer.weight += 0.3 * draw(std, layer.weight.shape[1], seed_of(name), torch.float64)
     torch.testing.assert_close(found, model(x), rtol=1e-6, atol=1e-6)
     assert not torch.allclose(found, plain, atol=1e-2)
+
+
+def test_a_run_reports_its_loss_under_noise(tiny_llama: str, tmp_path: Path) -> None:
+    places = Places((str(Path(tiny_llama).parent),), str(tmp_path), str(tmp_path / "cache"))
+    spec = {
+        "model": Path(tiny_llama).name,
+        "dtype": "float32",
+        "precision": "32-true",
+        "task": {"name": "pairs", "size": 8, "batch_size": 8},
+        "method": {"name": "our lora", "rank": 2},
+        "lr": 3e-2,
+        "seed": 1,
+        "steps": 40,
+        "evaluate": ["test", "noise"],
+    }
+    scores = run(spec, places)["scores"]
+    assert [key for key in scores if key.startswith("noise/")] == [f"noise/{size}" for size in SIZES]
+    assert scores["test/loss"] < scores["noise/0.2"] < scores["noise/0.4"]
 
 
 def test_noise_refuses_an_unconverted_model() -> None:
