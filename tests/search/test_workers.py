@@ -20,7 +20,7 @@ from lightning_pmss.search.records import lines
 from lightning_pmss.search.search import Search
 from lightning_pmss.search.storage import open_storage, open_study, said_if_away
 from lightning_pmss.search.trial import Assignment, Outcome
-from lightning_pmss.search.workers import HOST, LOCK, MOST_ATTEMPTS, PID, Worker, counted
+from lightning_pmss.search.workers import HOST, LOCK, MOST_ATTEMPTS, PID, SURPLUS, Worker, counted
 from tests.search.fakes import Trainings, make
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are forks of this process: POSIX only")
@@ -140,7 +140,7 @@ def test_a_live_worker_keeps_its_trial(tmp_path: Path) -> None:
 
 def test_two_workers_share_the_trials(tmp_path: Path) -> None:
     def work() -> None:
-        search = make(tmp_path, slow, trials=7, finish=3)
+        search = make(tmp_path, together(tmp_path), trials=7, finish=3)
         search.search()
         search.finish()
 
@@ -151,10 +151,21 @@ def test_two_workers_share_the_trials(tmp_path: Path) -> None:
     check_shared(search, 7, 3)
 
 
-def slow(assignment: Assignment) -> Outcome:
-    with (assignment.folder / "ran").open("x"):  # a second run of it would raise
-        time.sleep(0.05)
-    return Trainings()(assignment)
+def together(folder: Path) -> Callable[[Assignment], Outcome]:
+    """A runner whose first training waits until another process has begun one, too."""
+    meeting = folder / "meeting"
+    meeting.mkdir(exist_ok=True)
+
+    def training(assignment: Assignment) -> Outcome:
+        with (assignment.folder / "ran").open("x"):  # a second run of it would raise
+            (meeting / str(os.getpid())).touch()
+            end = time.monotonic() + 60
+            while len(list(meeting.iterdir())) < 2:
+                assert time.monotonic() < end, "the other worker has begun no training"
+                time.sleep(0.01)
+        return Trainings()(assignment)
+
+    return training
 
 
 def check_shared(search: Search, trials: int, finish: int) -> None:
@@ -297,7 +308,7 @@ def test_two_workers_on_one_postgresql(tmp_path: Path, postgres: Postgres) -> No
     """Each with a lock file of its own, as on two hosts: the database alone keeps them apart."""
 
     def work(number: int) -> None:
-        search = make(tmp_path, slow, url=postgres.url, trials=7, finish=3)
+        search = make(tmp_path, together(tmp_path), url=postgres.url, trials=7, finish=3)
         search._claims = type(search._claims)(tmp_path / f"claims-{number}")
         search.search()
         search.finish()
@@ -308,7 +319,7 @@ def test_two_workers_on_one_postgresql(tmp_path: Path, postgres: Postgres) -> No
     search.finish()
     check_shared(search, 7, 3)
     for trial in search.study.trials:
-        assert trial.user_attrs[PID] in children or trial.user_attrs.get("surplus")
+        assert trial.user_attrs.get(SURPLUS) or trial.user_attrs[PID] in children
 
 
 def test_workers_that_make_the_tables_of_postgresql_at_the_same_moment(postgres: Postgres) -> None:
