@@ -186,13 +186,8 @@ class AdaptedExperts(Mergeable):
                 layer._keep(layer.weight.detach().to("cpu", copy=True))
             self._parameters.update(shown)
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        with self._pristine_in_place():
-            super()._save_to_state_dict(destination, prefix, keep_vars)
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        with self._pristine_in_place():
-            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         loaded = [key for key in self.stacks() if f"{prefix}{key}" in state_dict]
         frames = f"{_SUFFIX}.core.frame."
         framed = any(key.startswith(prefix) and frames in key for key in state_dict)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -67,6 +67,18 @@ class Mergeable(nn.Module):
             ValueError: The state dict lacks some of them, or W' is not finite.
         """
         raise NotImplementedError
+
+    def _pristine_in_place(self) -> AbstractContextManager[None]:
+        """Inside, the weights are the pristine ones; what is put in their place becomes pristine."""
+        raise NotImplementedError
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        with self._pristine_in_place():
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        with self._pristine_in_place():
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class MergedLayer(Mergeable):
@@ -204,13 +216,8 @@ class MergedLayer(Mergeable):
             self._parameters["weight"] = shown
             self._keep(kept if codes or kept is None else kept.detach())
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        with self._pristine_in_place():
-            super()._save_to_state_dict(destination, prefix, keep_vars)
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        with self._pristine_in_place():
-            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self.merged and any(key.startswith(prefix) for key in state_dict):
             self.__dict__["loaded_as"] = prefix[:-1]  # see `merge_again`
 

@@ -12,6 +12,11 @@ from torch.nn import functional as F
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # the dtypes of a W that is read and written
 
 
+def dropped(x: Tensor, probability: float, training: bool) -> Tensor:
+    """Dropout in a training pass; x itself where nothing is dropped, since autograd would keep a mask of ones."""
+    return F.dropout(x, probability) if training and probability > 0 else x
+
+
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which a linear layer would compute: autocast's where it applies (never to float64), else the input's."""
     device = tensor.device.type

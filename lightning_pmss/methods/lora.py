@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_pmss.layers.expert_stack import GroupedLayer
-from lightning_pmss.layers.products import compute_dtype
+from lightning_pmss.layers.products import compute_dtype, dropped
 from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.methods.documentation import inherit_options
 from lightning_pmss.methods.method import Factors, Kind, Method, Shape, Spec, Update, why_misshapen
@@ -135,19 +135,15 @@ class LoRA(Method[LoRAConfig]):
         y: Tensor = layer.base(x)
         dtype = compute_dtype(x)
         values = layer.core(layer.scale)
-        h = self._dropped(x.to(dtype), layer.training)
+        h = dropped(x.to(dtype), self.config.dropout, layer.training)
         return y + F.linear(F.linear(h, values["A"].to(dtype)), values["B"].to(dtype)).to(y.dtype)
 
     def grouped(self, layer: GroupedLayer, x: Tensor) -> Tensor:
         """The same of all experts."""
         y = layer.base(x)
         values = layer.values()
-        h = self._dropped(x.to(y.dtype), layer.training)
+        h = dropped(x.to(y.dtype), self.config.dropout, layer.training)
         return y + layer.linear(layer.linear(h, values["A"]), values["B"])
-
-    def _dropped(self, x: Tensor, training: bool) -> Tensor:
-        # Without a probability autograd would keep a mask of ones.
-        return F.dropout(x, self.config.dropout, training) if self.config.dropout > 0 else x
 
     def kept_per_token(self, shape: Shape, rank: int) -> int:
         """x, which the gradient of A needs, and ``A x``."""

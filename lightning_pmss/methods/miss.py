@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from lightning_pmss.layers.convertible import canonical_shape
 from lightning_pmss.layers.expert_stack import GroupedLayer
-from lightning_pmss.layers.products import compute_dtype
+from lightning_pmss.layers.products import compute_dtype, dropped
 from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.methods.documentation import inherit_options
 from lightning_pmss.methods.method import Factors, Kind, Method, Shape, Spec, Update
@@ -143,7 +143,7 @@ class MiSS(Method[MiSSConfig]):
         """``base(x) + s D``, whose product is done in the dtype in which the base computes."""
         y = layer.base(x)
         d = layer.core(layer.scale)["D"]
-        h = F.dropout(x, self.config.dropout, layer.training) if self.config.dropout > 0 else x
+        h = dropped(x, self.config.dropout, layer.training)
         dtype = compute_dtype(x)
         change = block_sum(h, len(d)).to(dtype) @ d.to(dtype)
         return (y.unflatten(-1, (-1, d.shape[1])) + change.unsqueeze(-2).to(y.dtype)).flatten(-2)
@@ -151,7 +151,7 @@ class MiSS(Method[MiSSConfig]):
     def grouped(self, layer: GroupedLayer, x: Tensor) -> Tensor:
         """The same of all experts: the sum of the blocks is that of each token, whatever its expert."""
         y, d = layer.base(x), layer.values()["D"]
-        h = F.dropout(x, self.config.dropout, layer.training) if self.config.dropout > 0 else x
+        h = dropped(x, self.config.dropout, layer.training)
         change = layer.linear(block_sum(h, d.shape[1]), d.mT)
         return (y.unflatten(-1, (-1, d.shape[2])) + change.unsqueeze(-2)).flatten(-2)
 

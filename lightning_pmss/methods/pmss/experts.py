@@ -6,10 +6,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_pmss.layers.expert_stack import GroupedLayer
-from lightning_pmss.layers.products import without_autocast
+from lightning_pmss.layers.products import dropped, without_autocast
 from lightning_pmss.methods.pmss.config import PMSSConfig
 
 
@@ -37,14 +36,13 @@ def grouped_edit(layer: GroupedLayer, x: Tensor, u: Tensor, config: PMSSConfig) 
     """
     groups, weight = layer.groups, layer.weight
     rows, cols = layer.indices["rows"], layer.indices["cols"]
-    dropout = config.dropout if layer.training else 0.0
     thin = weight.shape[1] < weight.shape[2] if config.edit == "auto" else config.edit == "output"
     if thin:
         y = layer.base(x)
         h = groups.take(y, rows)
-        return y + groups.linear(layer.linear(F.dropout(h, dropout) if dropout else h, u), weight, cols, 1)
+        return y + groups.linear(layer.linear(dropped(h, config.dropout, layer.training), u), weight, cols, 1)
     h = groups.linear(x, weight, rows, 0)
-    h = layer.linear(F.dropout(h, dropout) if dropout else h, u)
+    h = layer.linear(dropped(h, config.dropout, layer.training), u)
     return layer.base(groups.put(x.to(h.dtype), h, cols))
 
 

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.layers.convertible import has_own_product
 from lightning_pmss.layers.expert_stack import GroupedLayer
-from lightning_pmss.layers.products import compute_dtype, product, without_autocast
+from lightning_pmss.layers.products import compute_dtype, dropped, product, without_autocast
 from lightning_pmss.layers.quantised import dequantised_slice
 from lightning_pmss.methods.given import Given
 from lightning_pmss.methods.method import Factors, Kind, Method, Shape, Spec, Update, why_misshapen
@@ -285,7 +285,7 @@ class OneSided(Method[PMSSConfig]):
             features = slice_of(layer.weight, rows, 0, layer.transposed, dtype)
         h = F.linear(x.to(dtype), features.detach())  # autograd keeps these rows, and nothing of x
         y = layer.base(x)
-        return y + F.linear(F.dropout(h, dropout) if dropout else h, u).to(y.dtype)
+        return y + F.linear(dropped(h, self.config.dropout, layer.training), u).to(y.dtype)
 
     def why_no_experts(self) -> str | None:
         """See `why_no_expert_options`."""
@@ -295,8 +295,7 @@ class OneSided(Method[PMSSConfig]):
         """The same of all experts: features from each token's own product."""
         y = layer.base(x)
         h = layer.groups.take(y, layer.indices["rows"])
-        dropout = self.config.dropout if layer.training else 0.0
-        return y + layer.linear(F.dropout(h, dropout) if dropout else h, layer.values()["U"])
+        return y + layer.linear(dropped(h, self.config.dropout, layer.training), layer.values()["U"])
 
     def kept_per_token(self, shape: Shape, rank: int) -> int:
         """h ``[r]``."""
