@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import Namespace
 from jsonargparse import set_parsing_settings as _set_parsing_settings
+
+from lightning_pmss.store import read_yaml
 
 PACKAGE = "lightning_pmss"
 
@@ -34,15 +35,7 @@ def check_file(file: Path, known: Sequence[str]) -> None:
     Raises:
         ValueError: With the file, the place in it, and what it should be.
     """
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no text (byte {error.start} is not UTF-8), and so no configuration.") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-        reason = getattr(error, "problem", None) or str(error)
-        raise ValueError(f"{file}{place}: {reason}. It is neither YAML nor JSON as it stands.") from error
+    content = read_yaml(file, "configuration", "It is neither YAML nor JSON as it stands.")
     if not isinstance(content, Mapping):
         what = "is empty" if content is None else f"holds {type(content).__name__} `{str(content)[:40]}`"
         raise ValueError(f"{file} {what}; a configuration holds `key: value` lines with {', '.join(known)}.")

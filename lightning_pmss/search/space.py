@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
-
-from lightning_pmss.store import refuse_unreadable
+from lightning_pmss.store import read_yaml, refuse_unreadable
 
 _FORMS = "{low: 1.0e-4, high: 1.0e-2, log: true}, {low: 4, high: 64, int: true} or {choice: [a, b]}"
 METHOD = "method"
@@ -218,14 +216,7 @@ def read_space(file: str | Path) -> Space:
     if not path.is_file():
         raise FileNotFoundError(f"--space {file}: there is no such file. configs/tune/default.yaml is an example.")
     refuse_unreadable(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text (byte {error.start} is not UTF-8), and so no search space.") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-        raise ValueError(f"{path}{place}: {getattr(error, 'problem', None) or error}. It is not YAML.") from error
+    content = read_yaml(path, "search space", "It is not YAML.")
     return space_of(content, str(path))
 
 

@@ -13,6 +13,7 @@ from .tensors import (
     why_no_index,
 )
 from .unreadable import refuse_unreadable
+from .yaml_text import read_yaml
 
 __all__ = [
     "Record",
@@ -29,6 +30,7 @@ __all__ = [
     "parse_json",
     "read_json",
     "read_tensors",
+    "read_yaml",
     "refuse_odd_type",
     "refuse_unreadable",
     "why_no_index",
