@@ -47,9 +47,11 @@ class ChatModel:
         device = device_of(options.device)
         # An adapter that was trained with added tokens has their tokenizer.
         own = [folder for folder in folders.values() if (Path(folder).expanduser() / "tokenizer_config.json").is_file()]
-        self.tokenizer = load_tokenizer(own[0] if own else options.model)
-        for folder in folders.values():
-            self._refuse_other_words(own[0] if own else options.model, folder if folder in own else options.model)
+        without = [folder for folder in folders.values() if folder not in own]  # trained with the base's tokenizer
+        first, *others = dict.fromkeys([*own, *([options.model] if without or not own else [])])
+        self.tokenizer = load_tokenizer(first)
+        for other in others:
+            self._refuse_other_words(first, other)
         self.form = "no chat template: it continues your text"
         """How it is addressed, in words."""
         self.template = None if options.plain else self._template()
@@ -66,7 +68,7 @@ class ChatModel:
 
     def _refuse_other_words(self, first: str, other: str) -> None:
         """Refuse adapters that one conversation cannot serve: of other tokens, or of other chat templates."""
-        theirs = self.tokenizer if other == first else load_tokenizer(other)
+        theirs = load_tokenizer(other)
         tokens, more = self.tokenizer.get_vocab().items(), theirs.get_vocab().items()
         if not (tokens <= more or more <= tokens):  # added tokens do no harm
             raise ValueError(
