@@ -16,7 +16,7 @@ from experiments.floor import floor_text
 from experiments.gradients import RECORD, gradient_table
 from experiments.pictures import PICTURES
 from experiments.study import Study, read_study
-from experiments.tables import difference_table, final_table, norm_table, sweep_table
+from experiments.tables import difference_table, final_table, noise_table, norm_table, sweep_table
 
 STUDIES = Path(__file__).parent / "studies"
 _MARK = "<!-- study {name}: made by python -m experiments page -->"
@@ -32,6 +32,8 @@ def section(study: Study, records: Mapping[str, Any], pictures: str) -> str:
     ]
     if study.final is not None:
         parts += [final_table(study, records), difference_table(study, records)]
+    if "noise" in study.show:
+        parts.append(noise_table(study, records))
     if "norms" in study.show:
         parts.append(norm_table(study, records))
     if "sweep" in study.show and (rates := sweep_table(study, records)):

@@ -13,7 +13,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from experiments.statistics import by_seed, mean
 from experiments.study import Arm, Records, Study
-from experiments.tables import SCORES
+from experiments.tables import SCORES, noise_rises
 
 matplotlib.use("Agg")
 
@@ -150,14 +150,11 @@ def gradients(study: Study, records: Records, path: Path) -> Path:
 def noise(study: Study, records: Records, path: Path) -> Path:
     """Rise of the test loss under noise on the merged weights, by the size of the noise; means over the seeds."""
     figure, axis = pyplot.subplots(figsize=(7, 4.2))
-    for number, arm in enumerate(study.arms):
-        found = study.finished(arm, "final", records)
-        sizes = sorted({float(k.removeprefix("noise/")) for r in found for k in r["scores"] if k.startswith("noise/")})
-        rises = [mean([r["scores"][f"noise/{s}"] - r["scores"]["test/loss"] for r in found]) for s in sizes]
-        if sizes:
-            half = [0 if math.isnan(rise.half) else rise.half for rise in rises]
-            style = ["o-", "s--", "^:", "d-."][number % 4]
-            axis.errorbar(sizes, [rise.mean for rise in rises], half, fmt=style, capsize=3, label=arm.label, ms=4, lw=1)
+    for number, (label, rises) in enumerate(noise_rises(study, records).items()):
+        half = [0 if math.isnan(rise.half) else rise.half for rise in rises.values()]
+        style = ["o-", "s--", "^:", "d-."][number % 4]
+        means = [rise.mean for rise in rises.values()]
+        axis.errorbar(list(rises), means, half, fmt=style, capsize=3, label=label, ms=4, lw=1)
     axis.set(xscale="log", yscale="log", xlabel="noise, relative to W'", ylabel="rise of the test loss")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)

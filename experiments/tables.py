@@ -61,6 +61,27 @@ def sweep_table(study: Study, records: Records) -> str:
     return table([f"{study.by} by rate", *map(written, rates)], rows) if rows else ""
 
 
+def noise_rises(study: Study, records: Records) -> dict[str, dict[float, Mean]]:
+    """Rise of the test loss by arm and by size of the noise on the merged weights, over the seeds of the final runs."""
+    rises: dict[str, dict[float, Mean]] = {}
+    for arm in study.arms:
+        found = study.finished(arm, "final", records)
+        sizes = sorted({float(k.removeprefix("noise/")) for r in found for k in r["scores"] if k.startswith("noise/")})
+        if sizes:
+            rises[arm.label] = {
+                s: mean([r["scores"][f"noise/{s}"] - r["scores"]["test/loss"] for r in found]) for s in sizes
+            }
+    return rises
+
+
+def noise_table(study: Study, records: Records) -> str:
+    """`noise_rises` as a table."""
+    rises = noise_rises(study, records)
+    sizes = sorted({size for found in rises.values() for size in found})
+    rows = [[label, *(str(found[size]) if size in found else "" for size in sizes)] for label, found in rises.items()]
+    return table(["rise of the test loss under noise", *map(str, sizes)], rows) if rows else ""
+
+
 def norm_table(study: Study, records: Records) -> str:
     """Per arm the norm of the learned update by kind of layer: medians over the blocks and seeds."""
     found = {arm.label: _norms(study.finished(arm, "final", records)) for arm in study.arms}
