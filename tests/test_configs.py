@@ -109,6 +109,14 @@ def check_within(expected: Any, found: Any) -> None:
             check_within(value, found[name])
 
 
+def check_model_kept(recipe: Path, both: Any) -> None:
+    """Whether the numbers of a recipe's model are there behind an overlay."""
+    alone = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    for name, value in alone["model"]["init_args"].items():
+        if not isinstance(value, (dict, str)):
+            assert both.model.init_args[name] == value, name
+
+
 @pytest.mark.parametrize("method", METHODS, ids=_name)
 @pytest.mark.parametrize("recipe", CONFIGS, ids=_name)
 def test_methods_behind_recipes_and_strategies(recipe: Path, method: Path, parser: Any) -> None:
@@ -172,10 +180,7 @@ def test_every_recipe_with_muon(recipe: Path, parser: Any) -> None:
     overlay = FOLDER / "strategy" / "fsdp2.yaml"
     given = ["--config", str(recipe), "--config", str(MUON), "--config", str(overlay)]
     both = parser.parse_args(given)
-    alone = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    for name, value in alone["model"]["init_args"].items():
-        if not isinstance(value, (dict, str)):
-            assert both.model.init_args[name] == value, name
+    check_model_kept(recipe, both)
     made = both.model.init_args.optimizer
     assert (made.class_path, made.init_args.lr, made.init_args.weight_decay) == ("torch.optim.Muon", 1.5e-2, 0.0)
     assert made.init_args.adjust_lr_fn == "match_rms_adamw"
@@ -187,10 +192,7 @@ def test_every_recipe_with_muon(recipe: Path, parser: Any) -> None:
 def test_every_recipe_with_several_passes(recipe: Path, overlay: Path, parser: Any) -> None:
     files = [recipe, overlay, FOLDER / "strategy" / "fsdp2.yaml"]
     both = parser.parse_args([part for file in files for part in ("--config", str(file))])
-    alone = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    for name, value in alone["model"]["init_args"].items():
-        if not isinstance(value, (dict, str)):
-            assert both.model.init_args[name] == value, name
+    check_model_kept(recipe, both)
     check_within(yaml.safe_load(overlay.read_text(encoding="utf-8")), both)
     assert str(overlay.relative_to(FOLDER.parent)) in overlay.read_text(encoding="utf-8")
 

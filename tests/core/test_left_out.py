@@ -10,33 +10,11 @@ import pytest
 import torch
 from torch import nn
 from torchmetrics import Metric
-from transformers import (
-    AutoModelForCausalLM,
-    GptOssConfig,
-    GptOssForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
 from lightning_pmss import PMSSConfig, PMSSLinear, convert
 from lightning_pmss.conversion.convert import adapted_layers
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-}
-EXPERTS: dict[str, Callable[[], nn.Module]] = {
-    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(num_local_experts=4, **SIZES)),
-    "qwen3_moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(num_experts=4, moe_intermediate_size=32, **SIZES)),
-    "gpt_oss": lambda: GptOssForCausalLM(GptOssConfig(num_local_experts=4, **SIZES)),
-}
+from tests.experts.toys import MIXTURES
 
 
 def frozen_matrices(model: nn.Module) -> set[str]:
@@ -49,9 +27,9 @@ def accounted_for(model: nn.Module, left_out: dict[str, str]) -> set[str]:
     return {n for n in frozen_matrices(model) if n in left_out or n.rpartition(".")[0] in left_out}
 
 
-@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_fused_experts_that_nobody_asked_for_are_listed_with_their_share_and_warned_about(name: str) -> None:
-    model = EXPERTS[name]()
+    model = MIXTURES[name]()
     experts = sum(p.numel() for n, p in model.named_parameters() if "experts." in n and p.dim() == 3)
     message = r"belong to no linear layer.*`model\.layers\.\*\.mlp\.experts\.gate_up_proj`.*target_parameters"
     with pytest.warns(UserWarning, match=message):
@@ -66,7 +44,7 @@ def test_fused_experts_that_nobody_asked_for_are_listed_with_their_share_and_war
 
 @pytest.mark.parametrize("pattern", [["experts.gate_up_proj"], ["q_proj", "gate_up_proj"], r".*\.gate_up_proj"])
 def test_a_parameter_that_is_named_is_answered_as_one(pattern: Any) -> None:
-    model = EXPERTS["mixtral"]()
+    model = MIXTURES["mixtral"](intermediate_size=64)
     with pytest.raises(
         ValueError,
         match=r"is no module but a parameter \[4, 128, 32\] of the MixtralExperts `model\.layers\.0\.mlp\.experts`.*"

@@ -9,7 +9,7 @@ import pytest
 
 from tests.distributed import windows
 from tests.distributed.launch import launch, ranks, require
-from tests.distributed.test_windows import adapter
+from tests.distributed.test_windows import check_adapter, large_batches
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -21,13 +21,9 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def whole(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of the runs with large batches."""
-    parent = tmp_path_factory.mktemp("whole")
-    for name, options in RUNS.items():
-        (parent / name).mkdir()
-        windows.run({"folder": str(parent / name), "model": tiny_llama, **options})
-    return parent
+    return large_batches(RUNS, tiny_llama, tmp_path_factory.mktemp("whole"))
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "fsdp2"])
@@ -43,10 +39,7 @@ def test_equals_large_batches(whole: Path, tmp_path: Path, strategy: str, tiny_l
     launch("tests.distributed.windows", [*tasks, again | common])
     for name in (*RUNS, "again"):
         same = "bsam" if name == "again" else name
-        expected, found = adapter(whole / same), adapter(tmp_path / name)
-        assert expected.keys() == found.keys()
-        for key, value in expected.items():
-            assert float((found[key] - value).norm()) <= 1e-4 * float(value.norm()), (name, key)
+        check_adapter(tmp_path / name, whole / same)
         assert [record["steps"] for record in ranks(tmp_path / name)] == [6, 6]
         points = windows.json.loads((whole / same / "rank0.json").read_text())["curve"]
         assert ranks(tmp_path / name)[0]["curve"] == [[step, pytest.approx(loss, rel=1e-5)] for step, loss in points]

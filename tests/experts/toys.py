@@ -36,14 +36,14 @@ _DEEPSEEK: dict[str, Any] = {
 }  # fmt: skip
 RANDOM = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias", "gate.weight", "router.weight")
 MIXTURES: dict[str, Callable[..., nn.Module]] = {
-    "mixtral": lambda **more: MixtralForCausalLM(MixtralConfig(num_local_experts=4, **SIZES, **more)),
+    "mixtral": lambda **more: MixtralForCausalLM(MixtralConfig(**{"num_local_experts": 4} | SIZES | more)),
     "qwen3_moe": lambda **more: Qwen3MoeForCausalLM(
         Qwen3MoeConfig(**{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24} | SIZES | more)
     ),
     "gpt_oss": lambda **more: GptOssForCausalLM(
         GptOssConfig(**{"num_local_experts": 4, "num_experts_per_tok": 2} | SIZES | more)
     ),
-    "deepseek": lambda **more: DeepseekV3ForCausalLM(DeepseekV3Config(**SIZES | _DEEPSEEK, **more)),
+    "deepseek": lambda **more: DeepseekV3ForCausalLM(DeepseekV3Config(**SIZES | _DEEPSEEK | more)),
 }
 
 
@@ -54,9 +54,7 @@ def mixture(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **opti
     model = MIXTURES[name](**options)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if key.endswith(
-                ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias", "gate.weight", "router.weight")
-            ):
+            if key.endswith(RANDOM):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     return model.to(dtype)
 
