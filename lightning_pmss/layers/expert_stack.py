@@ -51,6 +51,11 @@ class ExpertStack(IndexTensors):
         self.core = Adapter(method.stacked_values, {name: t.to(dtype) for name, t in start.items()}, frozen, device)
         self.seen: Tensor | None = None
 
+    @property
+    def experts(self) -> int:
+        """Number of experts."""
+        return len(next(iter(self.core.trained().values())))
+
     def index_sizes(self) -> dict[str, int]:
         specs = self.method.specs(self.shape, self.rank)
         return {name: specs[name].below for name in self.index_names}
@@ -183,6 +188,11 @@ class StackSlice(Adapter):
             for name, own in self.frozen().items():
                 if name in tensors:
                     fill(own, tensors[name].reshape(own.shape))
+
+    def reshape(self, tensors: Mapping[str, Tensor]) -> None:
+        """See `Adapter`; of all experts at once, so the first of them reshapes the stack and each has its values copied."""
+        many = {name: tensors[name].expand(self.stack.experts, *tensors[name].shape) for name in self.trained()}
+        self.stack.core.reshape(many)
 
     def parameters(self, recurse: bool = True) -> Any:
         """The stack's trained parameters, of all experts."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -87,6 +87,11 @@ class LoRAUpdate(Update):
     @classmethod
     def weighted(cls, updates: Sequence[tuple[float, LoRAUpdate]]) -> LoRAUpdate:
         return cls(torch.cat([u.A for _, u in updates]), torch.cat([weight * u.B for weight, u in updates], 1))
+
+    def trimmed(self) -> Self:
+        used = self.A.ne(0).any(1) & self.B.ne(0).any(0)  # the others fill a layer of a larger rank up
+        used[0] |= not bool(used.any())  # never trained: one row stands for it
+        return type(self)(self.A[used], self.B[:, used])
 
     def factors(self, weight: Tensor, dtype: torch.dtype) -> Factors | None:
         return Factors(self.A.to(dtype), self.B.to(dtype))

@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from lightning_pmss.files.adapter_file import AdapterFile, AdapterModule, read_adapter, write_adapter
 from lightning_pmss.files.lora_source import Source, file_source, refuse_fresh_layers, thin
 from lightning_pmss.files.model_folder import refuse_overlap
+from lightning_pmss.files.peft_experts import experts_of
+from lightning_pmss.layers.expert_layer import is_expert_name
 from lightning_pmss.messages import some
+from lightning_pmss.methods import method_of
 from lightning_pmss.methods.lora import LoRAConfig, LoRAUpdate
 from lightning_pmss.methods.method import Factors
 from lightning_pmss.named.rules import ANY_UPDATE, Rule
@@ -130,13 +134,18 @@ def combine_files(
     with open_shards(base) as reader:
         sources = [file_source(file, reader) for file in files]
         modules, measured = _combine(chosen, files, sources, factors, progress)
+    modules = _filled(modules)
     ranks = {name: module.update.rank for name, module in modules.items()}
     usual = max(ranks.values())
     first = files[0]
+    fused = experts_of(ranks)
+    of_all = {name: ranks[group[0]] for name, group in fused.items()}
+    alone = {name: r for name, r in ranks.items() if not is_expert_name(name)}
     options = LoRAConfig(
-        target_modules=list(ranks),
+        target_modules=list(alone),
+        target_parameters=list(fused),
         rank=usual,
-        rank_pattern={name: r for name, r in ranks.items() if r != usual},
+        rank_pattern={name: r for name, r in (alone | of_all).items() if r != usual},
         alpha=float(usual),
     )
     combined = AdapterFile(
@@ -210,6 +219,26 @@ def _combine(
         for i, (_, part) in zip(owners, parts, strict=True):
             measured[i][name] = (_inner(part, part), _inner(part, total), whole)
     return modules, measured
+
+
+def _filled(modules: Mapping[str, AdapterModule]) -> dict[str, AdapterModule]:
+    """The same, filled up where a rule left nothing (rank 0), and where experts of one parameter got several ranks.
+
+    What is filled in is LoRA's own start, which changes nothing and can be trained: rows of A, and zeros of B.
+    """
+    wanted = {name: max(1, module.update.rank) for name, module in modules.items()}
+    for group in experts_of(modules).values():
+        wanted |= dict.fromkeys(group, max(wanted[name] for name in group))
+    return {name: _of_rank(module, wanted[name], name) for name, module in modules.items()}
+
+
+def _of_rank(module: AdapterModule, rank: int, name: str) -> AdapterModule:
+    update = module.update
+    assert isinstance(update, LoRAUpdate)
+    if update.rank == rank:
+        return module
+    rows = method_of(LoRAConfig()).start(module.shape, rank, name)["A"][update.rank :]
+    return replace(module, update=LoRAUpdate(torch.cat([update.A, rows]), F.pad(update.B, (0, len(rows)))))
 
 
 def _inner(one: Factors, two: Factors) -> float:

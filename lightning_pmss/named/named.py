@@ -23,7 +23,7 @@ from lightning_pmss.files.adapter_file import AdapterFile, read_adapter
 from lightning_pmss.files.fresh import check_fresh, live_tensors
 from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.layers.convertible import canonical_shape, is_transposed
-from lightning_pmss.layers.expert_layer import holder, refuse_experts
+from lightning_pmss.layers.expert_layer import holder, is_expert_name, parameter_name
 from lightning_pmss.layers.guard import refuse_disabled
 from lightning_pmss.layers.quantised import whole_weight
 from lightning_pmss.messages import some
@@ -91,11 +91,6 @@ def load_adapters(
         check_base(adapter, modules, type(model).__name__)
         check_also_train(adapter, tensors_of(list(found[name].also_train), modules), model)
     _refuse_other_weights(read)
-    refuse_experts(
-        {name: modules[name] for adapter in read.values() for name in adapter.modules},
-        "several adapters on one base are not there for",
-        "load one adapter, with load_adapter",
-    )
     sizes: dict[str, int] = {}
     for adapter in read.values():
         for name, stored in adapter.modules.items():
@@ -294,13 +289,15 @@ def _refuse_other_weights(read: Mapping[str, AdapterFile]) -> None:
 
 def _config(first: AdapterConfig, sizes: Mapping[str, int], also_train: list[str]) -> AdapterConfig:
     """Restrict the first adapter's options to exactly these layers and ranks."""
+    named = {parameter_name(name) if is_expert_name(name) else name: size for name, size in sizes.items()}
+    alone = [name for name in sizes if not is_expert_name(name)]
     return replace(
         method_of(first).for_several(),
-        target_modules="|".join(_exactly(name) for name in sizes),
+        target_modules="|".join(_exactly(name) for name in alone) if alone else (),
         exclude_modules=(),
-        target_parameters=(),
+        target_parameters="|".join(_exactly(name) for name in named if name not in sizes),
         rank=max(sizes.values()),
-        rank_pattern={_exactly(name): size for name, size in sizes.items()},
+        rank_pattern={_exactly(name): size for name, size in named.items()},
         also_train="|".join(_exactly(name) for name in also_train) if also_train else (),
     )
 

@@ -16,7 +16,7 @@ from lightning_pmss import LoRAConfig, PMSSConfig, convert, load_adapter
 from lightning_pmss.callbacks import FlatLoRA
 from lightning_pmss.checkpoints.extract import extract_files
 from lightning_pmss.conversion.convert import adapted_layers
-from lightning_pmss.named import disable_adapter, load_adapters
+from lightning_pmss.named import disable_adapter
 from tests import forks
 from tests.experts.toys import MIXTURES, mixture, tokens, train
 from tests.experts.training import Mixture, batches, fit
@@ -159,8 +159,6 @@ def test_averages_and_disabling(tmp_path: Path) -> None:
     again = mixture("mixtral")
     load_adapter(again, tmp_path / "out" / "adapter")
     torch.testing.assert_close(again(tokens()).logits, trained, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match=r"several adapters on one base are not there for fused experts.*load_adapter"):
-        load_adapters(mixture("mixtral"), {"a": tmp_path / "out" / "adapter"})
 
 
 class WithMuon(Mixture):
