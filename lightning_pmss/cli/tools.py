@@ -114,7 +114,12 @@ def _compare(args: Sequence[str]) -> None:
 
 def _export(args: Sequence[str]) -> None:
     parser = _parser("export")
-    parser.add_argument("--format", required=True, help="peft: a folder that peft loads onto the base")
+    parser.add_argument(
+        "--format",
+        required=True,
+        help="peft: a folder that peft loads onto the base. vllm: a LoRA, of fused experts with the names that vLLM has for"
+        " single ones",
+    )
     parser.add_argument(
         "--as",
         dest="native",

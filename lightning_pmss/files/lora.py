@@ -24,12 +24,13 @@ from lightning_pmss.files.model_folder import refuse_overlap
 from lightning_pmss.files.naming import parse_dtype
 from lightning_pmss.files.peft_folder import PREFIX
 from lightning_pmss.files.peft_form import Chosen, LoraForm, PeftForm, choose_form
+from lightning_pmss.files.vllm_form import VllmForm
 from lightning_pmss.store import not_finite
 from lightning_pmss.store.atomic import atomic_folder, check_target
 from lightning_pmss.store.kinds import LORA
 from lightning_pmss.store.shards import ShardWriter, TensorInfo, few, open_shards
 
-FORMATS = ("peft",)
+FORMATS = ("peft", "vllm")
 
 
 @torch.no_grad()
@@ -122,7 +123,7 @@ def export_files(
         base: Folder of the base's safetensors; only the adapter's layers are read.
         adapter: Folder written by `save_adapter`.
         output: Folder to write, see `export_lora`.
-        format: ``"peft"``.
+        format: ``"peft"``, or ``"vllm"``: a LoRA, in which each expert's gate, up and down have names of their own.
         native: See `export_peft`.
         rank: See `export_lora`.
         dtype: See `export_lora`.
@@ -138,6 +139,8 @@ def export_files(
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is not known; choose {' or '.join(FORMATS)}.")
+    if format == "vllm" and native:
+        raise ValueError("vLLM reads LoRA only: leave --as native out, or type --format peft.")
     base, adapter, output = (Path(path).expanduser() for path in (base, adapter, output))
     refuse_overlap(output, {"base": base, "adapter": adapter})
     target = _checked(output, rank, overwrite)
@@ -145,7 +148,8 @@ def export_files(
     wanted = parse_dtype(dtype, "float32")
     with open_shards(base) as reader:
         refuse_fresh_layers(trained.fresh, trained.modules)
-        chosen = choose_form(file_source(trained, reader), native, rank)
+        source = file_source(trained, reader)
+        chosen = choose_form(source, native, rank) if format == "peft" else Chosen(VllmForm(source, rank))
         return _write(chosen, target, wanted, overwrite, progress, announce)
 
 
@@ -163,7 +167,7 @@ def _write(
     dtype = dtype or (torch.float64 if source.double else torch.float32)
     extra = _with_tied(source)
     config = peft_config(
-        [name for name in ranks if name in source.layers],
+        form.modules(),
         form.fields(ranks),
         modules=source.modules,
         modules_to_save=_owners(extra),
@@ -184,7 +188,7 @@ def _write(
         about=source.options.card(),
         layers=[
             ExportedLayer(name, layer.shape, layer.rank if cut else ranks[name], ranks[name])
-            for name, layer in ((name, source.layers[form.one(name)]) for name in form.names())
+            for name, layer in ((name, form.layer(name)) for name in form.names())
         ],
         modules_to_save=config["modules_to_save"] or [],
         dtype=str(dtype).removeprefix("torch."),
@@ -193,7 +197,8 @@ def _write(
         revision=source.revision,
         model_class=source.model_class,
         form=form.name,
-        served=form.served and len(form.names()) == len(source.layers),  # a server has other names for experts
+        served=form.served,
+        for_peft=form.for_peft,
         instead=chosen.instead,
     )
     form.part(form.names()[0])  # refuses another base before anything is announced or written

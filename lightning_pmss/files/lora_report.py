@@ -56,6 +56,7 @@ class LoraReport:
         errors: For each layer that was cut, the share of its update's Frobenius norm that is lost.
         form: Name of the adapter type.
         served: Whether vLLM reads this type.
+        for_peft: Whether peft reads it.
         instead: Why it is a LoRA although peft has a type of its own; None where it is that type, or was asked for.
     """
 
@@ -72,6 +73,7 @@ class LoraReport:
     errors: dict[str, float] = field(default_factory=dict)
     form: str = "LoRA"
     served: bool = True
+    for_peft: bool = True
     instead: str | None = None
 
     @property
@@ -101,6 +103,8 @@ class LoraReport:
 
     def vllm(self) -> str:
         """Return the option that vLLM needs, or the reason why vLLM cannot serve the adapter."""
+        if not self.served and self.form == "LoRA":
+            return "vLLM has names of its own for the experts of most models: export with --format vllm, or merge."
         if not self.served:
             return f"vLLM reads LoRA only, and no {self.form}: export with --as lora, or merge."
         if self.modules_to_save:
@@ -168,12 +172,16 @@ def _card(report: LoraReport) -> list[str]:
         else "Cut to a smaller rank by singular values; share of each update's norm that is lost: largest "
         f"{max(report.errors.values()):.3g}, smallest {min(report.errors.values()):.3g} ({REPORT_FILE} has every layer's)."
     )
+    peft = ["## Load with peft", "", "```python", "from peft import PeftModel", *load]
+    peft += ['model = PeftModel.from_pretrained(base, "THIS_FOLDER")', "```", ""]
     serve = [report.vllm()]
     if not report.modules_to_save and report.max_lora_rank is not None:
         flags = f"--enable-lora --max-lora-rank {report.max_lora_rank} --lora-modules NAME=THIS_FOLDER"
         serve = ["```bash", f"vllm serve {base} {flags}", "```"]
     return [
-        f"# LoRA form of a {report.method} adapter" if report.served else f"# {report.form} adapter of peft's own type",
+        f"# LoRA form of a {report.method} adapter"
+        if report.form == "LoRA"
+        else f"# {report.form} adapter of peft's own type",
         "",
         f"Trained with lightning-pmss and exported to {report.form}. Before the export: {report.about}",
         f"Base: {base}{f', revision {report.revision}' if report.revision else ''}. It is used as it is, unmerged.",
@@ -183,14 +191,7 @@ def _card(report: LoraReport) -> list[str]:
         f"{_size(report.bytes)}; {ranks}.",
         *([f"Trained in full: {', '.join(report.modules_to_save)}."] if report.modules_to_save else []),
         "",
-        "## Load with peft",
-        "",
-        "```python",
-        "from peft import PeftModel",
-        *load,
-        'model = PeftModel.from_pretrained(base, "THIS_FOLDER")',
-        "```",
-        "",
+        *(peft if report.for_peft else []),
         "## Serve with vLLM",
         "",
         *serve,

@@ -59,6 +59,9 @@ class Source:
         base_model: Id or path of the base.
         revision: Commit of the base.
         model_class: Dotted path of the model's class, if it is known.
+        apart: Function from the name of an expert's layer to the shapes of the matrices that the base's files have in its
+            place, in the order of its rows, by the names of modules; none of a parameter that the model does not have. None:
+            the files keep all experts in one tensor, or are not at hand.
     """
 
     options: AdapterConfig
@@ -72,6 +75,7 @@ class Source:
     base_model: str | None
     revision: str | None
     model_class: str | None
+    apart: Callable[[str], Mapping[str, tuple[int, int]] | None] = lambda name: None
 
 
 def model_source(model: nn.Module) -> Source:
@@ -155,7 +159,21 @@ def file_source(adapter: AdapterFile, reader: ShardReader) -> Source:
         base_model=adapter.base_model,
         revision=adapter.revision,
         model_class=adapter.model_class,
+        apart=lambda name: _apart(name, reader, rename),
     )
+
+
+def _apart(name: str, reader: ShardReader, rename: Callable[[str], str]) -> dict[str, tuple[int, int]] | None:
+    stored = rename(name)
+    found = reader.experts.get(f"{stored}.weight")
+    if found is None:
+        return {}
+    if found.index is not None:
+        return None
+    more = stored.removesuffix(name) if stored.endswith(name) else ""  # a prefix that only one side has
+    less = name.removesuffix(stored) if name.endswith(stored) else ""
+    keys = [(key, less + key.removesuffix(".weight").removeprefix(more)) for key in found.parts]
+    return {own: (reader.tensors[key].shape[0], reader.tensors[key].shape[1]) for key, own in keys}
 
 
 def refuse_fresh_layers(fresh: Iterable[str], layers: Iterable[str]) -> None:

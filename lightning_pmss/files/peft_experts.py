@@ -18,16 +18,21 @@ def experts_of(names: Iterable[str]) -> dict[str, list[str]]:
     return {name: sorted(group, key=lambda layer: int(layer.rpartition(".")[2])) for name, group in found.items()}
 
 
+def confused_layer(names: Iterable[str]) -> str | None:
+    """A linear layer beside fused experts whose name peft takes for experts; None where there is none."""
+    known = list(names)
+    if not experts_of(known):
+        return None
+    return next((n for n in known if not is_expert_name(n) and n.rpartition(".")[2] in _TAKEN), None)
+
+
 def refuse_confused_experts(names: Iterable[str]) -> None:
     """Refuse an adapter of experts that has also linear layers whose names peft takes for experts.
 
     Raises:
         ValueError: Names such a layer.
     """
-    known = list(names)
-    if not experts_of(known):
-        return
-    if taken := next((n for n in known if not is_expert_name(n) and n.rpartition(".")[2] in _TAKEN), None):
+    if taken := confused_layer(names):
         raise ValueError(
             f"{taken} is a linear layer beside fused experts, and peft takes modules of this name for experts, so it loads"
             " another model. Merge instead: `python -m lightning_pmss merge`; or train without such layers:"

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_pmss.files.lora_config import lora_fields
-from lightning_pmss.files.lora_source import Source, no_thin_factors, thin
+from lightning_pmss.files.lora_source import Layer, Source, no_thin_factors, thin
 from lightning_pmss.files.peft_experts import experts_of, refuse_confused_experts
 from lightning_pmss.layers.expert_layer import FUSED, is_expert_name
 from lightning_pmss.methods.bat import BATUpdate
@@ -49,11 +49,18 @@ class PeftForm(ABC):
     name: ClassVar[str]
     """As people write it."""
 
-    served: ClassVar[bool] = False
-    """Whether vLLM reads it."""
-
     def __init__(self, source: Source) -> None:
         self.source = source
+
+    @property
+    def served(self) -> bool:
+        """Whether vLLM reads it."""
+        return False
+
+    @property
+    def for_peft(self) -> bool:
+        """Whether peft reads it."""
+        return True
 
     @classmethod
     def why_not(cls, source: Source) -> str | None:
@@ -68,9 +75,13 @@ class PeftForm(ABC):
         """The name of the module that peft gives the tensors to."""
         return name
 
-    def one(self, name: str) -> str:
-        """A layer that has the shape and the rank."""
-        return name
+    def modules(self) -> list[str]:
+        """Names of the modules that get tensors, for the config."""
+        return [name for name in self.names() if name in self.source.layers]
+
+    def layer(self, name: str) -> Layer:
+        """The shape and the rank before a cut."""
+        return self.source.layers[name]
 
     @abstractmethod
     def rank(self, name: str) -> int:
@@ -102,12 +113,15 @@ class LoraForm(PeftForm):
     """
 
     name = "LoRA"
-    served = True
 
     def __init__(self, source: Source, cut: int | None = None) -> None:
         super().__init__(source)
         self.cut = cut
         self.experts = experts_of(source.layers)
+
+    @property
+    def served(self) -> bool:
+        return not self.experts
 
     def names(self) -> list[str]:
         inside = {layer for group in self.experts.values() for layer in group}
@@ -121,15 +135,15 @@ class LoraForm(PeftForm):
         later = FUSED[FUSED.index(key) + 1 :]
         return owner + ".base_layer" * sum(f"{owner}.{other}" in self.experts for other in later)
 
-    def one(self, name: str) -> str:
-        return self.experts[name][0] if name in self.experts else name
+    def layer(self, name: str) -> Layer:
+        return self.source.layers[self.experts[name][0] if name in self.experts else name]
 
     def rank(self, name: str) -> int:
         full = max(self.source.layers[layer].rank for layer in self.experts.get(name, [name]))
         return min(full, self.cut or full)
 
     def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
-        (out, inp), rank = self.source.layers[self.one(name)].shape, self.rank(name)
+        (out, inp), rank = self.layer(name).shape, self.rank(name)
         many = len(self.experts.get(name, [name]))
         return {"lora_A.weight": (many * rank, inp), "lora_B.weight": (out, many * rank)}
 
