@@ -173,9 +173,9 @@ def merged_state(
             for key in [k for k in state if k.startswith(start) and layer.adapter_key(k.removeprefix(start))]:
                 del state[key]
             weight = state[f"{start}weight"]
-            canonical = weight.T if layer.transposed else weight
+            canonical = layer.layout.canonical(weight)
             value, drift[name] = merge_update(canonical, updates[name].to("cpu"), canonical.dtype, name)
-            state[f"{start}weight"] = value.T.contiguous() if layer.transposed else value
+            state[f"{start}weight"] = layer.layout.stored(value, tuple(weight.shape))
     return state, drift
 
 

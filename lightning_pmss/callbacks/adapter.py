@@ -51,7 +51,7 @@ from lightning_pmss.checkpoints.restoring import announce
 from lightning_pmss.conversion.convert import adapted_layers, convert
 from lightning_pmss.conversion.converted import is_converted
 from lightning_pmss.conversion.report import ConversionReport
-from lightning_pmss.distributed.sharding import Engine, prepare_strategy, refuse_experts, refuse_quantised
+from lightning_pmss.distributed.sharding import Engine, prepare_strategy, refuse_quantised, refuse_untried
 from lightning_pmss.layers.parts import is_sharded
 from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.modules.resuming import count_epoch, restore_loaders, warn_about_loaders
@@ -157,7 +157,7 @@ class AdapterCallback(L.Callback):
                 agree_on_weights(trainer, pl_module, self._engine)
             low = torch.float16 if str(trainer.precision).startswith("16") else None
             self.report = convert(pl_module, self.config, compute_dtype=low)
-            refuse_experts(self._engine, pl_module)
+            refuse_untried(self._engine, pl_module)
             if everywhere:
                 agree_on_indices(trainer, pl_module)
             if self._engine != "plain":

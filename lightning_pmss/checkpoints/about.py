@@ -76,7 +76,7 @@ def describe(
         name: {
             "key": names[id(layer)],
             "shape": list(canonical_shape(layer)),
-            "layout": "conv1d" if layer.transposed else "linear",
+            "layout": str(layer.layout),
             "frame_dtype": None if layer.derived_dtype is None else str(layer.derived_dtype).removeprefix("torch."),
             "fingerprint": dict(layer.fingerprint or fingerprint(*layer.reads())) or None,
             "rank": layer.rank,

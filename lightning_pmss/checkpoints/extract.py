@@ -28,6 +28,7 @@ from lightning_pmss.files.model_folder import FileMergeReport, refuse_overlap
 from lightning_pmss.files.naming import Wording, match_names, refuse_misfits
 from lightning_pmss.layers.experts import without_stacks
 from lightning_pmss.layers.fingerprint import same_base
+from lightning_pmss.layers.layout import Layout
 from lightning_pmss.layers.parts import clean_name
 from lightning_pmss.layers.products import core_dtype
 from lightning_pmss.methods import method_of
@@ -189,9 +190,10 @@ def _module(
     layer: FoundLayer, stored: Tensor, state: Mapping[str, Tensor], options: AdapterConfig, name: str, where: str
 ) -> AdapterModule | None:
     """One layer of the adapter; None if it was trained on another weight than the base's."""
-    layouts, method = ("linear", "conv1d") if layer.layout is None else (layer.layout,), method_of(options)
+    layouts = (Layout.LINEAR, Layout.CONV1D) if layer.layout is None else (layer.layout,)
+    method = method_of(options)
     for number, layout in enumerate(layouts):
-        weight = stored.T if layout == "conv1d" else stored
+        weight = layout.canonical(stored)
         shape = (weight.shape[0], weight.shape[1])
         try:
             found = check_layer(state, shape, method, layer.key, where, layer.rank)
@@ -219,8 +221,8 @@ def _names(found: Found, reader: ShardReader, base: Path, ckpt: Path) -> Callabl
             f"{ckpt} was trained on quantised weights ({few(found.quantisation)}), not on those on disk. Load it in"
             " Python: MODULE.load_from_checkpoint(CKPT), then save_adapter(module, ADAPTER_DIR)."
         )
-    stored: dict[str, tuple[int, ...] | None] = {
-        name: layer.shape[::-1] if layer.layout == "conv1d" and layer.shape else layer.shape
+    stored = {
+        name: None if layer.shape is None else (layer.shape, layer.layout or Layout.LINEAR)
         for name, layer in found.layers.items()
         if f"{name}.weight" not in found.fresh
     }

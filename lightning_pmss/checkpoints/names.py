@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_pmss.checkpoints.reading import DAMAGED
 from lightning_pmss.checkpoints.record import CheckpointRecord, FreshRecord
 from lightning_pmss.layers.adapted import trained_key
+from lightning_pmss.layers.layout import Layout
 from lightning_pmss.messages import some
 from lightning_pmss.methods import method_of
 from lightning_pmss.methods.config import AdapterConfig
@@ -27,7 +28,7 @@ class FoundLayer:
         key: Key of the layer in the state dict.
         fingerprint: Fingerprint of the parts of W that the update reads.
         shape: (out, in) of W.
-        layout: ``"linear"`` or ``"conv1d"``.
+        layout: How the base stores W; None where the checkpoint does not say.
         frame_dtype: Dtype of W when frozen tensors were derived from it; None: that of the base's file.
         rank: Rank; None: the number of indices.
     """
@@ -35,7 +36,7 @@ class FoundLayer:
     key: str
     fingerprint: dict[str, str]
     shape: tuple[int, int] | None = None
-    layout: str | None = None
+    layout: Layout | None = None
     frame_dtype: str | None = None
     rank: int | None = None
 

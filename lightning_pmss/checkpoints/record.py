@@ -16,6 +16,7 @@ from lightning_pmss.checkpoints.reading import DAMAGED
 from lightning_pmss.layers.adapted import trained_key
 from lightning_pmss.layers.convertible import FLOATS
 from lightning_pmss.layers.fingerprint import FingerprintRecord
+from lightning_pmss.layers.layout import Layout
 from lightning_pmss.messages import one_line, some
 from lightning_pmss.methods import METHODS
 from lightning_pmss.methods.config import AdapterConfig
@@ -33,7 +34,7 @@ class LayerRecord(Record):
     Attributes:
         key: Key of the layer in the state dict, without the last dot; "" if it is the LightningModule itself.
         shape: (out, in) of W.
-        layout: ``"linear"``: the base stores W; ``"conv1d"``: it stores W transposed.
+        layout: How the base stores W.
         frame_dtype: Dtype of W when frozen tensors were derived from it; None: they were read from a skeleton file.
         fingerprint: Fingerprint of the parts of W that the update reads; None if it reads nothing.
         rank: Rank of the layer; None in earlier files, where it is the number of rows.
@@ -41,7 +42,7 @@ class LayerRecord(Record):
 
     key: str
     shape: Annotated[list[Size], Field(min_length=2, max_length=2)]
-    layout: Literal["linear", "conv1d"]
+    layout: Annotated[Layout, Field(strict=False)]
     frame_dtype: Literal["float64", "float32", "bfloat16", "float16"] | None
     fingerprint: FingerprintRecord | None
     rank: Size | None = None

@@ -33,11 +33,11 @@ from lightning_pmss.conversion.targets import (
     match_modules,
     named_targets,
     ranks_of,
-    refuse_unconvertible,
 )
+from lightning_pmss.conversion.unconvertible import refuse_unconvertible
 from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.layers.adapter import FrozenTensors
-from lightning_pmss.layers.convertible import canonical_shape, is_transposed
+from lightning_pmss.layers.convertible import canonical_shape, kept_shape, layout_of
 from lightning_pmss.layers.expert_layer import ExpertLinear
 from lightning_pmss.layers.experts import adopt_experts
 from lightning_pmss.layers.fingerprint import same_base
@@ -209,7 +209,7 @@ def _plan(
         if given is not None:
             _check_given(known, method, shape, rank, name, given.source)
         with whole_weight(layer) if not layer.weight.is_meta else nullcontext() as weight:  # type: ignore[union-attr]
-            weight = weight.T if weight is not None and is_transposed(layer) else weight
+            weight = None if weight is None else layout_of(layer).canonical(weight)
             own = dict(known.tensors) if weight is None else {n: t.to(weight.device) for n, t in known.tensors.items()}
             proven = weight is None or known.fingerprint is None
             if not proven and not same_base(known.fingerprint or {}, *method.update_class.reads(weight, own)):  # type: ignore[arg-type]
@@ -256,7 +256,7 @@ def _report(layer: nn.Module, requested: int, plan: _Plan) -> LayerReport:
         rank=layer.rank,
         requested_rank=requested,
         trainable=sum(whole_size(t) for t in layer.core.trained().values()),
-        kept_bytes_per_token=layer.method.kept_per_token(plan.shape, layer.rank) * value_dtype(layer).itemsize,
+        kept_bytes_per_token=layer.method.kept_per_token(kept_shape(layer), layer.rank) * value_dtype(layer).itemsize,
         file_bytes=file_bytes(layer.method, plan.shape, layer.rank, core_dtype(layer.weight.dtype)),
         edit=getattr(layer, "edit", ""),
         **plan.figures,

@@ -11,6 +11,7 @@ from torch import nn
 from lightning_pmss.conversion.expression import Expression
 from lightning_pmss.layers.convertible import is_linear
 from lightning_pmss.layers.expert_layer import ExpertLinear, is_fused_experts, parameter_name, projections
+from lightning_pmss.layers.operators import operator_of
 from lightning_pmss.layers.parts import whole_shape
 from lightning_pmss.messages import some
 from lightning_pmss.methods.given import Given
@@ -91,6 +92,8 @@ def _refuse(
         of = f"{what} is a parameter {shape} of the {kind}" + (f" `{owner}`" if owner else "")
         if is_linear(module):
             raise ValueError(f"{of}, a linear layer. Name that in target_modules: type {owner!r}.")
+        if operator_of(module) is not None:
+            raise ValueError(f"{of}, which is converted as a layer. Name that in target_modules: type {owner!r}.")
         if len(shape) < 2:
             raise ValueError(f"{of}. An update changes a matrix; this has {len(shape)} dimension(s), so take it out.")
         raise ValueError(

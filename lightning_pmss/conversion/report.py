@@ -123,9 +123,11 @@ class ConversionReport:
         )
         fused = sorted({name.rpartition(".")[2] for name in self.unowned if self.left_out[name] == UNNAMED})
         experts = f" To convert the experts, type target_parameters={fused}." if fused else ""
+        named = any(self.left_out[n] == "embedding" or " of Conv" in self.left_out[n] for n in self.unowned)
+        others = " To convert convolutions and embeddings, name them in target_modules." if named else ""
         return (
             f"{total:.0%} of the model's parameters belong to no linear layer, so they are not converted and stay frozen. The"
-            f" biggest: {listed}. To train such weights in full, name their module in also_train.{experts}"
+            f" biggest: {listed}. To train such weights in full, name their module in also_train.{experts}{others}"
         )
 
     def to_dict(self) -> dict[str, Any]:

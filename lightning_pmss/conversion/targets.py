@@ -7,16 +7,14 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_pmss.conversion.experts import (
     ends_in,
     experts_by_parameter,
     match_parameters,
     parameter_names,
-    refuse_experts,
     refuse_mixed_ranks,
     without_experts,
 )
@@ -32,15 +30,13 @@ from lightning_pmss.conversion.left_out import (
     resting,
 )
 from lightning_pmss.conversion.roots import adapted_root, below, canonical_owners
-from lightning_pmss.layers.convertible import is_linear, is_supported, why_no_own_weight
+from lightning_pmss.layers.convertible import is_known, is_linear, is_supported, why_no_own_weight
 from lightning_pmss.layers.expert_layer import holder, is_fused_experts, parameter_name
-from lightning_pmss.layers.parts import clean_name, is_dtensor, whole_shape
+from lightning_pmss.layers.operators import CONVERTED, why_not_applied
+from lightning_pmss.layers.parts import clean_name, whole_shape
 from lightning_pmss.layers.quantised import why_unusable
-from lightning_pmss.layers.shared_memory import is_expanded, shares_memory
 from lightning_pmss.messages import some
 from lightning_pmss.methods.config import AdapterConfig
-from lightning_pmss.methods.given import Given
-from lightning_pmss.methods.method import Method
 
 
 @dataclass(frozen=True)
@@ -113,7 +109,11 @@ def find_targets(
             reasons[label] = away[id(holder(modules[name]))]
         elif name in heads:
             reasons[name] = heads[name]
-        elif not named and name in real and (reason := why_no_own_weight(modules[name])):
+        elif (
+            not named
+            and name in real
+            and (reason := why_no_own_weight(modules[name]) or why_not_applied(modules[name]))
+        ):
             reasons[name] = reason
         else:
             targets.append(name)
@@ -230,7 +230,15 @@ def match_modules(
         expression = Expression(patterns, field)
         hits = [n for n in modules if expression.matches(n)]
         # A regular expression may also match containers and norms; a listed module must itself be convertible.
-        usable = [n for n in hits if is_supported(modules[n]) or why_no_own_weight(modules[n])] if linear else hits
+        usable = (
+            [
+                n
+                for n in hits
+                if is_supported(modules[n]) or why_no_own_weight(modules[n]) or why_not_applied(modules[n])
+            ]
+            if linear
+            else hits
+        )
         if not usable:
             if not hits:
                 for matches in (partial(ends_in, patterns), expression.matches):
@@ -264,12 +272,12 @@ def _refuse_parameter(
             kind, shape = type(module).__name__, list(whole_shape(parameter))
             of = f"a parameter {shape} of the {kind} " + (f"`{name}`" if name else "itself")
             text = f"{field}: {pattern!r} is no module but {of}."
-            if field != "target_modules" or is_linear(module):
+            if field != "target_modules" or is_known(module):
                 raise ValueError(f"{text} Patterns name modules" + (f": type {name!r}." if name else "."))
             if is_fused_experts(module) and len(whole_shape(parameter)) == 3:
                 raise ValueError(f"{text} Experts are converted by target_parameters=[{key!r}].")
             raise ValueError(
-                f"{text} lightning-pmss converts nn.Linear and Conv1D layers: take it out of target_modules; it stays frozen"
+                f"{text} lightning-pmss converts {CONVERTED}: take it out of target_modules; it stays frozen"
                 + (f", or is trained in full with also_train=[{name!r}]." if name else ".")
             )
 
@@ -277,9 +285,7 @@ def _refuse_parameter(
 def _refuse_no_match(pattern: str, hits: list[str], modules: Mapping[str, nn.Module], field: str, linear: bool) -> None:
     if hits:
         kinds = sorted({type(modules[n]).__name__ for n in hits})
-        raise ValueError(
-            f"{field}: {pattern!r} matches only {', '.join(kinds)}; lightning-pmss converts nn.Linear and Conv1D layers."
-        )
+        raise ValueError(f"{field}: {pattern!r} matches only {', '.join(kinds)}; lightning-pmss converts {CONVERTED}.")
     raise ValueError(f"{field}: {pattern!r} matches no module; {_remedy(pattern, modules, linear)}.")
 
 
@@ -300,87 +306,6 @@ def _remedy(pattern: str, modules: Mapping[str, nn.Module], linear: bool) -> str
     endings = {n.rsplit(".", 1)[-1] for n in known}
     close = difflib.get_close_matches(pattern, sorted(endings | set(known)), n=4, cutoff=0.4) or sorted(endings)[:8]
     return f"closest names: {', '.join(close)}" if close else "the model has no such layers"
-
-
-def refuse_unconvertible(
-    targets: list[str],
-    modules: Mapping[str, nn.Module],
-    method: Method[Any],
-    given: Given | None,
-    *,
-    derived_later: bool = False,
-) -> None:
-    """Refuse layers that cannot be converted, before any work.
-
-    Args:
-        targets: Names of the layers.
-        modules: All modules by name.
-        method: The method.
-        given: What is known of the layers.
-        derived_later: Whether weights on the meta device are allowed, since they are read from files.
-    """
-    owners: dict[int, list[str]] = {}
-    for name, module in without_experts(modules).items():
-        for parameter in _parameters_used(module):
-            owners.setdefault(id(parameter), []).append(name)
-    refuse_experts(targets, modules, method, given, owners, derived_later)
-    targets = list(without_experts({n: modules[n] for n in targets}))
-    usable = [n for n in targets if why_unusable(modules[n]) is None and is_supported(modules[n])]
-    sharing = shares_memory(usable, modules)
-    for name in targets:
-        layer = modules[name]
-        if reason := why_unusable(layer):
-            raise ValueError(f"`{name}` ({type(layer).__name__}) {reason}")
-        if reason := why_no_own_weight(layer):
-            raise ValueError(
-                f"`{name}` ({type(layer).__name__}): {reason}. lightning-pmss converts layers that own a plain weight. Take it"
-                " out of target_modules or list it in exclude_modules; of torch's parametrisations, norms and pruning the"
-                " result can be kept as a plain weight first (`remove_parametrizations`, `remove_weight_norm`,"
-                " `prune.remove`)."
-            )
-        if not is_supported(layer):
-            raise ValueError(
-                f"`{name}` is a {type(layer).__name__} whose weight cannot be read as a floating-point matrix; lightning-pmss"
-                " converts nn.Linear and Conv1D layers. Take it out of target_modules or list it in exclude_modules."
-            )
-        weight: Tensor = layer.weight  # type: ignore[assignment]
-        if len(shared := owners[id(weight)]) > 1:
-            others = [n for n in shared if n != name]
-            raise ValueError(
-                f"`{name}` shares its weight with {some(others)}: a change to one would change both; exclude it."
-            )
-        if name in sharing:
-            raise ValueError(
-                f"`{name}` shares the memory of its weight with {some(sharing[name])}: a change to one would change both;"
-                " exclude it, or give it a copy (`layer.weight = nn.Parameter(layer.weight.detach().clone())`)."
-            )
-        if is_expanded(weight):
-            raise ValueError(
-                f"`{name}` has a weight that is expanded from fewer numbers, which cannot be changed one by one; exclude it, or"
-                " give it a copy (`layer.weight = nn.Parameter(layer.weight.detach().clone())`)."
-            )
-        if is_dtensor(weight):
-            raise ValueError(
-                f"`{name}` is already sharded; convert before `fully_shard`: call `model_built(self)` in `configure_model`"
-                " (PMSSCallback converts there), or `convert(model, config)`."
-            )
-        if given is not None and name not in given.layers:
-            raise ValueError(
-                f"{given.source} has no {method.derived} for `{name}`; it has those of {some(sorted(given.layers))}."
-            )
-        if weight.is_meta and not derived_later and (reason := method.why_underived(given, name)):
-            raise ValueError(f"`{name}` {reason}")
-        if name.endswith("out_proj") and isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
-            raise ValueError(f"`{name}` belongs to nn.MultiheadAttention, which never calls its forward; exclude it.")
-        method.refuse(layer, name)
-
-
-def _parameters_used(module: nn.Module) -> list[Tensor]:
-    """A module's own parameters, and a weight of another module that it uses as its attribute or property."""
-    own: list[Tensor] = list(module.parameters(recurse=False))
-    if is_linear(module) and "weight" not in module._parameters and "parametrizations" not in module._modules:
-        own += [w for w in [getattr(module, "weight", None)] if isinstance(w, nn.Parameter)]
-    return own
 
 
 def ranks_of(config: AdapterConfig, targets: list[str], modules: Mapping[str, nn.Module]) -> dict[str, int]:

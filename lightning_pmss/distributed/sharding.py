@@ -19,8 +19,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.distributed.fsdp.wrap import CustomPolicy, _Policy
 
+from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.layers.adapter import Adapter, FrozenTensors
 from lightning_pmss.layers.experts import AdaptedExperts
+from lightning_pmss.layers.operators import operator_of
 from lightning_pmss.layers.parts import clean_name, is_fsdp1
 from lightning_pmss.layers.quantised import quantisation_of
 
@@ -140,19 +142,25 @@ def refuse_quantised(engine: Engine, module: nn.Module) -> None:
         )
 
 
-def refuse_experts(engine: Engine, module: nn.Module) -> None:
-    """Refuse to shard converted experts: their stacks have not been tried with engines that keep tensors in parts.
+def refuse_untried(engine: Engine, module: nn.Module) -> None:
+    """Refuse to shard converted layers that have not been tried with engines that keep tensors in parts.
 
     Raises:
-        MisconfigurationException: Fused experts are converted and the strategy shards.
+        MisconfigurationException: Fused experts, convolutions or embeddings are converted and the strategy shards.
     """
-    if engine != "plain" and (
-        found := next((n for n, m in module.named_modules() if isinstance(m, AdaptedExperts)), None)
-    ):
-        raise MisconfigurationException(
-            f"`{clean_name(found)}` has adapters on fused experts, which {engine} cannot shard. Train on one device or under"
-            " 'ddp', or leave the experts out: exclude_modules=['experts']."
-        )
+    if engine == "plain":
+        return
+    for name, found in module.named_modules():
+        if isinstance(found, AdaptedExperts):
+            raise MisconfigurationException(
+                f"`{clean_name(name)}` has adapters on fused experts, which {engine} cannot shard. Train on one device or under"
+                " 'ddp', or leave the experts out: exclude_modules=['experts']."
+            )
+        if isinstance(found, AdaptedLinear) and operator_of(found) is not None:
+            raise MisconfigurationException(
+                f"`{clean_name(name)}` is a converted {found.base_class.__name__}. Convolutions and embeddings with adapters"
+                f" have not been tried under {engine}. Train on one device or under 'ddp', or take it out of target_modules."
+            )
 
 
 def _prepare_fsdp2(trainer: L.Trainer, strategy: Strategy) -> None:

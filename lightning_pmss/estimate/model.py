@@ -21,7 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_pmss.conversion.experts import experts_by_parameter, without_experts
 from lightning_pmss.conversion.roots import canonical_modules
-from lightning_pmss.conversion.targets import find_targets, match_modules, ranks_of, refuse_unconvertible
+from lightning_pmss.conversion.targets import find_targets, match_modules, ranks_of
+from lightning_pmss.conversion.unconvertible import refuse_unconvertible
 from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.layers.adapter import Adapter
 from lightning_pmss.layers.convertible import canonical_shape

@@ -33,7 +33,7 @@ from lightning_pmss.files.fresh import (
 )
 from lightning_pmss.files.plain import quantisation_settings
 from lightning_pmss.layers.adapted import AdaptedLinear
-from lightning_pmss.layers.convertible import canonical_shape, is_linear, is_supported, is_transposed
+from lightning_pmss.layers.convertible import canonical_shape, is_linear, is_supported, layout_of
 from lightning_pmss.layers.expert_layer import label
 from lightning_pmss.layers.fingerprint import fingerprint
 from lightning_pmss.layers.guard import refuse_disabled
@@ -95,7 +95,7 @@ def save_adapter(
         update = whole_update(model, layer)
         modules[name] = AdapterModule(
             shape=canonical_shape(layer),
-            layout="conv1d" if layer.transposed else "linear",
+            layout=layer.layout,
             fingerprint=dict(layer.fingerprint or fingerprint(*layer.reads())),
             update=update.stored(),
         )
@@ -325,7 +325,7 @@ def check_base(adapter: AdapterFile, modules: Mapping[str, nn.Module], model: st
                     found = stack.enter_context(whole_weight(layer, layer.stored_weight))
                 else:
                     found = stack.enter_context(whole_weight(layer))
-                weight = found.T if is_transposed(layer) else found
+                weight = layout_of(layer).canonical(found)
             if not stored.is_of(weight):
                 wrong.append(name)
             elif not stored.update.to(weight.device).bound(weight) <= _LARGEST:

@@ -37,6 +37,7 @@ from lightning_pmss.files.adapter_record import (
 )
 from lightning_pmss.files.processing import save_processing
 from lightning_pmss.layers.fingerprint import same_base
+from lightning_pmss.layers.layout import Layout
 from lightning_pmss.messages import one_line
 from lightning_pmss.methods import METHODS, method_of
 from lightning_pmss.methods.config import AdapterConfig
@@ -65,19 +66,19 @@ class AdapterModule:
 
     Attributes:
         shape: (out, in) of W.
-        layout: ``"linear"``: the base stores W; ``"conv1d"``: it stores W transposed.
+        layout: How the base stores W.
         fingerprint: See `lightning_pmss.layers.fingerprint`; empty if the update is not bound to a base.
         update: The change of W.
     """
 
     shape: tuple[int, int]
-    layout: str
+    layout: Layout
     fingerprint: dict[str, str]
     update: Update
 
     def canonical(self, stored: Tensor) -> Tensor:
         """Return W ``[out, in]`` from the tensor that the base stores."""
-        return stored.T if self.layout == "conv1d" else stored
+        return self.layout.canonical(stored)
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether W ``[out, in]`` is the one that the layer was trained on, in the entries that the update depends on."""
@@ -247,7 +248,7 @@ def _entry(module: AdapterModule) -> dict[str, Any]:
     return {
         "shape": list(module.shape),
         "rank": module.update.ranks,
-        "layout": module.layout,
+        "layout": str(module.layout),
         "fingerprint": module.fingerprint or None,
     }
 

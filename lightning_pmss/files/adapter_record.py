@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from lightning_pmss.layers.fingerprint import FingerprintRecord
+from lightning_pmss.layers.layout import Layout
 from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.store import Record, TensorRecord
 from lightning_pmss.store.records import Setting, Shape, Size
@@ -24,7 +25,7 @@ class LayerRecord(Record):
 
     shape: Annotated[list[Size], Field(min_length=2, max_length=2)]
     rank: Size | Annotated[list[Size], Field(min_length=2, max_length=2)]
-    layout: Literal["linear", "conv1d"]
+    layout: Annotated[Layout, Field(strict=False)]
     fingerprint: FingerprintRecord | None
 
 

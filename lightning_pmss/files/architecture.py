@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from lightning_pmss.conversion.roots import canonical_modules
-from lightning_pmss.conversion.targets import find_targets, match_modules, ranks_of, refuse_unconvertible
+from lightning_pmss.conversion.targets import find_targets, match_modules, ranks_of
+from lightning_pmss.conversion.unconvertible import refuse_unconvertible
 from lightning_pmss.files.naming import Wording, match_names
-from lightning_pmss.layers.convertible import canonical_shape, is_transposed
+from lightning_pmss.layers.convertible import canonical_shape, layout_of
 from lightning_pmss.layers.expert_layer import ExpertLinear
+from lightning_pmss.layers.layout import Layout
 from lightning_pmss.messages import reason
 from lightning_pmss.methods import method_of
 from lightning_pmss.methods.config import AdapterConfig
@@ -31,7 +33,7 @@ class Target:
         name: Canonical module name.
         key: Name of the tensor in the checkpoint.
         shape: (out, in) of W.
-        transposed: Whether the checkpoint stores W^T (``Conv1D``).
+        layout: How the checkpoint stores W.
         rank: Number of rows and columns to select.
         requested_rank: The rank before it was clipped to the smaller side.
     """
@@ -39,7 +41,7 @@ class Target:
     name: str
     key: str
     shape: tuple[int, int]
-    transposed: bool
+    layout: Layout
     rank: int
     requested_rank: int
 
@@ -132,7 +134,7 @@ def find_matrices(model: nn.Module, config: AdapterConfig, reader: ShardReader) 
     refuse_unconvertible(names, modules, method, None, derived_later=True)
     ranks = ranks_of(config, names, modules)
     shapes = {name: canonical_shape(modules[name]) for name in names}
-    stored = {name: shape[::-1] if is_transposed(modules[name]) else shape for name, shape in shapes.items()}
+    stored = {name: (shape, layout_of(modules[name])) for name, shape in shapes.items()}
     as_loaded, changed = names_in_the_model(model, reader)
     experts = {name: stored.pop(name) for name in names if isinstance(modules[name], ExpertLinear)}
     rename = match_names(stored, as_loaded, reader.folder, _wording(model))
@@ -147,7 +149,7 @@ def find_matrices(model: nn.Module, config: AdapterConfig, reader: ShardReader) 
     place = {key: number for number, key in enumerate(reader.tensors)}
     place |= {key: place[reader.experts[key].parts[0]] for key in keys.values() if key not in place}
     targets = [
-        Target(name, keys[name], shape, is_transposed(modules[name]), method.rank_of(shape, ranks[name]), ranks[name])
+        Target(name, keys[name], shape, layout_of(modules[name]), method.rank_of(shape, ranks[name]), ranks[name])
         for name, shape in shapes.items()
     ]
     return sorted(targets, key=lambda target: place[target.key]), left_out.reasons

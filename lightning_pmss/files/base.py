@@ -68,7 +68,7 @@ def _has_weights(folder: Path, layers: dict[str, AdaptedLinear]) -> bool:
                 if key is None or reader.matrices[key].shape != tuple(layer.weight.shape):
                     return False
                 stored = reader.read(key)
-                canonical = stored.T if layer.transposed else stored
+                canonical = layer.layout.canonical(stored)
                 known = layer.fingerprint or fingerprint(*layer.reads())
                 cpu = {name: index.cpu() for name, index in layer.indices().items()}
                 if not same_base(known, *layer.reads_of(canonical, cpu)):

@@ -16,6 +16,7 @@ from lightning_pmss.files.peft_folder import (
     sort_tensors,
 )
 from lightning_pmss.layers.fingerprint import fingerprint
+from lightning_pmss.layers.layout import Layout
 from lightning_pmss.methods.hira import HiRAConfig, HiRAUpdate
 from lightning_pmss.store import checked
 from lightning_pmss.store.shards import ShardReader
@@ -56,7 +57,7 @@ def read_hira(folder: Path, content: Any, reader: ShardReader) -> AdapterFile:
         if reason := HiRAUpdate.why_not(shape, tensors):
             raise ValueError(f"{file}: {name}.{reason}. {AGAIN}")
         update = HiRAUpdate(**tensors)
-        layout = "conv1d" if record.fan_in_fan_out else "linear"
+        layout = Layout.CONV1D if record.fan_in_fan_out else Layout.LINEAR
         modules[name] = AdapterModule(shape, layout, fingerprint(*update.read(weight)), update)
     return AdapterFile(
         folder=folder,

@@ -199,6 +199,7 @@ def _write(
         form=form.name,
         served=form.served,
         for_peft=form.for_peft,
+        merge_only=bool(source.applied()),
         instead=chosen.instead,
     )
     form.part(form.names()[0])  # refuses another base before anything is announced or written

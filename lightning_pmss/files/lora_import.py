@@ -28,6 +28,7 @@ from lightning_pmss.files.peft_folder import (
     refuse_fields,
     sort_tensors,
 )
+from lightning_pmss.layers.layout import Layout
 from lightning_pmss.methods.lora import LoRAConfig, LoRAUpdate
 from lightning_pmss.store import checked
 from lightning_pmss.store.atomic import check_target
@@ -189,4 +190,4 @@ def _module(pair: dict[str, Tensor], scale: float, transposed: bool, name: str, 
     update = {"A": a, "B": scale * b}
     if reason := LoRAUpdate.why_not(shape, update):
         raise ValueError(f"{where}: {name}.{reason}. {AGAIN}")
-    return AdapterModule(shape, "conv1d" if transposed else "linear", {}, LoRAUpdate(**update))
+    return AdapterModule(shape, Layout.CONV1D if transposed else Layout.LINEAR, {}, LoRAUpdate(**update))

@@ -57,6 +57,7 @@ class LoraReport:
         form: Name of the adapter type.
         served: Whether vLLM reads this type.
         for_peft: Whether peft reads it.
+        merge_only: Whether it has convolutions or embeddings.
         instead: Why it is a LoRA although peft has a type of its own; None where it is that type, or was asked for.
     """
 
@@ -74,6 +75,7 @@ class LoraReport:
     form: str = "LoRA"
     served: bool = True
     for_peft: bool = True
+    merge_only: bool = False
     instead: str | None = None
 
     @property
@@ -103,6 +105,8 @@ class LoraReport:
 
     def vllm(self) -> str:
         """Return the option that vLLM needs, or the reason why vLLM cannot serve the adapter."""
+        if self.merge_only:
+            return "vLLM is not known to read a LoRA of convolutions and embeddings: merge for it."
         if not self.served and self.form == "LoRA":
             return "vLLM has names of its own for the experts of most models: export with --format vllm, or merge."
         if not self.served:

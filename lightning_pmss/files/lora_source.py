@@ -18,6 +18,7 @@ from lightning_pmss.files.naming import base_weight, refuse_misfits, refuse_wron
 from lightning_pmss.layers.convertible import canonical_shape
 from lightning_pmss.layers.expert_layer import ExpertLinear, holder
 from lightning_pmss.layers.guard import refuse_disabled
+from lightning_pmss.layers.layout import Layout
 from lightning_pmss.layers.parts import clean_name, is_sharded
 from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.methods.method import Factors, Update
@@ -34,13 +35,15 @@ class Layer:
 
     Attributes:
         shape: (out, in) of W.
-        transposed: Whether the base stores W^T (``Conv1D``).
+        layout: How the base stores W.
         rank: Rank of the update.
+        kernel: Shape of a convolution's kernel, ``[in, *sides]``; of other layers empty.
     """
 
     shape: tuple[int, int]
-    transposed: bool
+    layout: Layout
     rank: int
+    kernel: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,10 @@ class Source:
     revision: str | None
     model_class: str | None
     apart: Callable[[str], Mapping[str, tuple[int, int]] | None] = lambda name: None
+
+    def applied(self) -> list[str]:
+        """Names of the convolutions and embeddings."""
+        return [n for n, x in self.layers.items() if x.layout in (Layout.CONVOLUTION, Layout.EMBEDDING)]
 
 
 def model_source(model: nn.Module) -> Source:
@@ -116,7 +123,10 @@ def model_source(model: nn.Module) -> Source:
     known = base_of(model)
     return Source(
         options=report.config,
-        layers={n: _layer(layer.update(), canonical_shape(layer), layer.transposed) for n, layer in layers.items()},
+        layers={
+            n: _layer(layer.update(), canonical_shape(layer), layer.layout, tuple(layer.weight.shape))
+            for n, layer in layers.items()
+        },
         update=lambda name: layers[name].update(),
         weight=lambda name: layers[name].base_weight(),
         also_train={key: value.detach() for key, value in extra.items()},
@@ -149,7 +159,10 @@ def file_source(adapter: AdapterFile, reader: ShardReader) -> Source:
     modules |= set(adapter.modules)
     return Source(
         options=adapter.options,
-        layers={n: _layer(m.update, m.shape, m.layout == "conv1d") for n, m in adapter.modules.items()},
+        layers={
+            n: _layer(m.update, m.shape, m.layout, reader.matrices[f"{rename(n)}.weight"].shape)
+            for n, m in adapter.modules.items()
+        },
         update=lambda name: adapter.modules[name].update,
         weight=lambda name: _weight(adapter, reader, rename, name),
         also_train=adapter.also_train | {n: _whole(n, fresh, adapter, reader, rename) for n, fresh in beside.items()},
@@ -228,10 +241,11 @@ def no_thin_factors(name: str) -> str:
     )
 
 
-def _layer(update: Update, shape: tuple[int, int], transposed: bool) -> Layer:
+def _layer(update: Update, shape: tuple[int, int], layout: Layout, stored: tuple[int, ...]) -> Layer:
     """The change of an update without thin factors can have any rank."""
     low = type(update).factors is not Update.factors
-    return Layer(shape, transposed, update.rank if low else min(shape))
+    kernel = stored[1:] if layout is Layout.CONVOLUTION else ()
+    return Layer(shape, layout, update.rank if low else min(shape), kernel)
 
 
 def _weight(adapter: AdapterFile, reader: ShardReader, rename: Callable[[str], str], name: str) -> Tensor:

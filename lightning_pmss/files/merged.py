@@ -332,7 +332,7 @@ def _output_tensor(plan: _Plan, info: TensorInfo, report: FileMergeReport) -> Te
     if info.key not in plan.modules:
         return _cast(stored, info)
     value = plan.merged(info.key, info.dtype, report, stored)
-    return value.T.contiguous() if plan.adapter.modules[plan.modules[info.key]].layout == "conv1d" else value
+    return plan.adapter.modules[plan.modules[info.key]].layout.stored(value, info.shape)
 
 
 def _cast(value: Tensor, info: TensorInfo) -> Tensor:

@@ -18,6 +18,7 @@ from lightning_pmss.files.peft_folder import (
     sort_tensors,
 )
 from lightning_pmss.layers.fingerprint import fingerprint
+from lightning_pmss.layers.layout import Layout
 from lightning_pmss.methods.bat import BATConfig, BATUpdate
 from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.methods.method import Update
@@ -64,7 +65,7 @@ def read_miss(folder: Path, content: Any, reader: ShardReader) -> AdapterFile:
     for name, weight in base_weights(blocks, kind, folder, reader):
         shape = weight.shape[0], weight.shape[1]
         update = _update(blocks[name]["block"], kind == "BAT", shape, f"{file}: {name}")
-        modules[name] = AdapterModule(shape, "linear", fingerprint(*update.read(weight)), update)
+        modules[name] = AdapterModule(shape, Layout.LINEAR, fingerprint(*update.read(weight)), update)
     return AdapterFile(
         folder=folder,
         options=_options(record, modules, full),

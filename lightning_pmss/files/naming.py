@@ -11,8 +11,12 @@ from torch import Tensor
 
 from lightning_pmss.files.adapter_file import AdapterFile
 from lightning_pmss.layers.convertible import FLOATS
+from lightning_pmss.layers.layout import Layout
 from lightning_pmss.store import misfit
 from lightning_pmss.store.shards import ShardReader, few
+
+Stored = tuple[tuple[int, int], Layout]
+"""Shape ``(out, in)`` of W, and how a checkpoint stores it."""
 
 
 def parse_dtype(dtype: str | torch.dtype | None, left_out: str) -> torch.dtype | None:
@@ -118,17 +122,17 @@ def refuse_misfits(adapter: AdapterFile, reader: ShardReader, rename: Callable[[
                 )
 
 
-def stored_shapes(adapter: AdapterFile) -> dict[str, tuple[int, ...]]:
-    """Shape of each layer's weight as the base stores it, without the weights that the adapter file contains."""
+def stored_shapes(adapter: AdapterFile) -> dict[str, Stored]:
+    """How the base stores each layer's weight, without the weights that the adapter file contains."""
     return {
-        name: module.shape[::-1] if module.layout == "conv1d" else module.shape
+        name: (module.shape, module.layout)
         for name, module in adapter.modules.items()
         if f"{name}.weight" not in adapter.fresh
     }
 
 
 def match_names(
-    stored: Mapping[str, tuple[int, ...] | None], reader: ShardReader, base: Path, wording: Wording
+    stored: Mapping[str, Stored | None], reader: ShardReader, base: Path, wording: Wording
 ) -> Callable[[str], str]:
     """Find the function that maps canonical module names to the keys of a checkpoint (without ``.weight``).
 
@@ -136,7 +140,7 @@ def match_names(
     names are tried first; else exactly one prefix, added to or removed from every name with a weight, must find all of them.
 
     Args:
-        stored: Shape of each module's weight as the checkpoint stores it; None if it is not known.
+        stored: Shape ``(out, in)`` and layout of each module's weight; None if they are not known: then a matrix.
         reader: The checkpoint.
         base: Its folder, for messages.
         wording: See `Wording`.
@@ -191,18 +195,18 @@ def _prefixes(names: Iterable[str]) -> list[str]:
 
 
 def _check(
-    stored: Mapping[str, tuple[int, ...] | None],
+    stored: Mapping[str, Stored | None],
     reader: ShardReader,
     rename: Callable[[str], str],
     base: Path,
     wording: Wording,
 ) -> None:
-    for name, shape in stored.items():
+    for name, expected in stored.items():
         info = reader.matrices[f"{rename(name)}.weight"]
         if info.dtype not in FLOATS:  # first, because packed weights also have other shapes
             raise ValueError(f"{base}: {info.key} is stored as {info.dtype}, {wording.quantised}")
-        if len(info.shape) != 2 or shape not in (None, info.shape):
-            wanted = "a matrix" if shape is None else list(shape)
+        if len(info.shape) != 2 if expected is None else not expected[1].fits(expected[0], info.shape):
+            wanted = "a matrix" if expected is None else expected[1].described(expected[0])
             raise ValueError(
                 f"{base}: {info.key} is stored as {list(info.shape)}, {wording.owner} {wording.expects} {wanted}. "
                 f"{wording.mismatch}"

@@ -20,11 +20,14 @@ from lightning_pmss.files.lora_config import lora_fields
 from lightning_pmss.files.lora_source import Layer, Source, no_thin_factors, thin
 from lightning_pmss.files.peft_experts import experts_of, refuse_confused_experts
 from lightning_pmss.layers.expert_layer import FUSED, is_expert_name
+from lightning_pmss.layers.layout import Layout
 from lightning_pmss.methods.bat import BATUpdate
 from lightning_pmss.methods.hira import HiRAUpdate
 from lightning_pmss.methods.lora import LoRAUpdate
 from lightning_pmss.methods.method import Factors, Update
 from lightning_pmss.methods.miss import MiSSConfig, MiSSUpdate
+
+_ENDS = ("lora_A.weight", "lora_B.weight")
 
 
 class Part(NamedTuple):
@@ -121,7 +124,7 @@ class LoraForm(PeftForm):
 
     @property
     def served(self) -> bool:
-        return not self.experts
+        return not self.experts and not self.source.applied()
 
     def names(self) -> list[str]:
         inside = {layer for group in self.experts.values() for layer in group}
@@ -143,14 +146,17 @@ class LoraForm(PeftForm):
         return min(full, self.cut or full)
 
     def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
-        (out, inp), rank = self.layer(name).shape, self.rank(name)
-        many = len(self.experts.get(name, [name]))
-        return {"lora_A.weight": (many * rank, inp), "lora_B.weight": (out, many * rank)}
+        layer, rank = self.layer(name), self.rank(name)
+        rank *= len(self.experts.get(name, [name]))
+        ends = ("lora_embedding_A", "lora_embedding_B") if layer.layout is Layout.EMBEDDING else _ENDS
+        kernel = layer.kernel or layer.shape[1:]
+        return dict(zip(ends, ((rank, *kernel), (layer.shape[0], rank, *[1] * (len(kernel) - 1))), strict=True))
 
     def part(self, name: str) -> Part:
         if name not in self.experts:
             a, b, lost = self._pair(name, self.rank(name))
-            return Part({"lora_A.weight": a, "lora_B.weight": b}, lost)
+            shapes = self.shapes(name).items()
+            return Part({end: factor.reshape(shape) for (end, shape), factor in zip(shapes, (a, b), strict=True)}, lost)
         pairs = [self._pair(layer, self.rank(name)) for layer in self.experts[name]]
         a = torch.cat([one for one, _, _ in pairs])  # rows: experts, then ranks
         b = torch.stack([one for _, one, _ in pairs], 2).flatten(1)  # columns: ranks, then experts
@@ -163,7 +169,7 @@ class LoraForm(PeftForm):
         return F.pad(a, (0, 0, 0, rank - len(a))), F.pad(b, (0, rank - b.shape[1])), lost
 
     def fields(self, ranks: Mapping[str, int]) -> dict[str, Any]:
-        found = lora_fields(ranks, transposed=any(layer.transposed for layer in self.source.layers.values()))
+        found = lora_fields(ranks, transposed=is_transposed(self.source))
         return found | {"target_parameters": sorted(self.experts) or None}
 
 
@@ -203,7 +209,7 @@ class HiraForm(NativeForm):
 
     def fields(self, ranks: Mapping[str, int]) -> dict[str, Any]:
         return {
-            "fan_in_fan_out": any(layer.transposed for layer in self.source.layers.values()),
+            "fan_in_fan_out": is_transposed(self.source),
             "hira_dropout": 0.0,
             "init_weights": True,
             "peft_type": "HIRA",
@@ -331,6 +337,13 @@ def choose_form(source: Source, native: bool | None, rank: int | None) -> Chosen
                 " native=False in Python; with a rank, where the update is no product of thin matrices), or merge."
             )
         form = None
+    if form is not LoraForm and (found := next(iter(source.applied()), None)) is not None:
+        if native or form is not None and kind.factors is Update.factors:
+            raise ValueError(
+                f"{found} is a convolution or an embedding, which lightning-pmss writes as a LoRA only. Export a LoRA (--as"
+                " lora, or native=False in Python; with a rank, where the update is no product of thin matrices), or merge."
+            )
+        form = None
     if native and rank is not None:
         raise ValueError(f"rank={rank} cuts a LoRA, and peft's own type of {label} is asked for. Give one of the two.")
     reason = f"peft has no type for the updates of {label}"
@@ -369,8 +382,13 @@ def lora_pair(factors: Factors, rank: int | None = None) -> tuple[Tensor, Tensor
     return root[:, None] * (right[:rank] @ q_a.T), (q_b @ left[:, :rank]) * root, error
 
 
+def is_transposed(source: Source) -> bool:
+    """Whether linear layers store W^T; peft knows this of embeddings."""
+    return any(layer.layout is Layout.CONV1D for layer in source.layers.values())
+
+
 def _why_no_miss(source: Source) -> str | None:
-    if found := next((name for name, layer in source.layers.items() if layer.transposed), None):
+    if found := next((name for name, layer in source.layers.items() if layer.layout is Layout.CONV1D), None):
         return f"takes nn.Linear only, and {found} is a Conv1D"
     return None
 

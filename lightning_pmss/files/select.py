@@ -181,7 +181,7 @@ def _read(target: Target, reader: ShardReader) -> Tensor:
     """Read W in canonical layout. Its own reader unmaps the shard with the matrix, so mapped pages do not accumulate."""
     with ShardReader(reader.folder, reader.tensors) as own:
         weight = own.read(target.key)
-    return weight.T if target.transposed else weight
+    return target.layout.canonical(weight)
 
 
 def _source(target: Target, reader: ShardReader) -> list[int]:

@@ -17,8 +17,9 @@ from torch import Tensor
 from lightning_pmss.files.lora_config import lora_fields
 from lightning_pmss.files.lora_source import Layer, Source
 from lightning_pmss.files.peft_experts import confused_layer
-from lightning_pmss.files.peft_form import LoraForm, Part
+from lightning_pmss.files.peft_form import LoraForm, Part, is_transposed
 from lightning_pmss.layers.expert_layer import FUSED, parameter_name
+from lightning_pmss.layers.layout import Layout
 
 _ENDS = ("lora_A.weight", "lora_B.weight")
 
@@ -48,11 +49,16 @@ class VllmForm(LoraForm):
         cut: See `LoraForm`.
 
     Raises:
-        ValueError: The base's files keep experts in one tensor, or none of their names are known.
+        ValueError: The base's files keep experts in one tensor, or none of their names are known; convolutions or embeddings.
     """
 
     def __init__(self, source: Source, cut: int | None = None) -> None:
         super().__init__(source, cut)
+        if applied := source.applied():
+            raise ValueError(
+                f"{applied[0]} is a convolution or an embedding, and vLLM is not known to read a LoRA of such layers. Merge"
+                " instead: `python -m lightning_pmss merge`; or export for peft: --format peft."
+            )
         self.rows: dict[str, _Rows] = {}
         groups: dict[str, dict[str, list[str]]] = {}
         for name, layers in self.experts.items():
@@ -107,7 +113,7 @@ class VllmForm(LoraForm):
             return self.source.layers[name]
         own = self.rows[name]
         shape = own.rows.stop - own.rows.start, own.inputs
-        return Layer(shape, False, self.source.layers[own.known].rank)
+        return Layer(shape, Layout.LINEAR, self.source.layers[own.known].rank)
 
     def rank(self, name: str) -> int:
         return super().rank(name) if name not in self.rows else super().rank(parameter_name(self.rows[name].known))
@@ -127,4 +133,4 @@ class VllmForm(LoraForm):
         return Part(dict(zip(_ENDS, values, strict=True)), lost)
 
     def fields(self, ranks: Mapping[str, int]) -> dict[str, Any]:
-        return lora_fields(ranks, transposed=any(layer.transposed for layer in self.source.layers.values()))
+        return lora_fields(ranks, transposed=is_transposed(self.source))

@@ -1,4 +1,4 @@
-"""The converted linear layer, whatever its method: the base layer's own module object, with an adapter beside its weight.
+"""The converted layer, whatever its method: the base layer's own module object, with an adapter beside its weight.
 
 The base stays a black box: its parameters keep their names, and its forward is called as it is.
 """
@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_pmss.layers.adapter import Adapter
-from lightning_pmss.layers.convertible import canonical_shape, is_transposed, why_no_own_weight
+from lightning_pmss.layers.applied import AppliedLayer
+from lightning_pmss.layers.convertible import canonical_shape, layout_of, why_no_own_weight
 from lightning_pmss.layers.foreign_writers import watch_writers
 from lightning_pmss.layers.guard import refuse_training
 from lightning_pmss.layers.indices import IndexTensors
 from lightning_pmss.layers.merged_layer import MergedLayer, merge_again, merge_update
+from lightning_pmss.layers.operators import operator_of, why_not_applied
 from lightning_pmss.layers.parts import is_dtensor
 from lightning_pmss.layers.products import core_dtype
 from lightning_pmss.layers.quantised import is_quantised, whole_weight
@@ -38,11 +40,11 @@ def frozen_key(name: str) -> str:
 
 
 class AdaptedLinear(IndexTensors, MergedLayer):
-    """Mixin that gives a linear layer an adapter; instances are made by `AdaptedLinear.adopt`.
+    """Mixin that gives a layer an adapter; instances are made by `AdaptedLinear.adopt`.
 
     The concrete class is a dynamic subclass of the base layer's own class, so parameters keep their names and
     ``isinstance(layer, nn.Linear)`` stays true. In canonical layout ``W [out, in]`` (GPT-2's ``Conv1D`` stores W^T; see
-    `transposed`)::
+    `layout`)::
 
         W' = W + layer.update().delta(W)
 
@@ -84,7 +86,7 @@ class AdaptedLinear(IndexTensors, MergedLayer):
         """Turn a supported layer into an adapted one, in place: the module object and its parameters stay the same.
 
         Args:
-            layer: A linear layer that owns a plain weight.
+            layer: A layer that owns a plain weight.
             method: See the class.
             rank: See the class.
             start: The trained tensors at first.
@@ -95,6 +97,8 @@ class AdaptedLinear(IndexTensors, MergedLayer):
             raise ValueError("the layer is converted already; a converted layer is not converted again.")
         if reason := why_no_own_weight(layer):
             raise ValueError(f"this {type(layer).__name__} cannot be converted: {reason}.")
+        if reason := why_not_applied(layer):
+            raise ValueError(f"this {type(layer).__name__} {reason}; it cannot be converted.")
         layer.__class__ = adapted_class(type(method), type(layer))
         assert isinstance(layer, AdaptedLinear)
         weight, dtype = layer.weight, core_dtype(layer.weight.dtype)
@@ -105,7 +109,7 @@ class AdaptedLinear(IndexTensors, MergedLayer):
         own = {name: t.to(dtype) for name, t in start.items()}
         layer.core = method.make_adapter(own, frozen, weight.device, indices)
         layer.method, layer.rank, layer.scale = method, rank, float(scale)
-        layer.transposed, layer.quantised = is_transposed(layer), is_quantised(layer)
+        layer.layout, layer.quantised = layout_of(layer), is_quantised(layer)
         layer.fingerprint = layer.pristine = None
         layer.derived_dtype = None
         layer.on_trust = weight.is_meta
@@ -152,7 +156,7 @@ class AdaptedLinear(IndexTensors, MergedLayer):
         if not (self.index_names or self.core.frozen()):  # nothing is derived from W: do not gather or dequantise it
             return
         with whole_weight(self, self.stored_weight) as stored:
-            weight = stored.T if self.transposed else stored
+            weight = self.layout.canonical(stored)
             given = {n: index.to(weight.device) for n, index in self.indices().items()}
             derived = self.method.derive(weight, self.rank, name, given)
         self.core.set_frozen(derived)
@@ -167,7 +171,7 @@ class AdaptedLinear(IndexTensors, MergedLayer):
         if not self.method.update_class.bound_to_base:
             return ()
         with whole_weight(self, self.stored_weight) as stored:
-            return self.reads_of(stored.T if self.transposed else stored, self.indices())
+            return self.reads_of(self.layout.canonical(stored), self.indices())
 
     def reads_of(self, weight: Tensor, indices: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """The same of another weight ``[out, in]``, or with other indices."""
@@ -186,6 +190,8 @@ class AdaptedLinear(IndexTensors, MergedLayer):
         if self.disabled:
             return self.base(input)
         if not self.merged:
+            if (operator := operator_of(self)) is not None:
+                return operator.finished(self, input, self.method.applied(AppliedLayer(self, operator), input))
             return self.method.forward(self, input)
         if self.quantised and self.weight.is_floating_point():  # dense, behind a forward that may ask for codes
             bias = None if self.bias is None else self.bias.to(self.weight.dtype)
@@ -215,11 +221,11 @@ class AdaptedLinear(IndexTensors, MergedLayer):
             update = self.method.update_of(self.core.frozen() | own, self.scale)
             device = next(iter(update.tensors().values())).device
             stored = state[f"{prefix}weight"].to(device)
-            weight = self.base_weight().to(device) if self.quantised else stored.T if self.transposed else stored
+            weight = self.base_weight().to(device) if self.quantised else self.layout.canonical(stored)
             merged, _ = merge_update(
                 weight, update, self._dense_dtype() if self.quantised else stored.dtype, prefix[:-1]
             )
-        return merged.T.contiguous() if self.transposed else merged
+        return self.as_stored(merged)
 
     def adapter_key(self, key: str) -> bool:
         """Index tensors, and what the `Adapter` owns."""
@@ -260,7 +266,7 @@ class AdaptedLinear(IndexTensors, MergedLayer):
         if any(is_dtensor(t) or t.is_meta or not t.is_floating_point() for t in (self.stored_weight, loaded)):
             return
         indices = {name: state_dict.get(f"{prefix}{name}", own) for name, own in self.indices().items()}
-        if self.method.looks_merged(self.base_weight(), loaded.T if self.transposed else loaded, indices):
+        if self.method.looks_merged(self.base_weight(), self.layout.canonical(loaded), indices):
             raise ValueError(
                 f"`{prefix}weight` of the state dict is this very weight with an update merged into it, and the update would be"
                 " added to it once more. Load it into a model that is not converted; into this one load the adapter"

@@ -1,4 +1,4 @@
-"""Which linear layers can be converted: those that own a plain weight, or codes that are known."""
+"""Which layers can be converted: those that own a plain weight, or linear layers in codes that are known."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_pmss.layers.expert_layer import ExpertLinear
+from lightning_pmss.layers.layout import Layout
+from lightning_pmss.layers.operators import operator_of, why_not_applied
 from lightning_pmss.layers.parts import is_dtensor, whole_shape
 from lightning_pmss.layers.products import FLOATS
 from lightning_pmss.layers.quantised import is_quantised, why_unusable
@@ -24,10 +26,17 @@ def is_linear(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) or is_conv1d(layer)
 
 
+def is_known(layer: nn.Module) -> bool:
+    """Whether this is a layer of a kind that is converted: linear, or a convolution or an embedding that is named."""
+    return is_linear(layer) or operator_of(layer) is not None
+
+
 def is_supported(layer: nn.Module) -> bool:
-    """Whether `AdaptedLinear.adopt` can convert this layer: a floating-point ``nn.Linear`` (or subclass) or ``Conv1D``."""
-    if not is_linear(layer) or isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+    """Whether `AdaptedLinear.adopt` can convert this layer: of a kind that is known, with a floating-point weight."""
+    if not is_known(layer) or isinstance(layer, nn.modules.lazy.LazyModuleMixin):
         return False
+    if operator_of(layer) is not None:
+        return why_not_applied(layer) is None and why_no_own_weight(layer) is None and layer.weight.dtype in FLOATS  # type: ignore[union-attr]
     if is_quantised(layer) or why_unusable(layer):
         return why_unusable(layer) is None
     if why_no_own_weight(layer):
@@ -37,9 +46,9 @@ def is_supported(layer: nn.Module) -> bool:
 
 
 def has_known_forward(layer: nn.Module) -> bool:
-    """Whether the base's forward is ``nn.Linear``'s or ``Conv1D``'s own."""
+    """Whether the base's forward is torch's own, or ``Conv1D``'s."""
     base = getattr(layer, "base_class", type(layer))
-    return base.forward is nn.Linear.forward or is_conv1d(layer)
+    return base.forward is nn.Linear.forward or is_conv1d(layer) or operator_of(layer) is not None
 
 
 def has_own_product(layer: Any, *dtypes: torch.dtype) -> bool:
@@ -50,7 +59,7 @@ def has_own_product(layer: Any, *dtypes: torch.dtype) -> bool:
 
 
 def why_no_own_weight(layer: nn.Module) -> str | None:
-    """What this linear layer's ``weight`` is instead of a parameter that it owns and stores as W; None if it is that.
+    """What this layer's ``weight`` is instead of a parameter that it owns and stores as W; None if it is that.
 
     A conversion keeps W where it is and adds to what its product gives. It needs the one tensor that the product uses, which
     nothing computes anew, replaces or prunes. Codes that `lightning_pmss.layers.quantised` reads or refuses are not looked at.
@@ -58,11 +67,11 @@ def why_no_own_weight(layer: nn.Module) -> str | None:
     Returns:
         A sentence without its full stop.
     """
-    if not is_linear(layer) or isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+    if not is_known(layer) or isinstance(layer, nn.modules.lazy.LazyModuleMixin):
         return None
     if isinstance(layer, ExpertLinear):
         return layer.why_unusable()
-    if is_quantised(layer) or why_unusable(layer):
+    if is_linear(layer) and (is_quantised(layer) or why_unusable(layer)):
         return None
     own = layer._parameters.get("weight")
     if is_parametrized(layer, "weight"):
@@ -95,13 +104,24 @@ def _is_plain(weight: Tensor) -> bool:
     return fake or own is Tensor.__torch_dispatch__ or own is nn.Parameter.__torch_dispatch__
 
 
-def is_transposed(layer: nn.Module) -> bool:
-    """Whether the layer stores W^T ``[in, out]``."""
-    return is_conv1d(layer)
+def layout_of(layer: nn.Module) -> Layout:
+    """How the layer stores W."""
+    if (operator := operator_of(layer)) is not None:
+        return Layout.EMBEDDING if operator.looks_up else Layout.CONVOLUTION
+    return Layout.CONV1D if is_conv1d(layer) else Layout.LINEAR
 
 
 def canonical_shape(layer: nn.Module) -> tuple[int, int]:
     """``(out, in)`` from the layer's attributes, never from ``weight.shape``, which sharding engines empty."""
+    if (operator := operator_of(layer)) is not None:
+        return operator.shape(layer)
     if is_conv1d(layer):
         return int(layer.nf), int(layer.nx)  # type: ignore[arg-type]
     return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
+
+
+def kept_shape(layer: nn.Module) -> tuple[int, int]:
+    """``(out, in)`` for `Method.kept_per_token`: of a convolution, the numbers for each place of its output."""
+    out, inp = canonical_shape(layer)
+    operator = operator_of(layer)
+    return (out, inp) if operator is None else (out, operator.inputs(layer))

@@ -21,6 +21,7 @@ from lightning_pmss.layers.expert_stack import ExpertStack, StackSlice
 from lightning_pmss.layers.foreign_writers import watch_writers
 from lightning_pmss.layers.grouped import Groups
 from lightning_pmss.layers.guard import refuse_training
+from lightning_pmss.layers.layout import Layout
 from lightning_pmss.layers.merged_layer import LayerDrift, Mergeable, merge_update
 from lightning_pmss.layers.parts import clean_name
 from lightning_pmss.layers.products import core_dtype
@@ -247,7 +248,7 @@ def adopt_experts(
         layer.index_names = stack.index_names
         layer.core = StackSlice(stack, index)
         layer.method, layer.rank, layer.scale = method, rank, float(scale)
-        layer.transposed = layer.quantised = False
+        layer.layout, layer.quantised = Layout.LINEAR, False
         layer.fingerprint = layer.pristine = layer.derived_dtype = None
         layer.on_trust = weight.is_meta
         method.prepare(layer)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
+from lightning_pmss.layers.layout import Layout
 from lightning_pmss.layers.products import without_autocast
 from lightning_pmss.layers.quantised import dequantised, quantisation_of, requantised, value_dtype
 
@@ -88,13 +89,22 @@ class MergedLayer(Mergeable):
         weight: W, or W' while merged.
         pristine: While merged, the weight as it was, as the base stores it: on the CPU, codes where they were; else None.
         quantised: Whether the base keeps W in codes.
-        transposed: Whether ``weight`` is stored ``[in, out]``.
+        layout: How ``weight`` is stored.
     """
 
     weight: nn.Parameter
     pristine: Tensor | None
     quantised: bool
-    transposed: bool
+    layout: Layout
+
+    @property
+    def transposed(self) -> bool:
+        """Whether ``weight`` is stored ``[in, out]``."""
+        return self.layout.transposed
+
+    def as_stored(self, weight: Tensor) -> Tensor:
+        """A weight ``[out, in]`` as the layer stores it."""
+        return self.layout.stored(weight, tuple(self.stored_weight.shape))
 
     def of_one_device(self) -> tuple[Tensor, Update]:
         """The pristine W ``[out, in]`` and the update, on the device of the update."""
@@ -135,8 +145,7 @@ class MergedLayer(Mergeable):
         """The pristine W in canonical layout ``[out, in]``, also while merged."""
         if self.quantised:
             return dequantised(self, self.pristine)
-        weight = self.stored_weight.detach()
-        return weight.T if self.transposed else weight
+        return self.layout.canonical(self.stored_weight.detach())
 
     @torch.no_grad()
     def merged_weight(self, name: str = "") -> tuple[Tensor, LayerDrift]:
@@ -147,7 +156,7 @@ class MergedLayer(Mergeable):
         """
         weight, update = self.of_one_device()
         rounded, drift = merge_update(weight, update, self._dense_dtype(), name)
-        return (rounded.T.contiguous() if self.transposed else rounded), drift
+        return self.as_stored(rounded), drift
 
     @torch.no_grad()
     def put_merged(self, name: str = "", *, requantise: bool = False) -> LayerDrift:
@@ -244,7 +253,7 @@ def merge_again(layer: MergedLayer, keys: Any) -> None:
         if quantisation_of(layer) is not None:
             layer._show(requantised(layer, rounded))
         else:
-            layer._show(rounded.T.contiguous() if layer.transposed else rounded)
+            layer._show(layer.as_stored(rounded))
 
 
 def exact_sum(weight: Tensor, update: Update) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -223,6 +223,15 @@ class BAT(Method[BATConfig]):
     def fitted(self, weight: Tensor, update: BATUpdate, rank: int, scale: float, name: str) -> dict[str, Tensor]:
         """B of its own rank: blocks of another width cannot be filled up."""
         return self.numbers(update.to(weight.device), {}, scale, name)
+
+    def why_not_applied(self, layer: nn.Module) -> str | None:
+        """Blocks of an embedding mix the vectors of ids that happen to be neighbours."""
+        if not isinstance(layer, nn.Embedding):
+            return None
+        return (
+            "is an embedding, of which BAT would mix the vectors of neighbouring ids; exclude it, or take another method, such"
+            " as MiSS or HiRA"
+        )
 
     def forward(self, layer: Any, x: Tensor) -> Tensor:
         """See `formed_forward`."""

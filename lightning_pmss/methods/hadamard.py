@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightning_pmss.layers.applied import AppliedLayer
 from lightning_pmss.layers.products import without_autocast
 from lightning_pmss.methods.formed import formed_forward
 from lightning_pmss.methods.method import ALL, Update
@@ -36,6 +37,10 @@ class HadamardUpdate(Update):
     @abstractmethod
     def multiplier(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """``M[rows]``, new, computed in a dtype."""
+
+    @abstractmethod
+    def at(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """``M[:, ids]``, columns of M in the last dimension: ``[..., out]``, computed in a dtype."""
 
     @classmethod
     def reads(cls, weight: Tensor, indices: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
@@ -84,6 +89,16 @@ class HadamardEdit(torch.autograd.Function):
                 grad_x = grad @ _changed(ctx.form(a, b), weight, ctx.whole).to(grad.dtype)
             grad_a, grad_b = ctx.pull((grad.T @ x).to(a.dtype).mul_(weight), a, b)
         return grad_x, None, grad_a, grad_b, None, None, None, None
+
+
+def hadamard_applied(layer: AppliedLayer, x: Tensor, update: type[HadamardUpdate]) -> Tensor:
+    """``W' x`` of a convolution, with W'; of an embedding ``y (.) (1 + M[:, ids])``, with the base's own vectors y."""
+    values = layer.values()
+    if not layer.looks_up:
+        return layer.changed(x, values, update)
+    y = layer.base(x)
+    factor = update(**values).at(x, next(iter(values.values())).dtype)
+    return y + (y * factor).to(y.dtype)
 
 
 def hadamard(

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from lightning_pmss.layers.applied import AppliedLayer
 from lightning_pmss.methods.config import AdapterConfig, ScaledConfig
 from lightning_pmss.methods.documentation import inherit_options
-from lightning_pmss.methods.hadamard import HadamardUpdate, hadamard
+from lightning_pmss.methods.hadamard import HadamardUpdate, hadamard, hadamard_applied
 from lightning_pmss.methods.lora import LoRA, LoRAUpdate
 from lightning_pmss.methods.method import Method, Shape
 
@@ -61,6 +63,9 @@ class HiRAUpdate(HadamardUpdate, LoRAUpdate):
     def multiplier(self, rows: slice, dtype: torch.dtype) -> Tensor:
         return self.B[rows].to(dtype) @ self.A.to(dtype)
 
+    def at(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        return F.linear(F.embedding(ids, self.A.to(dtype).T), self.B.to(dtype))
+
     def bound(self, weight: Tensor) -> float:
         sizes = [torch.linalg.vector_norm(factor.double()) for factor in (self.A, self.B)]
         return float(weight.detach().abs().max()) * float(sizes[0]) * float(sizes[1])
@@ -78,7 +83,11 @@ class HiRA(LoRA):
         values: Mapping[str, Tensor] = layer.core(layer.scale)
         return hadamard(layer, x, values["A"], values["B"], _form, _pull)
 
-    grouped = Method.grouped  # not LoRA's
+    grouped, why_not_applied = Method.grouped, Method.why_not_applied  # not LoRA's
+
+    def applied(self, layer: AppliedLayer, x: Tensor) -> Tensor:
+        """See `hadamard_applied`."""
+        return hadamard_applied(layer, x, HiRAUpdate)
 
     def kept_per_token(self, shape: Shape, rank: int) -> int:
         """x, which the gradients of A and B need."""

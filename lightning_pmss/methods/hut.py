@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from lightning_pmss.layers.applied import AppliedLayer
 from lightning_pmss.layers.products import compute_dtype
 from lightning_pmss.methods.choices import one_of
 from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.methods.documentation import inherit_options
-from lightning_pmss.methods.hadamard import HadamardUpdate, hadamard
+from lightning_pmss.methods.hadamard import HadamardUpdate, hadamard, hadamard_applied
 from lightning_pmss.methods.method import Kind, Method, Shape, Spec, why_misshapen
 
 
@@ -93,6 +95,12 @@ class HUTUpdate(HadamardUpdate):
         of_row = torch.arange(len(left), device=left.device)[rows] % right.shape[1]
         return _product(_tiled(left[rows], len(right)), right[:, of_row].T)
 
+    def at(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        left, right = self.left.to(dtype), self.right.to(dtype)
+        of_column = F.embedding(ids % left.shape[1], left.T)
+        of_row = torch.arange(len(left), device=left.device) % right.shape[1]
+        return _product(of_column, F.embedding(ids, right).index_select(-1, of_row))
+
     def bound(self, weight: Tensor) -> float:
         left, right = (float(part.double().abs().max()) for part in (self.left, self.right))
         return float(weight.detach().abs().max()) * (left + right + left * right)
@@ -135,6 +143,10 @@ class HUT(Method[HUTConfig]):
         y: Tensor = layer.base((x * (1 + right[:, 0])).to(dtype))
         unbiased = y if layer.bias is None else y - layer.bias
         return y + (unbiased * left[:, 0]).to(y.dtype)
+
+    def applied(self, layer: AppliedLayer, x: Tensor) -> Tensor:
+        """See `hadamard_applied`."""
+        return hadamard_applied(layer, x, HUTUpdate)
 
     def kept_per_token(self, shape: Shape, rank: int) -> int:
         """x, which both gradients need; in the diagonal form y also."""

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_pmss.layers.applied import AppliedLayer
 from lightning_pmss.layers.expert_stack import GroupedLayer
+from lightning_pmss.layers.operators import why_no_dropout
 from lightning_pmss.layers.products import compute_dtype, dropped
 from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.methods.documentation import inherit_options
@@ -149,6 +151,17 @@ class LoRA(Method[LoRAConfig]):
         values = layer.values()
         h = dropped(x.to(y.dtype), self.config.dropout, layer.training)
         return y + layer.linear(layer.linear(h, values["A"]), values["B"])
+
+    def applied(self, layer: AppliedLayer, x: Tensor) -> Tensor:
+        """The same by a convolution to r channels and one of 1 x 1; of an embedding, A is looked up."""
+        y = layer.base(x)
+        values = layer.values()
+        h = layer.linear(dropped(x, self.config.dropout, layer.training), values["A"])
+        return y + layer.mixed(h, values["B"]).to(y.dtype)
+
+    def why_not_applied(self, layer: nn.Module) -> str | None:
+        """Ids cannot be dropped."""
+        return why_no_dropout(layer, self.config.dropout)
 
     def kept_per_token(self, shape: Shape, rank: int) -> int:
         """x, which the gradient of A needs, and ``A x``."""

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.layers.adapter import Adapter
+from lightning_pmss.layers.applied import AppliedLayer
 from lightning_pmss.layers.expert_stack import GroupedLayer
 from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.methods.given import Given
@@ -358,6 +359,20 @@ class Method(ABC, Generic[C]):
         """
         y = layer.base(x)
         return y + layer.change(x.to(y.dtype), layer.values(), self.update_class).to(y.dtype)
+
+    # -- convolutions and embeddings ----------------------------------------------------------------------------------
+
+    def why_not_applied(self, layer: nn.Module) -> str | None:
+        """Why these options cannot serve a convolution or an embedding, behind its name with the remedy; None if they can."""
+        return None
+
+    def applied(self, layer: AppliedLayer, x: Tensor) -> Tensor:
+        """``W' x`` of a layer that applies W to patches or ids; no bias.
+
+        The default goes by the update's thin factors, where it has such, else it forms W'. A method that has a cheaper product
+        should say it.
+        """
+        return layer.changed(x, layer.values(), self.update_class)
 
     # -- figures ------------------------------------------------------------------------------------------------------
 

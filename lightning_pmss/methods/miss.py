@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_pmss.layers.applied import AppliedLayer
 from lightning_pmss.layers.convertible import canonical_shape
 from lightning_pmss.layers.expert_stack import GroupedLayer
+from lightning_pmss.layers.operators import why_no_dropout
 from lightning_pmss.layers.products import compute_dtype, dropped
 from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.methods.documentation import inherit_options
@@ -154,6 +156,19 @@ class MiSS(Method[MiSSConfig]):
         h = dropped(x, self.config.dropout, layer.training)
         change = layer.linear(block_sum(h, d.shape[1]), d.mT)
         return (y.unflatten(-1, (-1, d.shape[2])) + change.unsqueeze(-2)).flatten(-2)
+
+    def applied(self, layer: AppliedLayer, x: Tensor) -> Tensor:
+        """Of an embedding, a row of D for each id; of a convolution, one to r channels, whose kernel is ``[I I ... I]``."""
+        values = layer.values()
+        if not layer.looks_up:
+            return layer.changed(dropped(x, self.config.dropout, layer.training), values, self.update_class)
+        y, d = layer.base(x), values["D"]
+        change = F.embedding(x % len(d), d).to(y.dtype)
+        return (y.unflatten(-1, (-1, d.shape[1])) + change.unsqueeze(-2)).flatten(-2)
+
+    def why_not_applied(self, layer: nn.Module) -> str | None:
+        """Ids cannot be dropped."""
+        return why_no_dropout(layer, self.config.dropout)
 
     def kept_per_token(self, shape: Shape, rank: int) -> int:
         """s ``[r]``."""

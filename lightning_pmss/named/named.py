@@ -22,7 +22,7 @@ from lightning_pmss.files.adapter import check_also_train, check_base, check_mod
 from lightning_pmss.files.adapter_file import AdapterFile, read_adapter
 from lightning_pmss.files.fresh import check_fresh, live_tensors
 from lightning_pmss.layers.adapted import AdaptedLinear
-from lightning_pmss.layers.convertible import canonical_shape, is_transposed
+from lightning_pmss.layers.convertible import canonical_shape, layout_of
 from lightning_pmss.layers.expert_layer import holder, is_expert_name, parameter_name
 from lightning_pmss.layers.guard import refuse_disabled
 from lightning_pmss.layers.quantised import whole_weight
@@ -318,7 +318,7 @@ def _states(
             weight = layer.base_weight()
         else:
             with whole_weight(layer) as found:
-                weight = found.T if is_transposed(layer) else found
+                weight = layout_of(layer).canonical(found)
         scale = config.scale_of(sizes[name], stored.shape)
         states[name] = method.fitted(weight, stored.update, sizes[name], scale, name)
     return states

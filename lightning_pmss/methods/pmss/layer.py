@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_pmss.layers.adapted import AdaptedLinear
-from lightning_pmss.layers.convertible import has_known_forward, has_own_product, is_transposed
+from lightning_pmss.layers.convertible import has_known_forward, has_own_product, layout_of
+from lightning_pmss.layers.operators import operator_of
 from lightning_pmss.layers.parts import clean_name
 from lightning_pmss.layers.products import compute_dtype, product
 from lightning_pmss.layers.quantised import SliceReader, is_quantised
@@ -118,8 +119,10 @@ def choose_edit(layer: nn.Module, shape: tuple[int, int]) -> str:
     Square layers take the edit whose slice lies in memory without gaps: rows of a stored W, columns of a stored W^T. To
     gather the other one reads most of W (measured: up to half the time of the thin product itself).
     """
+    if operator_of(layer) is not None:  # x has patches or ids, of which no input can be edited
+        return "output"
     out_features, in_features = shape
-    thin = out_features < in_features or (out_features == in_features and is_transposed(layer))
+    thin = out_features < in_features or (out_features == in_features and layout_of(layer).transposed)
     return "output" if thin and can_output_edit(layer) else "input"
 
 

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pmss.layers.adapter import Adapter
+from lightning_pmss.layers.applied import AppliedLayer
 from lightning_pmss.layers.convertible import canonical_shape
 from lightning_pmss.layers.expert_stack import GroupedLayer
 from lightning_pmss.methods.given import Given
 from lightning_pmss.methods.method import Factors, Kind, Method, Shape, Spec, Update
 from lightning_pmss.methods.pmss import sums
+from lightning_pmss.methods.pmss.applied import applied_edit, why_not_applied
 from lightning_pmss.methods.pmss.config import PMSSConfig
 from lightning_pmss.methods.pmss.coordinates import Frame, PMSSCore, coordinate_frame, trained_shape
 from lightning_pmss.methods.pmss.experts import grouped_edit, stacked_update, why_no_expert_options
@@ -239,6 +241,14 @@ class PMSS(Method[PMSSConfig]):
     def grouped(self, layer: GroupedLayer, x: Tensor) -> Tensor:
         """The same of all experts, by the cheaper of both edits."""
         return grouped_edit(layer, x, layer.values()["U"], self.config)
+
+    def why_not_applied(self, layer: nn.Module) -> str | None:
+        """See `lightning_pmss.methods.pmss.applied`."""
+        return why_not_applied(layer, self.config)
+
+    def applied(self, layer: AppliedLayer, x: Tensor) -> Tensor:
+        """See `lightning_pmss.methods.pmss.applied`."""
+        return applied_edit(layer, x, self.config)
 
     def kept_per_token(self, shape: Shape, rank: int) -> int:
         """h ``[r]``."""

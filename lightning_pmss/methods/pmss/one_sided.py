@@ -20,11 +20,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lightning_pmss.layers.adapted import AdaptedLinear
+from lightning_pmss.layers.applied import AppliedLayer
 from lightning_pmss.layers.convertible import has_own_product
 from lightning_pmss.layers.expert_stack import GroupedLayer
 from lightning_pmss.layers.products import compute_dtype, dropped, product, without_autocast
@@ -32,6 +33,7 @@ from lightning_pmss.layers.quantised import dequantised_slice
 from lightning_pmss.methods.given import Given
 from lightning_pmss.methods.method import Factors, Kind, Method, Shape, Spec, Update, why_misshapen
 from lightning_pmss.methods.pmss import sums
+from lightning_pmss.methods.pmss.applied import applied_edit, why_not_applied
 from lightning_pmss.methods.pmss.config import PMSSConfig
 from lightning_pmss.methods.pmss.coordinates import Frame, coordinate_frame
 from lightning_pmss.methods.pmss.edits import slice_of
@@ -296,6 +298,14 @@ class OneSided(Method[PMSSConfig]):
         y = layer.base(x)
         h = layer.groups.take(y, layer.indices["rows"])
         return y + layer.linear(dropped(h, self.config.dropout, layer.training), layer.values()["U"])
+
+    def why_not_applied(self, layer: nn.Module) -> str | None:
+        """See `lightning_pmss.methods.pmss.applied`."""
+        return why_not_applied(layer, self.config)
+
+    def applied(self, layer: AppliedLayer, x: Tensor) -> Tensor:
+        """See `lightning_pmss.methods.pmss.applied`."""
+        return applied_edit(layer, x, self.config)
 
     def kept_per_token(self, shape: Shape, rank: int) -> int:
         """h ``[r]``."""
