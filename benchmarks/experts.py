@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.kept import kept_bytes
 from benchmarks.measure import interleaved, spread, table, write_result
 from lightning_pmss import AdapterConfig, LoRAConfig, MiSSConfig, PMSSConfig, convert
 
@@ -67,24 +68,6 @@ def step(model: Any, x: Tensor) -> None:
         parameter.grad = None
 
 
-def kept(model: Any, x: Tensor) -> int:
-    """Bytes of what a forward pass keeps, without parameters."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    found: dict[int, int] = {}
-    alive: list[Tensor] = []  # else a freed address may come again
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        model(inputs_embeds=x)
-    return sum(found.values())
-
-
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measure, print, write."""
     assert __doc__ is not None
@@ -99,7 +82,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     models = rivals(mixture(options.hidden, options.inner, options.experts, options.layers))
     x = torch.randn(1, options.tokens, options.hidden, requires_grad=True)
-    keeps = {name: kept(model, x) for name, model in models.items()}
+    keeps = {name: kept_bytes(model, lambda model=model: model(inputs_embeds=x)) for name, model in models.items()}  # type: ignore[misc]
     runs: dict[str, Callable[[], object]] = {n: lambda model=m: step(model, x) for n, m in models.items()}  # type: ignore[misc]
     found = interleaved(runs, options.repeats, clock=time.process_time)
     trained = {n: sum(p.numel() for p in m.parameters() if p.requires_grad) for n, m in models.items()}

@@ -166,7 +166,6 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"target_modules": ["all-linear"]}, "type all-linear alone, not in a list"),
     ({"also_train": "haed"}, "also_train: 'haed' matches no module; closest names: head"),
     ({"target_modules": ["norm"]}, "is a LayerNorm whose weight cannot be read"),
-    ({"target_modules": ["embed"]}, "is a Embedding"),
     ({"target_modules": r".*norm"}, "matches only LayerNorm"),
     ({"exclude_modules": ["qproj"]}, "exclude_modules: 'qproj' matches no module; closest names: q_proj"),
     ({"also_train": ["haed"]}, "also_train: 'haed' matches no module; closest names: head"),
