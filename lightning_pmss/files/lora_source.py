@@ -16,7 +16,7 @@ from lightning_pmss.files.base import base_of
 from lightning_pmss.files.fresh import fresh_tensors, live_tensors, untrained
 from lightning_pmss.files.naming import base_weight, refuse_misfits, refuse_wrong_base, resolve_names
 from lightning_pmss.layers.convertible import canonical_shape
-from lightning_pmss.layers.expert_layer import ExpertLinear, holder
+from lightning_pmss.layers.expert_layer import ExpertLinear, holder, is_expert_name
 from lightning_pmss.layers.guard import refuse_disabled
 from lightning_pmss.layers.layout import Layout
 from lightning_pmss.layers.parts import clean_name, is_sharded
@@ -79,6 +79,18 @@ class Source:
     revision: str | None
     model_class: str | None
     apart: Callable[[str], Mapping[str, tuple[int, int]] | None] = lambda name: None
+
+    @property
+    def transposed(self) -> bool:
+        """Whether linear layers store W^T; peft knows this of embeddings."""
+        return any(layer.layout is Layout.CONV1D for layer in self.layers.values())
+
+    def lora_only(self) -> str | None:
+        """A layer that is written as a LoRA or not at all, with the reason; None where there is none."""
+        if (found := next(filter(is_expert_name, self.layers), None)) is not None:
+            return f"{found} is one of several fused experts, which peft has in no type but LoRA"
+        found = next(iter(self.applied()), None)
+        return None if found is None else f"{found} is a convolution or an embedding, written for peft as a LoRA only"
 
     def applied(self) -> list[str]:
         """Names of the convolutions and embeddings."""

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from lightning_pmss.files.lora_config import lora_fields
 from lightning_pmss.files.lora_source import Layer, Source, no_thin_factors, thin
 from lightning_pmss.files.peft_experts import experts_of, refuse_confused_experts
-from lightning_pmss.layers.expert_layer import FUSED, is_expert_name
+from lightning_pmss.layers.expert_layer import FUSED
 from lightning_pmss.layers.layout import Layout
 from lightning_pmss.methods.bat import BATUpdate
 from lightning_pmss.methods.hira import HiRAUpdate
@@ -169,7 +169,7 @@ class LoraForm(PeftForm):
         return F.pad(a, (0, 0, 0, rank - len(a))), F.pad(b, (0, rank - b.shape[1])), lost
 
     def fields(self, ranks: Mapping[str, int]) -> dict[str, Any]:
-        found = lora_fields(ranks, transposed=is_transposed(self.source))
+        found = lora_fields(ranks, transposed=self.source.transposed)
         return found | {"target_parameters": sorted(self.experts) or None}
 
 
@@ -209,7 +209,7 @@ class HiraForm(NativeForm):
 
     def fields(self, ranks: Mapping[str, int]) -> dict[str, Any]:
         return {
-            "fan_in_fan_out": is_transposed(self.source),
+            "fan_in_fan_out": self.source.transposed,
             "hira_dropout": 0.0,
             "init_weights": True,
             "peft_type": "HIRA",
@@ -330,18 +330,11 @@ def choose_form(source: Source, native: bool | None, rank: int | None) -> Chosen
         return Chosen(LoraForm(source, rank))
     kind = type(source.update(next(iter(source.layers))))
     form, label = NATIVE.get(kind), source.options.label()
-    if form is not LoraForm and (found := next(filter(is_expert_name, source.layers), None)) is not None:
+    if form is not LoraForm and (special := source.lora_only()) is not None:
         if native or form is not None and kind.factors is Update.factors:
             raise ValueError(
-                f"{found} is one of several fused experts, which peft has in no type but LoRA. Export a LoRA (--as lora, or"
-                " native=False in Python; with a rank, where the update is no product of thin matrices), or merge."
-            )
-        form = None
-    if form is not LoraForm and (found := next(iter(source.applied()), None)) is not None:
-        if native or form is not None and kind.factors is Update.factors:
-            raise ValueError(
-                f"{found} is a convolution or an embedding, which lightning-pmss writes as a LoRA only. Export a LoRA (--as"
-                " lora, or native=False in Python; with a rank, where the update is no product of thin matrices), or merge."
+                f"{special}. Export a LoRA (--as lora, or native=False in Python; with a rank, where the update is no product"
+                " of thin matrices), or merge."
             )
         form = None
     if native and rank is not None:
@@ -380,11 +373,6 @@ def lora_pair(factors: Factors, rank: int | None = None) -> tuple[Tensor, Tensor
     whole, cut = float(torch.linalg.vector_norm(singular)), float(torch.linalg.vector_norm(singular[rank:]))
     error = cut / whole if whole > 0 else 0.0
     return root[:, None] * (right[:rank] @ q_a.T), (q_b @ left[:, :rank]) * root, error
-
-
-def is_transposed(source: Source) -> bool:
-    """Whether linear layers store W^T; peft knows this of embeddings."""
-    return any(layer.layout is Layout.CONV1D for layer in source.layers.values())
 
 
 def _why_no_miss(source: Source) -> str | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_pmss.files.lora_config import lora_fields
 from lightning_pmss.files.lora_source import Layer, Source
 from lightning_pmss.files.peft_experts import confused_layer
-from lightning_pmss.files.peft_form import LoraForm, Part, is_transposed
+from lightning_pmss.files.peft_form import LoraForm, Part
 from lightning_pmss.layers.expert_layer import FUSED, parameter_name
 from lightning_pmss.layers.layout import Layout
 
@@ -133,4 +133,4 @@ class VllmForm(LoraForm):
         return Part(dict(zip(_ENDS, values, strict=True)), lost)
 
     def fields(self, ranks: Mapping[str, int]) -> dict[str, Any]:
-        return lora_fields(ranks, transposed=is_transposed(self.source))
+        return lora_fields(ranks, transposed=self.source.transposed)

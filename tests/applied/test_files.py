@@ -18,7 +18,7 @@ from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.files import merge_files, read_adapter, write_merged
 from lightning_pmss.inspect.inspection import inspect_adapter
 from lightning_pmss.merging import merged_state_dict
-from lightning_pmss.named import disable_adapter, load_adapters, set_adapter
+from lightning_pmss.named import combine_files, disable_adapter, load_adapters, set_adapter
 from tests.applied.toys import config_of, net, targets, train
 from tests.methods.cases import CASES
 
@@ -155,3 +155,23 @@ def test_other_memory_formats(method: str, memory_format: torch.memory_format, t
     plain = net()
     load_adapter(plain, tmp_path / "adapter")
     torch.testing.assert_close(plain(ids()), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "pmss", "miss"])
+def test_two_adapters_are_combined_on_disk(method: str, tmp_path: Path) -> None:
+    """A weighted sum is the sum of the changes."""
+    save_file(net().state_dict(), tmp_path / "base.safetensors")
+    models = [trained(method, seed) for seed in (1, 2)]
+    for name, model in zip("ab", models, strict=True):
+        save_adapter(model, tmp_path / name)
+    folders = [tmp_path / name for name in "ab"]
+    combine_files(
+        tmp_path / "base.safetensors", folders, tmp_path / "sum", rule="linear", weights=[0.5, 2.0], progress=False
+    )
+    both = net()
+    load_adapter(both, tmp_path / "sum")
+    found = adapted_layers(both)
+    for name in targets(method):
+        changes = [adapted_layers(m)[name].update().delta(found[name].base_weight()) for m in models]
+        wanted = 0.5 * changes[0] + 2 * changes[1]
+        torch.testing.assert_close(found[name].update().delta(found[name].base_weight()), wanted, rtol=1e-4, atol=1e-5)

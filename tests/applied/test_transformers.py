@@ -129,9 +129,7 @@ def test_peft_loads_the_export(method: str, name: str, tmp_path: Path) -> None:
 
 def test_other_types_of_peft_are_refused_or_become_a_lora(tmp_path: Path) -> None:
     model = trained("resnet", "miss", tmp_path / "base")
-    with pytest.raises(
-        ValueError, match=r"is a convolution or an embedding, which lightning-pmss writes as a LoRA only"
-    ):
+    with pytest.raises(ValueError, match=r"is a convolution or an embedding, written for peft as a LoRA only"):
         export_peft(model, tmp_path / "native", native=True, progress=False)
     report = export_peft(model, tmp_path / "lora", progress=False)
     assert report.form == "LoRA"
