@@ -166,7 +166,7 @@ def test_two_adapters_are_combined_on_disk(method: str, tmp_path: Path) -> None:
         save_adapter(model, tmp_path / name)
     folders = [tmp_path / name for name in "ab"]
     combine_files(
-        tmp_path / "base.safetensors", folders, tmp_path / "sum", rule="linear", weights=[0.5, 2.0], progress=False
+        tmp_path / "base.safetensors", folders, tmp_path / "sum", rule="cat", weights=[0.5, 2.0], progress=False
     )
     both = net()
     load_adapter(both, tmp_path / "sum")

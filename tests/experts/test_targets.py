@@ -86,7 +86,7 @@ def test_ranks_are_of_parameters_and_clipped() -> None:
         (["gate_up_prj"], r"matches no parameter; closest names: .*gate_up_proj"),
         (r".*\.nothing", r"matches no parameter; closest names: .*down_proj"),
         (["input_layernorm.weight"], r"a parameter \[32\] of the .*RMSNorm.*has 1 dimension\(s\), so take it out"),
-        (["embed_tokens.weight"], r"a parameter \[64, 32\] of the Embedding.*also_train=\['model\.embed_tokens'\]"),
+        (["embed_tokens.weight"], r"a parameter \[64, 32\] of the Embedding.*target_modules: type 'model\.embed_tokens'"),
         (["mlp.gate.weight"], r"of the MixtralTopKRouter.*does not know"),
     ],
 )  # fmt: skip
