@@ -48,3 +48,10 @@ class Layout(enum.StrEnum):
         if self is Layout.CONVOLUTION:
             return f"a convolution [{shape[0]}, ...] of {shape[1]} numbers for each output"
         return str(list(shape[::-1] if self.transposed else shape))
+
+
+def picked(weight: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Rows (dim 0) or columns (dim 1) of W, contiguous. Of a view of W^T torch would copy all of W first."""
+    if weight.stride(0) == 1 and weight.stride(1) > 1:
+        return weight.T.index_select(1 - dim, index).T.contiguous()
+    return weight.index_select(dim, index)

@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lightning_pmss.layers.products import compute_dtype
+from lightning_pmss.layers.products import compute_dtype, without_autocast
 
 _CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _MIXERS = (F.conv1d, F.conv2d, F.conv3d)
@@ -65,9 +66,19 @@ class Convolution(Operator):
         return -1 - len(layer.kernel_size)
 
     def linear(self, layer: Any, x: Tensor, matrix: Tensor) -> Tensor:
-        kernel = matrix.view(len(matrix), layer.in_channels, *layer.kernel_size)
-        y: Tensor = layer._conv_forward(x, kernel.to(compute_dtype(x)), None)
-        return y
+        dtype = compute_dtype(x)
+        kernel = matrix.view(len(matrix), layer.in_channels, *layer.kernel_size).to(dtype)
+        if kernel.requires_grad or not x.requires_grad:
+            trained: Tensor = layer._conv_forward(x, kernel, None)
+            return trained
+        padding = layer.padding
+        if isinstance(padding, str) or layer.padding_mode != "zeros":
+            mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+            x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode), (0,) * len(layer.kernel_size)
+        one = x.dim() == len(layer.kernel_size) + 1  # an image alone
+        x = x.unsqueeze(0) if one else x
+        y: Tensor = FrozenConvolution.apply(x.to(dtype), kernel, layer.stride, padding, layer.dilation)
+        return y.squeeze(0) if one else y
 
     def mixed(self, layer: Any, h: Tensor, matrix: Tensor) -> Tensor:
         sides = len(layer.kernel_size)
@@ -94,6 +105,36 @@ class Convolution(Operator):
             return f"has groups={layer.groups}, so that no one matrix is applied to its patches"
         known = next(kind for kind in _CONVOLUTIONS if isinstance(layer, kind))
         return None if _is_own(layer, known, "forward", "_conv_forward") else _hidden(layer)
+
+
+class FrozenConvolution(torch.autograd.Function):
+    """A convolution whose kernel is frozen. Autograd's own keeps x, though the gradient of x needs the kernel alone.
+
+    x ``[batch, in, ...]`` and the kernel ``[k, in, ...]``, both of one dtype. Saved for backward: the kernel, by reference.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        kernel: Tensor,
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        dilation: tuple[int, ...],
+    ) -> Tensor:
+        ctx.save_for_backward(kernel)
+        ctx.shape, ctx.how = x.shape, (stride, padding, dilation, False, (0,) * len(stride), 1)
+        with without_autocast(x):
+            return torch.convolution(x, kernel, None, *ctx.how)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (kernel,) = grads, ctx.saved_tensors
+        like = grad.new_empty(1).expand(ctx.shape)  # of which the shape is read
+        with without_autocast(grad):
+            found = torch.ops.aten.convolution_backward(grad, like, kernel, None, *ctx.how, (True, False, False))
+        return found[0], None, None, None, None
 
 
 class Lookup(Operator):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lightning_pmss.layers.applied import AppliedLayer
+from lightning_pmss.layers.layout import picked
 from lightning_pmss.layers.operators import operator_of
 from lightning_pmss.layers.products import dropped, without_autocast
 from lightning_pmss.methods.pmss.config import PMSSConfig
@@ -25,14 +26,14 @@ class ColumnProduct(torch.autograd.Function):
     def forward(ctx: Any, u: Tensor, weight: Tensor, cols: Tensor) -> Tensor:
         ctx.save_for_backward(weight, cols)
         with without_autocast(u):
-            return weight.index_select(1, cols).to(u.dtype) @ u
+            return picked(weight, cols, 1).to(u.dtype) @ u
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, cols = ctx.saved_tensors
         with without_autocast(weight):
-            return weight.index_select(1, cols).to(grads[0].dtype).T @ grads[0], None, None
+            return picked(weight, cols, 1).to(grads[0].dtype).T @ grads[0], None, None
 
 
 def applied_edit(layer: AppliedLayer, x: Tensor, config: PMSSConfig) -> Tensor:

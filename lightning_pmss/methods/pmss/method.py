@@ -13,6 +13,7 @@ from lightning_pmss.layers.adapter import Adapter
 from lightning_pmss.layers.applied import AppliedLayer
 from lightning_pmss.layers.convertible import canonical_shape
 from lightning_pmss.layers.expert_stack import GroupedLayer
+from lightning_pmss.layers.layout import picked
 from lightning_pmss.methods.given import Given
 from lightning_pmss.methods.method import Factors, Kind, Method, Shape, Spec, Update
 from lightning_pmss.methods.pmss import sums
@@ -68,7 +69,7 @@ class PMSSUpdate(Update):
     @classmethod
     def reads(cls, weight: Tensor, indices: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         rows, cols = (indices[name].to(weight.device) for name in ("rows", "cols"))
-        return weight.index_select(0, rows), weight.index_select(1, cols)
+        return picked(weight, rows, 0), picked(weight, cols, 1)
 
     @classmethod
     def weighted(cls, updates: Sequence[tuple[float, PMSSUpdate]]) -> PMSSUpdate:

@@ -28,6 +28,7 @@ from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.layers.applied import AppliedLayer
 from lightning_pmss.layers.convertible import has_own_product
 from lightning_pmss.layers.expert_stack import GroupedLayer
+from lightning_pmss.layers.layout import picked
 from lightning_pmss.layers.products import compute_dtype, dropped, product, without_autocast
 from lightning_pmss.layers.quantised import dequantised_slice
 from lightning_pmss.methods.given import Given
@@ -74,7 +75,7 @@ class OneSidedUpdate(Update):
 
     @classmethod
     def reads(cls, weight: Tensor, indices: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        return (weight.index_select(0, indices["rows"].to(weight.device)),)
+        return (picked(weight, indices["rows"].to(weight.device), 0),)
 
     @classmethod
     def weighted(cls, updates: Sequence[tuple[float, OneSidedUpdate]]) -> OneSidedUpdate:
