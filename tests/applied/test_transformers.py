@@ -162,3 +162,47 @@ def test_estimate(tmp_path: Path) -> None:
     run = Run(str(tmp_path / "base"), config=config, micro_batch=2, sequence_length=16)
     made = estimate(run, ("pmss", "lora"))
     assert made.methods["pmss"].trainable == convert(plain("llama", tmp_path / "base"), config).trainable
+
+
+def grown(folder: Path) -> Any:
+    """The base with three more tokens, which no file of it has."""
+    model = plain("llama", folder)
+    model.resize_token_embeddings(43)
+    return model
+
+
+@pytest.mark.parametrize("method", ["pmss", "lora", "hira"])
+def test_rows_of_added_tokens(method: str, tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    model = grown(tmp_path / "base")
+    convert(model, config_of(method, "embed_tokens", "q_proj"))
+    train(model)
+    ids = torch.tensor([[1, 42, 41, 7, 3]])
+    wanted = model(ids).logits
+    save_adapter(model, tmp_path / "adapter")
+    again = grown(tmp_path / "base")
+    load_adapter(again, tmp_path / "adapter")
+    torch.testing.assert_close(again(ids).logits, wanted, rtol=1e-4, atol=1e-5)
+    merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", progress=False)
+    torch.testing.assert_close(plain("llama", tmp_path / "merged")(ids).logits, wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"model.embed_tokens: the weight is in no file of the base"):
+        export_lora(model, tmp_path / "lora", progress=False)
+
+
+@pytest.mark.parametrize("method", ["pmss", "lora"])
+def test_gradient_checkpointing_of_transformers(method: str) -> None:
+    model = llama().train()
+    convert(model, config_of(method, *MODELS["llama"][1]))
+    train(model)
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        logits("llama", model).square().mean().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    wanted = gradients()
+    assert wanted.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    for key, value in gradients().items():
+        torch.testing.assert_close(value, wanted[key])
