@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -20,8 +21,10 @@ from lightning_pmss.files.naming import resolve_names
 from lightning_pmss.files.peft_folder import (
     AGAIN,
     IN_PEFT,
+    PREFIX,
     QUANTISED,
     PeftRecord,
+    base_weights,
     layer_options,
     read_config,
     read_weights,
@@ -36,7 +39,8 @@ from lightning_pmss.store.kinds import ADAPTER
 from lightning_pmss.store.records import Size, shown
 from lightning_pmss.store.shards import ShardReader, few, open_shards
 
-_ENDS = {"lora_A.weight": "A", "lora_B.weight": "B"}
+_EMBEDDING = "lora_embedding_A"
+_ENDS = {"lora_A.weight": "A", "lora_B.weight": "B", _EMBEDDING: "A", "lora_embedding_B": "B"}
 _IN_TRAINING = (
     "corda_config", "eva_config", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core",
     "qalora_group_size", "velora_config",
@@ -109,7 +113,7 @@ def read_lora(folder: Path, content: Any, reader: ShardReader) -> AdapterFile:
     Args:
         folder: With both files.
         content: Of its config.
-        reader: The base's files, of which a LoRA needs nothing.
+        reader: The base's files, with which peft's copies of embeddings are compared.
 
     Raises:
         ValueError: A variant (DoRA, biases, a start that changes W), or damaged files.
@@ -117,9 +121,13 @@ def read_lora(folder: Path, content: Any, reader: ShardReader) -> AdapterFile:
     where = str(folder / CONFIG_FILE)
     record = checked(LoraRecord, content, where, AGAIN)
     _refuse_variants(record, where)
-    pairs, full = sort_tensors(read_weights(folder), "a plain LoRA", _ENDS, ("lora_",), str(folder / WEIGHTS_FILE))
+    tensors = read_weights(folder)
+    pairs, full = sort_tensors(tensors, "a plain LoRA", _ENDS, ("lora_",), str(folder / WEIGHTS_FILE))
+    embeddings = [name for name in pairs if f"{PREFIX}{name}.{_EMBEDDING}" in tensors]
+    _drop_copies(embeddings, full, folder, reader)
+    layouts = {name: _layout(pair, record.fan_in_fan_out, name in embeddings) for name, pair in pairs.items()}
     scales = {name: _scaling(record, name, len(pair["A"]), where) for name, pair in pairs.items()}
-    modules = {n: _module(pair, scales[n], record.fan_in_fan_out, n, str(folder)) for n, pair in pairs.items()}
+    modules = {n: _module(pair, scales[n], layouts[n], n, str(folder)) for n, pair in pairs.items()}
     common = layer_options({name: module.update.rank for name, module in modules.items()}, full)
     usual = common["rank"]
     first = next(name for name, module in modules.items() if module.update.rank == usual)
@@ -182,12 +190,38 @@ def _scaling(record: LoraRecord, name: str, rank: int, where: str) -> float:
     return alpha / (math.sqrt(rank) if record.use_rslora else rank)
 
 
-def _module(pair: dict[str, Tensor], scale: float, transposed: bool, name: str, where: str) -> AdapterModule:
+def _layout(pair: Mapping[str, Tensor], transposed: bool, embedding: bool) -> Layout:
+    """How the base stores the layer of a pair of factors."""
+    if embedding:
+        return Layout.EMBEDDING
+    if pair["A"].dim() > 2:
+        return Layout.CONVOLUTION
+    return Layout.CONV1D if transposed else Layout.LINEAR
+
+
+def _drop_copies(embeddings: Collection[str], full: dict[str, Tensor], folder: Path, reader: ShardReader) -> None:
+    """Take the copies out that peft saves of the weights of embeddings with a LoRA, which are frozen.
+
+    Raises:
+        ValueError: A copy is not the base's weight.
+    """
+    copies = {n: full.pop(key) for n in embeddings if (key := f"{n}.base_layer.weight") in full}
+    for name, weight in base_weights(copies, "LoRA", folder, reader):
+        if not torch.equal(weight.to(copies[name].dtype), copies[name]):
+            raise ValueError(
+                f"{folder} has a weight of {name} that is not the base's: tokens were added, or it was trained on another base."
+                f" Merge it with peft instead: {IN_PEFT}"
+            )
+
+
+def _module(pair: dict[str, Tensor], scale: float, layout: Layout, name: str, where: str) -> AdapterModule:
     a, b = (pair[part].float() for part in ("A", "B"))
+    flat = layout is Layout.CONVOLUTION and b.dim() == a.dim() and math.prod(b.shape[2:]) == 1
+    a, b = (a.flatten(1), b.flatten(1)) if flat else (a, b)
     if a.dim() != 2 or b.dim() != 2:
-        raise ValueError(f"{where}: {name} has factors that are no matrices (an embedding or a convolution). {AGAIN}")
+        raise ValueError(f"{where}: {name} has factors that are neither matrices nor those of a convolution. {AGAIN}")
     shape = (b.shape[0], a.shape[1])
     update = {"A": a, "B": scale * b}
     if reason := LoRAUpdate.why_not(shape, update):
         raise ValueError(f"{where}: {name}.{reason}. {AGAIN}")
-    return AdapterModule(shape, Layout.CONV1D if transposed else Layout.LINEAR, {}, LoRAUpdate(**update))
+    return AdapterModule(shape, layout, {}, LoRAUpdate(**update))

@@ -23,9 +23,10 @@ class AdapterConfig:
     """Which layers are converted, and at which rank. Each method adds options of its own.
 
     Args:
-        target_modules: ``"all-linear"`` (every linear layer of the body and every matrix of fused experts; output head and
-            embeddings are left out); a module's name, where ``t`` matches a module called ``t`` or ending in ``"." + t``, or a
-            list of names; or any other string: a regular expression for the full name. Each item must match something.
+        target_modules: ``"all-linear"`` (every linear layer of the body and every matrix of fused experts; output head,
+            embeddings and convolutions are left out, and the latter two converted where they are named); a module's name,
+            where ``t`` matches a module called ``t`` or ending in ``"." + t``, or a list of names; or any other string: a
+            regular expression for the full name. Each item must match something.
         exclude_modules: Modules left out of the targets, with everything below them; name, list or regular expression as above.
             A parameter of fused experts may be named too.
         rank: Rank of each layer's update; clipped to the smaller side of a layer, which the report says.

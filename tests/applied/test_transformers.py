@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -24,6 +24,7 @@ from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.estimate import Run, estimate
 from lightning_pmss.files import merge_files, write_merged
 from lightning_pmss.files.lora import export_files
+from lightning_pmss.files.lora_import import import_files
 from lightning_pmss.files.select import select_files
 from tests.applied.toys import can, config_of, train
 from tests.methods.cases import CASES
@@ -206,3 +207,40 @@ def test_gradient_checkpointing_of_transformers(method: str) -> None:
     model.enable_input_require_grads()
     for key, value in gradients().items():
         torch.testing.assert_close(value, wanted[key])
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_a_lora_that_peft_trained_is_imported(name: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    make, names = MODELS[name]
+    make().save_pretrained(tmp_path / "base")
+    theirs = peft.get_peft_model(
+        plain(name, tmp_path / "base"), peft.LoraConfig(r=4, lora_alpha=8, target_modules=names)
+    )
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for key, parameter in theirs.named_parameters():
+            if "lora_" in key:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    theirs.save_pretrained(tmp_path / "theirs")
+    import_files(tmp_path / "theirs", tmp_path / "base", tmp_path / "adapter")
+    model = plain(name, tmp_path / "base")
+    load_adapter(model, tmp_path / "adapter")
+    assert set(adapted_layers(model)) >= {n for n, _ in model.named_modules() if n.endswith(names[0])}
+    torch.testing.assert_close(logits(name, model), logits(name, theirs.eval()), rtol=1e-3, atol=1e-4)
+
+
+def test_an_embedding_that_peft_changed_is_refused(tmp_path: Path) -> None:
+    """peft saves the weight of an embedding with a LoRA. Where it is not the base's, tokens were added."""
+    peft = pytest.importorskip("peft")
+    llama().save_pretrained(tmp_path / "base")
+    theirs = peft.get_peft_model(
+        plain("llama", tmp_path / "base"), peft.LoraConfig(r=4, target_modules=["embed_tokens"])
+    )
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
+    tensors = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    (key,) = [key for key in tensors if key.endswith("embed_tokens.base_layer.weight")]
+    tensors[key][3] += 1
+    save_file(tensors, tmp_path / "theirs" / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"a weight of model.embed_tokens that is not the base's.*with peft instead"):
+        import_files(tmp_path / "theirs", tmp_path / "base", tmp_path / "adapter")
