@@ -55,6 +55,19 @@ def layer(make: Callable[[], nn.Module], inputs: Callable[[], tuple[Any, ...]]) 
     return probe
 
 
+def attention(method: Method, folder: Path) -> bool:
+    """Queries, keys and values, which are one parameter, are adapted by the module's name or the parameter's."""
+    torch.manual_seed(0)
+    plain, given = One(nn.MultiheadAttention(32, 2)), (torch.randn(4, 1, 32),) * 3
+    try:
+        adapted = method.adapt(copy.deepcopy(plain), ["layer"])
+    except Exception:
+        adapted = method.adapt_parameters(copy.deepcopy(plain), ["layer.in_proj_weight"])
+    changed = adapted(*given)[0]
+    changed.sum().backward()
+    return not torch.allclose(changed, plain(*given)[0])
+
+
 def fused_experts(method: Method, folder: Path) -> bool:
     """Both parameters of a Mixtral's experts are adapted, and the output changes."""
     from transformers import MixtralConfig
@@ -236,7 +249,7 @@ PROBES: dict[str, dict[str, Callable[[Method, Path], bool]]] = {
         "Conv1D of transformers (GPT-2)": layer(lambda: Conv1D(48, 32), lambda: (torch.randn(4, 32),)),
         "nn.Embedding": layer(lambda: nn.Embedding(64, 32), lambda: (torch.arange(4),)),
         "nn.Conv2d": layer(lambda: nn.Conv2d(16, 16, 3), lambda: (torch.randn(1, 16, 8, 8),)),
-        "nn.MultiheadAttention": layer(lambda: nn.MultiheadAttention(32, 2), lambda: (torch.randn(4, 1, 32),) * 3),
+        "nn.MultiheadAttention": attention,
         "fused experts of transformers (Mixtral)": fused_experts,
     },
     "Training": {

@@ -24,6 +24,7 @@ from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.layers.expert_layer import holder
 from lightning_pmss.layers.experts import AdaptedExperts
 from lightning_pmss.layers.indices import index_tensors
+from lightning_pmss.layers.matrices import AdaptedMatrices
 from lightning_pmss.layers.parts import clean_name, clean_state
 from lightning_pmss.messages import some
 
@@ -182,7 +183,7 @@ def refuse_copies(module: L.LightningModule) -> None:
     if copies := [
         clean_name(n)
         for n, m in module.named_modules()
-        if isinstance(m, (AdaptedLinear, AdaptedExperts)) and id(m) not in own
+        if isinstance(m, (AdaptedLinear, AdaptedExperts, AdaptedMatrices)) and id(m) not in own
     ]:
         raise MisconfigurationException(
             f"{some(copies)} are converted layers in a copy of the model that is part of the module: an average or a teacher."

@@ -14,6 +14,7 @@ from typing_extensions import override
 from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.layers.expert_layer import refuse_experts
+from lightning_pmss.layers.matrix_layer import MatrixLinear
 from lightning_pmss.layers.operators import refuse_applied
 from lightning_pmss.layers.products import compute_dtype
 from lightning_pmss.layers.weight_noise import NoiseProduct, merged_row_norms, seed_of
@@ -66,6 +67,11 @@ class FlatLoRA(Callback):
             )
         refuse_experts(layers, "FlatLoRA gives no noise to", "leave FlatLoRA out")
         refuse_applied(layers, "FlatLoRA gives no noise to", "leave FlatLoRA out")
+        if found := next((name for name, layer in layers.items() if isinstance(layer, MatrixLinear)), None):
+            raise ValueError(
+                f"FlatLoRA gives no noise to parameters of other modules, such as `{found}`. Take it out of target_parameters,"
+                " or leave FlatLoRA out."
+            )
         for name, layer in layers.items():
             self._handles += self._noise.disturb(layer, name)
 

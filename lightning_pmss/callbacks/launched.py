@@ -18,10 +18,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_pmss.conversion.convert import conversion_of, convert
+from lightning_pmss.conversion.matrices import modules_for
 from lightning_pmss.conversion.report import ConversionReport
-from lightning_pmss.conversion.roots import canonical_modules, choose_root
+from lightning_pmss.conversion.roots import choose_root
 from lightning_pmss.layers.adapted import frozen_key, trained_key
 from lightning_pmss.layers.convertible import canonical_shape, is_linear
+from lightning_pmss.layers.experts import without_stacks
+from lightning_pmss.layers.matrix_layer import OwnedLinear, holder
 from lightning_pmss.layers.parts import clean_name
 from lightning_pmss.methods import method_of
 from lightning_pmss.methods.config import AdapterConfig
@@ -104,13 +107,12 @@ def convert_like(trainer: L.Trainer, state: Mapping[str, Tensor], config: Adapte
     if report is None:
         module.load_state_dict(state, strict=False)
         named = {id(m): f"{clean_name(name)}.".lstrip(".") for name, m in module.named_modules()}
-        clean = {clean_name(key): value for key, value in state.items()}
+        clean = without_stacks({clean_name(key): value for key, value in state.items()})
         root = choose_root(module, config.root)
         layers = {}
-        for name, layer in canonical_modules(module, root).items():
-            if is_linear(layer) and (
-                found := _stored(clean, named[id(layer)], method_of(config), canonical_shape(layer))
-            ):
+        for name, layer in modules_for(module, config, root).items():
+            prefix = named[id(holder(layer))] + (f"{layer.own_name}." if isinstance(layer, OwnedLinear) else "")
+            if is_linear(layer) and (found := _stored(clean, prefix, method_of(config), canonical_shape(layer))):
                 layers[name] = found
         report = convert(module, config, given=Given(layers, "the result of `fit`", complete=True))
     module.strict_loading = False

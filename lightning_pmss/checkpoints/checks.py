@@ -19,6 +19,7 @@ from lightning_pmss.layers.convertible import canonical_shape
 from lightning_pmss.layers.expert_stack import ExpertStack
 from lightning_pmss.layers.experts import names_of_modules, without_stacks
 from lightning_pmss.layers.fingerprint import same_base
+from lightning_pmss.layers.matrices import MatrixAdapter
 from lightning_pmss.layers.parts import clean_name, is_sharded, own_part
 from lightning_pmss.layers.products import core_dtype
 from lightning_pmss.messages import some
@@ -169,7 +170,7 @@ def _adapter_keys(module: nn.Module) -> list[str]:
     return [
         clean_name(f"{name}.{trained_key(part)}".lstrip("."))
         for name, layer in module.named_modules()
-        if isinstance(layer, (AdaptedLinear, ExpertStack))
+        if isinstance(layer, (AdaptedLinear, ExpertStack, MatrixAdapter))
         for part in layer.core.trained()
     ]
 

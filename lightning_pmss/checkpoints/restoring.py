@@ -119,7 +119,7 @@ def _found(
     roots = {layer.key.removesuffix(name).removesuffix(".") for name, layer in found.layers.items()} - {""}
     root = next(iter(roots)) if roots else choose_root(module, options.root)
     here = root in {clean_name(name) for name, _ in module.named_modules()}
-    known = set(canonical_modules(module, root)) if here else set()
+    known = set(canonical_modules(module, root, layers.keys())) if here else set()
     if absent := sorted((set(layers) | set(found.full_modules)) - known):
         raise ValueError(
             f"{_SOURCE} has {some(absent)}, which this {type(module).__name__} does not have: it belongs to another module."

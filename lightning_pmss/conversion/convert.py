@@ -18,6 +18,7 @@ from lightning_pmss.conversion.converted import changed_fields, is_complete, lay
 from lightning_pmss.conversion.converted import conversion_of as conversion_of
 from lightning_pmss.conversion.experts import experts_by_parameter, without_experts
 from lightning_pmss.conversion.left_out import LeftOut
+from lightning_pmss.conversion.matrices import modules_for
 from lightning_pmss.conversion.report import ConversionReport, LayerReport
 from lightning_pmss.conversion.roots import (
     adapted_root,
@@ -41,6 +42,8 @@ from lightning_pmss.layers.convertible import canonical_shape, kept_shape, layou
 from lightning_pmss.layers.expert_layer import ExpertLinear
 from lightning_pmss.layers.experts import adopt_experts
 from lightning_pmss.layers.fingerprint import same_base
+from lightning_pmss.layers.matrices import AdaptedMatrices, adopt_matrix
+from lightning_pmss.layers.matrix_layer import MatrixLinear
 from lightning_pmss.layers.parts import clean_name, outside_zero_init, whole_size
 from lightning_pmss.layers.products import core_dtype
 from lightning_pmss.layers.quantised import hidden_values, prepare, quantisation_of, value_dtype, whole_weight
@@ -96,7 +99,7 @@ def convert(
             settle_root(model, adapted_root(model, root)[1].removesuffix("."))
             return done
     root = choose_root(model, config.root) if names is None else names.root
-    modules = canonical_modules(model, root)
+    modules = modules_for(model, config, root) if names is None else canonical_modules(model, root, set(names.targets))
     selected = given is None  # rows and columns are the config's own, computed now or read from its skeleton file
     if given is None:
         given = method.read_given()
@@ -122,9 +125,11 @@ def convert(
         plans = dict(_plan(fresh, modules, method, given, ranks, compute_dtype, selected))
         starts = {name: _start(plans[name], modules[name], method, name, updates) for name in fresh}
         for name, plan in plans.items():
-            if not isinstance(modules[name], ExpertLinear):
-                scale = config.scale_of(plan.rank, plan.shape)
-                AdaptedLinear.adopt(modules[name], method, plan.rank, starts[name], plan.tensors, scale)
+            found, scale = modules[name], config.scale_of(plan.rank, plan.shape)
+            if isinstance(found, MatrixLinear):
+                adopt_matrix(found, method, plan.rank, starts[name], plan.tensors, scale)
+            elif not isinstance(found, ExpertLinear):
+                AdaptedLinear.adopt(found, method, plan.rank, starts[name], plan.tensors, scale)
         for group in experts_by_parameter(fresh, modules).values():
             first, layers_of = plans[group[0]], [modules[name] for name in group]
             scale = config.scale_of(first.rank, first.shape)
@@ -250,13 +255,16 @@ def _start(
 
 def _report(layer: nn.Module, requested: int, plan: _Plan) -> LayerReport:
     assert isinstance(layer, AdaptedLinear)
+    per_token = layer.method.kept_per_token(kept_shape(layer), layer.rank) * value_dtype(layer).itemsize
     return LayerReport(
         name=plan.name,
         shape=plan.shape,
         rank=layer.rank,
         requested_rank=requested,
         trainable=sum(whole_size(t) for t in layer.core.trained().values()),
-        kept_bytes_per_token=layer.method.kept_per_token(kept_shape(layer), layer.rank) * value_dtype(layer).itemsize,
+        kept_bytes_per_token=0
+        if isinstance(layer, MatrixLinear)
+        else per_token,  # W' itself, however many tokens there are
         file_bytes=file_bytes(layer.method, plan.shape, layer.rank, core_dtype(layer.weight.dtype)),
         edit=getattr(layer, "edit", ""),
         **plan.figures,
@@ -309,7 +317,7 @@ def _leave_fast_paths(model: nn.Module) -> list[str]:
     """Switch off torch's fused encoder kernel, which would evaluate converted layers without their update."""
     notes = []
     for name, module in model.named_modules():
-        if not any(isinstance(m, AdaptedLinear) for m in module.modules()):
+        if not any(isinstance(m, (AdaptedLinear, AdaptedMatrices)) for m in module.modules()):
             continue
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # torch's own switch: without a known activation the plain path runs

@@ -1,4 +1,4 @@
-"""Fused experts as targets: `target_parameters`, and what cannot be converted."""
+"""Parameters as targets: `target_parameters`, and fused experts that cannot be converted."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 from torch import nn
 
 from lightning_pmss.conversion.expression import Expression
+from lightning_pmss.conversion.roots import why_no_matrix_layer
 from lightning_pmss.layers.convertible import is_linear
 from lightning_pmss.layers.expert_layer import ExpertLinear, is_fused_experts, parameter_name, projections
+from lightning_pmss.layers.matrix_layer import MatrixLinear, OwnedLinear
 from lightning_pmss.layers.operators import operator_of
 from lightning_pmss.layers.parts import whole_shape
 from lightning_pmss.messages import some
@@ -20,7 +22,12 @@ from lightning_pmss.methods.method import Method
 
 def without_experts(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """The modules that the model itself has."""
-    return {name: module for name, module in modules.items() if not isinstance(module, ExpertLinear)}
+    return {name: module for name, module in modules.items() if not isinstance(module, OwnedLinear)}
+
+
+def matrices_in(names: Iterable[str], modules: Mapping[str, nn.Module]) -> dict[str, MatrixLinear]:
+    """The layers among these that are parameters of two dimensions."""
+    return {name: module for name in names if isinstance(module := modules[name], MatrixLinear)}
 
 
 def experts_by_parameter(names: Iterable[str], modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
@@ -45,7 +52,7 @@ def ends_in(pattern: str, name: str) -> bool:
 def match_parameters(
     patterns: str | Sequence[str], modules: Mapping[str, nn.Module], owners: Sequence[tuple[str, nn.Module]]
 ) -> list[str]:
-    """Names of the experts' layers in the parameters that ``target_parameters`` names.
+    """Names of the layers in the parameters that ``target_parameters`` names: experts, or the parameter itself.
 
     Args:
         patterns: A regular expression or a list of names and name endings.
@@ -55,10 +62,9 @@ def match_parameters(
     Raises:
         ValueError: A pattern matches nothing, a module, or a parameter of another kind.
     """
-    fused = experts_by_parameter(modules, modules)
-    every = {f"{name}.{key}".lstrip("."): (name, m, key) for name, m in owners for key in m._parameters}
-    lone = isinstance(patterns, str) and any(ends_in(patterns, name) for name in every)
-    listed = [patterns] if lone else patterns
+    fused = experts_by_parameter(modules, modules) | {name: [name] for name in matrices_in(modules, modules)}
+    every = _every(owners)
+    listed = _listed(patterns, every)
     if isinstance(listed, str):
         expression = Expression(listed, "target_parameters")
         hits = [name for name in every if expression.matches(name)]
@@ -76,6 +82,31 @@ def match_parameters(
     return list(found)
 
 
+def asked_parameters(patterns: str | Sequence[str], owners: Sequence[tuple[str, nn.Module]]) -> list[str]:
+    """Names of all parameters that ``target_parameters`` matches, whatever they are."""
+    every = _every(owners)
+    listed = _listed(patterns, every)
+    if isinstance(listed, str):
+        expression = Expression(listed, "target_parameters")
+        return [name for name in every if expression.matches(name)]
+    return [name for name in every if any(ends_in(str(pattern), name) for pattern in listed)]
+
+
+def _every(owners: Sequence[tuple[str, nn.Module]]) -> dict[str, tuple[str, nn.Module, str]]:
+    """(name of the module, the module, key) of all parameters by name."""
+    return {
+        f"{name}.{key}".lstrip("."): (name, m, key)
+        for name, m in owners
+        for key, parameter in m._parameters.items()
+        if parameter is not None
+    }
+
+
+def _listed(patterns: str | Sequence[str], every: Iterable[str]) -> str | Sequence[str]:
+    lone = isinstance(patterns, str) and any(ends_in(patterns, name) for name in every)
+    return [patterns] if lone else patterns  # type: ignore[list-item]
+
+
 def _refuse(
     pattern: str,
     hits: Sequence[str],
@@ -83,30 +114,27 @@ def _refuse(
     every: Mapping[str, tuple[str, nn.Module, str]],
     fused: Mapping[str, Any],
 ) -> None:
-    """Raise ValueError for a pattern that names no parameter of fused experts."""
+    """Raise ValueError for a pattern that names no parameter that can be converted."""
     what = f"target_parameters: {pattern!r}"
     if hits:
         owner, module, key = every[hits[0]]
-        parameter, kind = module._parameters[key], type(module).__name__
-        shape = [] if parameter is None else list(whole_shape(parameter))
+        kind, shape = type(module).__name__, list(whole_shape(module._parameters[key]))  # type: ignore[arg-type]
         of = f"{what} is a parameter {shape} of the {kind}" + (f" `{owner}`" if owner else "")
         if is_linear(module):
             raise ValueError(f"{of}, a linear layer. Name that in target_modules: type {owner!r}.")
         if operator_of(module) is not None:
             raise ValueError(f"{of}, which is converted as a layer. Name that in target_modules: type {owner!r}.")
-        if len(shape) < 2:
-            raise ValueError(f"{of}. An update changes a matrix; this has {len(shape)} dimension(s), so take it out.")
+        reason = why_no_matrix_layer(owner, module, key)
         raise ValueError(
-            f"{of}, whose product with it lightning-pmss does not know. It converts the 3-D parameters of modules that follow"
-            " transformers' experts interface. Take it out; it stays frozen"
+            f"{of}. {reason}, so take it out; it stays frozen"
             + (f", or is trained in full with also_train=[{owner!r}]." if owner else ".")
         )
     if modules:
         raise ValueError(f"{what} is a module, not a parameter. Name it in target_modules: type {modules[0]!r} there.")
     if not fused:
         raise ValueError(
-            f"{what} matches no parameter, and the model has no fused experts; leave target_parameters out. Linear layers are"
-            " named in target_modules."
+            f"{what} matches no parameter, and the model has no fused experts. Type a parameter's full name or its end; linear"
+            " layers are named in target_modules."
         )
     known = {name.rpartition(".")[2] for name in fused} | set(fused)
     close = difflib.get_close_matches(pattern, sorted(known), n=4, cutoff=0.4) or sorted(known)[:8]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 
 from lightning_pmss.conversion.left_out import resting
+from lightning_pmss.layers.convertible import is_known
 from lightning_pmss.layers.expert_layer import expert_layers, is_fused_experts
+from lightning_pmss.layers.matrices import matrix_layers
+from lightning_pmss.layers.matrix_layer import MatrixLinear, why_no_matrix
 from lightning_pmss.layers.parts import clean_name
 
 _ROOT = "pmss_root"  # attribute in which a conversion stores its root, relative to that module
@@ -90,12 +93,20 @@ def _hugging_face_models(named: Mapping[str, nn.Module]) -> list[str]:
     return found
 
 
-def canonical_modules(model: nn.Module, root: str | None = None) -> dict[str, nn.Module]:
+def canonical_modules(
+    model: nn.Module, root: str | None = None, parameters: Collection[str] = ()
+) -> dict[str, nn.Module]:
     """All modules by canonical name: relative to the root (see `adapted_root`) inside it, the full name outside.
 
     Therefore an adapter trained inside a LightningModule loads into the plain model. If two names collide, all names stay full.
     The matrices of fused experts are among them (`lightning_pmss.layers.expert_layer`), though no model has them as modules:
-    ``model.layers.0.mlp.experts.gate_up_proj.3``.
+    ``model.layers.0.mlp.experts.gate_up_proj.3``. So are matrices that are parameters of other modules
+    (`lightning_pmss.layers.matrix_layer`), if they are converted or asked for: ``encoder.self_attn.in_proj_weight``.
+
+    Args:
+        model: Any module.
+        root: See `adapted_root`.
+        parameters: Names of parameters to have as layers; those that cannot be one are left out.
     """
     found: dict[str, nn.Module] = {}
     for name, module in canonical_owners(model, root):
@@ -103,7 +114,33 @@ def canonical_modules(model: nn.Module, root: str | None = None) -> dict[str, nn
             found[name] = module
         if is_fused_experts(module):
             found |= {f"{name}.{own}".lstrip("."): layer for own, layer in expert_layers(module).items()}
+        known = matrix_layers(module)
+        for key in module._parameters:
+            full = f"{name}.{key}".lstrip(".")
+            if key in known:
+                found[full] = known[key]
+            elif full in parameters and why_no_matrix_layer(name, module, key) is None:
+                found[full] = MatrixLinear(module, key)
     return found
+
+
+def why_no_matrix_layer(name: str, module: nn.Module, key: str) -> str | None:
+    """Why a parameter cannot be converted as a matrix, behind "a parameter [..] of the X", a sentence; None if it can.
+
+    Args:
+        name: Canonical name of the module.
+        module: Owner of the parameter.
+        key: The parameter's name in it.
+    """
+    if module._parameters.get(key) is None:
+        return "It is not set"
+    if not name or is_hugging_face(module):
+        return "It belongs to the model itself, not to a module in it"
+    if is_known(module):
+        return "It belongs to a layer that is converted as a whole"
+    if is_fused_experts(module):
+        return "It belongs to fused experts, of which `gate_up_proj` and `down_proj` are converted"
+    return why_no_matrix(module, key)
 
 
 def canonical_owners(model: nn.Module, root: str | None) -> list[tuple[str, nn.Module]]:

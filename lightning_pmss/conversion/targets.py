@@ -14,6 +14,7 @@ from lightning_pmss.conversion.experts import (
     ends_in,
     experts_by_parameter,
     match_parameters,
+    matrices_in,
     parameter_names,
     refuse_mixed_ranks,
     without_experts,
@@ -31,7 +32,8 @@ from lightning_pmss.conversion.left_out import (
 )
 from lightning_pmss.conversion.roots import adapted_root, below, canonical_owners
 from lightning_pmss.layers.convertible import is_known, is_linear, is_supported, why_no_own_weight
-from lightning_pmss.layers.expert_layer import holder, is_fused_experts, parameter_name
+from lightning_pmss.layers.expert_layer import ExpertLinear, holder, is_fused_experts, parameter_name
+from lightning_pmss.layers.matrix_layer import MatrixLinear
 from lightning_pmss.layers.operators import CONVERTED, why_not_applied
 from lightning_pmss.layers.parts import clean_name, whole_shape
 from lightning_pmss.layers.quantised import why_unusable
@@ -81,6 +83,7 @@ def find_targets(
     owners = canonical_owners(model, root)
     real, fused = without_experts(modules), experts_by_parameter(modules, modules)
     of_parameters = {name: holder(modules[group[0]]) for name, group in fused.items()}
+    of_parameters |= {name: layer.owner for name, layer in matrices_in(modules, modules).items()}
     excluded = match_modules(config.exclude_modules, real | of_parameters, "exclude_modules", owners=owners)
     away = _away(model, config.root)
     within = {name: m for name, m in modules.items() if away.get(id(holder(m))) != outside_of(config.root)}
@@ -91,7 +94,7 @@ def find_targets(
     wanted = _names(config.target_modules, inside)
     named = () if isinstance(wanted, str) else wanted
     if everything:
-        candidates = [n for n, m in within.items() if is_linear(m)]
+        candidates = [n for n, m in within.items() if is_linear(m) and not isinstance(m, MatrixLinear)]
         heads = heads_of(adapted_root(model, root)[0], modules, [n for n in candidates if n in real])
     else:
         candidates = match_modules(wanted, inside, "target_modules", linear=True, owners=owners)
@@ -100,7 +103,7 @@ def find_targets(
         more = set(match_parameters(config.target_parameters, within, owners))
         candidates = [n for n in within if n in more or n in set(candidates)]
     for name in candidates:
-        label = parameter_name(name) if name not in real else name
+        label = parameter_name(name) if isinstance(modules[name], ExpertLinear) else name
         if below(name, excluded):
             reasons[label] = EXCLUDED
         elif everything and below(name, also_train):

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_pmss.conversion.experts import refuse_experts, without_experts
+from lightning_pmss.conversion.matrices import refuse_matrices
 from lightning_pmss.layers.convertible import is_known, is_supported, why_no_own_weight
 from lightning_pmss.layers.operators import CONVERTED, operator_of, why_not_applied
 from lightning_pmss.layers.parts import is_dtensor
@@ -40,6 +41,7 @@ def refuse_unconvertible(
         for parameter in _parameters_used(module):
             owners.setdefault(id(parameter), []).append(name)
     refuse_experts(targets, modules, method, given, owners, derived_later)
+    refuse_matrices(targets, modules, method, given, owners, derived_later)
     targets = list(without_experts({n: modules[n] for n in targets}))
     usable = [n for n in targets if why_unusable(modules[n]) is None and is_supported(modules[n])]
     sharing = shares_memory(usable, modules)

@@ -22,6 +22,7 @@ from torch.distributed.fsdp.wrap import CustomPolicy, _Policy
 from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.layers.adapter import Adapter, FrozenTensors
 from lightning_pmss.layers.experts import AdaptedExperts
+from lightning_pmss.layers.matrices import AdaptedMatrices
 from lightning_pmss.layers.operators import operator_of
 from lightning_pmss.layers.parts import clean_name, is_fsdp1
 from lightning_pmss.layers.quantised import quantisation_of
@@ -146,11 +147,16 @@ def refuse_untried(engine: Engine, module: nn.Module) -> None:
     """Refuse to shard converted layers that have not been tried with engines that keep tensors in parts.
 
     Raises:
-        MisconfigurationException: Fused experts, convolutions or embeddings are converted and the strategy shards.
+        MisconfigurationException: Parameters, convolutions or embeddings are converted and the strategy shards.
     """
     if engine == "plain":
         return
     for name, found in module.named_modules():
+        if isinstance(found, AdaptedMatrices):
+            raise MisconfigurationException(
+                f"`{clean_name(name)}` has adapters on its own parameters (target_parameters), which {engine} cannot shard."
+                " Train on one device or under 'ddp', or take them out of target_parameters."
+            )
         if isinstance(found, AdaptedExperts):
             raise MisconfigurationException(
                 f"`{clean_name(name)}` has adapters on fused experts, which {engine} cannot shard. Train on one device or under"

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_pmss.conversion.experts import experts_by_parameter, without_experts
-from lightning_pmss.conversion.roots import canonical_modules
+from lightning_pmss.conversion.experts import experts_by_parameter, matrices_in, without_experts
+from lightning_pmss.conversion.matrices import modules_for
 from lightning_pmss.conversion.targets import find_targets, match_modules, ranks_of
 from lightning_pmss.conversion.unconvertible import refuse_unconvertible
 from lightning_pmss.layers.adapted import AdaptedLinear
@@ -28,6 +28,7 @@ from lightning_pmss.layers.adapter import Adapter
 from lightning_pmss.layers.convertible import canonical_shape
 from lightning_pmss.layers.experts import adopt_experts
 from lightning_pmss.layers.indices import index_tensors
+from lightning_pmss.layers.matrices import adopt_matrix
 from lightning_pmss.layers.products import core_dtype
 from lightning_pmss.messages import reason
 from lightning_pmss.methods import method_of
@@ -136,13 +137,17 @@ class Architecture:
             ValueError: As in `lightning_pmss.convert`: patterns that match nothing, layers that cannot be converted.
         """
         model, ranks, also_train = self._targets(config)
-        method, modules = method_of(config), canonical_modules(model)
+        method, modules = method_of(config), modules_for(model, config)
         model.requires_grad_(False)
         with self.mode:
             for name in without_experts({n: modules[n] for n in ranks}):
                 layer, rank, shape = modules[name], ranks[name], canonical_shape(modules[name])
                 start, derived = _made(method, shape, rank, layer)
                 AdaptedLinear.adopt(layer, method, rank, start, derived, config.scale_of(rank, shape))
+            for name, matrix in matrices_in(ranks, modules).items():
+                rank, shape = ranks[name], canonical_shape(matrix)
+                start, derived = _made(method, shape, rank, matrix)
+                adopt_matrix(matrix, method, rank, start, derived, config.scale_of(rank, shape))
             for group in experts_by_parameter(ranks, modules).values():
                 layer, rank, shape = modules[group[0]], ranks[group[0]], canonical_shape(modules[group[0]])
                 start, derived = _made(method, shape, rank, layer)
@@ -159,7 +164,7 @@ class Architecture:
     def lora(self, config: AdapterConfig, rank: int | None = None) -> tuple[nn.Module, int]:
         """Build the model with LoRA on the same layers, by default of about as many parameters; return it and the rank."""
         model, ranks, _ = self._targets(config)
-        modules, method = canonical_modules(model), method_of(config)
+        modules, method = modules_for(model, config), method_of(config)
         shapes = {name: canonical_shape(modules[name]) for name in ranks}
         specs = [spec for n, r in ranks.items() for spec in method.specs(shapes[n], r).values()]
         wanted = sum(math.prod(spec.shape) for spec in specs if spec.kind is Kind.TRAINED) / sum(
@@ -175,8 +180,8 @@ class Architecture:
 
     def _targets(self, config: AdapterConfig) -> tuple[nn.Module, dict[str, int], list[str]]:
         model = self.base()
-        modules = canonical_modules(model)
-        also_train = match_modules(config.also_train, modules, "also_train")
+        modules = modules_for(model, config)
+        also_train = match_modules(config.also_train, without_experts(modules), "also_train")
         targets, _ = find_targets(model, config, modules, also_train)
         method = method_of(config)
         refuse_unconvertible(targets, modules, method, None)

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from lightning_pmss.conversion.convert import adapted_layers, conversion_of, convert
 from lightning_pmss.conversion.converted import converted
+from lightning_pmss.conversion.experts import matrices_in
+from lightning_pmss.conversion.matrices import matrices_beside
 from lightning_pmss.conversion.report import ConversionReport
 from lightning_pmss.conversion.roots import adapted_root, below, canonical_modules, choose_root, noted_root
 from lightning_pmss.conversion.targets import Names
 from lightning_pmss.distributed.gathering import whole_tensors, whole_update
 from lightning_pmss.files.adapter_file import AdapterFile, AdapterModule, read_adapter, write_adapter
+from lightning_pmss.files.adapter_fit import check_modules as check_modules
 from lightning_pmss.files.base import Base, base_of
 from lightning_pmss.files.fresh import (
     check_fresh,
@@ -33,16 +36,14 @@ from lightning_pmss.files.fresh import (
 )
 from lightning_pmss.files.plain import quantisation_settings
 from lightning_pmss.layers.adapted import AdaptedLinear
-from lightning_pmss.layers.convertible import canonical_shape, is_linear, is_supported, layout_of
+from lightning_pmss.layers.convertible import canonical_shape, is_linear, layout_of
 from lightning_pmss.layers.expert_layer import label
 from lightning_pmss.layers.fingerprint import fingerprint
 from lightning_pmss.layers.guard import refuse_disabled
 from lightning_pmss.layers.parts import clean_name, clean_state, is_sharded
 from lightning_pmss.layers.quantised import quantisation_of, whole_weight
-from lightning_pmss.messages import kind_of, one_line
 from lightning_pmss.methods import method_of
 from lightning_pmss.methods.given import Given, GivenLayer
-from lightning_pmss.methods.method import Update
 from lightning_pmss.store import misfit
 from lightning_pmss.store.atomic import check_target
 from lightning_pmss.store.kinds import ADAPTER
@@ -163,11 +164,14 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Conversion
     report = conversion_of(model)
     refuse_disabled(adapted_layers(model).values(), "loaded")
     names = None if report is not None else names_in(adapter, model)
-    modules = canonical_modules(model, None if names is None else names.root)
+    modules = canonical_modules(model, None if names is None else names.root, adapter.modules.keys())
     if merged := [name for name, layer in adapted_layers(model).items() if layer.merged]:
         raise ValueError(f"{few(merged, 3)}: the model is merged. Call unmerge(model), then load {adapter.folder}.")
     also_train = report.also_train if names is None else list(names.also_train)  # type: ignore[union-attr]
-    check_modules(adapter, modules, None if report is None else set(adapted_layers(model)), type(model).__name__)
+    beside = [] if names is None else matrices_beside(model, list(adapter.modules), names.root)
+    check_modules(
+        adapter, modules, None if report is None else set(adapted_layers(model)), type(model).__name__, beside
+    )
     live = live_tensors(model, adapter.fresh, None if names is None else names.root)
     check_fresh(adapter, live, model)
     check_base(adapter, modules, type(model).__name__)
@@ -199,9 +203,15 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Conversion
 
 
 def linear_left_out(model: nn.Module) -> list[str]:
-    """Names of all linear layers, and parameters of experts, not converted; the file records them to know the architecture."""
-    left = ((n, m) for n, m in canonical_modules(model).items() if is_linear(m) and not isinstance(m, AdaptedLinear))
-    return list(dict.fromkeys(label(n, m) for n, m in left))
+    """Names of linear layers and parameters of experts that are not converted, and of other parameters of converted kinds.
+
+    The file records them to know the architecture.
+    """
+    modules = canonical_modules(model)
+    left = ((n, m) for n, m in modules.items() if is_linear(m) and not isinstance(m, AdaptedLinear))
+    return list(
+        dict.fromkeys([*(label(n, m) for n, m in left), *matrices_beside(model, list(matrices_in(modules, modules)))])
+    )
 
 
 def names_in(adapter: AdapterFile, model: nn.Module) -> Names:
@@ -231,87 +241,11 @@ def _all_of(name: str, modules: Mapping[str, nn.Module]) -> set[str]:
     return set(tensors_of([name], modules))
 
 
-def check_modules(adapter: AdapterFile, modules: Mapping[str, nn.Module], wanted: set[str] | None, model: str) -> None:
-    """Refuse a model whose layers are not the adapter's, or have other shapes.
-
-    Args:
-        adapter: The adapter.
-        modules: The model's modules by canonical name.
-        wanted: Names of the layers that are converted already; None if the model is not converted.
-        model: Name of the model's class, for messages.
-    """
-    folder = adapter.folder
-    if absent := [name for name in adapter.modules if name not in modules]:
-        raise ValueError(
-            f"{folder} has layers that the model does not have: {few(absent)}. Load it into the architecture it was trained "
-            f"on ({one_line(adapter.base_model or 'name not recorded')}).{_where_else(absent, modules)}"
-        )
-    for name, stored in adapter.modules.items():
-        module = modules[name]
-        if not isinstance(module, AdaptedLinear) and not is_supported(module):
-            kind = type(module).__name__
-            raise ValueError(f"{folder}: {name} is a {kind} in this model, not a layer that can be converted.")
-        if canonical_shape(module) != stored.shape:
-            raise ValueError(
-                f"{folder}: {name} was trained on W [out, in] = {list(stored.shape)}, and is "
-                f"{list(canonical_shape(module))} in this model. Load it into the base it was trained on."
-            )
-    if wanted is None:
-        _refuse_deeper(adapter, modules)
-    else:
-        more, less = sorted(wanted - set(adapter.modules)), sorted(set(adapter.modules) - wanted)
-        differ = [
-            name
-            for name, stored in adapter.modules.items()
-            if isinstance(layer := modules[name], AdaptedLinear) and not _same_indices(layer, stored)
-        ]
-        if more or less or differ:
-            raise ValueError(
-                f"the model is already converted differently from {folder}: other layers or indices in "
-                f"{few(more + less + differ)}. Load the adapter into a fresh model."
-            )
-
-
-def _refuse_deeper(adapter: AdapterFile, modules: Mapping[str, nn.Module]) -> None:
-    """Refuse a model with further layers of the same kinds, such as 24 blocks for an adapter of 16."""
-    left_out = adapter.left_out
-    if left_out is None:  # written by an early version, with patterns instead of names; they are not run
-        if adapter.options.target_modules != "all-linear" or adapter.options.exclude_modules:
-            return
-        left_out = []
-    in_full = {key.rpartition(".")[0] for key in adapter.also_train}
-    known, kinds = {*adapter.modules, *left_out, *in_full}, {kind_of(name) for name in adapter.modules}
-    if more := [n for n, m in modules.items() if is_linear(m) and not {n, label(n, m)} & known and kind_of(n) in kinds]:
-        raise ValueError(
-            f"{adapter.folder}: its options select other layers in this model than the ones stored: {few(more)}. Load it into"
-            " the architecture it was trained on."
-        )
-
-
-def _where_else(absent: list[str], modules: Mapping[str, nn.Module]) -> str:
-    """Suggest a module inside the model that has the missing names, if there is one."""
-    first = absent[0]
-    owners = [name.removesuffix(f".{first}") for name in modules if name.endswith(f".{first}")]
-    owners = [owner for owner in owners if all(f"{owner}.{name}" in modules for name in absent)]
-    return f" Its module `{owners[0]}` has them: load_adapter(model.{owners[0]}, folder)." if owners else ""
-
-
-def _same_indices(layer: AdaptedLinear, stored: AdapterModule) -> bool:
-    own, theirs = layer.indices(), stored.update.indices()
-    same = type(stored.update) is layer.method.update_class and stored.update.rank == layer.rank
-    same = same and _shapes(stored.update) == _shapes(layer.update())
-    return same and all(torch.equal(own[name].cpu(), index) for name, index in theirs.items())
-
-
-def _shapes(update: Update) -> list[torch.Size]:
-    return [tensor.shape for tensor in update.tensors().values()]
-
-
 def check_base(adapter: AdapterFile, modules: Mapping[str, nn.Module], model: str) -> None:
     """Refuse a base whose weights are not those that the adapter was made with, and an update that would overflow."""
     wrong, large = [], []
     for name, stored in adapter.modules.items():
-        layer, own = modules[name], adapter.fresh.get(f"{name}.weight")
+        layer, own = modules[name], adapter.fresh_weight(name)
         with ExitStack() as stack:
             if own is not None and not isinstance(
                 layer, AdaptedLinear

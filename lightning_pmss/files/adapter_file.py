@@ -152,6 +152,11 @@ class AdapterFile:
         """The options as plain values."""
         return self.options.to_dict()
 
+    def fresh_weight(self, name: str) -> FreshTensor | None:
+        """A layer's weight, where no file of the base contains it, or not all of it."""
+        own = name if self.modules[name].layout is Layout.PARAMETER else f"{name}.weight"
+        return self.fresh.get(own)
+
     def wrong_base(self, modules: list[str], base: str) -> str:
         """Message for a base that is not the one this adapter was trained on."""
         trained_on = self.base_model or "a base whose name is not recorded"

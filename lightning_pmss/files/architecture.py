@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_pmss.conversion.roots import canonical_modules
+from lightning_pmss.conversion.experts import matrices_in, without_experts
+from lightning_pmss.conversion.matrices import modules_for
 from lightning_pmss.conversion.targets import find_targets, match_modules, ranks_of
 from lightning_pmss.conversion.unconvertible import refuse_unconvertible
 from lightning_pmss.files.naming import Wording, match_names
@@ -128,8 +129,9 @@ def find_matrices(model: nn.Module, config: AdapterConfig, reader: ShardReader) 
         ValueError: A pattern or layer that `convert` refuses; a weight that is missing, quantised, of another shape, or changed
             by transformers when it is loaded.
     """
-    modules = canonical_modules(model)
-    names, left_out = find_targets(model, config, modules, match_modules(config.also_train, modules, "also_train"))
+    modules = modules_for(model, config)
+    also_train = match_modules(config.also_train, without_experts(modules), "also_train")
+    names, left_out = find_targets(model, config, modules, also_train)
     method = method_of(config)
     refuse_unconvertible(names, modules, method, None, derived_later=True)
     ranks = ranks_of(config, names, modules)
@@ -137,10 +139,13 @@ def find_matrices(model: nn.Module, config: AdapterConfig, reader: ShardReader) 
     stored = {name: (shape, layout_of(modules[name])) for name, shape in shapes.items()}
     as_loaded, changed = names_in_the_model(model, reader)
     experts = {name: stored.pop(name) for name in names if isinstance(modules[name], ExpertLinear)}
+    matrices = {name: stored.pop(name) for name in matrices_in(names, modules)}
     rename = match_names(stored, as_loaded, reader.folder, _wording(model))
     keys = {name: as_loaded.tensors[f"{rename(name)}.weight"].key for name in stored}
     fused = match_names(experts, reader, reader.folder, _wording(model))
     keys |= {name: f"{fused(name)}.weight" for name in experts}
+    own = match_names(matrices, as_loaded, reader.folder, _wording(model))
+    keys |= {name: as_loaded.tensors[own(name)].key for name in matrices}
     if strange := [name for name, key in keys.items() if key in changed]:
         raise ValueError(
             f"transformers changes the weights of {few(strange)} when it loads a {type(model).__name__}, so the weights "

@@ -22,6 +22,7 @@ from lightning_pmss.files.base import base_of
 from lightning_pmss.files.model_folder import OF_A_HEAD
 from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.layers.adapter import Adapter, FrozenTensors
+from lightning_pmss.layers.matrices import matrix_layers
 from lightning_pmss.layers.parts import clean_name, is_fsdp1, whole_shape
 from lightning_pmss.layers.quantised import quantisation_of
 from lightning_pmss.messages import one_line
@@ -85,6 +86,9 @@ def live_tensors(model: nn.Module, names: Iterable[str], at: str | None = None) 
         value = None if module is None else module._parameters.get(key, module._buffers.get(key))
         if isinstance(module, AdaptedLinear) and key == "weight" and module.pristine is not None:
             value = module.pristine
+        own = None if module is None else matrix_layers(module).get(key)
+        if own is not None and own.pristine is not None:
+            value = own.pristine
         if value is not None:
             found[name] = value
     return found

@@ -19,7 +19,13 @@ from tqdm.auto import tqdm
 from lightning_pmss.files.adapter_file import WEIGHTS_FILE, read_adapter
 from lightning_pmss.files.lora_config import CONFIG_FILE, peft_config, write_peft_config
 from lightning_pmss.files.lora_report import ExportedLayer, LoraReport, write_card, write_report
-from lightning_pmss.files.lora_source import Source, file_source, model_source, refuse_fresh_layers
+from lightning_pmss.files.lora_source import (
+    Source,
+    file_source,
+    model_source,
+    refuse_fresh_layers,
+    refuse_parameters,
+)
 from lightning_pmss.files.model_folder import refuse_overlap
 from lightning_pmss.files.naming import parse_dtype
 from lightning_pmss.files.peft_folder import PREFIX
@@ -100,7 +106,9 @@ def export_peft(
         ValueError: As `export_lora`; or ``native=True``, and peft has no such type or cannot express the adapter in it.
     """
     target, wanted = _checked(folder, rank, overwrite), parse_dtype(dtype, "float32")
-    return _write(choose_form(model_source(model), native, rank), target, wanted, overwrite, progress, None)
+    source = model_source(model)
+    refuse_parameters(source)
+    return _write(choose_form(source, native, rank), target, wanted, overwrite, progress, None)
 
 
 @torch.no_grad()
@@ -149,6 +157,7 @@ def export_files(
     with open_shards(base) as reader:
         refuse_fresh_layers(trained.fresh, trained.modules)
         source = file_source(trained, reader)
+        refuse_parameters(source)
         chosen = choose_form(source, native, rank) if format == "peft" else Chosen(VllmForm(source, rank))
         return _write(chosen, target, wanted, overwrite, progress, announce)
 

@@ -16,9 +16,10 @@ from lightning_pmss.files.base import base_of
 from lightning_pmss.files.fresh import fresh_tensors, live_tensors, untrained
 from lightning_pmss.files.naming import base_weight, refuse_misfits, refuse_wrong_base, resolve_names
 from lightning_pmss.layers.convertible import canonical_shape
-from lightning_pmss.layers.expert_layer import ExpertLinear, holder, is_expert_name
+from lightning_pmss.layers.expert_layer import is_expert_name
 from lightning_pmss.layers.guard import refuse_disabled
 from lightning_pmss.layers.layout import Layout
+from lightning_pmss.layers.matrix_layer import OwnedLinear, holder
 from lightning_pmss.layers.parts import clean_name, is_sharded
 from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.methods.method import Factors, Update
@@ -116,7 +117,7 @@ def model_source(model: nn.Module) -> Source:
     modules = canonical_modules(model)
     root = adapted_root(model)[0]
     inside = {clean_name(name): module for name, module in root.named_modules(remove_duplicate=False)}
-    experts = {n for n in layers if isinstance(modules[n], ExpertLinear)}  # no modules, but parts of one
+    experts = {n for n in layers if isinstance(modules[n], OwnedLinear)}  # no modules, but parts of one
     own = {id(module) for module in inside.values()}
     outside = [n for n in (*layers, *report.also_train) if n not in experts and inside.get(n) is not modules[n]]
     if outside := [*outside, *(n for n in layers if n in experts and id(holder(modules[n])) not in own)]:
@@ -207,6 +208,19 @@ def refuse_fresh_layers(fresh: Iterable[str], layers: Iterable[str]) -> None:
         raise ValueError(
             f"{few(own)}: the weight is in no file of the base, so a LoRA would have nothing to be added to. Train such layers"
             " in full instead (also_train), or merge: write_merged(model, folder)."
+        )
+
+
+def refuse_parameters(source: Source) -> None:
+    """Refuse an export of converted parameters of modules that are no linear layers.
+
+    Raises:
+        ValueError: Names one.
+    """
+    if found := next((name for name, layer in source.layers.items() if layer.layout is Layout.PARAMETER), None):
+        raise ValueError(
+            f"{found} is a parameter of a module that is no linear layer, and no form of it for peft or vLLM has been tried."
+            " Merge instead: `python -m lightning_pmss merge`, or write_merged(model, folder); or train without it."
         )
 
 

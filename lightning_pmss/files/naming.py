@@ -89,7 +89,7 @@ def base_weight(adapter: AdapterFile, reader: ShardReader, rename: Callable[[str
     def stored() -> Tensor:
         return reader.read(f"{rename(name)}.weight")
 
-    fresh = adapter.fresh.get(f"{name}.weight")
+    fresh = adapter.fresh_weight(name)
     return adapter.modules[name].canonical(stored() if fresh is None else fresh.whole(stored))
 
 

@@ -10,6 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_pmss.layers.expert_layer import ExpertLinear
 from lightning_pmss.layers.layout import Layout
+from lightning_pmss.layers.matrix_layer import MatrixLinear
 from lightning_pmss.layers.operators import operator_of, why_not_applied
 from lightning_pmss.layers.parts import is_dtensor, whole_shape
 from lightning_pmss.layers.products import FLOATS
@@ -69,7 +70,7 @@ def why_no_own_weight(layer: nn.Module) -> str | None:
     """
     if not is_known(layer) or isinstance(layer, nn.modules.lazy.LazyModuleMixin):
         return None
-    if isinstance(layer, ExpertLinear):
+    if isinstance(layer, (ExpertLinear, MatrixLinear)):
         return layer.why_unusable()
     if is_linear(layer) and (is_quantised(layer) or why_unusable(layer)):
         return None
@@ -108,6 +109,8 @@ def layout_of(layer: nn.Module) -> Layout:
     """How the layer stores W."""
     if (operator := operator_of(layer)) is not None:
         return Layout.EMBEDDING if operator.looks_up else Layout.CONVOLUTION
+    if isinstance(layer, MatrixLinear):
+        return Layout.PARAMETER
     return Layout.CONV1D if is_conv1d(layer) else Layout.LINEAR
 
 

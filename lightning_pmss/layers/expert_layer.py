@@ -9,11 +9,13 @@ expert. The forward pass works on all experts at once (`lightning_pmss.layers.ex
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_pmss.layers.matrix_layer import OwnedLinear
+from lightning_pmss.layers.matrix_layer import holder as holder
 from lightning_pmss.layers.parts import is_dtensor, is_zero_partitioned, whole_shape
 from lightning_pmss.layers.products import FLOATS
 
@@ -37,7 +39,7 @@ def projections(experts: Any) -> tuple[str, str]:
     return (gated if experts.has_gate else plain), down
 
 
-class ExpertLinear(nn.Linear):
+class ExpertLinear(OwnedLinear):
     """One expert's matrix, without a bias: that of the expert is added by its module.
 
     Attributes:
@@ -46,16 +48,16 @@ class ExpertLinear(nn.Linear):
         index: Number of the expert.
     """
 
-    owner: Any
-    key: str
     index: int
 
     def __init__(self, owner: nn.Module, key: str, index: int) -> None:
-        nn.Module.__init__(self)
-        self.__dict__["owner"] = owner  # not a child: the owner would be walked from inside itself
-        self.key, self.index = key, index
-        self.out_features, self.in_features = canonical_sides(owner, key)
-        self.register_parameter("bias", None)
+        super().__init__(owner, key, canonical_sides(owner, key))
+        self.index = index
+
+    @property
+    def own_name(self) -> str:
+        """The layer's name behind the owner's."""
+        return f"{self.key}.{self.index}"
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -74,10 +76,6 @@ class ExpertLinear(nn.Linear):
         if is_dtensor(parameter) or is_zero_partitioned(parameter):
             return "its experts are sharded already"
         return None
-
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """The owner's parameter, of all experts."""
-        yield self.owner._parameters[self.key]
 
     def requires_grad_(self, requires_grad: bool = True) -> ExpertLinear:
         """Refused: the parameter belongs to all experts."""
@@ -118,11 +116,6 @@ def is_expert_name(name: str) -> bool:
     """Whether a layer of this name is an expert's."""
     owner, _, index = name.rpartition(".")
     return index.isdigit() and owner.rpartition(".")[2] in FUSED
-
-
-def holder(module: nn.Module) -> nn.Module:
-    """The module of the model that a layer is part of: of an expert, the one that keeps it."""
-    return module.owner if isinstance(module, ExpertLinear) else module
 
 
 def refuse_experts(layers: Mapping[str, nn.Module], lacking: str, instead: str) -> None:

@@ -22,6 +22,7 @@ from lightning_pmss.layers.foreign_writers import watch_writers
 from lightning_pmss.layers.grouped import Groups
 from lightning_pmss.layers.guard import refuse_training
 from lightning_pmss.layers.layout import Layout
+from lightning_pmss.layers.matrices import MATRIX_SUFFIX, AdaptedMatrices
 from lightning_pmss.layers.merged_layer import LayerDrift, Mergeable, merge_update
 from lightning_pmss.layers.parts import clean_name
 from lightning_pmss.layers.products import core_dtype
@@ -298,22 +299,25 @@ def _rebuilt_expert(method: type[Method[Any]], base: type[nn.Module]) -> Adapted
 
 
 def names_of_modules(model: nn.Module) -> dict[int, str]:
-    """Clean full name by ``id`` of every module, and of the experts' converted layers."""
+    """Clean full name by ``id`` of every module, and of the converted layers of experts and other parameters."""
     found = {id(module): clean_name(name) for name, module in model.named_modules()}
     for module in model.modules():
-        if isinstance(module, AdaptedExperts):
+        if isinstance(module, (AdaptedExperts, AdaptedMatrices)):
             own = found[id(module)]
-            found |= {id(layer): f"{own}.{name}".lstrip(".") for name, layer in module.layers().items()}
+            layers: Mapping[str, nn.Module] = module.layers()
+            found |= {id(layer): f"{own}.{name}".lstrip(".") for name, layer in layers.items()}
     return found
 
 
 def without_stacks(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict under clean names whose stacks are cut into each expert's tensors, under the names of its layer."""
+    """A state dict under clean names with each layer's tensors under its name, of experts and of other parameters."""
     found: dict[str, Any] = {}
     for key, value in state.items():
         owner, separator, part = key.partition(f"{_SUFFIX}.")
         if separator and owner.rpartition(".")[2] in FUSED and isinstance(value, Tensor) and value.dim() > 1:
             found |= {f"{owner}.{i}.{part}": own for i, own in enumerate(value)}
+        elif f"{MATRIX_SUFFIX}." in key:
+            found[key.replace(f"{MATRIX_SUFFIX}.", ".")] = value
         else:
             found[key] = value
     return found

@@ -12,13 +12,15 @@ class Layout(enum.StrEnum):
     """The layouts, under the names that files have for them.
 
     LINEAR: W. CONV1D: W^T, as transformers' ``Conv1D``. CONVOLUTION: ``[out, in, *kernel]``, of which W is the flat view, a
-    column for each input channel and place in the kernel. EMBEDDING: W^T, a row for each id.
+    column for each input channel and place in the kernel. EMBEDDING: W^T, a row for each id. PARAMETER: W, which is a
+    parameter of another module; the layer's name is the parameter's.
     """
 
     LINEAR = "linear"
     CONV1D = "conv1d"
     CONVOLUTION = "convolution"
     EMBEDDING = "embedding"
+    PARAMETER = "parameter"
 
     @property
     def transposed(self) -> bool:

@@ -92,6 +92,11 @@ class AdapterConfig:
                 f" in float32, from {_TINY:.3g} to {_LARGEST:.3g}."
             )
 
+    @property
+    def input_dropout(self) -> float:
+        """Probability of dropout on the input of a product; 0 of methods that have none."""
+        return 0.0
+
     def scale_of(self, rank: int, shape: tuple[int, int]) -> float:
         """The factor of the update of a layer with this rank and a W ``[out, in]`` of this shape."""
         return 1.0

@@ -60,6 +60,11 @@ class LoRAConfig(AdapterConfig):
         """alpha, and whether it is divided by the root of the rank."""
         return f"alpha {self.alpha:g}{', rank-stabilised' if self.rank_stabilized else ''}"
 
+    @property
+    def input_dropout(self) -> float:
+        """See `AdapterConfig`."""
+        return self.dropout
+
     def meaning(self) -> dict[str, Any]:
         """The factor of B A."""
         return {"alpha": self.alpha, "rank_stabilized": self.rank_stabilized}

@@ -351,6 +351,14 @@ class Method(ABC, Generic[C]):
         """Why these options cannot serve fused experts, behind the parameter's name, with what to type; None if they can."""
         return None
 
+    def why_no_matrix_parameter(self) -> str | None:
+        """Why these options cannot serve a parameter of which only W' is formed, with what to type; None if they can.
+
+        Dropout acts on the input of a product, which nobody knows.
+        """
+        share = self.config.input_dropout
+        return f"has no input that dropout={share} could act on; type dropout=0" if share else None
+
     def grouped(self, layer: GroupedLayer, x: Tensor) -> Tensor:
         """``W'_e x`` of all experts of a parameter: x ``[pairs, in]``, sorted by expert, to ``[pairs, out]``; no bias.
 

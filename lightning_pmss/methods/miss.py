@@ -61,6 +61,11 @@ class MiSSConfig(AdapterConfig):
         """mini_rank."""
         return "one column of D for each output" if self.mini_rank is None else f"mini_rank {self.mini_rank}"
 
+    @property
+    def input_dropout(self) -> float:
+        """See `AdapterConfig`."""
+        return self.dropout
+
     def meaning(self) -> dict[str, Any]:
         """mini_rank says what a column of D is for."""
         return {"mini_rank": self.mini_rank}

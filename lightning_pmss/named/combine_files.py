@@ -18,6 +18,7 @@ from lightning_pmss.files.lora_source import Source, file_source, refuse_fresh_l
 from lightning_pmss.files.model_folder import refuse_overlap
 from lightning_pmss.files.peft_experts import experts_of
 from lightning_pmss.layers.expert_layer import is_expert_name
+from lightning_pmss.layers.layout import Layout
 from lightning_pmss.messages import some
 from lightning_pmss.methods import method_of
 from lightning_pmss.methods.lora import LoRAConfig, LoRAUpdate
@@ -141,9 +142,10 @@ def combine_files(
     fused = experts_of(ranks)
     of_all = {name: ranks[group[0]] for name, group in fused.items()}
     alone = {name: r for name, r in ranks.items() if not is_expert_name(name)}
+    matrices = [name for name in alone if modules[name].layout is Layout.PARAMETER]
     options = LoRAConfig(
-        target_modules=list(alone),
-        target_parameters=list(fused),
+        target_modules=[name for name in alone if name not in matrices],
+        target_parameters=[*fused, *matrices],
         rank=usual,
         rank_pattern={name: r for name, r in (alone | of_all).items() if r != usual},
         alpha=float(usual),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_pmss.conversion.convert import adapted_layers, conversion_of, convert
 from lightning_pmss.conversion.converted import converted
+from lightning_pmss.conversion.matrices import matrices_beside
 from lightning_pmss.conversion.report import ConversionReport
 from lightning_pmss.conversion.roots import canonical_modules
 from lightning_pmss.conversion.targets import Names
@@ -25,6 +26,7 @@ from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.layers.convertible import canonical_shape, layout_of
 from lightning_pmss.layers.expert_layer import holder, is_expert_name, parameter_name
 from lightning_pmss.layers.guard import refuse_disabled
+from lightning_pmss.layers.matrix_layer import MatrixLinear
 from lightning_pmss.layers.quantised import whole_weight
 from lightning_pmss.messages import some
 from lightning_pmss.methods import method_of
@@ -84,9 +86,10 @@ def load_adapters(
         raise ValueError(
             f"these adapters are of several models inside this {type(model).__name__}: {some([root, *others])}."
         )
-    modules = canonical_modules(model, root)
+    layers_of = {name for adapter in read.values() for name in adapter.modules}
+    modules = canonical_modules(model, root, layers_of)
     for name, adapter in read.items():
-        check_modules(adapter, modules, None, type(model).__name__)
+        check_modules(adapter, modules, None, type(model).__name__, matrices_beside(model, list(adapter.modules), root))
         check_fresh(adapter, live_tensors(model, adapter.fresh, root), model)
         check_base(adapter, modules, type(model).__name__)
         check_also_train(adapter, tensors_of(list(found[name].also_train), modules), model)
@@ -98,7 +101,7 @@ def load_adapters(
     kind = method_of(next(iter(read.values())).options)
     sizes = {name: kind.rank_of(canonical_shape(modules[name]), sizes[name]) for name in modules if name in sizes}
     also_train = sorted({module for names in found.values() for module in names.also_train})
-    config = _config(next(iter(read.values())).options, sizes, also_train)
+    config = _config(next(iter(read.values())).options, sizes, also_train, modules)
     for adapter in read.values():  # before any weight is read: a fresh tensor may be the weight of a converted layer
         fill_fresh(model, adapter.fresh, root)
     states = {
@@ -287,15 +290,21 @@ def _refuse_other_weights(read: Mapping[str, AdapterFile]) -> None:
                 )
 
 
-def _config(first: AdapterConfig, sizes: Mapping[str, int], also_train: list[str]) -> AdapterConfig:
+def _config(
+    first: AdapterConfig, sizes: Mapping[str, int], also_train: list[str], modules: Mapping[str, nn.Module]
+) -> AdapterConfig:
     """Restrict the first adapter's options to exactly these layers and ranks."""
     named = {parameter_name(name) if is_expert_name(name) else name: size for name, size in sizes.items()}
-    alone = [name for name in sizes if not is_expert_name(name)]
+    parameters = {name for name in sizes if is_expert_name(name) or isinstance(modules[name], MatrixLinear)}
+    alone = [name for name in sizes if name not in parameters]
+    owned = dict.fromkeys(
+        parameter_name(name) if is_expert_name(name) else name for name in sizes if name in parameters
+    )
     return replace(
         method_of(first).for_several(),
         target_modules="|".join(_exactly(name) for name in alone) if alone else (),
         exclude_modules=(),
-        target_parameters="|".join(_exactly(name) for name in named if name not in sizes),
+        target_parameters="|".join(_exactly(name) for name in owned) if owned else (),
         rank=max(sizes.values()),
         rank_pattern={_exactly(name): size for name, size in named.items()},
         also_train="|".join(_exactly(name) for name in also_train) if also_train else (),

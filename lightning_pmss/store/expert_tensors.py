@@ -3,6 +3,8 @@
 transformers fuses experts when it loads a model, and takes most of them apart when it saves one. On disk they are therefore
 one 3-D tensor, ``X.experts.down_proj``, or the matrices of each expert, ``X.experts.0.w2.weight``. In a model the matrix of
 expert 0 is ``X.experts.down_proj.0``, and its ``gate_up_proj`` has the rows of gate and up below each other.
+
+A matrix that is a parameter of its module, ``X.in_proj_weight``, is a layer of this very name, whose weight is found here, too.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ _APART = re.compile(
 )
 _FUSED = re.compile(r"(?P<owner>(?:.*\.)?experts)\.(?P<part>gate_up_proj|up_proj|down_proj)")
 _PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
-_RENAMED = ("block_sparse_moe.experts", "mlp.experts")  # on disk, in the model
+_RENAMED = ("block_sparse_moe.", "mlp.")  # on disk, in the model
 
 
 class Info(Protocol):
@@ -71,7 +73,7 @@ class ExpertTensor:
 
 
 def expert_tensors(tensors: Mapping[str, Info]) -> dict[str, ExpertTensor]:
-    """The matrices of all experts, by name; names that transformers changes are there twice."""
+    """The matrices of all experts and all parameters, as weights of layers; names that transformers changes are there twice."""
     found: dict[str, ExpertTensor] = {}
     apart: dict[tuple[str, str], dict[str, Info]] = {}
     for key, info in tensors.items():
@@ -97,6 +99,10 @@ def expert_tensors(tensors: Mapping[str, Info]) -> dict[str, ExpertTensor]:
                 shape = (sum(info.shape[0] for info in infos), infos[0].shape[1])
                 keys = tuple(info.key for info in infos)
                 found[full] = ExpertTensor(full, infos[0].dtype, shape, infos[0].file, keys)
+    for key, info in tensors.items():  # a matrix that is a parameter of a module which is no linear layer
+        if len(info.shape) == 2:
+            shape = (info.shape[0], info.shape[1])
+            found.setdefault(f"{key}.weight", ExpertTensor(f"{key}.weight", info.dtype, shape, info.file, (key,)))
     on_disk, in_model = _RENAMED
     for name, tensor in list(found.items()):
         if on_disk in name:

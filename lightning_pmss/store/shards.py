@@ -69,12 +69,12 @@ class ShardReader:
 
     @cached_property
     def experts(self) -> dict[str, ExpertTensor]:
-        """The matrices of fused experts in these files, by the names of their layers' weights."""
+        """The matrices of fused experts and of parameters in these files, by the names of their layers' weights."""
         return expert_tensors(self.tensors)
 
     @property
     def matrices(self) -> ChainMap[str, TensorInfo | ExpertTensor]:
-        """The tensors, and the experts'."""
+        """The tensors, and those."""
         return ChainMap(self.tensors, self.experts)  # type: ignore[arg-type]
 
     @property

@@ -114,6 +114,11 @@ class PMSSConfig(AdapterConfig):
         sides = "all columns, " if self.columns == "all" else ""
         return f"{sides}selection {self.selection}, {self.coordinates} coordinates, scale {self.scale}"
 
+    @property
+    def input_dropout(self) -> float:
+        """See `AdapterConfig`."""
+        return self.dropout
+
     def meaning(self) -> dict[str, Any]:
         """Columns, coordinates and scale say what V is."""
         return {"columns": self.columns, "coordinates": self.coordinates, "scale": self.scale}
