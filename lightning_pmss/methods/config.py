@@ -36,9 +36,9 @@ class AdapterConfig:
         root: Full name of the module to adapt, in a model that holds several (``"policy"``): only what lies inside is
             converted, names are relative to it, and adapter, merged model and export are for it alone. ``also_train`` may
             name modules beside it.
-        target_parameters: Parameters of fused experts that are converted beside the modules, each expert for itself; name, list
-            or regular expression as for ``target_modules`` (``"gate_up_proj"``). ``"all-linear"`` has all of them already. To
-            convert these alone, type ``target_modules=[]``.
+        target_parameters: Parameters that are converted beside the modules: of fused experts (``"gate_up_proj"``), each expert
+            for itself, or matrices of other modules (``"in_proj_weight"``); name, list or regular expression as for
+            ``target_modules``. ``"all-linear"`` has all experts already. To convert these alone, type ``target_modules=[]``.
 
     Raises:
         ValueError: A value is out of its range; the message names the option and the values allowed.

@@ -46,7 +46,7 @@ class Odd(nn.Module):
     [
         ("own", r"'own' is a parameter \[4, 4\] of the Odd\. It belongs to the model itself, not to a module in it, so take"),
         ("list.0", r"\[4, 4\] of the ParameterList `list`\. Its module is a container.*also_train=\['list'\]"),
-        ("table.weight", r"\[5, 4\] of the Embedding `table`, which is converted as a layer\. Name that in target_modules: type 'table'"),
+        ("table.weight", r"\[5, 4\] of the Embedding `table`, which is converted as a layer\. Name that.*type 'table'"),
         ("line.weight", r"\[4, 4\] of the Linear `line`, a linear layer\. Name that in target_modules: type 'line'"),
         ("line.bias", r"\[4\] of the Linear `line`, a linear layer\. Name that in target_modules: type 'line'"),
         ("norm.weight", r"\[4\] of the LayerNorm `norm`\. An update changes a matrix; this has 1 dimension\(s\), so"),
