@@ -30,7 +30,7 @@ from lightning_pmss.conversion.left_out import (
     frozen_weights,
     resting,
 )
-from lightning_pmss.conversion.roots import adapted_root, below, canonical_owners
+from lightning_pmss.conversion.roots import adapted_root, below, canonical_owners, why_no_matrix_layer
 from lightning_pmss.layers.convertible import is_known, is_linear, is_supported, why_no_own_weight
 from lightning_pmss.layers.expert_layer import ExpertLinear, holder, is_fused_experts, parameter_name
 from lightning_pmss.layers.matrix_layer import MatrixLinear
@@ -279,6 +279,8 @@ def _refuse_parameter(
                 raise ValueError(f"{text} Patterns name modules" + (f": type {name!r}." if name else "."))
             if is_fused_experts(module) and len(whole_shape(parameter)) == 3:
                 raise ValueError(f"{text} Experts are converted by target_parameters=[{key!r}].")
+            if why_no_matrix_layer(name, module, key) is None:
+                raise ValueError(f"{text} Matrices of such modules are converted by target_parameters=[{pattern!r}].")
             raise ValueError(
                 f"{text} lightning-pmss converts {CONVERTED}: take it out of target_modules; it stays frozen"
                 + (f", or is trained in full with also_train=[{name!r}]." if name else ".")

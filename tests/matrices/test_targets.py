@@ -89,6 +89,13 @@ def test_what_is_named_is_converted(options: dict[str, Any], wanted: set[int]) -
     assert {n.partition("_matrix")[0] for n in trained if "_matrix" in n} == names
 
 
+def test_a_parameter_among_the_modules_is_refused_with_the_option_that_converts_it() -> None:
+    with pytest.raises(
+        ValueError, match=r"target_modules: 'in_proj_weight' is no module.*by target_parameters=\['in_proj_weight'\]"
+    ):
+        convert(Encoder(), LoRAConfig(rank=3, target_modules=["linear1", "in_proj_weight"]))
+
+
 def test_ranks_are_clipped_and_patterns_name_parameters() -> None:
     model = Encoder()
     options = {"target_modules": [], "target_parameters": ["in_proj_weight"]}
