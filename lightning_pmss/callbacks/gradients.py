@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_pmss.layers.adapted import AdaptedLinear
+from lightning_pmss.layers.matrix_layer import MatrixLinear
 from lightning_pmss.messages import some
 
 
@@ -95,7 +96,14 @@ class GradientCheck:
     def _warn(self, silent: list[str]) -> None:
         ran = [name for name in silent if name in self._ran_untrained]
         experts = [name for name in silent if name not in ran and "experts" in name.split(".")]
-        others = [name for name in silent if name not in ran and name not in experts]
+        matrices = [name for name in silent if name not in ran and isinstance(self.layers[name], MatrixLinear)]
+        others = [name for name in silent if name not in (*ran, *experts, *matrices)]
+        if matrices:
+            rank_zero_warn(
+                f"{self._trained} of {some(matrices)} got no gradient: the forward pass of the module that owns the parameter"
+                " did not run in the first two steps. Where a parent reads the parameter itself, it gets W without the update."
+                " Then take it out of target_parameters, and train it in full with also_train."
+            )
         if ran:
             rank_zero_warn(
                 f"{self._trained} of {len(ran)} converted layers"

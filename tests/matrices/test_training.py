@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from lightning_pmss import HiRAConfig, LoRAConfig, PMSSConfig, convert, load_adapter
 from lightning_pmss.callbacks.flat_lora import FlatLoRA
@@ -17,7 +18,7 @@ from lightning_pmss.checkpoints.extract import extract_files
 from lightning_pmss.named import disable_adapter
 from tests import forks
 from tests.experts.toys import train
-from tests.matrices.toys import inputs, made, matrices
+from tests.matrices.toys import D, inputs, made, matrices
 from tests.matrices.training import Training, batches, config_of, fit
 
 X = inputs(torch.float32)
@@ -78,6 +79,37 @@ def test_mixed_precision_and_gradient_accumulation(tmp_path: Path) -> None:
     fit(tmp_path, module, config_of("encoder"), precision="bf16-mixed", accumulate_grad_batches=2, max_steps=4)
     assert module.losses[0] != module.losses[-1]
     assert all(tensor.any() for layer in matrices(module).values() for tensor in layer.core.trained().values())
+
+
+class Held(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.eye(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.w
+
+
+class Reading(nn.Module):
+    """Reads the parameter of its child, whose forward pass never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held, self.line = Held(), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.line(x) @ self.held.w
+        return y
+
+
+def test_a_parent_that_reads_the_parameter_is_reported(tmp_path: Path) -> None:
+    module = Training("attention")
+    module.model = Reading()
+    config = PMSSConfig(rank=3, target_modules=["line"], target_parameters=["held.w"])
+    with pytest.warns(
+        UserWarning, match=r"`model\.held\.w` got no gradient: the forward pass of the module that owns.*also_train"
+    ):
+        fit(tmp_path, module, config, max_steps=3)
 
 
 def test_what_is_not_there_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
