@@ -7,7 +7,7 @@ pristine W is kept aside (on the CPU) and `unmerge` puts it back bit for bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.conversion.roots import below, canonical_modules
-from lightning_pmss.distributed.gathering import whole_tensors, whole_update
+from lightning_pmss.distributed.gathering import whole_tensors, whole_updates
 from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.layers.convertible import canonical_shape
 from lightning_pmss.layers.expert_layer import holder
+from lightning_pmss.layers.experts import AdaptedExperts
 from lightning_pmss.layers.guard import refuse_disabled
-from lightning_pmss.layers.merged_layer import LayerDrift, merge_update
+from lightning_pmss.layers.matrices import AdaptedMatrices
+from lightning_pmss.layers.merged_layer import LayerDrift, Mergeable, merge_update
 from lightning_pmss.layers.parts import clean_name, clean_state, is_sharded
 from lightning_pmss.layers.plain_state import plain_state_dicts
 from lightning_pmss.layers.quantised import can_requantise, quantisation_of, value_dtype
@@ -158,25 +160,38 @@ def merged_state(
         state = {key: value for key, value in full.items() if under is None or below(key, under)}
         return state, {name: cost[id(layer)] for name, layer in layers.items()}
     refuse_disabled(layers.values(), "merged")
-    updates = {name: whole_update(model, layer) for name, layer in layers.items()}
+    updates = dict(whole_updates(model, layers))
     first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     state = dict(whole_tensors(model, under=under, keep=first))
     if not first:
         return {}, {}
     drift = {}
     names = {id(layer): name for name, layer in layers.items()}
-    for full_name, layer in model.named_modules(remove_duplicate=False):
-        if id(layer) in names and (under is None or below(clean_name(full_name), under)):
-            assert isinstance(layer, AdaptedLinear)
-            name = names[id(layer)]
-            start = f"{clean_name(full_name)}." if clean_name(full_name) else ""
-            for key in [k for k in state if k.startswith(start) and layer.adapter_key(k.removeprefix(start))]:
-                del state[key]
-            weight = state[f"{start}weight"]
-            canonical = layer.layout.canonical(weight)
-            value, drift[name] = merge_update(canonical, updates[name].to("cpu"), canonical.dtype, name)
-            state[f"{start}weight"] = layer.layout.stored(value, tuple(weight.shape))
+    for full_name, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, Mergeable) or not (under is None or below(clean_name(full_name), under)):
+            continue
+        start = f"{clean_name(full_name)}.".lstrip(".")
+        for key in [k for k in state if k.startswith(start) and module.adapter_key(k.removeprefix(start))]:
+            del state[key]
+        for layer, weight in _weights_in(module, state, start):
+            if id(layer) in names:
+                name = names[id(layer)]
+                canonical = layer.layout.canonical(weight)
+                value, drift[name] = merge_update(canonical, updates[name].to("cpu"), canonical.dtype, name)
+                weight.copy_(layer.layout.stored(value, tuple(weight.shape)))
     return state, drift
+
+
+def _weights_in(module: Mergeable, state: Mapping[str, Tensor], start: str) -> Iterator[tuple[AdaptedLinear, Tensor]]:
+    """(layer, its weight as `Layout` has it) of the converted layers of a module, in a state dict with its keys at `start`."""
+    if isinstance(module, AdaptedExperts):
+        for layer in module.layers().values():
+            weight = state[f"{start}{layer.key}"][layer.index]
+            yield layer, weight.T if module.is_transposed else weight
+    elif isinstance(module, AdaptedMatrices):
+        yield from ((layer, state[f"{start}{key}"]) for key, layer in module.layers().items())
+    elif isinstance(module, AdaptedLinear):
+        yield module, state[f"{start}weight"]
 
 
 def _unsharded_layers(model: nn.Module) -> dict[str, AdaptedLinear]:

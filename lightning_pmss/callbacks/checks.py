@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_pmss.conversion.convert import adapted_layers, conversion_of
 from lightning_pmss.conversion.report import ConversionReport
@@ -17,9 +17,9 @@ from lightning_pmss.conversion.roots import canonical_modules, hugging_face_mode
 from lightning_pmss.distributed.sharding import Engine
 from lightning_pmss.files.fresh import fresh_tensors, fresh_warnings, frozen_beside, untrained
 from lightning_pmss.layers.adapted import AdaptedLinear
-from lightning_pmss.layers.expert_layer import ExpertLinear, holder, parameter_name
+from lightning_pmss.layers.expert_layer import ExpertLinear, holder, one_by_one, parameter_name
 from lightning_pmss.layers.fingerprint import same_base
-from lightning_pmss.layers.parts import clean_name
+from lightning_pmss.layers.parts import clean_name, is_zero_partitioned
 from lightning_pmss.messages import some
 from lightning_pmss.store import not_finite
 
@@ -50,20 +50,20 @@ def agree_on_indices(trainer: L.Trainer, module: L.LightningModule) -> None:
         for name, layer in layers.items()
         if not any(index.is_meta for index in layer.indices().values())
     }
-    for name, indices in trainer.strategy.broadcast(chosen).items():
-        layer = layers[name]
-        own = layer.indices()
-        if any(index.is_meta for index in own.values()):
-            continue
-        moved = any(not torch.equal(own[part].cpu(), index) for part, index in indices.items())
-        flags = [moved]
-        if hasattr(layer.weight, "ds_id"):  # gathering is a collective, so all ranks take part or none
-            flags = [False] * trainer.world_size
-            torch.distributed.all_gather_object(flags, moved)
-        if any(flags):
-            for part, index in indices.items():
-                own[part].copy_(index)
-            layer.rederive(name)
+    first: dict[str, dict[str, Tensor]] = trainer.strategy.broadcast(chosen)
+    moved = {
+        name: any(not torch.equal(index.cpu(), first[name][part]) for part, index in layers[name].indices().items())
+        for name in first
+        if name in chosen
+    }
+    if any(is_zero_partitioned(p) for layer in layers.values() for p in layer.parameters()):
+        found: list[Any] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(found, moved)
+        moved = {name: any(other[name] for other in found) for name in moved}  # gathering needs all ranks
+    for name, layer in one_by_one((name, layers[name]) for name in moved if moved[name]):
+        for part, index in layer.indices().items():
+            index.copy_(first[name][part])
+        layer.rederive(name)
 
 
 def say_what_was_converted(report: ConversionReport, precision: str) -> None:
@@ -92,7 +92,8 @@ def check_bases(trainer: L.Trainer, module: L.LightningModule) -> None:
         MisconfigurationException: The skeleton file was made from other weights.
     """
     unproven = {n: layer for n, layer in adapted_layers(module).items() if layer.on_trust}
-    if strangers := [n for n, x in unproven.items() if x.fingerprint and not same_base(x.fingerprint, *x.reads())]:
+    proven = {n: x for n, x in unproven.items() if x.fingerprint}
+    if strangers := [n for n, x in one_by_one(proven.items()) if not same_base(x.fingerprint or {}, *x.reads())]:
         raise MisconfigurationException(
             f"The skeleton file belongs to another base model: the weights of {some(strangers)} are not those it was made"
             " from, or the weights were not loaded after the model got its memory."
@@ -110,12 +111,7 @@ def check_optimizers(trainer: L.Trainer, pl_module: L.LightningModule, also_trai
     """
     layers = adapted_layers(pl_module)
     trained = {clean_name(n): p for n, p in pl_module.named_parameters() if p.requires_grad}
-    # FSDP1's wrapper of a core has no parameters of its own, and the tensors of one expert are no parameters.
-    allowed = {
-        id(p)
-        for layer in layers.values()
-        for p in (*layer.core.trained().values(), *layer.core.parameters(recurse=False))
-    }
+    allowed = {id(p) for layer in layers.values() for p in layer.core.owned()}
     for name, module in pl_module.named_modules():
         clean = clean_name(name)
         if any(clean == a or clean.endswith(f".{a}") for a in also_train):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_pmss.layers.adapted import AdaptedLinear
+from lightning_pmss.layers.experts import called_core
 from lightning_pmss.layers.matrix_layer import MatrixLinear
 from lightning_pmss.messages import some
 
@@ -37,7 +38,10 @@ class GradientCheck:
         self._hooks: list[Any] = []
         self._passed: dict[str, bool] | None = {} if sharded else None  # name -> whether its gradient was finite
         if sharded:
-            self._hooks = [x.core.register_forward_hook(self._watching(n)) for n, x in self.layers.items()]
+            cores: dict[nn.Module, list[str]] = {}
+            for name, layer in self.layers.items():
+                cores.setdefault(called_core(layer), []).append(name)
+            self._hooks = [core.register_forward_hook(self._watching(names)) for core, names in cores.items()]
 
     def _gradient(self, name: str) -> bool | None:
         """Whether a layer's gradient is finite; None without a gradient."""
@@ -124,10 +128,11 @@ class GradientCheck:
                 f" {some(others)}. If the model never uses them, list them in `exclude_modules`."
             )
 
-    def _watching(self, name: str) -> Any:
+    def _watching(self, names: Sequence[str]) -> Any:
         def note(grad: Tensor) -> None:
             assert self._passed is not None
-            self._passed[name] = bool(torch.isfinite(grad).all()) and self._passed.get(name, True)
+            finite = bool(torch.isfinite(grad).all())
+            self._passed |= {name: finite and self._passed.get(name, True) for name in names}
 
         def hook(module: nn.Module, args: Any, output: dict[str, Tensor]) -> None:
             for value in output.values():

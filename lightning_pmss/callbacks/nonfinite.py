@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_pmss.callbacks.statistics import RunningStatistics
 from lightning_pmss.distributed.sharding import Engine
 from lightning_pmss.layers.adapted import AdaptedLinear
+from lightning_pmss.layers.experts import called_core
 from lightning_pmss.layers.parts import clean_name, own_part
 from lightning_pmss.messages import some
 from lightning_pmss.optimizers import SharpnessAware
@@ -79,7 +80,9 @@ class NonFiniteCheck:
         self._hooks: list[Any] = []
         self._hooked: set[int] = set()  # ids of the optimizers with a pre-hook
         if self._engines:
-            self._hooks = [x.core.register_forward_hook(self._watch) for x in layers.values()]
+            self._hooks = [
+                c.register_forward_hook(self._watch) for c in dict.fromkeys(map(called_core, layers.values()))
+            ]
         elif not self._scaled:  # a scaler does not call the optimizer if a gradient is not finite
             for optimizer in trainer.optimizers:
                 if isinstance(optimizer, torch.optim.Optimizer):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_pmss.conversion.convert import adapted_layers
-from lightning_pmss.distributed.gathering import whole_update
+from lightning_pmss.distributed.gathering import whole_updates
 from lightning_pmss.files.process_memory import peak_memory
 from lightning_pmss.methods.method import Update
 
@@ -50,8 +50,8 @@ class StepClock:
 def log_u_norms(trainer: L.Trainer, module: L.LightningModule) -> None:
     """Log the Frobenius norm of each layer's stored update (of PMSS: ``s U``), every ``log_every_n_steps`` steps."""
     if trainer.fit_loop.epoch_loop._batches_that_stepped % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-        updates = {name: whole_update(module, layer) for name, layer in adapted_layers(module).items()}
-        norms = {f"pmss/u_norm/{name}": _norm(update) for name, update in updates.items()}
+        updates = whole_updates(module, adapted_layers(module))
+        norms = {f"pmss/u_norm/{name}": _norm(update) for name, update in updates}
         module.log_dict(norms, on_step=True, on_epoch=False, batch_size=1)
 
 

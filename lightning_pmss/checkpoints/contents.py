@@ -56,6 +56,7 @@ from lightning_pmss.distributed.gathering import gathered, load_trained_state, t
 from lightning_pmss.distributed.optimizer_names import finding_states
 from lightning_pmss.distributed.ranks import together
 from lightning_pmss.distributed.sharding import Engine, engine_of
+from lightning_pmss.layers.expert_layer import one_by_one
 from lightning_pmss.layers.fingerprint import fingerprint
 from lightning_pmss.layers.indices import index_tensors
 from lightning_pmss.layers.parts import clean_name, clean_state, fill, is_sharded, whole_shape
@@ -88,9 +89,9 @@ def trained_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def record_fingerprints(module: nn.Module) -> None:
     """Compute missing fingerprints of the base, unless its weights are on the meta device; a collective if sharded."""
-    for layer in adapted_layers(module).values():
-        if layer.fingerprint is None and not layer.weight.is_meta:
-            layer.fingerprint = fingerprint(*layer.reads())
+    lacking = {n: x for n, x in adapted_layers(module).items() if x.fingerprint is None and not x.weight.is_meta}
+    for _, layer in one_by_one(lacking.items()):
+        layer.fingerprint = fingerprint(*layer.reads())
 
 
 class CheckpointSeam:
@@ -328,7 +329,8 @@ class CheckpointSeam:
         if path.is_file():
             self._load_by_clean_names(path)
         self._follow_indices(before)
-        here = {n: x.fingerprint or fingerprint(*x.reads()) for n, x in adapted_layers(self.module).items()}
+        record_fingerprints(self.module)
+        here: dict[str, Any] = {n: x.fingerprint for n, x in adapted_layers(self.module).items()}
         refuse_strangers([n for n in here if not same_print(here[n], made.prints[n])], where)
         if self.check_loaded is not None:
             self.check_loaded(loaded, where)
@@ -351,12 +353,15 @@ class CheckpointSeam:
         The selection may differ between machines.
         """
         root: Any = self.strategy.model
-        for name, layer in adapted_layers(self.module).items():
-            now = layer.indices()
-            if any(not torch.equal(old.to(now[part].device), now[part]) for part, old in before[name].items()):
-                with gathered(root, layer, write=True):
-                    layer.rederive(name)
-                    layer.fingerprint = fingerprint(*layer.reads())
+        moved = {
+            name: layer
+            for name, layer in adapted_layers(self.module).items()
+            if any(not torch.equal(before[name][part].to(now.device), now) for part, now in layer.indices().items())
+        }
+        for name, layer in one_by_one(moved.items()):
+            with gathered(root, layer, write=True):
+                layer.rederive(name)
+                layer.fingerprint = fingerprint(*layer.reads())
 
     @contextmanager
     def _only_trained(self) -> Iterator[None]:

@@ -39,7 +39,7 @@ from lightning_pmss.conversion.unconvertible import refuse_unconvertible
 from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.layers.adapter import FrozenTensors
 from lightning_pmss.layers.convertible import canonical_shape, kept_shape, layout_of
-from lightning_pmss.layers.expert_layer import ExpertLinear
+from lightning_pmss.layers.expert_layer import ExpertLinear, one_by_one
 from lightning_pmss.layers.experts import adopt_experts
 from lightning_pmss.layers.fingerprint import same_base
 from lightning_pmss.layers.matrices import AdaptedMatrices, adopt_matrix
@@ -207,8 +207,9 @@ def _plan(
         torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0
     )
     # disable=None: tqdm shows no bar where the output is not a terminal.
-    for name in tqdm(targets, desc=method.doing, unit="layer", disable=True if others else None):
-        layer, shape = modules[name], canonical_shape(modules[name])
+    shown = tqdm(targets, desc=method.doing, unit="layer", disable=True if others else None)
+    for name, layer in one_by_one((name, modules[name]) for name in shown):
+        shape = canonical_shape(layer)
         rank = method.rank_of(shape, ranks[name])
         known = GivenLayer() if given is None else given.layers[name]
         if given is not None:

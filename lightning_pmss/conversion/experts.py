@@ -165,9 +165,9 @@ def refuse_experts(
         where = f"`{name}` ({type(layer.owner).__name__})"
         leave = f"type exclude_modules=[{name.rpartition('.')[2]!r}]"
         parameter = layer.owner._parameters[layer.key]
-        if len(group) != len(parameter):
+        if len(group) != (count := whole_shape(parameter)[0]):
             raise ValueError(
-                f"{where}: {len(group)} of its {len(parameter)} experts were asked for. Experts of one parameter are converted"
+                f"{where}: {len(group)} of its {count} experts were asked for. Experts of one parameter are converted"
                 f" together: name the parameter, or {leave}."
             )
         if reason := layer.why_unusable():

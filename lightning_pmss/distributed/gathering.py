@@ -16,6 +16,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from lightning_pmss.conversion.roots import below
 from lightning_pmss.layers.adapted import AdaptedLinear
+from lightning_pmss.layers.expert_layer import holder
+from lightning_pmss.layers.experts import AdaptedExpert, called_core
 from lightning_pmss.layers.indices import index_tensors
 from lightning_pmss.layers.parts import clean_name, is_fsdp1, is_sharded, own_keys, whole
 from lightning_pmss.methods.method import Update
@@ -32,26 +34,33 @@ def gathered(model: nn.Module, layer: AdaptedLinear, *, write: bool = False) -> 
     """
     with ExitStack() as stack:
         if is_fsdp1(model):
-            owner = next((u for u in reversed(list(_units(model))) if any(m is layer for m in u.modules())), None)
-            for unit in (owner, layer.core):
+            place = holder(layer)
+            owner = next((u for u in reversed(list(_units(model))) if any(m is place for m in u.modules())), None)
+            for unit in (owner, called_core(layer)):
                 if unit is not None:
                     recurse = unit is not owner
                     stack.enter_context(FSDP.summon_full_params(unit, recurse=recurse, writeback=write))
         yield
 
 
-def whole_update(model: nn.Module, layer: AdaptedLinear) -> Update:
-    """The update of one layer, whole and detached, on every rank."""
-    core = layer.core
-    with torch.no_grad():
+@torch.no_grad()
+def whole_updates(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> Iterator[tuple[str, Update]]:
+    """(name, update) of each layer, whole and detached, on every rank; the tensors of stacked experts are gathered once."""
+    held: nn.Module | None = None
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        core = called_core(layer)
         if not is_sharded(core):
-            return layer.update()
-        tensors: dict[str, Tensor] = {}
-        with gathered(model, layer):
-            for name, parameter in core.named_parameters():
-                with whole(parameter) as value:
-                    tensors[clean_name(name).rpartition(".")[2]] = value.clone()
-        return layer.method.update_of(tensors | layer.indices(), layer.scale)
+            yield name, layer.update()
+            continue
+        if core is not held:
+            held, tensors = core, {}
+            with gathered(model, layer):
+                for key, parameter in core.named_parameters():
+                    with whole(parameter) as value:
+                        tensors[clean_name(key).rpartition(".")[2]] = value.clone()
+        own = {n: t[layer.index] for n, t in tensors.items()} if isinstance(layer, AdaptedExpert) else tensors
+        yield name, layer.method.update_of(own | layer.indices(), layer.scale)
 
 
 def whole_tensors(

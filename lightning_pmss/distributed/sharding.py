@@ -21,7 +21,6 @@ from torch.distributed.fsdp.wrap import CustomPolicy, _Policy
 
 from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.layers.adapter import Adapter, FrozenTensors
-from lightning_pmss.layers.experts import AdaptedExperts
 from lightning_pmss.layers.matrices import AdaptedMatrices
 from lightning_pmss.layers.operators import operator_of
 from lightning_pmss.layers.parts import clean_name, is_fsdp1
@@ -156,11 +155,6 @@ def refuse_untried(engine: Engine, module: nn.Module) -> None:
             raise MisconfigurationException(
                 f"`{clean_name(name)}` has adapters on its own parameters (target_parameters), which {engine} cannot shard."
                 " Train on one device or under 'ddp', or take them out of target_parameters."
-            )
-        if isinstance(found, AdaptedExperts):
-            raise MisconfigurationException(
-                f"`{clean_name(name)}` has adapters on fused experts, which {engine} cannot shard. Train on one device or under"
-                " 'ddp', or leave the experts out: exclude_modules=['experts']."
             )
         if isinstance(found, AdaptedLinear) and operator_of(found) is not None:
             raise MisconfigurationException(

@@ -19,7 +19,7 @@ from lightning_pmss.conversion.matrices import matrices_beside
 from lightning_pmss.conversion.report import ConversionReport
 from lightning_pmss.conversion.roots import adapted_root, below, canonical_modules, choose_root, noted_root
 from lightning_pmss.conversion.targets import Names
-from lightning_pmss.distributed.gathering import whole_tensors, whole_update
+from lightning_pmss.distributed.gathering import whole_tensors, whole_updates
 from lightning_pmss.files.adapter_file import AdapterFile, AdapterModule, read_adapter, write_adapter
 from lightning_pmss.files.adapter_fit import check_modules as check_modules
 from lightning_pmss.files.base import Base, base_of
@@ -92,8 +92,8 @@ def save_adapter(
     refuse_disabled(layers.values(), "saved")
 
     modules = {}
-    for name, layer in layers.items():
-        update = whole_update(model, layer)
+    for name, update in whole_updates(model, layers):
+        layer = layers[name]
         modules[name] = AdapterModule(
             shape=canonical_shape(layer),
             layout=layer.layout,

@@ -153,7 +153,7 @@ class AdaptedLinear(IndexTensors, MergedLayer):
 
     def rederive(self, name: str = "") -> None:
         """Compute the frozen tensors anew after the weight or the indices were replaced; what is trained is left as it is."""
-        if not (self.index_names or self.core.frozen()):  # nothing is derived from W: do not gather or dequantise it
+        if not self.index_names and not self.core.has_frozen():  # nothing is derived from W: do not gather it
             return
         with whole_weight(self, self.stored_weight) as stored:
             weight = self.layout.canonical(stored)

@@ -12,6 +12,11 @@ from lightning_pmss.layers.parts import fill, whole_shape
 Tensors = dict[str, Tensor]
 
 
+def _own(module: nn.Module, names: tuple[str, ...]) -> Tensors:
+    """Attributes of these names: under FSDP1 no parameters where a checkpointed block is computed again."""
+    return {name: getattr(module, name) for name in names}
+
+
 class FrozenTensors(nn.Module):
     """What a method derived from W. A module of its own: sharding engines must never mix frozen and trained tensors.
 
@@ -21,6 +26,7 @@ class FrozenTensors(nn.Module):
 
     def __init__(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
         super().__init__()
+        self.names = tuple(tensors)
         for name, tensor in tensors.items():
             # FSDP2 shards neither scalars nor transposed tensors.
             value = torch.atleast_2d(tensor).to(device).contiguous()
@@ -34,7 +40,7 @@ class FrozenTensors(nn.Module):
 
     def tensors(self) -> Tensors:
         """By name."""
-        return dict(self.named_parameters(recurse=False))
+        return _own(self, self.names)
 
     @torch.no_grad()
     def set(self, tensors: Mapping[str, Tensor]) -> None:
@@ -74,7 +80,7 @@ class Adapter(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.values = values
+        self.values, self.names = values, tuple(start)
         for name, value in start.items():
             self.register_parameter(name, nn.Parameter(value.to(device)))
         self.frame = FrozenTensors(frozen, device) if frozen else None
@@ -90,11 +96,19 @@ class Adapter(nn.Module):
 
     def trained(self) -> Tensors:
         """The trained tensors by name."""
-        return dict(self.named_parameters(recurse=False))
+        return _own(self, self.names)
+
+    def owned(self) -> list[nn.Parameter]:
+        """The parameters that are trained tensors, as an optimizer gets them."""
+        return list(self.parameters(recurse=False))
 
     def frozen(self) -> Tensors:
         """The frozen tensors by name."""
         return {} if self.frame is None else self.frame.tensors()
+
+    def has_frozen(self) -> bool:
+        """Whether there are frozen tensors."""
+        return self.frame is not None
 
     def gradients(self) -> Tensors:
         """Of the trained tensors, as far as there are any."""

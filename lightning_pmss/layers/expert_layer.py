@@ -9,24 +9,30 @@ expert. The forward pass works on all experts at once (`lightning_pmss.layers.ex
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from lightning_pmss.layers.matrix_layer import OwnedLinear
 from lightning_pmss.layers.matrix_layer import holder as holder
-from lightning_pmss.layers.parts import is_dtensor, is_zero_partitioned, whole_shape
+from lightning_pmss.layers.parts import is_dtensor, is_zero_partitioned, own_part, whole, whole_shape
 from lightning_pmss.layers.products import FLOATS
 
 # What transformers' `use_experts_implementation` gives each instance. The core never imports transformers.
 _CONTRACT = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
 _KEPT = "pmss_experts"
+_WHOLE = "pmss_whole"  # parameters that are whole for the moment, see `whole_parameter`
 FUSED = ("gate_up_proj", "up_proj", "down_proj")  # names of the parameters
+
+L = TypeVar("L", bound=nn.Module)
 
 
 def is_fused_experts(module: nn.Module) -> bool:
     """Whether a module keeps experts in 3-D parameters and follows transformers' experts interface."""
+    if _KEPT in module.__dict__:  # it was one when they were first asked for; FSDP1 flattens parameters
+        return True
     if not all(name in module.__dict__ for name in _CONTRACT) or not hasattr(module, "_apply_gate"):
         return False
     found = [module._parameters.get(key) for key in projections(module)]
@@ -61,9 +67,26 @@ class ExpertLinear(OwnedLinear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """A view ``[out, in]`` of the parameter, also where the owner stores ``[in, out]``."""
-        matrix: Tensor = self.owner._parameters[self.key][self.index]
+        """A view ``[out, in]`` of the parameter, also where the owner stores ``[in, out]``.
+
+        Where an engine keeps the parameter in parts, this is an empty tensor of its dtype and device: see `whole_parameter`.
+        """
+        parameter = self.parameter
+        if self.in_parts:
+            return own_part(parameter).new_empty(0)
+        matrix = parameter[self.index]
         return matrix.T if self.owner.is_transposed else matrix
+
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter of all experts, as the owner keeps it or, inside `whole_parameter`, whole."""
+        found: Tensor = self.owner.__dict__.get(_WHOLE, {}).get(self.key, self.owner._parameters[self.key])
+        return found
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether the parameter is not whole on this process."""
+        return is_dtensor(self.parameter) or self.parameter.dim() != 3
 
     def why_unusable(self) -> str | None:
         """Why the parameter cannot be converted, a sentence without its full stop; None if it can."""
@@ -73,8 +96,10 @@ class ExpertLinear(OwnedLinear):
             return f"its experts are kept in codes ({kind}), which lightning-pmss does not read"
         if self.owner._is_expert_parallel:
             return "its experts are spread over several processes (expert parallelism)"
-        if is_dtensor(parameter) or is_zero_partitioned(parameter):
-            return "its experts are sharded already"
+        if is_dtensor(parameter):
+            return (
+                "its experts are sharded already; call `model_built(self)`, which converts them, before `fully_shard`"
+            )
         return None
 
     def requires_grad_(self, requires_grad: bool = True) -> ExpertLinear:
@@ -93,6 +118,9 @@ def canonical_sides(experts: Any, key: str) -> tuple[int, int]:
 def expert_layers(experts: nn.Module) -> dict[str, ExpertLinear]:
     """The layers by name behind the module's own, ``gate_up_proj.0`` and so on; the same objects at each call."""
     kept: dict[str, ExpertLinear] | None = experts.__dict__.get(_KEPT)
+    stored = [experts._parameters.get(key) for key in projections(experts)]
+    if kept is not None and any(p is None or len(whole_shape(p)) != 3 for p in stored):
+        return kept  # FSDP1 flattens parameters, and takes them away where a block is computed again
     sizes = {key: len_of(experts, key) for key in projections(experts)}
     if kept is None or len(kept) != sum(sizes.values()):
         kept = {f"{key}.{i}": ExpertLinear(experts, key, i) for key, size in sizes.items() for i in range(size)}
@@ -139,3 +167,33 @@ def refuse_experts(layers: Mapping[str, nn.Module], lacking: str, instead: str) 
 def parameter_name(name: str) -> str:
     """The parameter's name, from that of a layer in it."""
     return name.rpartition(".")[0]
+
+
+@contextmanager
+def whole_parameter(layer: ExpertLinear) -> Iterator[None]:
+    """Inside, the layers of all experts of a parameter read it whole; a collective where FSDP2 or ZeRO-3 keeps it in parts."""
+    parameter = layer.owner._parameters[layer.key]
+    if not layer.in_parts or not (is_dtensor(parameter) or is_zero_partitioned(parameter)):
+        yield
+        return
+    held: dict[str, Tensor] = layer.owner.__dict__.setdefault(_WHOLE, {})
+    with whole(parameter) as found:
+        held[layer.key] = found
+        try:
+            yield
+        finally:
+            del held[layer.key]
+
+
+def one_by_one(layers: Iterable[tuple[str, L]]) -> Iterator[tuple[str, L]]:
+    """The same pairs of name and layer, to be read: the parameter of an expert is whole, and gathered once for all of them."""
+    with ExitStack() as stack:
+        held: tuple[int, str] | None = None
+        for name, layer in layers:
+            place = (id(layer.owner), layer.key) if isinstance(layer, ExpertLinear) else None
+            if held != place:
+                stack.close()
+                held = place
+                if isinstance(layer, ExpertLinear):
+                    stack.enter_context(whole_parameter(layer))
+            yield name, layer

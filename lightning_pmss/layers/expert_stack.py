@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pmss.layers.adapter import Adapter, Tensors
-from lightning_pmss.layers.grouped import Groups, outer_sums, products
+from lightning_pmss.layers.grouped import Groups, canonical, outer_sums, products
 from lightning_pmss.layers.indices import IndexTensors
-from lightning_pmss.layers.parts import fill
+from lightning_pmss.layers.parts import fill, is_dtensor, is_zero_partitioned, whole
 
 if TYPE_CHECKING:
     from lightning_pmss.methods.method import Method, Update
@@ -60,13 +60,20 @@ class ExpertStack(IndexTensors):
         specs = self.method.specs(self.shape, self.rank)
         return {name: specs[name].below for name in self.index_names}
 
-    def forward(self, x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
-        """``W'_e x`` of each pair of token and expert, without a bias: x ``[pairs, in]``, weight ``[experts, out, in]``."""
+    def forward(self, x: Tensor, weight: Tensor, transposed: bool, groups: Groups) -> Tensor:
+        """``W'_e x`` of each pair of token and expert, without a bias.
+
+        Args:
+            x: ``[pairs, in]``.
+            weight: The parameter, ``[experts, out, in]`` or ``[experts, in, out]``.
+            transposed: Whether it is the latter.
+            groups: Of the pairs.
+        """
         if self.training and torch.is_grad_enabled():
             seen = groups.seen()
             self.seen = seen if self.seen is None else self.seen | seen
         index = dict(zip(self.index_names, self.indices_on(x.device), strict=True))
-        return self.method.grouped(GroupedLayer(weight, index, self, groups), x)
+        return self.method.grouped(GroupedLayer(weight, transposed, index, self, groups), x)
 
     def extra_repr(self) -> str:
         return f"{self.method.config.method}(rank={self.rank})"
@@ -77,16 +84,23 @@ class GroupedLayer:
     """What a method sees of all experts in one pass; `x` is always ``[pairs, in]``, sorted by expert.
 
     Attributes:
-        weight: W ``[experts, out, in]``, frozen.
+        stored: The frozen parameter, whose memory an engine may take away between the passes.
+        transposed: Whether it is ``[experts, in, out]``.
         indices: Index tensors, int64 ``[experts, k]``.
         stack: Owner of the adapters.
         groups: Which token is whose.
     """
 
-    weight: Tensor
+    stored: Tensor
+    transposed: bool
     indices: Mapping[str, Tensor]
     stack: ExpertStack
     groups: Groups
+
+    @property
+    def weight(self) -> Tensor:
+        """W ``[experts, out, in]``: a view, not to be kept for the backward pass."""
+        return canonical(self.stored, self.transposed)
 
     @property
     def training(self) -> bool:
@@ -100,7 +114,11 @@ class GroupedLayer:
 
     def base(self, x: Tensor) -> Tensor:
         """``W x``."""
-        return self.groups.linear(x, self.weight)
+        return self.groups.linear(x, self.stored, transposed=self.transposed)
+
+    def part(self, x: Tensor, index: Tensor, dim: int) -> Tensor:
+        """The product with rows (dim 0) or columns (dim 1) ``index [experts, k]`` of each W."""
+        return self.groups.linear(x, self.stored, index, dim, self.transposed)
 
     def linear(self, x: Tensor, matrices: Tensor) -> Tensor:
         """``M x`` with matrices ``[experts, out, in]``."""
@@ -124,16 +142,20 @@ class GroupedLayer:
             return self.linear(self.linear(x, a), b)
 
         def delta(weight: Tensor, *tensors: Tensor) -> Tensor:
+            weight = weight.T if self.transposed else weight
             change: Tensor = one(weight, {}, *tensors).delta(weight, dtype=tensors[0].dtype)
             return change
 
         assert not self.indices, "an update with indices has thin factors"
-        changed: Tensor = FormedChange.apply(x, self.weight, self.groups, torch.func.vmap(delta), *values.values())
+        changed: Tensor = FormedChange.apply(x, self.stored, self.groups, torch.func.vmap(delta), *values.values())
         return changed
 
 
 class FormedChange(torch.autograd.Function):
-    """``dW_e x`` with ``dW = form(W, *values) [experts, out, in]``. Kept for backward: x, the values, a reference to W."""
+    """``dW_e x`` with ``dW = form(W, *values) [experts, out, in]``, W as stored.
+
+    Kept for backward: x, the values, and the parameter W itself, as in `GroupedProduct`.
+    """
 
     @staticmethod
     def forward(
@@ -182,12 +204,27 @@ class StackSlice(Adapter):
         """Views of the frozen tensors."""
         return {name: tensor[self.index] for name, tensor in self.stack.core.frozen().items()}
 
+    def has_frozen(self) -> bool:
+        """Whether the stack has frozen tensors."""
+        return self.stack.core.has_frozen()
+
     def set_frozen(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace the values of this expert's."""
         with torch.no_grad():
-            for name, own in self.frozen().items():
-                if name in tensors:
-                    fill(own, tensors[name].reshape(own.shape))
+            for name, own in self.stack.core.frozen().items():
+                if name not in tensors:
+                    continue
+                if is_dtensor(own) or is_zero_partitioned(own):  # a part of this process is no part of an expert
+                    with whole(own) as value:
+                        value = value.clone()
+                    value[self.index] = tensors[name].reshape(value.shape[1:])
+                    fill(own, value)
+                else:
+                    own[self.index].copy_(tensors[name].reshape(own.shape[1:]))
+
+    def owned(self) -> list[nn.Parameter]:
+        """The stack's trained parameters, of all experts."""
+        return self.stack.core.owned()
 
     def reshape(self, tensors: Mapping[str, Tensor]) -> None:
         """See `Adapter`; of all experts at once, so the first of them reshapes the stack and each has its values copied."""
@@ -195,12 +232,8 @@ class StackSlice(Adapter):
         self.stack.core.reshape(many)
 
     def parameters(self, recurse: bool = True) -> Any:
-        """The stack's trained parameters, of all experts."""
-        return self.stack.core.parameters(recurse=False)
-
-    def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """On the stack's adapter, which is what a pass calls."""
-        return self.stack.core.register_forward_hook(*args, **kwargs)
+        """The same."""
+        return iter(self.owned())
 
     def gradients(self) -> Tensors:
         """Of the trained tensors, as far as there are any."""

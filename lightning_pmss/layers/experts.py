@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pmss.layers.adapted import AdaptedLinear, adapted_class
-from lightning_pmss.layers.expert_layer import FUSED, ExpertLinear, expert_layers, len_of, projections
+from lightning_pmss.layers.adapter import Adapter
+from lightning_pmss.layers.expert_layer import FUSED, ExpertLinear, expert_layers, one_by_one, projections
 from lightning_pmss.layers.expert_stack import ExpertStack, StackSlice
 from lightning_pmss.layers.foreign_writers import watch_writers
 from lightning_pmss.layers.grouped import Groups
@@ -24,7 +25,7 @@ from lightning_pmss.layers.guard import refuse_training
 from lightning_pmss.layers.layout import Layout
 from lightning_pmss.layers.matrices import MATRIX_SUFFIX, AdaptedMatrices
 from lightning_pmss.layers.merged_layer import LayerDrift, Mergeable, merge_update
-from lightning_pmss.layers.parts import clean_name
+from lightning_pmss.layers.parts import clean_name, is_dtensor
 from lightning_pmss.layers.products import core_dtype
 from lightning_pmss.messages import some
 
@@ -105,7 +106,7 @@ class AdaptedExperts(Mergeable):
             return refuse_training(self, output, next(iter(stack.core.trained().values())), stack.method.trained)
         experts: Any = self
         up, down = projections(self)
-        groups = Groups(top_k_index, len_of(self, up))
+        groups = Groups(top_k_index, len(getattr(self, up)))
         count = top_k_index.shape[-1]
         x = self._project(up, hidden_states[groups.order // count], groups)
         x = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
@@ -119,10 +120,12 @@ class AdaptedExperts(Mergeable):
 
     def _project(self, key: str, x: Tensor, groups: Groups) -> Tensor:
         experts: Any = self
-        weight: Tensor = experts._parameters[key]
-        weight = weight.mT if experts.is_transposed else weight
-        stack = self._modules.get(f"{key}{_SUFFIX}")
-        y: Tensor = groups.linear(x, weight) if stack is None else stack(x, weight, groups)
+        weight: Tensor = getattr(self, key)  # FSDP1 makes it a plain attribute where a block is computed again
+        stack, transposed = self._modules.get(f"{key}{_SUFFIX}"), experts.is_transposed
+        if stack is None:
+            y: Tensor = groups.linear(x, weight, transposed=transposed)
+        else:
+            y = stack(x, weight, transposed, groups)
         return y + getattr(self, f"{key}_bias")[groups.ids].to(y.dtype) if experts.has_bias else y
 
     # -- merging, state dicts -----------------------------------------------------------------------------------------
@@ -255,6 +258,11 @@ def adopt_experts(
         method.prepare(layer)
 
 
+def called_core(layer: AdaptedLinear) -> Adapter:
+    """The `Adapter` that a pass calls: of an expert, the one with the tensors of all experts of its parameter."""
+    return layer.stack.core if isinstance(layer, AdaptedExpert) else layer.core
+
+
 def has_experts(model: nn.Module) -> bool:
     """Whether fused experts of a model are converted."""
     return any(isinstance(module, AdaptedExperts) for module in model.modules())
@@ -267,11 +275,14 @@ def _stacked(tensors: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 def _follow(experts: AdaptedExperts, keys: Any) -> None:
     """After a state dict was loaded into the module and its stacks: frames and W' follow the weights."""
     name, loaded, framed = experts.__dict__.pop("loaded_as", ("", [], True))
-    for own, layer in experts.layers().items():
+    layers = experts.layers()
+    again = any(stack.core.has_frozen() for stack in experts.stacks().values()) and loaded and not framed
+    for own, layer in one_by_one(layers.items()) if again else layers.items():
         full = f"{name}.{own}".lstrip(".")
         if layer.key in loaded:
-            layer.fingerprint = None
-            if not framed:
+            if not is_dtensor(experts._parameters[layer.key]):  # type: ignore[arg-type]
+                layer.fingerprint = None  # else it was taken before sharding, or is compared when training starts
+            if not framed and layer.core.has_frozen():
                 layer.rederive(full)
         if layer.merged:
             layer._show(layer.merged_weight(full)[0])

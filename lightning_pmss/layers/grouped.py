@@ -52,7 +52,9 @@ class Groups:
         """Whether an expert has tokens, bool ``[experts]``."""
         return torch.diff(self.offsets, prepend=self.offsets.new_zeros(1)) > 0
 
-    def linear(self, x: Tensor, matrices: Tensor, index: Tensor | None = None, dim: int = 0) -> Tensor:
+    def linear(
+        self, x: Tensor, matrices: Tensor, index: Tensor | None = None, dim: int = 0, transposed: bool = False
+    ) -> Tensor:
         """``M[e] x`` in the dtype in which a linear layer computes.
 
         Args:
@@ -61,8 +63,9 @@ class Groups:
             index: int64 ``[experts, k]``, to use only these rows (dim 0) or columns (dim 1) of each; they are gathered anew in
                 the backward pass.
             dim: See `index`.
+            transposed: Whether the matrices are stored ``[experts, in, out]``.
         """
-        y: Tensor = GroupedProduct.apply(x.to(compute_dtype(x)), matrices, index, dim, self)
+        y: Tensor = GroupedProduct.apply(x.to(compute_dtype(x)), matrices, index, dim, transposed, self)
         return y
 
     def take(self, y: Tensor, index: Tensor) -> Tensor:
@@ -76,6 +79,11 @@ class Groups:
         return put
 
 
+def canonical(matrices: Tensor, transposed: bool) -> Tensor:
+    """``[experts, out, in]``, of matrices as they are stored."""
+    return matrices.mT if transposed else matrices
+
+
 def sliced(matrices: Tensor, index: Tensor | None, dim: int) -> Tensor:
     """Rows (dim 0) or columns (dim 1) ``index [experts, k]`` of stacked matrices; all of them without an index."""
     if index is None:
@@ -86,13 +94,18 @@ def sliced(matrices: Tensor, index: Tensor | None, dim: int) -> Tensor:
 
 
 class GroupedProduct(torch.autograd.Function):
-    """See `Groups.linear`. Saved for backward: a reference to the matrices; x where they are trained."""
+    """See `Groups.linear`. Saved for backward: a reference to the matrices; x where they are trained.
+
+    Of frozen ones it is the parameter itself, never a view: ZeRO-3 replaces its memory between the passes.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, matrices: Tensor, index: Tensor | None, dim: int, groups: Groups) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, matrices: Tensor, index: Tensor | None, dim: int, transposed: bool, groups: Groups
+    ) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, matrices, index)
-        ctx.dim, ctx.groups = dim, groups
-        return products(x, sliced(matrices, index, dim).to(x.dtype).mT, groups)
+        ctx.dim, ctx.transposed, ctx.groups = dim, transposed, groups
+        return products(x, sliced(canonical(matrices, transposed), index, dim).to(x.dtype).mT, groups)
 
     @staticmethod
     @once_differentiable
@@ -101,11 +114,13 @@ class GroupedProduct(torch.autograd.Function):
         x, matrices, index = ctx.saved_tensors
         grad_x = grad_m = None
         if ctx.needs_input_grad[0]:
-            grad_x = products(grad, sliced(matrices, index, ctx.dim).to(grad.dtype), ctx.groups)
+            read = sliced(canonical(matrices, ctx.transposed), index, ctx.dim)
+            grad_x = products(grad, read.to(grad.dtype), ctx.groups)
         if ctx.needs_input_grad[1]:
             assert index is None, "only frozen matrices are read in slices"
+            assert not ctx.transposed, "only frozen matrices are stored transposed"
             grad_m = outer_sums(grad, x, ctx.groups).to(matrices.dtype)
-        return grad_x, grad_m, None, None, None
+        return grad_x, grad_m, None, None, None, None
 
 
 class Take(torch.autograd.Function):

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_pmss.layers.expert_layer import ExpertLinear, whole_parameter
 from lightning_pmss.layers.parts import is_dtensor, whole
 
 SUPPORTED = "bitsandbytes 4-bit and 8-bit, and torchao weight-only int8 and int4 tensors that can dequantise themselves"
@@ -145,6 +146,10 @@ def whole_weight(layer: nn.Module, weight: Tensor | None = None) -> Iterator[Ten
 
     weight: What the layer holds at other times; default: ``layer.weight``.
     """
+    if isinstance(layer, ExpertLinear) and layer.in_parts:
+        with whole_parameter(layer):
+            yield layer.weight.detach()
+        return
     weight = layer.weight if weight is None else weight  # type: ignore[assignment]
     if getattr(layer, "quantised", False) or is_quantised(layer):
         yield dequantised(layer, weight)

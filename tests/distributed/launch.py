@@ -109,6 +109,6 @@ def _unlock() -> None:
         lock.unlink()
 
 
-def ranks(folder: Path) -> list[dict[str, Any]]:
-    """What the two ranks wrote."""
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+def ranks(folder: Path, count: int = 2) -> list[dict[str, Any]]:
+    """What the ranks wrote."""
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(count)]

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_pmss import AdapterCallback, PMSSCallback, model_built
 from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.datamodules.sampler import LengthGroupedSampler, ResumableDataLoader, TrainerProgress
-from lightning_pmss.distributed.gathering import gathered, whole_update
+from lightning_pmss.distributed.gathering import gathered, whole_updates
 from lightning_pmss.layers.parts import clean_name
 from tests.distributed.strategies import make_strategy
 from tests.leaving import leave
@@ -253,7 +253,7 @@ def run(task: dict[str, Any]) -> None:
         else:
             trainer.fit(module, Sentences(), ckpt_path=task["checkpoint"])
             root: Any = trainer.strategy.model
-            updates = {n: whole_update(root, layer).numbers() for n, layer in adapted_layers(module).items()}
+            updates = {n: update.numbers() for n, update in whole_updates(root, adapted_layers(module))}
             record["updates"] = {n: list(numbers.values())[-1].tolist() for n, numbers in updates.items()}
             record["sums"] = _sums(root, module)
         module.scores.clear() if task["then"] else None

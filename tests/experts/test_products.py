@@ -100,3 +100,25 @@ def test_the_input_of_experts_is_not_kept(method: str) -> None:
     small = keeps(method)
     assert keeps("lora") - small > 0.9 * pairs * (hidden + inner) - 4 * rank * pairs
     assert small < pairs * (4 * inner + hidden) + pairs * 6 * rank + 4 * 4 * rank * (3 * inner + 2 * hidden)
+
+
+@pytest.mark.parametrize("method", list(CASES))
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_of_the_weights_the_parameter_itself_is_kept(name: str, method: str) -> None:
+    """A view would keep the memory that ZeRO-3 gathers for the forward pass until the backward pass."""
+    model = mixture(name)
+    convert(model, CASES[method](rank=4))
+    _, experts = experts_of(model)[0]
+    own = {p.untyped_storage().data_ptr(): p.shape for p in experts.parameters(recurse=False)}
+    seen: list[tuple[torch.Size, torch.Size]] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        if (shape := own.get(tensor.untyped_storage().data_ptr())) is not None:
+            seen.append((tensor.shape, shape))
+        return tensor
+
+    x = torch.randn(9, SIZES["hidden_size"], requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        experts(x, torch.tensor([[0, 2]] * 9), torch.ones(9, 2)).sum()
+    assert seen
+    assert all(shape == whole for shape, whole in seen), seen

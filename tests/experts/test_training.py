@@ -182,13 +182,6 @@ def test_what_is_not_there_for_experts_is_refused_by_name(tmp_path: Path) -> Non
         fit(tmp_path / "muon", WithMuon(), LoRAConfig(rank=4))
 
 
-@pytest.mark.parametrize("engine", ["fsdp1", "fsdp2", "zero"])
-def test_engines_that_shard_are_refused_by_name(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_pmss.callbacks.adapter.prepare_strategy", lambda *_: engine)
-    with pytest.raises(Exception, match=rf"adapters on fused experts, which {engine} cannot shard.*'ddp'"):
-        fit(tmp_path, Mixture(), LoRAConfig(rank=4))
-
-
 @pytest.mark.distributed
 def test_two_processes_with_experts_idle_on_one(tmp_path: Path) -> None:
     def run(folder: Path, checkpoint: str) -> list[dict[str, Any]]:

@@ -40,8 +40,8 @@ def grouped_edit(layer: GroupedLayer, x: Tensor, u: Tensor, config: PMSSConfig) 
     if thin:
         y = layer.base(x)
         h = groups.take(y, rows)
-        return y + groups.linear(layer.linear(dropped(h, config.dropout, layer.training), u), weight, cols, 1)
-    h = groups.linear(x, weight, rows, 0)
+        return y + layer.part(layer.linear(dropped(h, config.dropout, layer.training), u), cols, 1)
+    h = layer.part(x, rows, 0)
     h = layer.linear(dropped(h, config.dropout, layer.training), u)
     return layer.base(groups.put(x.to(h.dtype), h, cols))
 
