@@ -19,10 +19,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.distributed.fsdp.wrap import CustomPolicy, _Policy
 
-from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.layers.adapter import Adapter, FrozenTensors
 from lightning_pmss.layers.matrices import AdaptedMatrices
-from lightning_pmss.layers.operators import operator_of
 from lightning_pmss.layers.parts import clean_name, is_fsdp1
 from lightning_pmss.layers.quantised import quantisation_of
 
@@ -146,7 +144,7 @@ def refuse_untried(engine: Engine, module: nn.Module) -> None:
     """Refuse to shard converted layers that have not been tried with engines that keep tensors in parts.
 
     Raises:
-        MisconfigurationException: Parameters, convolutions or embeddings are converted and the strategy shards.
+        MisconfigurationException: Parameters of other modules are converted and the strategy shards.
     """
     if engine == "plain":
         return
@@ -155,11 +153,6 @@ def refuse_untried(engine: Engine, module: nn.Module) -> None:
             raise MisconfigurationException(
                 f"`{clean_name(name)}` has adapters on its own parameters (target_parameters), which {engine} cannot shard."
                 " Train on one device or under 'ddp', or take them out of target_parameters."
-            )
-        if isinstance(found, AdaptedLinear) and operator_of(found) is not None:
-            raise MisconfigurationException(
-                f"`{clean_name(name)}` is a converted {found.base_class.__name__}. Convolutions and embeddings with adapters"
-                f" have not been tried under {engine}. Train on one device or under 'ddp', or take it out of target_modules."
             )
 
 

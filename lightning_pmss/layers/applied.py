@@ -63,7 +63,7 @@ class AppliedLayer:
 
     def base(self, x: Tensor) -> Tensor:
         """``W x``."""
-        return self.operator.linear(self.layer, x, self.layer.layout.canonical(self.layer.weight))
+        return self.operator.base(self.layer, x)
 
     def linear(self, x: Tensor, matrix: Tensor) -> Tensor:
         """``M x`` with a matrix ``[k, in]``: k features."""

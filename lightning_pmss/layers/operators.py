@@ -35,6 +35,10 @@ class Operator(ABC):
         """The dimension of the features of an output, counted from the end."""
 
     @abstractmethod
+    def base(self, layer: Any, x: Tensor) -> Tensor:
+        """``W x``, without a bias. What is kept of W is the parameter itself, which engines may take back meanwhile."""
+
+    @abstractmethod
     def linear(self, layer: Any, x: Tensor, matrix: Tensor) -> Tensor:
         """``M x``: a matrix ``[k, in]`` applied as the layer applies W, so that the output has k features; no bias."""
 
@@ -65,9 +69,15 @@ class Convolution(Operator):
     def dim(self, layer: Any) -> int:
         return -1 - len(layer.kernel_size)
 
+    def base(self, layer: Any, x: Tensor) -> Tensor:
+        return self._convolved(layer, x, layer.weight)
+
     def linear(self, layer: Any, x: Tensor, matrix: Tensor) -> Tensor:
+        return self._convolved(layer, x, matrix.view(len(matrix), layer.in_channels, *layer.kernel_size))
+
+    def _convolved(self, layer: Any, x: Tensor, kernel: Tensor) -> Tensor:
         dtype = compute_dtype(x)
-        kernel = matrix.view(len(matrix), layer.in_channels, *layer.kernel_size).to(dtype)
+        kernel = kernel.to(dtype)
         if kernel.requires_grad or not x.requires_grad:
             trained: Tensor = layer._conv_forward(x, kernel, None)
             return trained
@@ -144,6 +154,9 @@ class Lookup(Operator):
 
     def dim(self, layer: Any) -> int:
         return -1
+
+    def base(self, layer: Any, x: Tensor) -> Tensor:
+        return F.embedding(x, layer.weight)
 
     def linear(self, layer: Any, x: Tensor, matrix: Tensor) -> Tensor:
         return F.embedding(x, matrix.T)

@@ -84,16 +84,6 @@ def test_what_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
         fit(tmp_path, Module(), config_of("lora", "along"), FlatLoRA())
 
 
-@pytest.mark.parametrize("name", ["along", "embed"])
-@pytest.mark.parametrize("engine", ["fsdp1", "fsdp2", "zero"])
-def test_engines_that_shard_are_refused_by_name(
-    engine: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lightning_pmss.callbacks.adapter.prepare_strategy", lambda *_: engine)
-    with pytest.raises(Exception, match=rf"`net.{name}` is a converted .*have not been tried under {engine}.*'ddp'"):
-        fit(tmp_path, Module(), config_of("lora", name))
-
-
 @pytest.mark.distributed
 def test_two_processes(tmp_path: Path) -> None:
     def run(folder: Path, checkpoint: str) -> list[dict[str, Any]]:

@@ -47,6 +47,7 @@ DEFAULTS: dict[str, Any] = {
     "careless": False,  # ... and sharded without model_built (FSDP2)
     "compiled": False,  # torch.compile around the network
     "differ": False,  # weights from a rank-dependent seed
+    "mixing": False,  # the blocks have a convolution along the sentence
     "head": False,  # a fresh head trains in full
     "weights_only": False,
     "one_file": False,  # every checkpoint overwrites the last one
@@ -61,13 +62,15 @@ DEFAULTS: dict[str, Any] = {
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, mixing: bool = False) -> None:
         super().__init__()
+        self.mix = nn.Conv1d(WIDTH, WIDTH, 3, padding=1) if mixing else None
         self.norm = nn.LayerNorm(WIDTH)
         self.up = nn.Linear(WIDTH, 2 * WIDTH)
         self.down = nn.Linear(2 * WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x if self.mix is None else x + self.mix(x.transpose(1, 2)).transpose(1, 2)
         out: Tensor = x + self.down(nn.functional.gelu(self.up(self.norm(x))))
         return out
 
@@ -75,10 +78,10 @@ class Block(nn.Module):
 class Language(nn.Module):
     _no_split_modules = ("Block",)
 
-    def __init__(self) -> None:
+    def __init__(self, mixing: bool = False) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.blocks = nn.ModuleList(Block(mixing) for _ in range(3))
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, VOCABULARY)
 
@@ -90,10 +93,10 @@ class Language(nn.Module):
         return out
 
 
-def base_model() -> Language:
+def base_model(mixing: bool = False) -> Language:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Language()
+        return Language(mixing)
 
 
 class Module(L.LightningModule):
@@ -104,7 +107,7 @@ class Module(L.LightningModule):
         self.scores: list[float] = []
         self.frozen_gradients = -1
         self.parts: dict[str, list[float]] = {}
-        self.net: Any = None if task["late"] else base_model()
+        self.net: Any = None if task["late"] else base_model(task["mixing"])
 
     def configure_model(self) -> None:
         if self.net is not None:
@@ -116,7 +119,7 @@ class Module(L.LightningModule):
             with torch.device("meta"):
                 self.net = Language()
         else:
-            self.net = base_model()
+            self.net = base_model(self.task["mixing"])
         if self.task["strategy"].startswith("fsdp2"):
             self.shard()
         if self.task["compiled"]:

@@ -13,27 +13,29 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lightning_pmss.layers.applied import AppliedLayer
-from lightning_pmss.layers.layout import picked
+from lightning_pmss.layers.layout import Layout, picked
 from lightning_pmss.layers.operators import operator_of
 from lightning_pmss.layers.products import dropped, without_autocast
 from lightning_pmss.methods.pmss.config import PMSSConfig
 
 
 class ColumnProduct(torch.autograd.Function):
-    """``W[:, cols] U [out, r]``, in the dtype of U ``[c, r]``. Saved for backward: a reference to W ``[out, in]``, and cols."""
+    """``W[:, cols] U [out, r]``, in the dtype of U ``[c, r]``. Saved for backward: a reference to the stored W, and cols."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, weight: Tensor, cols: Tensor) -> Tensor:
+    def forward(ctx: Any, u: Tensor, weight: Tensor, cols: Tensor, layout: Layout) -> Tensor:
         ctx.save_for_backward(weight, cols)
+        ctx.layout = layout
         with without_autocast(u):
-            return picked(weight, cols, 1).to(u.dtype) @ u
+            return picked(layout.canonical(weight), cols, 1).to(u.dtype) @ u
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, cols = ctx.saved_tensors
         with without_autocast(weight):
-            return picked(weight, cols, 1).to(grads[0].dtype).T @ grads[0], None, None
+            columns = picked(ctx.layout.canonical(weight), cols, 1).to(grads[0].dtype)
+            return columns.T @ grads[0], None, None, None
 
 
 def applied_edit(layer: AppliedLayer, x: Tensor, config: PMSSConfig) -> Tensor:
@@ -41,7 +43,7 @@ def applied_edit(layer: AppliedLayer, x: Tensor, config: PMSSConfig) -> Tensor:
     index, y = layer.indices, layer.base(x)
     factor = layer.values()["U"]
     if "cols" in index:
-        factor = ColumnProduct.apply(factor, layer.weight, index["cols"])
+        factor = ColumnProduct.apply(factor, layer.layer.weight, index["cols"], layer.layer.layout)
     h = dropped(layer.take(y, index["rows"]), config.dropout, layer.training)
     return y + layer.mixed(h, factor).to(y.dtype)
 
