@@ -375,11 +375,7 @@ class Method(ABC, Generic[C]):
         return None
 
     def applied(self, layer: AppliedLayer, x: Tensor) -> Tensor:
-        """``W' x`` of a layer that applies W to patches or ids; no bias.
-
-        The default goes by the update's thin factors, where it has such, else it forms W'. A method that has a cheaper product
-        should say it.
-        """
+        """``W' x`` of patches or ids, without a bias. Default: by thin factors, where the update has such, else by W'."""
         return layer.changed(x, layer.values(), self.update_class)
 
     # -- figures ------------------------------------------------------------------------------------------------------
