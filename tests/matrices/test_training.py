@@ -25,8 +25,7 @@ X = inputs(torch.float32)
 OWN = ("attention", "encoder", "lstm", "twice")
 
 
-@pytest.mark.parametrize("kind", [PMSSConfig, HiRAConfig])
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize(("name", "kind"), [*((name, PMSSConfig) for name in OWN), ("encoder", HiRAConfig)])
 def test_resuming_equals_never_having_stopped(name: str, kind: Any, tmp_path: Path) -> None:
     def run(folder: Path, checkpoint: Path | None) -> Training:
         module = Training(name)
@@ -125,8 +124,10 @@ def test_what_is_not_there_is_refused_by_name(tmp_path: Path, monkeypatch: pytes
             fit(tmp_path / engine, Training(), config_of("encoder"))
 
 
-@pytest.mark.parametrize("kind", [LoRAConfig, PMSSConfig])
-@pytest.mark.parametrize("name", ["attention", "encoder", "twice", "cross"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("attention", LoRAConfig), ("encoder", PMSSConfig), ("twice", HiRAConfig), ("cross", PMSSConfig)],
+)
 def test_a_compiled_model_gives_the_same(name: str, kind: Any) -> None:
     model = made(name)
     convert(model, config_of(name, kind))
