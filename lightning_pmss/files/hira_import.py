@@ -9,6 +9,7 @@ from lightning_pmss.files.adapter_file import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from lightning_pmss.files.peft_folder import (
     AGAIN,
     PeftRecord,
+    adapter_file,
     base_weights,
     layer_options,
     read_weights,
@@ -59,11 +60,5 @@ def read_hira(folder: Path, content: Any, reader: ShardReader) -> AdapterFile:
         update = HiRAUpdate(**tensors)
         layout = Layout.CONV1D if record.fan_in_fan_out else Layout.LINEAR
         modules[name] = AdapterModule(shape, layout, fingerprint(*update.read(weight)), update)
-    return AdapterFile(
-        folder=folder,
-        options=HiRAConfig(**layer_options({n: m.update.rank for n, m in modules.items()}, full)),
-        base_model=record.base_model_name_or_path,
-        revision=record.revision,
-        modules=modules,
-        also_train=full,
-    )
+    options = HiRAConfig(**layer_options({n: m.update.rank for n, m in modules.items()}, full))
+    return adapter_file(folder, record, options, modules, full)

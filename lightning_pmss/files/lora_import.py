@@ -24,6 +24,7 @@ from lightning_pmss.files.peft_folder import (
     PREFIX,
     QUANTISED,
     PeftRecord,
+    adapter_file,
     base_weights,
     layer_options,
     read_config,
@@ -136,14 +137,7 @@ def read_lora(folder: Path, content: Any, reader: ShardReader) -> AdapterFile:
         alpha=scales[first] * (math.sqrt(usual) if record.use_rslora else usual),
         rank_stabilized=record.use_rslora,
     )
-    return AdapterFile(
-        folder=folder,
-        options=options,
-        base_model=record.base_model_name_or_path,
-        revision=record.revision,
-        modules=modules,
-        also_train=full,
-    )
+    return adapter_file(folder, record, options, modules, full)
 
 
 _READERS: Mapping[str, Callable[[Path, Any, ShardReader], AdapterFile]] = {

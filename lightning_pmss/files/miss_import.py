@@ -11,6 +11,7 @@ from lightning_pmss.files.adapter_file import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from lightning_pmss.files.peft_folder import (
     AGAIN,
     PeftRecord,
+    adapter_file,
     base_weights,
     layer_options,
     read_weights,
@@ -66,14 +67,7 @@ def read_miss(folder: Path, content: Any, reader: ShardReader) -> AdapterFile:
         shape = weight.shape[0], weight.shape[1]
         update = _update(blocks[name]["block"], kind == "BAT", shape, f"{file}: {name}")
         modules[name] = AdapterModule(shape, Layout.LINEAR, fingerprint(*update.read(weight)), update)
-    return AdapterFile(
-        folder=folder,
-        options=_options(record, modules, full),
-        base_model=record.base_model_name_or_path,
-        revision=record.revision,
-        modules=modules,
-        also_train=full,
-    )
+    return adapter_file(folder, record, _options(record, modules, full), modules, full)
 
 
 def _update(block: Tensor, bat: bool, shape: tuple[int, int], where: str) -> Update:

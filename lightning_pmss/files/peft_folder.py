@@ -9,8 +9,9 @@ from typing import Any
 from pydantic import ConfigDict
 from torch import Tensor
 
-from lightning_pmss.files.adapter_file import CONFIG_FILE, WEIGHTS_FILE
+from lightning_pmss.files.adapter_file import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, AdapterModule
 from lightning_pmss.files.naming import Wording, match_names
+from lightning_pmss.methods.config import AdapterConfig
 from lightning_pmss.store import Record, not_finite, read_json, read_tensors
 from lightning_pmss.store.shards import ShardReader, few
 
@@ -147,3 +148,21 @@ def layer_options(ranks: Mapping[str, int], full: Collection[str]) -> dict[str, 
         "rank_pattern": {name: rank for name, rank in ranks.items() if rank != usual},
         "also_train": sorted({name.rpartition(".")[0] for name in full}),
     }
+
+
+def adapter_file(
+    folder: Path,
+    record: PeftRecord,
+    options: AdapterConfig,
+    modules: dict[str, AdapterModule],
+    full: dict[str, Tensor],
+) -> AdapterFile:
+    """The folder as an adapter of ours, with the base that its record names."""
+    return AdapterFile(
+        folder=folder,
+        options=options,
+        base_model=record.base_model_name_or_path,
+        revision=record.revision,
+        modules=modules,
+        also_train=full,
+    )

@@ -24,12 +24,13 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from lightning_pmss import PMSSConfig, convert, export_lora, load_adapter, save_adapter
+from lightning_pmss import export_lora, load_adapter, save_adapter
 from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.files import merge_files, read_adapter, write_merged
 from lightning_pmss.files.fresh import fresh_tensors
 from lightning_pmss.inspect.inspection import inspect_adapter
 from lightning_pmss.named import combine_adapters, load_adapters, set_adapter
+from tests.files.fresh_models import close, logits, trained
 
 VOCABULARY = 64
 SIZES: dict[str, Any] = {
@@ -41,7 +42,6 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "pad_token_id": 0,
 }
-IDS = torch.arange(1, 12)[None]
 Build = Callable[[Path], Any]
 
 
@@ -74,24 +74,6 @@ def with_changed_rows(folder: Path) -> Any:
     with torch.no_grad():
         model.model.embed_tokens.weight[7] += 1
     return model
-
-
-def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model.eval()(ids).logits
-    return found
-
-
-def trained(model: Any, **options: Any) -> Any:
-    convert(model, PMSSConfig(rank=4, **options))
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=1.0 if ".core." in name else 0.1)
-    return model
-
-
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 BUILDS: dict[str, tuple[Build, dict[str, Any]]] = {

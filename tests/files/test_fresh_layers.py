@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -17,31 +16,12 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from lightning_pmss import PMSSConfig, convert, export_lora, load_adapter, save_adapter
+from lightning_pmss import export_lora, load_adapter, save_adapter
 from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.files import merge_files, read_adapter
 from lightning_pmss.inspect.inspection import inspect_adapter
 from lightning_pmss.named import load_adapters
-
-IDS = torch.arange(1, 12)[None]
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model.eval()(IDS).logits
-    return found
-
-
-def trained(model: Any, **options: Any) -> Any:
-    convert(model, PMSSConfig(rank=4, **options))
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=1.0 if ".core." in name else 0.1)
-    return model
-
-
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+from tests.files.fresh_models import close, logits, trained
 
 
 def bert(folder: Path) -> Path:
