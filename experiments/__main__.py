@@ -1,4 +1,4 @@
-"""``python -m experiments run STUDY.yaml ...``, ``status``, ``gradients``, ``floor``, ``combined`` and ``page``."""
+"""``python -m experiments run STUDY.yaml ...``, ``status``, ``gradients``, ``floor``, ``combined``, ``searches``, ``page``."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ def main() -> int:
     gradients = verbs.add_parser("gradients", help="how much of GSM8K's gradients the skeletons of SmolLM2 hold")
     floor = verbs.add_parser("floor", help="the lowest loss on pairs that the frozen head of stories260K allows")
     combined = verbs.add_parser("combined", help="adapters of three tasks, combined by each rule, tested on all three")
+    searches = verbs.add_parser("searches", help="early against final scores of searches by tune")
+    searches.add_argument("folders", nargs="+", type=Path, help="each an --output of tune, named like its study")
     page = verbs.add_parser("page", help="tables and plots of the records for docs/evidence.md")
     for verb in (runs, status):
         verb.add_argument("studies", nargs="*", type=Path, help="all of experiments/studies if none is given")
@@ -43,6 +45,11 @@ def main() -> int:
         from experiments.page import write_page
 
         print(write_page(read_records(given.records), given.output))
+        return 0
+    if given.verb == "searches":
+        from experiments.searches import collect
+
+        print(collect(given.folders))
         return 0
     if given.verb == "combined":
         from experiments.combined import measure

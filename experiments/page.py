@@ -15,6 +15,8 @@ from experiments.floor import RECORD as FLOOR
 from experiments.floor import floor_text
 from experiments.gradients import RECORD, gradient_table
 from experiments.pictures import PICTURES
+from experiments.searches import RECORD as SEARCHES
+from experiments.searches import searches_text
 from experiments.study import Study, read_study
 from experiments.tables import difference_table, final_table, noise_table, norm_table, sweep_table
 
@@ -81,6 +83,7 @@ def write_page(records: Mapping[str, Any], docs: Path) -> Path:
     sections["gradients"] = gradient_table(json.loads(RECORD.read_text(encoding="utf-8")))
     sections["floor"] = floor_text(json.loads(FLOOR.read_text(encoding="utf-8")))
     sections["combined"] = combined_table(json.loads(COMBINED.read_text(encoding="utf-8")))
+    sections["searches"] = searches_text(json.loads(SEARCHES.read_text(encoding="utf-8")))
     sections["total"] = total(records)
     text = filled(page.read_text(encoding="utf-8"), sections)
     page.write_text(text, encoding="utf-8")
