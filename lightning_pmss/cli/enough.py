@@ -131,7 +131,7 @@ def _plan(words: list[str], sizes: tuple[int, ...], given: argparse.Namespace, v
     from lightning_pmss.datamodules.base import TokenisedDataModule
     from lightning_pmss.datamodules.options import KIND
     from lightning_pmss.datamodules.summary import batches_of
-    from lightning_pmss.enough.plan import Plan, kept_callbacks
+    from lightning_pmss.enough.plan import Plan, refuse_early_ends
 
     by = [] if given.by is None else [f"--data.train_limit_by={'null' if given.by == 'none' else given.by}"]
     with warnings.catch_warnings():  # Lightning's, about options that are not those of the process
@@ -147,7 +147,7 @@ def _plan(words: list[str], sizes: tuple[int, ...], given: argparse.Namespace, v
     if recipe.get("ckpt_path") is not None:
         raise ValueError("--ckpt_path: every run begins at the base model. Leave the option out.")
     trainer = recipe.get("trainer") or {}
-    kept_callbacks(trainer.get("callbacks"))
+    refuse_early_ends(trainer.get("callbacks"))
     for option in ("max_time", "fast_dev_run", "overfit_batches"):
         if trainer.get(option):
             raise ValueError(f"--trainer.{option} {trainer[option]}: runs have the same length; leave the option out.")

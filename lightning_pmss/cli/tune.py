@@ -106,6 +106,7 @@ def run(parser: argparse.ArgumentParser, args: Sequence[str]) -> None:
     storage = open_storage(url)  # a database that cannot be reached shows before anything else is loaded
 
     from lightning_pmss.cli.recipe import Recipe
+    from lightning_pmss.runs.process import STOPPING
     from lightning_pmss.search.search import Plan, Search
     from lightning_pmss.search.trial import ProcessRunner
     from lightning_pmss.search.workers import Worker
@@ -116,7 +117,8 @@ def run(parser: argparse.ArgumentParser, args: Sequence[str]) -> None:
         print(f"warning: {line}", file=sys.stderr, flush=True)
     shared = ("trials", "fraction", "finish", "monitor", "mode", "sampler", "seed")
     plan = Plan(name, output, space, recipe.data, **{option: getattr(given, option) for option in shared})
-    runner = ProcessRunner(shlex.split(given.launcher)) if given.launcher else ProcessRunner()
+    launcher = shlex.split(given.launcher) if given.launcher else [sys.executable]
+    runner = ProcessRunner(launcher, partial(_say, STOPPING))
     worker = Worker(output / "workers")
     try:
         search = Search(plan, storage, url, partial(recipe.refuse_wrong, what=given.space), runner, _say, worker)

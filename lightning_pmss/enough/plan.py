@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import pkgutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +11,11 @@ from typing import Any, Literal
 import yaml
 
 from lightning_pmss.datamodules.options import KIND
-from lightning_pmss.messages import one_line, some
+from lightning_pmss.messages import one_line
+from lightning_pmss.runs.checkpoints import saver
+from lightning_pmss.runs.configuration import callback_classes, in_folder, made
 
 RECORD = "lightning_pmss.runs.record.RunRecord"
-CHECKPOINTS = "checkpoints"
-_SAVES = 10  # checkpoints in a run, of which the last is kept
 _NEVER = 10**9  # batches
 
 
@@ -129,8 +127,9 @@ class Plan:
             run: The run.
             checkpoint: Where it goes on; null: from the beginning.
         """
-        config = copy.deepcopy(dict(self.recipe))
-        place = str(run.folder.absolute())
+        steps = round(self.weight(run))
+        callbacks = [made(RECORD, folder=str(run.folder.absolute()), monitor=self.monitor), saver(run.folder, steps)]
+        config = in_folder(self.recipe, run.folder, callbacks)
         split = self._data.get("split_seed")
         config["data"]["init_args"] |= {
             "train_limit": run.size,
@@ -139,14 +138,9 @@ class Plan:
             "split_seed": self.first_seed if split is None else split,
         }
         config["seed_everything"] = _shifted(config.get("seed_everything"), run.seed - self.first_seed)
-        config["pmss"] = dict(config.get("pmss") or {}) | {"output_dir": place, "merge_on_save": None}
-        trainer = config["trainer"] = dict(config.get("trainer") or {})
-        accumulate = trainer.get("accumulate_grad_batches") or 1
+        accumulate = config["trainer"].get("accumulate_grad_batches") or 1
         batches = math.ceil(self.weight(run) * accumulate / self.validations)
-        trainer |= {
-            "default_root_dir": place,
-            "logger": _made("lightning.pytorch.loggers.CSVLogger", save_dir=place, name="", version=""),
-            "callbacks": [*kept_callbacks(trainer.get("callbacks")), *self._callbacks(place, run)],
+        config["trainer"] |= {
             "max_steps": self.steps if self.equal == "steps" else -1,
             "max_epochs": -1 if self.equal == "steps" else self.epochs,
             "min_steps": None,
@@ -154,29 +148,9 @@ class Plan:
             "check_val_every_n_epoch": None,
             "val_check_interval": _NEVER if self.validations == 1 else batches,
             "num_sanity_val_steps": 1,
-            "enable_checkpointing": True,
-            "enable_progress_bar": False,
         }
         config["ckpt_path"] = None if checkpoint is None else str(checkpoint)
         return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-
-    def _callbacks(self, place: str, run: Run) -> list[dict[str, Any]]:
-        steps = round(self.weight(run))
-        every = max(1, steps // _SAVES)
-        while steps % every == 0 and every < steps:  # a checkpoint of the last step would resume without its validation
-            every += 1
-        saver = _made(
-            "lightning.pytorch.callbacks.ModelCheckpoint",
-            dirpath=f"{place}/{CHECKPOINTS}",
-            save_last=True,
-            save_top_k=0,
-            every_n_train_steps=every,
-        )
-        return [_made(RECORD, folder=place, monitor=self.monitor), saver]
-
-
-def _made(class_path: str, **init_args: Any) -> dict[str, Any]:
-    return {"class_path": class_path, "init_args": init_args}
 
 
 def _shifted(seed: Any, by: int) -> Any:
@@ -184,38 +158,17 @@ def _shifted(seed: Any, by: int) -> Any:
     return (0 if isinstance(seed, bool) or seed is None else int(seed)) + by
 
 
-def kept_callbacks(callbacks: Any) -> list[Any]:
-    """Return a recipe's callbacks without those that save checkpoints.
+def refuse_early_ends(callbacks: Any) -> None:
+    """Refuse callbacks of a recipe that may end a run early.
 
     Raises:
-        ValueError: One may end a run early.
+        ValueError: There is one.
     """
-    from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, Timer
+    from lightning.pytorch.callbacks import EarlyStopping, Timer
 
-    kept = []
-    for callback in [callbacks] if isinstance(callbacks, Mapping) else list(callbacks or []):
-        kind = pkgutil.resolve_name(callback["class_path"])
+    for kind, _ in callback_classes(callbacks):
         if issubclass(kind, EarlyStopping | Timer):
             raise ValueError(
                 f"the recipe has {kind.__name__}, so runs of different sizes would end at different steps. Leave it out of"
                 " --trainer.callbacks."
             )
-        if not issubclass(kind, Checkpoint):
-            kept.append(callback)
-    return kept
-
-
-def differences(before: Any, now: Any, path: str = "") -> list[str]:
-    """Return in words where two configurations differ."""
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        keys = dict.fromkeys([*before, *now])
-        return [
-            line
-            for key in keys
-            for line in differences(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))
-        ]
-    return [] if before == now else [f"{path} was {_shown(before)}, is {_shown(now)}"]
-
-
-def _shown(value: Any) -> str:
-    return some([str(value)]).strip("`")

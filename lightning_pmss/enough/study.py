@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
-from lightning_pmss.enough.plan import CHECKPOINTS, Plan, Run, differences
+from lightning_pmss.enough.plan import Plan, Run
 from lightning_pmss.messages import one_line
-from lightning_pmss.runs.process import Ended, run_process
+from lightning_pmss.runs.checkpoints import clear, newest
+from lightning_pmss.runs.configuration import differences
+from lightning_pmss.runs.process import STOPPING, Ended, run_process
 from lightning_pmss.runs.record import PROGRESS, RunRecordFile, await_free, read_progress, read_record
 from lightning_pmss.store import read_json
 from lightning_pmss.store.disk import atomic_file, clean_folder
@@ -93,7 +93,7 @@ class Study:
         for run in runs:
             if (record := self._finished(run)) is not None:
                 self.records[run] = record
-                _clear(run)
+                clear(run.folder)
         left = [run for run in runs if run not in self.records]
         if len(left) < len(runs):
             self.announce(f"{len(runs) - len(left)} of {len(runs)} runs are finished already.")
@@ -106,7 +106,7 @@ class Study:
         run.folder.mkdir(exist_ok=True)
         await_free(run.folder)
         clean_folder(run.folder)
-        checkpoint = _newest(run)
+        checkpoint = newest([run.folder])
         begun = read_progress(run.folder) is not None or checkpoint is not None
         how = f": goes on from {checkpoint.name}" if checkpoint else ": starts anew, no checkpoint yet" if begun else ""
         self.announce(f"{title}{how}")
@@ -131,16 +131,14 @@ class Study:
             [*self.program, "fit", "--config", str(config)],
             run.folder / LOG,
             meanwhile=meanwhile,
-            stopping=lambda: self.announce(
-                "stopping after this step, to save a checkpoint; Ctrl-C again stops at once"
-            ),
+            stopping=lambda: self.announce(STOPPING),
         )
         record = self._finished(run)
         if record is None:
             self._fail(run, title, ended)
             return
         self.records[run] = record
-        _clear(run)
+        clear(run.folder)
         self._spent += ended.seconds
         self._worked += self.plan.weight(run)
         score = record.scores[-1].metrics.get(self.plan.monitor)
@@ -208,17 +206,6 @@ def scores_of(
             continue
         found.append((run.size, run.seed, min(finite) if mode == "min" else max(finite)))
     return found, infinite
-
-
-def _newest(run: Run) -> Path | None:
-    """The checkpoint that a half run goes on from."""
-    found = [run.folder / CHECKPOINTS / name for name in ("last.ckpt", "last-interrupted.ckpt")]
-    return max((path for path in found if path.exists()), key=lambda path: path.stat().st_mtime, default=None)
-
-
-def _clear(run: Run) -> None:
-    """Remove the checkpoints of a finished run; its adapter stays."""
-    shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
 
 
 def spoken(seconds: float) -> str:

@@ -24,6 +24,8 @@ REFUSED = 2
 """Status of a command that could not do what was typed; its last words say what to type instead."""
 STARTED_BY = "LIGHTNING_PMSS_STARTED_BY"
 """The environment variable with the end of a pipe that closes when the starting process ends."""
+STOPPING = "stopping after this step, to save a checkpoint; Ctrl-C again stops at once"
+"""What a command tells its user on Ctrl-C, while a run stops."""
 _GRACE = 300.0  # seconds that a stopped run has for its checkpoint
 _READ = 2**16
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import copy
-import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lightning_pmss.runs.checkpoints import saver
+from lightning_pmss.runs.configuration import in_folder, made
+
 STOP = "lightning_pmss.search.stop.StopAtFraction"
 
 
 def trial_config(
-    recipe: Mapping[str, Any], folder: Path, fraction: float, monitor: str, mode: str, untrained: float | None
+    recipe: Mapping[str, Any],
+    folder: Path,
+    fraction: float,
+    monitor: str,
+    mode: str,
+    untrained: float | None,
+    steps: int | None = None,
 ) -> str:
     """Return the configuration of a trial, as text.
 
@@ -27,21 +34,12 @@ def trial_config(
         monitor: Its metric.
         mode: ``min`` or ``max``.
         untrained: The metric of the untrained model; None: measure it first.
+        steps: Optimizer steps of the whole training, to save checkpoints on the way; None: save none.
     """
-    config = copy.deepcopy(dict(recipe))
-    place = str(folder.absolute())
-    stop = {"fraction": fraction, "folder": place, "monitor": monitor, "mode": mode, "untrained": untrained}
-    trainer = config["trainer"] = dict(config.get("trainer") or {})
-    trainer["callbacks"] = [*_kept(trainer.get("callbacks")), {"class_path": STOP, "init_args": stop}]
-    trainer["logger"] = {
-        "class_path": "lightning.pytorch.loggers.CSVLogger",
-        "init_args": {"save_dir": place, "name": "", "version": "logs"},
-    }
-    trainer["default_root_dir"] = place
-    trainer["num_sanity_val_steps"] = -1 if untrained is None else 0
-    trainer["enable_checkpointing"], trainer["enable_progress_bar"] = True, False
-    config["pmss"] = dict(config.get("pmss") or {}) | {"output_dir": place, "merge_on_save": None}
-    config["ckpt_path"] = None
+    options = {"fraction": fraction, "folder": str(folder.absolute()), "monitor": monitor, "mode": mode}
+    savers = [] if steps is None else [saver(folder, steps)]
+    config = in_folder(recipe, folder, [*savers, made(STOP, **options, untrained=untrained)])
+    config["trainer"]["num_sanity_val_steps"] = -1 if untrained is None else 0
     return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
 
 
@@ -50,11 +48,3 @@ def warm_up(recipe: Mapping[str, Any]) -> float:
     init = (recipe.get("model") or {}).get("init_args") or {}
     share = init.get("warmup_ratio", 0.0)
     return float(share) if isinstance(share, int | float) else 0.0
-
-
-def _kept(callbacks: Any) -> list[Any]:
-    """The recipe's callbacks without those that save checkpoints."""
-    from lightning.pytorch.callbacks import Checkpoint
-
-    given = [callbacks] if isinstance(callbacks, Mapping) else list(callbacks or [])
-    return [c for c in given if not issubclass(pkgutil.resolve_name(c["class_path"]), Checkpoint)]

@@ -16,6 +16,7 @@ from optuna.storages import RDBStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from lightning_pmss.runs.checkpoints import clear, newest
 from lightning_pmss.search.config import trial_config
 from lightning_pmss.search.records import OF, Line, best_first, finals_by_trial, lines, mean_seconds, settings_text
 from lightning_pmss.search.result import read_result
@@ -277,12 +278,16 @@ class Search:
             return
 
         def prepare() -> Assignment:
+            halves = sorted(folder.glob("final-*"))  # what killed and interrupted runs have left
             place = self._folder(trial, folder / f"final-{trial.number}")
-            recipe = self.compose(self.plan.space.settings(early.params))
-            config = trial_config(recipe, place, 1.0, self.plan.monitor, self.plan.mode, self.untrained)
-            return Assignment(place, config, result.checkpoint)
+            plan, recipe = self.plan, self.compose(self.plan.space.settings(early.params))
+            config = trial_config(recipe, place, 1.0, plan.monitor, plan.mode, self.untrained, result.steps)
+            return Assignment(place, config, str(newest(halves) or result.checkpoint))
 
         outcome = self._work(self.finals, trial, label, prepare)
+        if outcome.state != "failed":
+            for place in folder.glob("final-*"):
+                clear(place)
         self._report(self.finals, trial, outcome, count, label)
 
     # -- both ------------------------------------------------------------------------------------------------------------

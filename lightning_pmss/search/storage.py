@@ -14,7 +14,8 @@ from filelock import FileLock
 from optuna.storages import RDBStorage
 from optuna.study import Study
 
-from lightning_pmss.messages import one_line, reason
+from lightning_pmss.messages import reason
+from lightning_pmss.runs.configuration import differences
 
 BOUND = "bound"
 _CONNECT_SECONDS = 10
@@ -116,7 +117,7 @@ def open_study(storage: RDBStorage, name: str, mode: str, bound: Mapping[str, An
     study = optuna.create_study(storage=storage, study_name=name, direction=direction(mode), load_if_exists=True)
     if BOUND not in study.user_attrs:
         study.set_user_attr(BOUND, dict(bound))
-    if found := list(differences(study.user_attrs[BOUND], bound)):
+    if found := differences(study.user_attrs[BOUND], bound):
         more = f"\n  and {len(found) - _MOST} more" if len(found) > _MOST else ""
         listed = "".join(f"\n  {line}" for line in found[:_MOST])
         raise ValueError(
@@ -159,23 +160,3 @@ def said_if_away() -> Iterator[None]:
         raise ConnectionError(
             f"the database broke off: {reason(cause, 300)}. The trials' folders keep their results; the same command continues."
         ) from error
-
-
-def differences(old: Any, new: Any) -> Iterator[str]:
-    """Yield a line for each entry of nested data that is not the same."""
-    before, now = dict(_leaves(old)), dict(_leaves(new))
-    for key in dict.fromkeys([*before, *now]):
-        if key not in now:
-            yield f"{key} was {one_line(before[key])}, and is not there now"
-        elif key not in before:
-            yield f"{key} was not there, and is {one_line(now[key])}"
-        elif before[key] != now[key]:
-            yield f"{key} was {one_line(before[key])}, and is {one_line(now[key])}"
-
-
-def _leaves(data: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(data, Mapping) and data:
-        for key, value in data.items():
-            yield from _leaves(value, f"{path}: {key}" if path else str(key))
-    else:
-        yield path, data

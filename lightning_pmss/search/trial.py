@@ -64,10 +64,13 @@ class ProcessRunner:
 
     Args:
         launcher: The words before ``-m lightning_pmss fit``, such as this Python or ``torchrun --nproc-per-node 8``.
+        stopping: Called when a training has been asked to stop, which may take it a while.
     """
 
-    def __init__(self, launcher: Sequence[str] = (sys.executable,)) -> None:
-        self.launcher = list(launcher)
+    def __init__(
+        self, launcher: Sequence[str] = (sys.executable,), stopping: Callable[[], object] | None = None
+    ) -> None:
+        self.launcher, self.stopping = list(launcher), stopping
 
     def __call__(self, assignment: Assignment) -> Outcome:
         """Run it to its end.
@@ -80,7 +83,7 @@ class ProcessRunner:
         command = [*GUARD, *self.launcher, "-m", "lightning_pmss", "fit", "--config", str(folder / CONFIG)]
         if assignment.checkpoint is not None:
             command += ["--ckpt_path", assignment.checkpoint]
-        ended = run_process(command, folder / OUTPUT, lines=_LAST_LINES)
+        ended = run_process(command, folder / OUTPUT, stopping=self.stopping, lines=_LAST_LINES)
         return outcome(folder, ended.status, ended.last_lines)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning_pmss.enough.plan import Plan, differences
+from lightning_pmss.enough.plan import Plan
 from lightning_pmss.enough.study import Study, spoken
 
 
@@ -50,20 +50,3 @@ def test_times_in_words() -> None:
         "1 h 0 min",
         "1 h 2 min",
     ]
-
-
-def test_checkpoints_are_never_of_the_last_step() -> None:
-    """A run that resumes there would not validate, and so have no score."""
-    for steps in range(1, 200):
-        study = plan("steps", steps=steps)
-        saver = study._callbacks("folder", next(study.runs()))[1]["init_args"]
-        every = saver["every_n_train_steps"]
-        assert every >= steps or steps % every
-
-
-def test_differences() -> None:
-    before = {"a": {"b": 1, "c": [1, 2]}, "d": 3}
-    assert differences(before, before) == []
-    assert differences(before, {"a": {"b": 2, "c": [1, 3]}, "e": None}) == [
-        "a.b was 1, is 2", "a.c was [1, 2], is [1, 3]", "d was 3, is None",
-    ]  # fmt: skip

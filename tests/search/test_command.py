@@ -199,7 +199,7 @@ def test_a_search_prints_a_table_and_writes_page_and_recipe(
     rate = printed["model"]["init_args"]["optimizer"]["init_args"]["lr"]
     assert rate == trial["model"]["init_args"]["optimizer"]["init_args"]["lr"]
     error = refused(capsys, [*words, "--data.batch_size=2"])
-    assert "recipe: data: init_args: batch_size was 8, and is 2" in error
+    assert "recipe.data.init_args.batch_size was 8, is 2" in error
     error = refused(capsys, ["tune", "--show=other", f"--output={out}"])
     assert "has no study 'other'. It has 'quickstart', 'quickstart/finish'" in error
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import optuna
 import pytest
+import yaml
 from optuna.trial import TrialState
 
 from lightning_pmss.search.ranks import ranks
@@ -18,7 +19,7 @@ from lightning_pmss.search.search import SearchError, finals_name, read_search
 from lightning_pmss.search.space import space_of
 from lightning_pmss.search.storage import open_storage
 from lightning_pmss.search.table import table
-from lightning_pmss.search.trial import Outcome
+from lightning_pmss.search.trial import Assignment, Outcome
 from lightning_pmss.search.workers import ATTEMPT, INSTEAD_OF, counted, put_back
 from tests.search.fakes import SPACE, Trainings, loss, make
 
@@ -192,17 +193,49 @@ def test_an_interrupted_end_continues(tmp_path: Path) -> None:
     assert [line.final_state for line in search.lines()].count("done") == 3
 
 
+def test_an_interrupted_end_goes_on_from_its_own_checkpoint(tmp_path: Path) -> None:
+    search = make(tmp_path, Trainings(), finish=1)
+    search.search()
+    seen: list[Assignment] = []
+
+    def stopped(assignment: Assignment) -> Outcome:
+        seen.append(assignment)
+        saved = Path(callbacks(assignment)[0]["dirpath"]) / "last.ckpt"
+        saved.parent.mkdir(parents=True)
+        saved.touch()
+        raise KeyboardInterrupt
+
+    search.run = stopped
+    with pytest.raises(KeyboardInterrupt):
+        search.finish()
+    (first,) = seen
+    assert Path(str(first.checkpoint)).name == "stopped.ckpt"
+    assert callbacks(first)[0]["every_n_train_steps"] < 5  # of five steps in all
+    second = Trainings()
+    search = make(tmp_path, second, finish=1)
+    search.finish()
+    ((_, checkpoint),) = second.ran
+    assert checkpoint == str(first.folder / "checkpoints" / "last.ckpt")
+    assert not Path(checkpoint).exists()  # it is of no use any more
+    assert Path(str(first.checkpoint)).exists()
+
+
+def callbacks(assignment: Assignment) -> list[Any]:
+    """The options of those that a training gets."""
+    return [each["init_args"] for each in yaml.safe_load(assignment.config)["trainer"]["callbacks"]]
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"recipe": {"lr": 1, "model": {"width": 3}}}, "recipe: model: width was not there, and is 3"),
-        ({"recipe": {"lr": 2}}, "recipe: lr was 1, and is 2"),
-        ({"fraction": 0.5}, "fraction was 0.2, and is 0.5"),
-        ({"mode": "max"}, "mode was min, and is max"),
-        ({"sampler": "random"}, "sampler was tpe, and is random"),
+        ({"recipe": {"lr": 1, "model": {"width": 3}}}, "recipe.model was not there, is {'width': 3}"),
+        ({"recipe": {"lr": 2}}, "recipe.lr was 1, is 2"),
+        ({"fraction": 0.5}, "fraction was 0.2, is 0.5"),
+        ({"mode": "max"}, "mode was min, is max"),
+        ({"sampler": "random"}, "sampler was tpe, is random"),
         (
             {"space": space_of({"options": {"lr": {"choice": [1, 2]}}}, "x")},
-            "space: options: lr: low was 1e-05, and is not",
+            "space.options.lr.low was 1e-05, is not there",
         ),
     ],
 )

@@ -8,9 +8,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_pmss import PMSSCallback
+from lightning_pmss.runs.checkpoints import newest, saver
 from lightning_pmss.search.result import Result, read_result
 from lightning_pmss.search.stop import CHECKPOINT, StopAtFraction
 from tests.callbacks import toys
@@ -53,6 +55,22 @@ class Validated(L.Callback):
             self.at.append(trainer.global_step)
 
 
+def saved_often(folder: Path) -> ModelCheckpoint:
+    """The saver that a search gives a training which goes on from its fraction."""
+    return ModelCheckpoint(**saver(folder, STEPS)["init_args"])
+
+
+class Killed(L.Callback):
+    """Ends a fit after a step, without a word to other callbacks."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            raise SystemExit(9)
+
+
 def fit(folder: Path, fraction: float, checkpoint: str | None = None, **options: Any) -> tuple[Any, Result, list[int]]:
     torch.manual_seed(1 if checkpoint is None else 77)  # a resumed run starts from another random state
     module = options.pop("module", Scheduled)()
@@ -62,7 +80,12 @@ def fit(folder: Path, fraction: float, checkpoint: str | None = None, **options:
     stop = StopAtFraction(fraction, str(folder), "val_loss", mode, untrained)
     seen = Validated()
     trainer = toys.trainer(
-        folder, callback, seen, stop, **{"enable_checkpointing": True, "num_sanity_val_steps": -1} | options
+        folder,
+        callback,
+        seen,
+        *options.pop("more", ()),
+        stop,
+        **{"enable_checkpointing": True, "num_sanity_val_steps": -1} | options,
     )
     trainer.fit(module, toys.Numbers(), ckpt_path=checkpoint)
     result = read_result(folder)
@@ -90,6 +113,21 @@ def test_stopped_and_finished_is_never_stopped(tmp_path: Path, fraction: float, 
     assert early.rates + late.rates == whole.rates
     assert finished.score == end.score != stopped.score
     assert (finished.state, finished.checkpoint) == (end.state, end.checkpoint) == ("ended", None)
+    for name, value in trained(whole).items():
+        assert torch.equal(value, trained(late)[name]), name
+
+
+def test_what_is_killed_after_its_fraction_continues_from_its_own_checkpoint(tmp_path: Path) -> None:
+    whole, end, _ = fit(tmp_path / "whole", 1.0)
+    _, stopped, _ = fit(tmp_path / "early", 0.2)
+    with pytest.raises(SystemExit):
+        fit(tmp_path / "killed", 1.0, stopped.checkpoint, more=[saved_often(tmp_path / "killed"), Killed(9)])
+    checkpoint = newest([tmp_path / "whole", tmp_path / "killed"])
+    assert checkpoint is not None
+    late, finished, _ = fit(tmp_path / "late", 1.0, str(checkpoint), more=[saved_often(tmp_path / "late")])
+    assert 0 < len(late.losses) < STEPS - stopped.step - 2  # far from the fraction
+    assert late.losses == whole.losses[-len(late.losses) :]
+    assert finished.score == end.score
     for name, value in trained(whole).items():
         assert torch.equal(value, trained(late)[name]), name
 

@@ -1,0 +1,46 @@
+"""The checkpoints from which a stopped run goes on."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_pmss.runs.configuration import made
+
+_FOLDER = "checkpoints"
+_SAVES = 10  # in a run, of which the last is kept
+_NAMES = ("last.ckpt", "last-interrupted.ckpt")  # the second one is saved when the run is asked to stop
+
+
+def saver(folder: Path, steps: int) -> dict[str, Any]:
+    """Return the callback of a run's configuration that saves about ten checkpoints, none of the last step.
+
+    A run that resumed the last step's would not validate, and so have no score.
+
+    Args:
+        folder: The run's folder.
+        steps: Optimizer steps of the whole run.
+    """
+    every = max(1, steps // _SAVES)
+    while steps % every == 0:
+        every += 1
+    return made(
+        "lightning.pytorch.callbacks.ModelCheckpoint",
+        dirpath=str(folder.absolute() / _FOLDER),
+        save_last=True,
+        save_top_k=0,
+        every_n_train_steps=every,
+    )
+
+
+def newest(folders: Sequence[Path]) -> Path | None:
+    """Return the checkpoint saved last by the runs in these folders; None if there is none."""
+    found = [path for folder in folders for name in _NAMES if (path := folder / _FOLDER / name).exists()]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def clear(folder: Path) -> None:
+    """Remove the checkpoints of a finished run; its adapter stays."""
+    shutil.rmtree(folder / _FOLDER, ignore_errors=True)
