@@ -56,6 +56,10 @@ class ExpertStack(IndexTensors):
         """Number of experts."""
         return len(next(iter(self.core.trained().values())))
 
+    def indices(self) -> tuple[Tensor, ...]:
+        """The index tensors, in the order of their names."""
+        return tuple(getattr(self, name) for name in self.index_names)
+
     def index_sizes(self) -> dict[str, int]:
         specs = self.method.specs(self.shape, self.rank)
         return {name: specs[name].below for name in self.index_names}

@@ -196,7 +196,13 @@ class AdaptedExperts(Mergeable):
         loaded = [key for key in self.stacks() if f"{prefix}{key}" in state_dict]
         frames = f"{_SUFFIX}.core.frame."
         framed = any(key.startswith(prefix) and frames in key for key in state_dict)
-        self.__dict__["loaded_as"] = (prefix[:-1], loaded, framed)  # see `_follow`; the stacks are loaded after this
+        before = {key: [index.clone() for index in stack.indices()] for key, stack in self.stacks().items()}
+        self.__dict__["loaded_as"] = (
+            prefix[:-1],
+            loaded,
+            framed,
+            before,
+        )  # see `_follow`; the stacks are loaded after this
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
@@ -273,16 +279,21 @@ def _stacked(tensors: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _follow(experts: AdaptedExperts, keys: Any) -> None:
-    """After a state dict was loaded into the module and its stacks: frames and W' follow the weights."""
-    name, loaded, framed = experts.__dict__.pop("loaded_as", ("", [], True))
-    layers = experts.layers()
-    again = any(stack.core.has_frozen() for stack in experts.stacks().values()) and loaded and not framed
-    for own, layer in one_by_one(layers.items()) if again else layers.items():
+    """After a state dict was loaded into the module and its stacks: frames and W' follow weights and indices."""
+    name, loaded, framed, before = experts.__dict__.pop("loaded_as", ("", [], True, {}))
+    stacks, changed = experts.stacks(), set(loaded)
+    for key, indices in before.items():
+        pairs = zip(indices, stacks[key].indices(), strict=True)
+        if any(not old.is_meta and not torch.equal(old, new) for old, new in pairs):
+            changed.add(key)
+    layers = {own: x for own, x in experts.layers().items() if x.key in changed or x.merged}
+    derived = not framed and any(stacks[key].core.has_frozen() for key in changed)
+    for own, layer in one_by_one(layers.items()) if derived else layers.items():
         full = f"{name}.{own}".lstrip(".")
-        if layer.key in loaded:
+        if layer.key in changed:
             if not is_dtensor(experts._parameters[layer.key]):  # type: ignore[arg-type]
                 layer.fingerprint = None  # else it was taken before sharding, or is compared when training starts
-            if not framed and layer.core.has_frozen():
+            if derived:
                 layer.rederive(full)
         if layer.merged:
             layer._show(layer.merged_weight(full)[0])

@@ -108,7 +108,7 @@ def run(task: dict[str, Any]) -> None:
     torch.manual_seed(1)
     module = Sharded(task)
     loader: Any = DataLoader(sequences(), batch_size=None)  # type: ignore[arg-type]
-    config = CASES[task["method"]](rank=4)
+    config = CASES[task["method"]](rank=4, **task.get("options", {}))
     saver = ModelCheckpoint(folder / "saved", "{step}", every_n_train_steps=2, save_top_k=-1)
     trainer = L.Trainer(
         accelerator="cpu",

@@ -21,6 +21,7 @@ from tests.experts.toys import SIZES, mixture, tokens
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 NAMES = ["fsdp2", "fsdp1", "zero2", "zero3"]
 METHODS = ["pmss", "pmss columns=all", "lora", "miss", "lora_xs", "curlora", "bat", "hira", "hut"]
+ONE_FILE = ["fsdp1-full", "fsdp2-full"]  # instead of a folder; run with PMSS alone
 MORE: dict[str, dict[str, Any]] = {
     "transposed": {"model": "gpt_oss", "method": "pmss"},  # parameters [experts, in, out], with biases
     "transposed, formed": {"model": "gpt_oss", "method": "bat"},
@@ -45,9 +46,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
             tasks.append(task | {"folder": str(folder / "whole")})
             checkpoint = str(folder / "whole" / "saved" / "step=2.ckpt")
             tasks.append(task | {"folder": str(folder / "resumed"), "checkpoint": checkpoint})
+        task = {"strategy": name, "method": "pmss", "model": "mixtral", "options": {"selection": "random", "seed": 1}}
+        checkpoint = str(parent / name / "pmss" / "whole" / "saved" / "step=2.ckpt")
+        tasks.append(task | {"folder": str(parent / name / "other indices"), "checkpoint": checkpoint})
         if name == "fsdp2":
             task = {"strategy": "fsdp2", "method": "lora_xs", "model": "mixtral", "late": True}
             tasks.append(task | {"folder": str(parent / name / "late")})
+        if name in ONE_FILE:
+            tasks = [task for task in tasks if task["method"] == "pmss" and task["model"] == "mixtral"]
         if name == "plain":
             for task in tasks:
                 Path(task["folder"]).mkdir(parents=True)
@@ -121,6 +127,22 @@ def test_resume_equals_never_stopped(runs: Any, name: str, method: str) -> None:
     for whole, resumed in zip(ranks(folder / "whole"), ranks(folder / "resumed"), strict=True):
         assert resumed["losses"] == whole["losses"][2:]  # to the last bit
         assert resumed["norms"] == whole["norms"]
+
+
+@pytest.mark.parametrize("name", ONE_FILE)
+def test_a_checkpoint_of_one_file(runs: Any, name: str) -> None:
+    folder = runs(name) / "pmss"
+    compare(folder / "whole", runs("plain") / "pmss" / "whole")
+    for whole, resumed in zip(ranks(folder / "whole"), ranks(folder / "resumed"), strict=True):
+        assert resumed["losses"] == whole["losses"][2:]
+        assert resumed["norms"] == whole["norms"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, *ONE_FILE])
+def test_indices_of_a_checkpoint_replace_those_selected_now(runs: Any, name: str) -> None:
+    for expected, found in zip(ranks(runs(name) / "pmss" / "whole"), ranks(runs(name) / "other indices"), strict=True):
+        assert found["losses"] == pytest.approx(expected["losses"][2:], rel=1e-5)
+        assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
 
 
 def test_frames_follow_weights_that_are_loaded_after_sharding(runs: Any) -> None:

@@ -104,6 +104,17 @@ def test_resuming_equals_never_having_stopped(method: str, tmp_path: Path) -> No
             assert torch.equal(tensor, layer.tensors()[part]), (name, part)
 
 
+@pytest.mark.parametrize("method", ["pmss", "pmss columns=all"])
+def test_indices_of_a_checkpoint_replace_those_selected_now(method: str, tmp_path: Path) -> None:
+    """Coordinates follow them, too."""
+    saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=4, save_top_k=-1)
+    whole, again = Mixture(), Mixture()
+    fit(tmp_path, whole, CASES[method](rank=4), saver, loader=batches(4))
+    other = CASES[method](rank=4, selection="random", seed=1)
+    fit(tmp_path / "again", again, other, checkpoint=tmp_path / "step=4.ckpt", loader=batches(4))
+    assert again.losses == pytest.approx(whole.losses[4:], rel=1e-5)
+
+
 @pytest.mark.parametrize("method", ["lora", "pmss", "pmss columns=all"])
 def test_the_results_of_a_run_and_of_its_checkpoint(method: str, tmp_path: Path) -> None:
     mixture("qwen3_moe").save_pretrained(tmp_path / "base")
