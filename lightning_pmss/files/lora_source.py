@@ -173,7 +173,7 @@ def file_source(adapter: AdapterFile, reader: ShardReader) -> Source:
     return Source(
         options=adapter.options,
         layers={
-            n: _layer(m.update, m.shape, m.layout, reader.matrices[f"{rename(n)}.weight"].shape)
+            n: _layer(m.update, m.shape, m.layout, _stored_shape(n, adapter, reader, rename))
             for n, m in adapter.modules.items()
         },
         update=lambda name: adapter.modules[name].update,
@@ -187,6 +187,14 @@ def file_source(adapter: AdapterFile, reader: ShardReader) -> Source:
         model_class=adapter.model_class,
         apart=lambda name: _apart(name, reader, rename),
     )
+
+
+def _stored_shape(
+    name: str, adapter: AdapterFile, reader: ShardReader, rename: Callable[[str], str]
+) -> tuple[int, ...]:
+    """The shape of a layer's weight: that of the base's files, or of the adapter's where it is in no file of the base."""
+    fresh = adapter.fresh.get(f"{name}.weight")
+    return reader.matrices[f"{rename(name)}.weight"].shape if fresh is None else fresh.shape
 
 
 def _apart(name: str, reader: ShardReader, rename: Callable[[str], str]) -> dict[str, tuple[int, int]] | None:

@@ -87,7 +87,11 @@ def test_every_frozen_matrix_is_in_the_report() -> None:
     ("field", "name", "message"),
     [
         ("target_modules", "position", r"a parameter \[1, 9, 16\] of the Mixed itself.*it stays frozen\.$"),
-        ("target_modules", "in_proj_weight", r"of the MultiheadAttention `attention`.*also_train=\['attention'\]"),
+        (
+            "target_modules",
+            "in_proj_weight",
+            r"of the MultiheadAttention `attention`.*target_parameters=\['in_proj_weight'\]",
+        ),
         ("target_modules", "linear.weight", r"Patterns name modules: type 'linear'"),
         ("also_train", "weight_ih_l0", r"also_train: 'weight_ih_l0'.*Patterns name modules: type 'recurrent'"),
         ("exclude_modules", "image.weight", r"Patterns name modules: type 'image'"),
