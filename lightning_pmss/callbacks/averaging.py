@@ -20,11 +20,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.distributed.sharding import Engine
-from lightning_pmss.layers.adapted import AdaptedLinear
 from lightning_pmss.layers.expert_layer import holder
-from lightning_pmss.layers.experts import AdaptedExperts
 from lightning_pmss.layers.indices import index_tensors
-from lightning_pmss.layers.matrices import AdaptedMatrices
+from lightning_pmss.layers.merged_layer import Mergeable
 from lightning_pmss.layers.parts import clean_name, clean_state
 from lightning_pmss.messages import some
 
@@ -180,11 +178,7 @@ def refuse_copies(module: L.LightningModule) -> None:
     """
     averaged = {id(x) for m in module.modules() if isinstance(m, AveragedModel) for x in m.modules()}
     own = {id(holder(layer)) for layer in adapted_layers(module).values()} - averaged
-    if copies := [
-        clean_name(n)
-        for n, m in module.named_modules()
-        if isinstance(m, (AdaptedLinear, AdaptedExperts, AdaptedMatrices)) and id(m) not in own
-    ]:
+    if copies := [clean_name(n) for n, m in module.named_modules() if isinstance(m, Mergeable) and id(m) not in own]:
         raise MisconfigurationException(
             f"{some(copies)} are converted layers in a copy of the model that is part of the module: an average or a teacher."
             " Adapter and checkpoints contain one model and would mix the two. To average the trained tensors, add the callback"

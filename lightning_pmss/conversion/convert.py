@@ -42,8 +42,9 @@ from lightning_pmss.layers.convertible import canonical_shape, kept_shape, layou
 from lightning_pmss.layers.expert_layer import ExpertLinear, one_by_one
 from lightning_pmss.layers.experts import adopt_experts
 from lightning_pmss.layers.fingerprint import same_base
-from lightning_pmss.layers.matrices import AdaptedMatrices, adopt_matrix
+from lightning_pmss.layers.matrices import adopt_matrix
 from lightning_pmss.layers.matrix_layer import MatrixLinear
+from lightning_pmss.layers.merged_layer import Mergeable
 from lightning_pmss.layers.parts import clean_name, outside_zero_init, whole_size
 from lightning_pmss.layers.products import core_dtype
 from lightning_pmss.layers.quantised import hidden_values, prepare, quantisation_of, value_dtype, whole_weight
@@ -318,7 +319,7 @@ def _leave_fast_paths(model: nn.Module) -> list[str]:
     """Switch off torch's fused encoder kernel, which would evaluate converted layers without their update."""
     notes = []
     for name, module in model.named_modules():
-        if not any(isinstance(m, (AdaptedLinear, AdaptedMatrices)) for m in module.modules()):
+        if not any(isinstance(m, Mergeable) for m in module.modules()):
             continue
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # torch's own switch: without a known activation the plain path runs

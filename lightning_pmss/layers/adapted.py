@@ -275,7 +275,7 @@ class AdaptedLinear(IndexTensors, MergedLayer):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The dynamic class has no importable name: pickle and deepcopy rebuild it from the base class.
-        return _rebuild, (type(self.method), self.base_class), self.__dict__
+        return rebuilt, (type(self.method), self.base_class), self.__dict__
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.method.describe(self)}".lstrip(", ")
@@ -296,6 +296,7 @@ def adapted_class(
     return _CLASSES[method, base, *mixins]
 
 
-def _rebuild(method: type[Method[Any]], base: type[nn.Module]) -> AdaptedLinear:
-    cls = adapted_class(method, base)
+def rebuilt(method: type[Method[Any]], base: type[nn.Module], *mixins: type[AdaptedLinear]) -> AdaptedLinear:
+    """An empty layer of the class that `adapted_class` makes, for pickle."""
+    cls = adapted_class(method, base, *mixins)
     return cls.__new__(cls)

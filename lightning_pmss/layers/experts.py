@@ -8,26 +8,25 @@ module is computed as before its conversion.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_pmss.layers.adapted import AdaptedLinear, adapted_class
+from lightning_pmss.layers.adapted import AdaptedLinear, adapted_class, rebuilt
 from lightning_pmss.layers.adapter import Adapter
 from lightning_pmss.layers.expert_layer import FUSED, ExpertLinear, expert_layers, one_by_one, projections
 from lightning_pmss.layers.expert_stack import ExpertStack, StackSlice
-from lightning_pmss.layers.foreign_writers import watch_writers
 from lightning_pmss.layers.grouped import Groups
 from lightning_pmss.layers.guard import refuse_training
 from lightning_pmss.layers.layout import Layout
-from lightning_pmss.layers.matrices import MATRIX_SUFFIX, AdaptedMatrices
-from lightning_pmss.layers.merged_layer import LayerDrift, Mergeable, merge_update
+from lightning_pmss.layers.matrices import MATRIX_SUFFIX
+from lightning_pmss.layers.merged_layer import LayerDrift, merge_update
+from lightning_pmss.layers.owners import AdaptedOwner, owner_class, stored_tensors
 from lightning_pmss.layers.parts import clean_name, is_dtensor
 from lightning_pmss.layers.products import core_dtype
-from lightning_pmss.messages import some
 
 if TYPE_CHECKING:
     from lightning_pmss.methods.method import Method
@@ -67,19 +66,11 @@ class AdaptedExpert(AdaptedLinear):
         return self.stack.register_forward_hook(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _rebuilt_expert, (type(self.method), self.base_class), self.__dict__
+        return rebuilt, (type(self.method), self.base_class, AdaptedExpert), self.__dict__
 
 
-class AdaptedExperts(Mergeable):
-    """Mixin that gives a module of fused experts adapters; instances are made by `adopt_experts`.
-
-    Attributes:
-        base_class: The module's class before it was converted.
-        disabled: Whether it runs as the base does.
-    """
-
-    base_class: ClassVar[type[nn.Module]]
-    disabled: bool = False
+class AdaptedExperts(AdaptedOwner):
+    """Mixin that gives a module of fused experts adapters; instances are made by `adopt_experts`."""
 
     def stacks(self) -> dict[str, ExpertStack]:
         """By name of the parameter."""
@@ -90,11 +81,6 @@ class AdaptedExperts(Mergeable):
         """The converted layers, by their names behind the module's."""
         own: Mapping[str, nn.Module] = expert_layers(self)
         return {name: x for name, x in own.items() if isinstance(x, AdaptedExpert)}
-
-    @property
-    def merged(self) -> bool:
-        """Whether the parameters hold W'."""
-        return any(layer.merged for layer in self.layers().values())
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Of tokens ``[tokens, hidden]``, their experts and the weights of these, both ``[tokens, k]``."""
@@ -149,18 +135,10 @@ class AdaptedExperts(Mergeable):
         found = {}
         for key, stack in self.stacks().items():
             start = f"{prefix}{key}{_SUFFIX}."
-            wanted = {name: f"{start}core.{name}" for name in stack.core.trained()}
-            wanted |= {name: f"{start}{name}" for name in stack.index_names}
-            if lost := [k for k in (f"{prefix}{key}", *wanted.values()) if k not in state]:
-                raise ValueError(
-                    f"the state dict has tensors of the adapter of `{prefix[:-1]}`, but lacks {some(lost)}."
-                )
-            frozen = {name: state.get(f"{start}core.frame.{name}", own) for name, own in stack.core.frozen().items()}
+            tensors = stored_tensors(state, f"{prefix}{key}", start, stack.core, stack.index_names)
             merged = torch.empty_like(state[f"{prefix}{key}"])
             for i in range(len(merged)):
-                own = {name: state[k][i] for name, k in wanted.items()}
-                own = {name: t if t.is_floating_point() else t.long() for name, t in own.items()}
-                update = stack.method.update_of({n: t[i] for n, t in frozen.items()} | own, stack.scale)
+                update = stack.method.update_of({n: t[i] for n, t in tensors.items()}, stack.scale)
                 weight = self._stored(state[f"{prefix}{key}"][i])
                 value, _ = merge_update(weight, update.to(weight.device), weight.dtype, f"{prefix}{key}.{i}")
                 merged[i].copy_(self._stored(value))
@@ -197,22 +175,8 @@ class AdaptedExperts(Mergeable):
         frames = f"{_SUFFIX}.core.frame."
         framed = any(key.startswith(prefix) and frames in key for key in state_dict)
         before = {key: [index.clone() for index in stack.indices()] for key, stack in self.stacks().items()}
-        self.__dict__["loaded_as"] = (
-            prefix[:-1],
-            loaded,
-            framed,
-            before,
-        )  # see `_follow`; the stacks are loaded after this
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        for layer in self.layers().values():
-            if layer.pristine is not None:
-                layer.pristine = layer.pristine.to(layer.weight.dtype)  # it stays on the CPU, and in memory
-        return self
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _rebuilt_experts, (self.base_class,), self.__dict__
+        # For `_follow`: the stacks are loaded after this.
+        self.__dict__["loaded_as"] = prefix[:-1], loaded, framed, before
 
 
 def adopt_experts(
@@ -235,7 +199,7 @@ def adopt_experts(
     """
     experts, key = layers[0].owner, layers[0].key
     if not isinstance(experts, AdaptedExperts):
-        experts.__class__ = _experts_class(type(experts))
+        experts.__class__ = owner_class(AdaptedExperts, type(experts))
         experts.register_load_state_dict_post_hook(_follow)
     weight = layers[0].weight
     stack = ExpertStack(
@@ -299,32 +263,11 @@ def _follow(experts: AdaptedExperts, keys: Any) -> None:
             layer._show(layer.merged_weight(full)[0])
 
 
-_CLASSES: dict[type[nn.Module], type[AdaptedExperts]] = {}
-
-
-def _experts_class(base: type[nn.Module]) -> type[AdaptedExperts]:
-    watch_writers()
-    if base not in _CLASSES:
-        own = {"__module__": __name__, "base_class": base}
-        _CLASSES[base] = type(f"Adapted{base.__name__}", (AdaptedExperts, base), own)
-    return _CLASSES[base]
-
-
-def _rebuilt_experts(base: type[nn.Module]) -> AdaptedExperts:
-    cls = _experts_class(base)
-    return cls.__new__(cls)
-
-
-def _rebuilt_expert(method: type[Method[Any]], base: type[nn.Module]) -> AdaptedLinear:
-    cls = adapted_class(method, base, AdaptedExpert)
-    return cls.__new__(cls)
-
-
 def names_of_modules(model: nn.Module) -> dict[int, str]:
     """Clean full name by ``id`` of every module, and of the converted layers of experts and other parameters."""
     found = {id(module): clean_name(name) for name, module in model.named_modules()}
     for module in model.modules():
-        if isinstance(module, (AdaptedExperts, AdaptedMatrices)):
+        if isinstance(module, AdaptedOwner):
             own = found[id(module)]
             layers: Mapping[str, nn.Module] = module.layers()
             found |= {id(layer): f"{own}.{name}".lstrip(".") for name, layer in layers.items()}

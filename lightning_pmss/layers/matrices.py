@@ -7,23 +7,22 @@ disabled, the module is computed as before its conversion.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lightning_pmss.layers.adapted import AdaptedLinear, adapted_class
-from lightning_pmss.layers.foreign_writers import watch_writers
+from lightning_pmss.layers.adapted import AdaptedLinear, adapted_class, rebuilt
 from lightning_pmss.layers.guard import refuse_training
 from lightning_pmss.layers.indices import IndexTensors
 from lightning_pmss.layers.layout import Layout
 from lightning_pmss.layers.matrix_layer import KEPT, MatrixLinear
-from lightning_pmss.layers.merged_layer import LayerDrift, Mergeable, merge_update
+from lightning_pmss.layers.merged_layer import LayerDrift, merge_update
+from lightning_pmss.layers.owners import AdaptedOwner, owner_class, stored_tensors
 from lightning_pmss.layers.products import core_dtype, without_autocast
-from lightning_pmss.messages import some
 
 if TYPE_CHECKING:
     from lightning_pmss.methods.method import Method
@@ -112,30 +111,18 @@ class AdaptedMatrix(AdaptedLinear):
             self.owner._parameters[self.key] = nn.Parameter(new.to(self.weight.device), requires_grad=False)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _rebuilt_matrix, (type(self.method), self.base_class), self.__dict__
+        return rebuilt, (type(self.method), self.base_class, AdaptedMatrix), self.__dict__
 
 
-class AdaptedMatrices(Mergeable):
-    """Mixin that gives parameters of a module adapters; instances are made by `adopt_matrix`.
+class AdaptedMatrices(AdaptedOwner):
+    """Mixin that gives parameters of a module adapters; instances are made by `adopt_matrix`."""
 
-    Attributes:
-        base_class: The module's class before it was converted.
-        disabled: Whether it runs as the base does.
-    """
-
-    base_class: ClassVar[type[nn.Module]]
-    disabled: bool = False
     inside: bool = False
 
     def layers(self) -> dict[str, AdaptedMatrix]:
         """The converted layers by name of the parameter."""
         found: dict[str, AdaptedMatrix] = self.__dict__[KEPT]
         return found
-
-    @property
-    def merged(self) -> bool:
-        """Whether the parameters hold W'."""
-        return any(layer.merged for layer in self.layers().values())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's forward with W' in the parameters' place."""
@@ -191,16 +178,8 @@ class AdaptedMatrices(Mergeable):
         found = {}
         for key, layer in self.layers().items():
             start = f"{prefix}{key}{MATRIX_SUFFIX}."
-            wanted = {name: f"{start}core.{name}" for name in layer.core.trained()}
-            wanted |= {name: f"{start}{name}" for name in layer.index_names}
-            if lost := [k for k in (f"{prefix}{key}", *wanted.values()) if k not in state]:
-                raise ValueError(
-                    f"the state dict has tensors of the adapter of `{prefix}{key}`, but lacks {some(lost)}."
-                )
-            own = {name: state[k] for name, k in wanted.items()}
-            own = {name: t if t.is_floating_point() else t.long() for name, t in own.items()}
-            frozen = {name: state.get(f"{start}core.frame.{name}", t) for name, t in layer.core.frozen().items()}
-            update, weight = layer.method.update_of(frozen | own, layer.scale), state[f"{prefix}{key}"]
+            tensors = stored_tensors(state, f"{prefix}{key}", start, layer.core, layer.index_names)
+            update, weight = layer.method.update_of(tensors, layer.scale), state[f"{prefix}{key}"]
             found[key], _ = merge_update(weight, update.to(weight.device), weight.dtype, f"{prefix}{key}")
         return found
 
@@ -228,22 +207,8 @@ class AdaptedMatrices(Mergeable):
         framed = [
             k for k in self.layers() if any(f"{prefix}{k}{MATRIX_SUFFIX}.core.frame." in name for name in state_dict)
         ]
-        self.__dict__["loaded_as"] = (
-            prefix[:-1],
-            loaded,
-            framed,
-            before,
-        )  # see `_follow`; the adapters are loaded after this
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        for layer in self.layers().values():
-            if layer.pristine is not None:
-                layer.pristine = layer.pristine.to(layer.weight.dtype)  # it stays on the CPU, and in memory
-        return self
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _rebuilt_owner, (self.base_class,), self.__getstate__()  # nn.LSTM has a state of its own
+        # For `_follow`: the adapters are loaded after this.
+        self.__dict__["loaded_as"] = prefix[:-1], loaded, framed, before
 
 
 def adopt_matrix(
@@ -262,7 +227,7 @@ def adopt_matrix(
     """
     owner, key, weight = layer.owner, layer.key, layer.weight
     if not isinstance(owner, AdaptedMatrices):
-        owner.__class__ = _owner_class(type(owner))
+        owner.__class__ = owner_class(AdaptedMatrices, type(owner))
         owner.__dict__[KEPT] = {}
         owner.register_load_state_dict_post_hook(_follow)
     shape = layer.out_features, layer.in_features
@@ -300,24 +265,3 @@ def _follow(owner: AdaptedMatrices, keys: Any) -> None:
                 layer.rederive(full)
         if layer.merged:
             layer._show(layer.merged_weight(full)[0])
-
-
-_CLASSES: dict[type[nn.Module], type[AdaptedMatrices]] = {}
-
-
-def _owner_class(base: type[nn.Module]) -> type[AdaptedMatrices]:
-    watch_writers()
-    if base not in _CLASSES:
-        own = {"__module__": __name__, "base_class": base}
-        _CLASSES[base] = type(f"Adapted{base.__name__}", (AdaptedMatrices, base), own)
-    return _CLASSES[base]
-
-
-def _rebuilt_owner(base: type[nn.Module]) -> AdaptedMatrices:
-    cls = _owner_class(base)
-    return cls.__new__(cls)
-
-
-def _rebuilt_matrix(method: type[Method[Any]], base: type[nn.Module]) -> AdaptedLinear:
-    cls = adapted_class(method, base, AdaptedMatrix)
-    return cls.__new__(cls)
