@@ -179,10 +179,8 @@ def refuse_experts(
         if reason := method.why_no_experts():
             raise ValueError(f"{where} {reason}, or {leave}.")
         for expert in group:
-            if given is not None and expert not in given.layers:
-                raise ValueError(
-                    f"{given.source} has no {method.derived} for `{expert}`; it has those of {some(sorted(given.layers))}."
-                )
+            if given is not None:
+                given.refuse_lacking(expert, method.derived)
             method.refuse(modules[expert], expert)
 
 

@@ -105,9 +105,16 @@ def frozen_weights(
 
 
 def _kind(module: nn.Module, dims: int) -> str:
-    if isinstance(module, nn.Embedding):
-        return "embedding"
-    return f"{dims}-dimensional parameter of {type(module).__name__}"
+    return _EMBEDDING if isinstance(module, nn.Embedding) else _of_class(dims, type(module))
+
+
+def _of_class(dims: int, kind: type[nn.Module]) -> str:
+    return f"{dims}-dimensional parameter of {kind.__name__}"
+
+
+_EMBEDDING = "embedding"
+NAMEABLE = {_EMBEDDING} | {_of_class(dims, kind) for dims, kind in ((3, nn.Conv1d), (4, nn.Conv2d), (5, nn.Conv3d))}
+"""Reasons of layers that are converted where target_modules names them."""
 
 
 def _asleep(model: nn.Module) -> set[int]:

@@ -55,10 +55,8 @@ def refuse_matrices(
             raise ValueError(f"{where} is on the meta device; load its weights before it is converted, or {leave}.")
         if reason := method.why_no_matrix_parameter():
             raise ValueError(f"{where} {reason}, or {leave}.")
-        if given is not None and name not in given.layers:
-            raise ValueError(
-                f"{given.source} has no {method.derived} for `{name}`; it has those of {some(sorted(given.layers))}."
-            )
+        if given is not None:
+            given.refuse_lacking(name, method.derived)
         method.refuse(layer, name)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lightning_pmss.conversion.left_out import HEAD, UNNAMED
+from lightning_pmss.conversion.left_out import HEAD, NAMEABLE, UNNAMED
 from lightning_pmss.messages import kind_of
 from lightning_pmss.methods.config import AdapterConfig
 
@@ -123,7 +123,7 @@ class ConversionReport:
         )
         fused = sorted({name.rpartition(".")[2] for name in self.unowned if self.left_out[name] == UNNAMED})
         experts = f" To convert the experts, type target_parameters={fused}." if fused else ""
-        named = any(self.left_out[n] == "embedding" or " of Conv" in self.left_out[n] for n in self.unowned)
+        named = any(self.left_out[name] in NAMEABLE for name in self.unowned)
         others = " To convert convolutions and embeddings, name them in target_modules." if named else ""
         return (
             f"{total:.0%} of the model's parameters belong to no linear layer, so they are not converted and stay frozen. The"

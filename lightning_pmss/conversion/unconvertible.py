@@ -87,10 +87,8 @@ def refuse_unconvertible(
                 f"`{name}` is already sharded; convert before `fully_shard`: call `model_built(self)` in `configure_model`"
                 " (PMSSCallback converts there), or `convert(model, config)`."
             )
-        if given is not None and name not in given.layers:
-            raise ValueError(
-                f"{given.source} has no {method.derived} for `{name}`; it has those of {some(sorted(given.layers))}."
-            )
+        if given is not None:
+            given.refuse_lacking(name, method.derived)
         if weight.is_meta and not derived_later and (reason := method.why_underived(given, name)):
             raise ValueError(f"`{name}` {reason}")
         if name.endswith("out_proj") and isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_pmss.messages import some
+
 
 @dataclass(frozen=True)
 class GivenLayer:
@@ -43,3 +45,18 @@ class Given:
     coordinates: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     complete: bool = False
+
+    def refuse_lacking(self, name: str, derived: str) -> None:
+        """Refuse a layer of which nothing is known.
+
+        Args:
+            name: The layer.
+            derived: What its method derives from W, in words.
+
+        Raises:
+            ValueError: It has no entry.
+        """
+        if name not in self.layers:
+            raise ValueError(
+                f"{self.source} has no {derived} for `{name}`; it has those of {some(sorted(self.layers))}."
+            )

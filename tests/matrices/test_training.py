@@ -20,6 +20,7 @@ from tests import forks
 from tests.experts.toys import train
 from tests.matrices.toys import D, inputs, made, matrices
 from tests.matrices.training import Training, batches, config_of, fit
+from tests.small_runs import two_runs
 
 X = inputs(torch.float32)
 OWN = ("attention", "encoder", "lstm", "twice")
@@ -152,18 +153,7 @@ def test_a_compiled_model_gives_the_same(name: str, kind: Any) -> None:
 
 @pytest.mark.distributed
 def test_two_processes(tmp_path: Path) -> None:
-    def run(folder: Path, checkpoint: str) -> list[dict[str, Any]]:
-        folder.mkdir()
-        done = forks.run(["-m", "tests.matrices.training", folder, checkpoint])
-        assert done.returncode == 0, done.stderr[-3000:]
-        return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
-
-    first, second = run(tmp_path / "whole", "")
-    assert first["numbers"] == second["numbers"]
-    assert first["losses"] != second["losses"]
-    again = run(tmp_path / "again", str(tmp_path / "whole" / "saved" / "step=2.ckpt"))
-    assert [r["losses"] for r in again] == [first["losses"][2:], second["losses"][2:]]
-    assert again[0]["numbers"] == first["numbers"]
+    two_runs("tests.matrices.training", tmp_path)
 
 
 @pytest.mark.distributed

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
+import functools
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_pmss import AdapterCallback, AdapterConfig, PMSSConfig
-from tests.leaving import leave
-from tests.matrices.toys import TOYS, D, made, matrices
+from lightning_pmss import AdapterConfig, PMSSConfig
+from tests import small_runs
+from tests.matrices.toys import TOYS, D, made
 
 
 class Training(L.LightningModule):
@@ -45,35 +42,8 @@ def batches(count: int = 8) -> DataLoader[Any]:
     )
 
 
-def fit(folder: Path, module: L.LightningModule, config: AdapterConfig, *more: L.Callback, **options: Any) -> L.Trainer:
-    """Train on `batches`; the adapter is in ``folder/out``."""
-    checkpoint, loader = options.pop("checkpoint", None), options.pop("loader", None) or batches()
-    settings: dict[str, Any] = {
-        "accelerator": "cpu", "devices": 1, "max_steps": 8, "logger": False, "enable_progress_bar": False,
-        "enable_model_summary": False, "default_root_dir": folder,
-    }  # fmt: skip
-    callback = AdapterCallback(config, output_dir=folder / "out", merge_on_save=None)
-    saves = {"enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in more)}
-    trainer = L.Trainer(**settings | saves | options, callbacks=[callback, *more])
-    trainer.fit(module, loader, ckpt_path=checkpoint)
-    return trainer
+fit = functools.partial(small_runs.fit, batches)
 
 
 if __name__ == "__main__":
-    folder, checkpoint = Path(sys.argv[1]), sys.argv[2] or None
-    module = Training()
-    saver = ModelCheckpoint(folder / "saved", "{step}", every_n_train_steps=2, save_top_k=-1)
-    trainer = fit(
-        folder,
-        module,
-        config_of("encoder"),
-        saver,
-        devices=2,
-        strategy="ddp",
-        max_steps=4,
-        checkpoint=checkpoint,
-        loader=batches(4),
-    )
-    numbers = {n: [t.double().sum().item() for t in x.core.trained().values()] for n, x in matrices(module).items()}
-    (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps({"losses": module.losses, "numbers": numbers}))
-    leave()
+    small_runs.fit_on_two(Training(), config_of("encoder"), batches(4))
