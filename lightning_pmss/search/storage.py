@@ -65,8 +65,8 @@ def open_storage(url: str) -> RDBStorage:
             return _connect(url, wait)
     except (ImportError, sqlalchemy.exc.NoSuchModuleError) as error:
         raise ValueError(
-            f"--storage {shown}: its driver is not installed ({reason(error)}). For PostgreSQL install psycopg, or install"
-            " psycopg2-binary and begin the URL with postgresql+psycopg2://"
+            f"--storage {shown}: its driver is not installed ({reason(error)}). For PostgreSQL install psycopg2-binary"
+            " and begin the URL with postgresql+psycopg2://, for MySQL install pymysql and begin it with mysql+pymysql://"
         ) from error
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError, TypeError) as error:
         cause = getattr(error, "orig", None) or error
