@@ -284,18 +284,39 @@ def test_real_trainings(tiny_llama: str, tmp_path: Path) -> None:
     assert not list(trials.rglob("merged"))
 
 
+STRATEGIES = {
+    "ddp": ["--trainer.strategy=ddp"],
+    "fsdp2": [f"--config={REPOSITORY / 'configs/strategy/fsdp2.yaml'}", "--trainer.strategy.data_parallel_size=2"],
+    "zero2": ["--trainer.strategy=tests.distributed.strategies.CPUDeepSpeed", "--trainer.strategy.stage=2"],
+}
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_trainings_of_two_processes_by_a_launcher(tiny_llama: str, tmp_path: Path) -> None:
-    launcher = f"--launcher={sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"
-    more = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trials=1", "--finish=1", "--fraction=0.5"]
-    done = forks.run(["-m", "lightning_pmss", *command(tiny_llama, tmp_path, launcher, *more)])
-    trials = tmp_path / "out" / "trials"
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_trainings_of_two_processes_by_a_launcher(strategy: str, tiny_llama: str, tmp_path: Path) -> None:
+    """The best trial goes on from a checkpoint of all ranks, to the adapter of a training that was never stopped."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    more = [*STRATEGIES[strategy], "--trainer.devices=2", "--trials=1", "--finish=1", "--fraction=0.5"]
+    words = command(tiny_llama, tmp_path, f"--launcher={' '.join(launcher)}", *more)
+    done = forks.run(["-m", "lightning_pmss", *words], timeout=280)
+    trial = tmp_path / "out" / "trials" / "0000"
     assert done.returncode == 0, done.stderr + done.stdout
-    early, late = read_result(trials / "0000"), read_result(trials / "0000" / "final-0")
+    early, late = read_result(trial), read_result(trial / "final-0")
     assert early is not None
     assert late is not None
     assert (early.state, early.step, late.state, late.step) == ("stopped", 2, "ended", 3)  # 20 of 40 examples each
     assert early.untrained is not None
     assert late.score != early.score
-    assert "MEMBER: 2/2" in (trials / "0000" / "output.txt").read_text()
+    assert "MEMBER: 2/2" in (trial / "output.txt").read_text()
+    config = (trial / "final-0" / "config.yaml").read_text()
+    (tmp_path / "whole.yaml").write_text(config.replace(str((trial / "final-0").absolute()), str(tmp_path / "whole")))
+    alone = forks.run([*launcher[1:], "-m", "lightning_pmss", "fit", "--config", tmp_path / "whole.yaml"], timeout=280)
+    assert alone.returncode == 0, alone.stderr
+    never = read_result(tmp_path / "whole")
+    assert never is not None
+    assert never.score == late.score
+    resumed = load_file(trial / "final-0" / "adapter" / "adapter_model.safetensors")
+    assert resumed
+    for name, value in load_file(tmp_path / "whole" / "adapter" / "adapter_model.safetensors").items():
+        assert torch.equal(value, resumed[name]), name
