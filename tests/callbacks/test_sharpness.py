@@ -326,15 +326,20 @@ def test_noise_of_a_step_is_the_same_in_all_passes(tmp_path: Path, monkeypatch: 
     assert not torch.equal(drawn[0], drawn[18])
 
 
-def test_bfloat16_autocast_and_another_rate(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_bfloat16(tmp_path: Path, precision: str) -> None:
+    """The trained tensors are float32 in both, and end near those of a training in float32; another distance shows."""
     found = {}
-    for rho in (0.05, 0.2):
+    for name, rho in (("32-true", 0.2), (precision, 0.2), (precision, 1e-6)):
         module = Toy()
         make = functools.partial(SAM, base_optimizer=functools.partial(SGD, lr=0.01), rho=rho)
         module.configure_optimizers = lambda m=module, make=make: make([p for p in m.parameters() if p.requires_grad])  # type: ignore
-        fit(tmp_path, module, 8, precision="bf16-mixed")  # type: ignore[arg-type]
-        found[rho] = trained(module)
-    assert not any(torch.equal(a, b) for a, b in zip(found[0.05], found[0.2], strict=True))
+        fit(tmp_path, module, 8, precision=name)  # type: ignore[arg-type]
+        found[name, rho] = torch.cat([p.flatten() for p in trained(module)])
+        assert found[name, rho].dtype == torch.float32
+    exact, near, other = found["32-true", 0.2], found[precision, 0.2], found[precision, 1e-6]
+    assert (near - exact).norm() < 0.05 * exact.norm()
+    assert (near - exact).norm() < 0.5 * (near - other).norm()
 
 
 def test_muon_inside_refuses_packed_cores(tmp_path: Path) -> None:
