@@ -103,7 +103,8 @@ class ShardSampler(DistributedSampler[int]):
     Stock Lightning pads an evaluation set with repeated examples, which makes distributed scores wrong by a little.
     Ranks may then differ by one example, hence by one batch. Under strategies that gather weights in every forward pass
     (FSDP, ZeRO-3) a rank with a batch more would wait for ever: with ``fill`` a rank that has one example less gets a
-    filler, the index ``size``, which `WithFillers` turns into an example that is computed and not scored.
+    filler, the index ``size``, which `WithFillers` turns into an example that is computed and not scored. A rank without
+    any example always gets one: Lightning stops at a loader of length zero.
 
     Args:
         size: Number of examples.
@@ -125,7 +126,7 @@ class ShardSampler(DistributedSampler[int]):
         super().__init__(cast("Dataset[Any]", range(size)), num_replicas=num_replicas, rank=rank, shuffle=False)
         order = range(size) if lengths is None else sorted(range(size), key=lambda index: -lengths[index])
         self.indices = [*order[rank::num_replicas]]
-        if fill and len(self.indices) < -(-size // num_replicas):
+        if (fill or not self.indices) and len(self.indices) < -(-size // num_replicas):
             self.indices.append(size)
 
     @override

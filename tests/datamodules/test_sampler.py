@@ -105,7 +105,9 @@ def test_sampler_arguments_are_checked() -> None:
 @pytest.mark.parametrize("replicas", [1, 2, 4])
 def test_shards_are_disjoint_and_complete(size: int, replicas: int) -> None:
     shards = [ShardSampler(size, replicas, rank) for rank in range(replicas)]
-    assert sorted(index for shard in shards for index in shard) == list(range(size))
+    assert sorted(index for shard in shards for index in shard if index < size) == list(range(size))
+    alone = [list(shard) for shard in shards if size in list(shard)]
+    assert alone == [[size]] * max(0, replicas - size if size else 0)  # a filler where a rank would have nothing
     assert [len(shard) for shard in shards] == [len(list(shard)) for shard in shards]
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
     filled = [ShardSampler(size, replicas, rank, fill=True) for rank in range(replicas)]

@@ -29,3 +29,5 @@ def test_two_ranks(tiny_tokenizer: str, tmp_path: Path) -> None:
     assert sorted(epochs[0] + epochs[1]) == list(range(9))  # each row once, by length
     assert [rank["evaluated"] for rank in ranks] == [2 * epoch for epoch in epochs]
     assert [rank["accuracy"] for rank in ranks] == 2 * [pytest.approx(1 / 9)]
+    assert [rank["one"] for rank in ranks] == [[0], [-1]]  # one example on two ranks: the other one gets a filler
+    assert [rank["accuracy_of_one"] for rank in ranks] == [1.0, 1.0]
