@@ -76,14 +76,35 @@ def agreement_table(record: Mapping[str, Any]) -> str:
 
 
 def best_table(record: Mapping[str, Any]) -> str:
-    """The best early score after n trials, and the best final one of the five best early ones; means over the seeds."""
-    samplers = dict.fromkeys(study["sampler"] for study in record.values())
-    rows = []
-    for sampler in samplers:
-        studies = [study for study in record.values() if study["sampler"] == sampler]
-        cells = [str(mean([best_after(study["trials"], n) for study in studies])) for n in AFTER]
-        rows.append([sampler, *cells, str(mean([_finished(study) for study in studies])), str(len(studies))])
-    return table(["sampler", *(f"best of {n} trials, early" for n in AFTER), "the best at the end", "seeds"], rows)
+    """The best early score after n trials, and the best final one of the five best early ones.
+
+    Means over the seeds, and their differences, paired by seed. What is searched is the name of a study, without sampler
+    and seed: ``pairs`` of ``pairs-tpe-0``.
+    """
+    found: dict[tuple[str, str], dict[int, list[float]]] = {}
+    for name, study in record.items():
+        found.setdefault((name.rsplit("-", 2)[0], study["sampler"]), {})[study["seed"]] = _bests(study)
+    rows = [[*of, *_cells(list(seeds.values())), str(len(seeds))] for of, seeds in found.items()]
+    for (what, sampler), seeds in found.items():
+        other = found.get((what, "random"), {})
+        both = sorted(seeds.keys() & other.keys())
+        if sampler != "random" and len(both) > 1:
+            lessened = [[a - b for a, b in zip(seeds[s], other[s], strict=True)] for s in both]
+            rows.append([what, f"{sampler} - random", *_cells(lessened), str(len(both))])
+    return table(
+        ["data", "sampler", *(f"best of {n} trials, early" for n in AFTER), "the best at the end", "seeds"], rows
+    )
+
+
+def _bests(study: Mapping[str, Any]) -> list[float]:
+    """A search's cells of the table; NaN where it has fewer trials."""
+    trials = study["trials"]
+    early = [best_after(trials, n) if n <= len(trials) else math.nan for n in AFTER]
+    return [*early, _finished(study)]
+
+
+def _cells(searches: Sequence[Sequence[float]]) -> list[str]:
+    return ["" if any(map(math.isnan, values)) else str(mean(values)) for values in zip(*searches, strict=True)]
 
 
 def best_after(trials: Sequence[Mapping[str, Any]], n: int) -> float:

@@ -14,8 +14,8 @@ def trial(early: float | None, final: float | None) -> dict[str, Any]:
     return {"early": early, "final": final, "state": state, "final_state": ended, "method": "LoRA"}
 
 
-def study(sampler: str, trials: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"sampler": sampler, "seed": 0, "trials": trials}
+def study(sampler: str, trials: list[dict[str, Any]], seed: int = 0) -> dict[str, Any]:
+    return {"sampler": sampler, "seed": seed, "trials": trials}
 
 
 def test_agreement_is_of_searches_that_trained_all_to_their_end() -> None:
@@ -36,15 +36,17 @@ def test_a_trial_that_diverged_after_its_fraction_ends_last() -> None:
 
 def test_the_best_after_some_trials_and_at_the_end() -> None:
     trials = [trial(float(20 - i), float(i)) for i in range(10)]  # later trials are better early, and worse at the end
-    record = {"a": study("tpe", trials), "b": study("tpe", trials), "c": study("random", trials[:5])}
+    better = [trial(score["early"] - 1.0, score["final"]) for score in trials]
+    record = {
+        "x-tpe-0": study("tpe", trials),
+        "x-tpe-1": study("tpe", better, 1),
+        "x-random-0": study("random", trials),
+        "x-random-1": study("random", trials, 1),
+        "y-tpe-0": study("tpe", trials[:5]),
+    }
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in best_table(record).splitlines()[2:]]
-    assert lines[0] == [
-        "tpe",
-        "16.000 ± 0.000",
-        "11.000 ± 0.000",
-        "11.000 ± 0.000",
-        "11.000 ± 0.000",
-        "5.000 ± 0.000",
-        "2",
-    ]
-    assert [lines[1][0], *lines[1][5:]] == ["random", "0.000", "1"]
+    assert [line[:2] for line in lines] == [["x", "tpe"], ["x", "random"], ["y", "tpe"], ["x", "tpe - random"]]
+    assert lines[1][2:] == ["16.000 ± 0.000", "11.000 ± 0.000", "", "", "5.000 ± 0.000", "2"]
+    assert lines[2][2:] == ["16.000", "", "", "", "0.000", "1"]
+    assert [cell.split()[0] for cell in lines[3][2:4]] == ["-0.500", "-0.500"]
+    assert lines[3][6] == "0.000 ± 0.000"
