@@ -1,4 +1,4 @@
-"""``python -m experiments run STUDY.yaml ...``, ``status``, ``gradients``, ``floor``, ``combined``, ``searches``, ``page``."""
+"""``python -m experiments``: run the studies, measure what belongs to no study, and make the page of all of them."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ def main() -> int:
     combined = verbs.add_parser("combined", help="adapters of three tasks, combined by each rule, tested on all three")
     searches = verbs.add_parser("searches", help="early against final scores of searches by tune")
     searches.add_argument("folders", nargs="+", type=Path, help="each an --output of tune, named like its study")
+    enough = verbs.add_parser("enough", help="the loss by the number of training examples")
+    enough.add_argument("folders", nargs="+", type=Path, help="each an --output of enough")
     page = verbs.add_parser("page", help="tables and plots of the records for docs/evidence.md")
     for verb in (runs, status):
         verb.add_argument("studies", nargs="*", type=Path, help="all of experiments/studies if none is given")
@@ -46,10 +48,11 @@ def main() -> int:
 
         print(write_page(read_records(given.records), given.output))
         return 0
-    if given.verb == "searches":
-        from experiments.searches import collect
+    if given.verb in ("searches", "enough"):
+        from experiments import enough as sizes
+        from experiments import searches as tuned
 
-        print(collect(given.folders))
+        print((tuned if given.verb == "searches" else sizes).collect(given.folders))
         return 0
     if given.verb == "combined":
         from experiments.combined import measure

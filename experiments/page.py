@@ -11,6 +11,8 @@ from typing import Any
 from experiments.combined import RECORD as COMBINED
 from experiments.combined import combined_table
 from experiments.driver import spent_minutes
+from experiments.enough import RECORD as ENOUGH
+from experiments.enough import enough_text
 from experiments.floor import RECORD as FLOOR
 from experiments.floor import floor_text
 from experiments.gradients import RECORD, gradient_table
@@ -83,6 +85,7 @@ def write_page(records: Mapping[str, Any], docs: Path) -> Path:
     sections["gradients"] = gradient_table(json.loads(RECORD.read_text(encoding="utf-8")))
     sections["floor"] = floor_text(json.loads(FLOOR.read_text(encoding="utf-8")))
     sections["combined"] = combined_table(json.loads(COMBINED.read_text(encoding="utf-8")))
+    sections["enough"] = enough_text(json.loads(ENOUGH.read_text(encoding="utf-8")))
     sections["searches"] = searches_text(json.loads(SEARCHES.read_text(encoding="utf-8")))
     sections["total"] = total(records)
     text = filled(page.read_text(encoding="utf-8"), sections)

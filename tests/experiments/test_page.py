@@ -66,7 +66,7 @@ def test_no_section_is_of_a_study_that_is_gone() -> None:
     page = (DOCS / "evidence.md").read_text(encoding="utf-8")
     assert (
         page.count("made by python -m experiments page -->")
-        == len(NAMES) + 5  # and those of gradients, floor, combined, searches and total
+        == len(NAMES) + 6  # and those of gradients, floor, combined, searches, enough and total
     )
     pictures = {path.name for path in (DOCS / "evidence").glob("*.png")}
     assert all(f"(evidence/{name})" in page for name in pictures)
