@@ -81,7 +81,8 @@ class MySQL(DatabaseServer):
         place = ["--no-defaults", *user, f"--datadir={folder / 'data'}"]
         make = [install, *place, "--auth-root-authentication-method=normal"]  # no password; it makes a database "test"
         serve = [server, *place, f"--socket={folder / 'socket'}", "--skip-networking", "--character-set-server=utf8mb4"]
-        serve += ["--innodb-flush-log-at-trx-commit=0", "--innodb-doublewrite=0"]  # quick; a test's data need not last
+        # Quick, and yet what was committed survives the kill of the server.
+        serve += ["--innodb-flush-log-at-trx-commit=2", "--innodb-doublewrite=0"]
         url = f"mysql+pymysql://root@localhost/test?unix_socket={folder / 'socket'}"
         super().__init__(folder, make, serve, url, "ready for connections")
 
