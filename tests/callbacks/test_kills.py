@@ -65,10 +65,7 @@ def test_killed_and_resumed_it_ends_as_if_nothing_had_happened(
             moment = Moment(generator.randint(1, ending.changes), generator.choice((0.0, 0.0, 0.005, 0.05)), by)
             killed = start(folder, partial(fit, folder, merge, options), moment)
             story.append((moment, killed.status))
-            if killed.status == -signal.SIGTERM:  # only after the end of fit, which puts the process's own handler back
-                assert files(folder / "out") == expected, story
-            else:
-                assert killed.status in ((0, -9) if by is signal.SIGKILL else (0, 1)), (story, killed.output)
+            assert killed.status in ((0, -9) if by is signal.SIGKILL else (0, 1)), (story, killed.output)
             left -= 1
         again = start(folder, partial(fit, folder, merge, options))
         assert again.status == 0, (story, again.output)
