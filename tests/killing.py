@@ -44,7 +44,7 @@ class Ending:
 
     Attributes:
         status: 0 where it finished, 1 after an exception, ``-N`` where signal N killed it.
-        changes: How many changes it made; 0 where it was killed.
+        changes: How many changes it made, also where it was killed.
         output: What it printed, and its traceback.
     """
 
@@ -74,10 +74,9 @@ def run(work: Callable[[], Any], folder: Path, log: Path, moment: Moment | None 
             sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
             torch.set_num_threads(1)  # a fork has lost the threads of its parent's pool
             _give_own_lock(tqdm)
-            counter = _Counter(folder, moment)
+            counter = _Counter(folder, moment, writing)
             sys.addaudithook(counter)
             work()
-            os.write(writing, str(counter.changes).encode())
             status = 0
         except BaseException:
             traceback.print_exc()
@@ -85,9 +84,9 @@ def run(work: Callable[[], Any], folder: Path, log: Path, moment: Moment | None 
             os._exit(status)
     os.close(writing)
     with os.fdopen(reading, "rb") as pipe:
-        changes = pipe.read()
+        changes = len(pipe.read())
     _, status = os.waitpid(child, 0)
-    return Ending(os.waitstatus_to_exitcode(status), int(changes or b"0"), log.read_text(errors="replace"))
+    return Ending(os.waitstatus_to_exitcode(status), changes, log.read_text(errors="replace"))
 
 
 def moments(changes: int, seed: int, count: int = KILLS) -> list[Moment]:
@@ -114,10 +113,10 @@ def _give_own_lock(bar: type[tqdm]) -> None:
 
 
 class _Counter:
-    """The audit hook of the child."""
+    """The audit hook of the child, which tells its parent of each change: a killed process tells no number at its end."""
 
-    def __init__(self, folder: Path, moment: Moment | None) -> None:
-        self.folder, self.moment, self.changes = f"{folder}{os.sep}", moment, 0
+    def __init__(self, folder: Path, moment: Moment | None, told: int) -> None:
+        self.folder, self.moment, self.told, self.changes = f"{folder}{os.sep}", moment, told, 0
         if moment is not None and moment.delay:  # here, since only the main thread may
             signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), moment.by))
 
@@ -129,6 +128,7 @@ class _Counter:
         if not any(isinstance(part, str | bytes | os.PathLike) and self._is_inside(part) for part in args[:2]):
             return
         self.changes += 1
+        os.write(self.told, b".")
         if self.moment is not None and self.changes == self.moment.change:
             if self.moment.delay:
                 signal.setitimer(signal.ITIMER_REAL, self.moment.delay)

@@ -6,12 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests import forks
+from tests.processes import await_end
 
 ENDINGS = {
     "well": "import atexit; atexit.register(print, 'last words'); print('done')",
@@ -60,13 +60,4 @@ def test_what_it_started_is_killed_with_it() -> None:
             program.wait(0.01)
         os.kill(child, 0)
     assert program.returncode == -signal.SIGKILL
-    until = time.monotonic() + 20
-    while not _is_gone(child) and time.monotonic() < until:
-        time.sleep(0.01)
-    assert _is_gone(child)
-
-
-def _is_gone(process: int) -> bool:
-    """It may be a zombie that nobody has waited for."""
-    state = Path(f"/proc/{process}/stat")
-    return not state.exists() or state.read_text().rpartition(")")[2].split()[0] in "ZX"
+    await_end(child)

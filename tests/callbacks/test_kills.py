@@ -65,7 +65,12 @@ def test_killed_and_resumed_it_ends_as_if_nothing_had_happened(
             moment = Moment(generator.randint(1, ending.changes), generator.choice((0.0, 0.0, 0.005, 0.05)), by)
             killed = start(folder, partial(fit, folder, merge, options), moment)
             story.append((moment, killed.status))
-            assert killed.status in ((0, -9) if by is signal.SIGKILL else (0, 1)), (story, killed.output)
+            if killed.status == -signal.SIGTERM:  # Lightning puts the default handler back at the end of fit
+                assert files(folder / "out") == expected, story
+                assert list(folder.rglob(".*")) == [], story
+                assert len(story) > 1 or killed.changes == ending.changes, story  # a resumed fit makes fewer changes
+            else:
+                assert killed.status in ((0, -9) if by is signal.SIGKILL else (0, 1)), (story, killed.output)
             left -= 1
         again = start(folder, partial(fit, folder, merge, options))
         assert again.status == 0, (story, again.output)

@@ -6,37 +6,21 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from lightning_pmss.runs.process import run_process
 from tests.forks import ROOT
+from tests.processes import await_end, wait_for
 
 PYTHON = (sys.executable, "-S", "-c")
 WAITS = "import time\nopen('pid', 'w').write(str(__import__('os').getpid()))\nwhile True: time.sleep(0.02)\n"
 
 
-def await_file(path: Path, seconds: float = 30) -> str:
-    end = time.monotonic() + seconds
-    while not (path.exists() and path.read_text()):
-        assert time.monotonic() < end
-        time.sleep(0.02)
+def await_file(path: Path) -> str:
+    wait_for(lambda: path.exists() and path.read_text())
     return path.read_text()
-
-
-def await_end(pid: int, seconds: float = 30) -> None:
-    """Wait until there is no such process, or only its entry until somebody asks for its status."""
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
-                return
-        except FileNotFoundError:
-            return
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def test_status_and_last_lines(tmp_path: Path) -> None:

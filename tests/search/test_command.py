@@ -21,7 +21,7 @@ from lightning_pmss.cli import main
 from lightning_pmss.search.result import read_result
 from tests import forks
 from tests.cli.test_cli import REPOSITORY, small
-from tests.search.test_trial import alive, wait_for
+from tests.processes import await_end, wait_for
 
 SPACE = """
 options:
@@ -228,7 +228,7 @@ def test_a_stopped_search_continues(tiny_llama: str, tmp_path: Path, number: sig
         assert program.wait(60) == code
         if number != signal.SIGKILL:
             assert "stopped; the same command continues the search" in program.errors()
-    wait_for(lambda: not alive(pid))
+    await_end(pid)
     (out / "hang").unlink()
     done = forks.run(["-m", "lightning_pmss", *words])
     assert done.returncode == 0, done.stderr

@@ -6,13 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from lightning_pmss.search.result import RESULT, Result, write_result
 from lightning_pmss.search.trial import CONFIG, OUTPUT, Assignment, ProcessRunner, outcome
+from tests.processes import alive, await_end, wait_for
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="process groups of POSIX")
 
@@ -22,22 +22,6 @@ def runner(folder: Path, code: str) -> ProcessRunner:
     script = folder / "fit.py"
     script.write_text(f"import os, sys, time\nfolder = {str(folder)!r}\n{code}\n")
     return ProcessRunner([sys.executable, str(script)])
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    state = Path(f"/proc/{pid}/stat")
-    return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"
-
-
-def wait_for(condition: object, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def test_the_result_is_read(tmp_path: Path) -> None:
@@ -93,7 +77,7 @@ def test_what_it_has_started_ends_with_it(tmp_path: Path) -> None:
     )
     runner(tmp_path, child)(Assignment(tmp_path, ""))
     pid = int((tmp_path / "child").read_text())
-    wait_for(lambda: not alive(pid))
+    await_end(pid)
 
 
 def test_an_interrupt_ends_the_trial_before_it_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,4 +121,4 @@ def test_it_dies_with_a_worker_that_is_killed(tmp_path: Path) -> None:
     os.kill(worker, signal.SIGKILL)
     os.waitpid(worker, 0)
     for pid in pids.read_text().split():
-        wait_for(lambda pid=pid: not alive(int(pid)))
+        await_end(int(pid))
