@@ -19,14 +19,14 @@ def alive(pid: int) -> bool:
         return not Path("/proc").exists()
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
-    """Return when the condition holds; fail after so many seconds without."""
+def wait_for(condition: Callable[[], object], seconds: float = 60, *, what: str = "") -> None:
+    """Return when the condition holds; fail after so many seconds without, and say what was waited for."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end
+        assert time.monotonic() < end, f"not within {seconds:g} s: {what}"
         time.sleep(0.02)
 
 
 def await_end(pid: int) -> None:
     """Return when the process no longer runs."""
-    wait_for(lambda: not alive(pid))
+    wait_for(lambda: not alive(pid), what=f"process {pid} ends")

@@ -19,6 +19,7 @@ from lightning_pmss.cli.lightning import DataCLI
 from lightning_pmss.runs import process
 from tests.enough.conftest import FAKE, Enough
 from tests.forks import ROOT, Program
+from tests.processes import wait_for
 
 
 def started() -> list[str]:
@@ -238,24 +239,15 @@ def test_stopped_in_the_middle(enough: Enough, tmp_path: Path, by: signal.Signal
         for line in program.stdout:
             if line.startswith("[2/2]"):
                 break
-        await_path(Path("study/n16-seed0/progress"))
+        wait_for(Path("study/n16-seed0/progress").exists)
         program.send_signal(by)
         assert program.wait(60) == (130 if by is signal.SIGINT else -signal.SIGKILL)
         rest = program.stdout.read()
     for message in ("stopping after this step, to save a checkpoint", "stopped. The same command continues the study."):
         assert (message in rest) == (by is signal.SIGINT)
-    await_path(Path("study/n16-seed0/checkpoints/last-interrupted.ckpt"))
+    wait_for(Path("study/n16-seed0/checkpoints/last-interrupted.ckpt").exists)
     assert enough("--sizes=4,16", "--seeds=1") == 0
     assert started() == ["n4-seed0 anew", "n16-seed0 anew", "n16-seed0 last-interrupted.ckpt"]
-
-
-def await_path(path: Path) -> None:
-    import time
-
-    end = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def test_bound_to_its_recipe(enough: Enough, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from lightning_pmss.enough.plan import RECORD
 from lightning_pmss.runs.process import Ended
 from lightning_pmss.runs.record import read_record
 from tests.forks import ROOT, Program
+from tests.processes import wait_for
 
 STEPS = 150
 
@@ -60,10 +60,10 @@ def test_a_killed_study_gives_the_scores_of_one_that_was_not(tiny_llama: str, tm
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     folder = tmp_path / "study" / "n12-seed0"
     with Program(["-m", "lightning_pmss", *words(path, "study")], env=environment) as program:
-        await_path(folder / "checkpoints" / "last.ckpt")
+        wait_for((folder / "checkpoints" / "last.ckpt").exists, 200)
         program.send_signal(signal.SIGKILL)
         program.wait(60)
-    await_path(folder / "checkpoints" / "last-interrupted.ckpt")
+    wait_for((folder / "checkpoints" / "last-interrupted.ckpt").exists)
     assert read_record(folder) is None or not finished(folder)
     with Program(["-m", "lightning_pmss", *words(path, "study")], env=environment) as program:
         printed, errors = program.communicate(240)
@@ -85,13 +85,6 @@ def test_a_killed_study_gives_the_scores_of_one_that_was_not(tiny_llama: str, tm
 def finished(folder: Path) -> bool:
     found = read_record(folder)
     return found is not None and found.finished
-
-
-def await_path(path: Path, seconds: float = 200) -> None:
-    end = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def test_an_unknown_monitor(tiny_llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from lightning_pmss.search.records import lines
 from lightning_pmss.search.search import Search
 from lightning_pmss.search.trial import Assignment, Outcome
+from tests.processes import wait_for
 from tests.search.fakes import Trainings
 
 
@@ -51,10 +51,7 @@ def together(folder: Path) -> Callable[[Assignment], Outcome]:
     def training(assignment: Assignment) -> Outcome:
         with (assignment.folder / "ran").open("x"):  # a second run of it would raise
             (meeting / str(os.getpid())).touch()
-            end = time.monotonic() + 60
-            while len(list(meeting.iterdir())) < 2:
-                assert time.monotonic() < end, "the other worker has begun no training"
-                time.sleep(0.01)
+            wait_for(lambda: len(list(meeting.iterdir())) == 2, what="another worker begins a training")
         return Trainings()(assignment)
 
     return training

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from lightning_pmss.search.storage import open_storage, open_study
 from lightning_pmss.search.trial import Assignment, Outcome
-from lightning_pmss.search.workers import HOST, LOCK, MOST_ATTEMPTS, PID, Worker, counted
+from lightning_pmss.search.workers import BEAT, HOST, LOCK, MOST_ATTEMPTS, PID, Worker, counted
+from tests.processes import wait_for
 from tests.search.fakes import Trainings, make
 from tests.search.forked import at_once, check_shared, ended, fork, together
 
@@ -99,8 +100,7 @@ def test_a_live_worker_keeps_its_trial(tmp_path: Path) -> None:
         return trial(assignment)
 
     child = fork(lambda: make(tmp_path, training, trials=1).search())
-    while not (tmp_path / "runs").exists():
-        time.sleep(0.01)
+    wait_for((tmp_path / "runs").exists)
     said, run = list[str](), Trainings()
     search = make(tmp_path, run, trials=1, said=said)
     (running,) = counted(search.study)
@@ -125,8 +125,10 @@ def test_two_workers_share_the_trials(tmp_path: Path) -> None:
     check_shared(search, 7, 3)
 
 
-def test_of_another_host_the_beats_tell(tmp_path: Path) -> None:
-    search = make(tmp_path, Trainings(), worker=Worker(tmp_path / "workers", beat=0.05, grace=0.4))
+def test_of_another_host_the_beats_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("lightning_pmss.search.workers.time", SimpleNamespace(monotonic=lambda: now))
+    search = make(tmp_path, Trainings(), worker=Worker(tmp_path / "workers", beat=0.01, grace=100))
     trial = search._claim(6)
     assert trial is not None
     trial.set_user_attr(HOST, "elsewhere")
@@ -136,13 +138,20 @@ def test_of_another_host_the_beats_tell(tmp_path: Path) -> None:
         (running,) = counted(search.study)
         return search.worker.is_dead(search.study, running)
 
+    def beats() -> int:
+        (running,) = counted(search.study)
+        return int(running.user_attrs.get(BEAT, 0))
+
     with search.worker.works_on(trial):
-        end = time.monotonic() + 1.2
-        while time.monotonic() < end:
+        for _ in range(4):
+            before = beats()
+            wait_for(lambda before=before: beats() > before)
+            now += 90
             assert not dead()
-            time.sleep(0.05)
-    assert not dead()  # the last beat has just been seen
-    time.sleep(0.5)
+    dead()  # sees the last beat
+    now += 99
+    assert not dead()
+    now += 2
     assert dead()
 
 
