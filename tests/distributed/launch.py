@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,26 @@ def require(strategy: str) -> None:
         if shutil.which("c++") is None and shutil.which("g++") is None:
             pytest.skip("DeepSpeed on the CPU compiles an operation and needs a C++ compiler")
         _compile()
+
+
+def per_strategy(start: Callable[[str], Path]) -> Callable[[str], Path]:
+    """A launch of each strategy that is asked for: once, and where the strategy can run."""
+    started = functools.cache(start)
+
+    def asked(name: str) -> Path:
+        require(name)
+        return started(name)
+
+    return asked
+
+
+def whole_and_resumed(folder: Path, task: dict[str, Any], step: int) -> list[dict[str, Any]]:
+    """Tasks of a run in ``folder/whole``, and of one in ``folder/resumed`` that goes on from its checkpoint of a step."""
+    checkpoint = str(folder / "whole" / "saved" / f"step={step}.ckpt")
+    return [
+        task | {"folder": str(folder / "whole")},
+        task | {"folder": str(folder / "resumed"), "checkpoint": checkpoint},
+    ]
 
 
 @functools.cache

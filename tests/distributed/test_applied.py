@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.launch import launch, ranks, require
+from tests.distributed.launch import launch, per_strategy, ranks, whole_and_resumed
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 NAMES = ["fsdp1", "fsdp2", "zero2", "zero3"]
@@ -22,7 +21,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Strategy -> folder with, for each method, the whole run and one that is resumed after four of six steps."""
     parent = tmp_path_factory.mktemp("applied")
 
-    @functools.cache
     def launched(name: str) -> Path:
         tasks = []
         for method in METHODS:
@@ -32,17 +30,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
             more = dict([options.split("=")]) if options else {}
             task = {"steps": 6, "strategy": name, "method": kind, "mixing": True, "lr": 0.005}
             task |= {"callback": {"target_modules": targets, **more}}
-            tasks.append(task | {"folder": str(folder / "whole")})
-            checkpoint = str(folder / "whole" / "saved" / "step=4.ckpt")
-            tasks.append(task | {"folder": str(folder / "resumed"), "checkpoint": checkpoint})
+            tasks += whole_and_resumed(folder, task, 4)
         launch("tests.distributed.script", tasks, timeout=60 * len(tasks))
         return parent / name
 
-    def run(name: str) -> Path:
-        require(name)
-        return launched(name)
-
-    return run
+    return per_strategy(launched)
 
 
 @pytest.mark.parametrize("method", METHODS)

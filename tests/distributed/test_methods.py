@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.launch import launch, ranks, require
+from tests.distributed.launch import launch, per_strategy, ranks, whole_and_resumed
 from tests.methods.cases import CASES
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -22,23 +21,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Strategy -> folder with, for each method, the whole run and one that is resumed after four of six steps."""
     parent = tmp_path_factory.mktemp("methods")
 
-    @functools.cache
     def launched(name: str) -> Path:
         tasks = []
         for method in CASES:
             folder = parent / name / method
             task = {"steps": 6, "strategy": name, "method": method}
-            tasks.append(task | {"folder": str(folder / "whole")})
-            checkpoint = str(folder / "whole" / "saved" / "step=4.ckpt")
-            tasks.append(task | {"folder": str(folder / "resumed"), "checkpoint": checkpoint})
+            tasks += whole_and_resumed(folder, task, 4)
         launch("tests.distributed.script", tasks, timeout=60 * len(tasks))
         return parent / name
 
-    def run(name: str) -> Path:
-        require(name)
-        return launched(name)
-
-    return run
+    return per_strategy(launched)
 
 
 @pytest.mark.parametrize("method", list(CASES))

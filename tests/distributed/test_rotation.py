@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from safetensors.torch import load_file
 
 from lightning_pmss import load_adapter
 from lightning_pmss.conversion.convert import adapted_layers
-from tests.distributed.launch import launch, ranks, require
+from tests.distributed.launch import launch, per_strategy, ranks, whole_and_resumed
 from tests.distributed.script import base_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -25,24 +24,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     parent = tmp_path_factory.mktemp("rotation")
     callback = {"coordinates": "rotation", "selection": "random", "log_u_norm": True, "dropout": 0.3}
 
-    def run(name: str) -> Path:
-        require(name)
-        return launched(name)
-
-    @functools.cache
     def launched(name: str) -> Path:  # each in its own launch: DeepSpeed does not come after DDP in one process
         folder = parent / name
         task = {"steps": 6, "strategy": name, "callback": callback}
-        checkpoint = str(folder / "whole" / "saved" / "step=4.ckpt")
-        tasks = [task | {"folder": str(folder / "whole")}]
-        tasks += [task | {"folder": str(folder / "resumed"), "checkpoint": checkpoint}]
+        tasks = whole_and_resumed(folder, task, 4)
         # As other hardware might select: the checkpoint's indices are used.
-        other = {"callback": callback | {"seed": 5}}
-        tasks += [task | other | {"folder": str(folder / "moved"), "checkpoint": checkpoint}]
+        tasks.append(tasks[1] | {"callback": callback | {"seed": 5}, "folder": str(folder / "moved")})
         launch("tests.distributed.script", tasks)
         return folder
 
-    return run
+    return per_strategy(launched)
 
 
 @pytest.mark.parametrize("name", NAMES)

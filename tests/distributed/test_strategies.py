@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from lightning_pmss import load_adapter, merge
 from lightning_pmss.checkpoints.extract import extract_files
 from lightning_pmss.conversion.convert import adapted_layers
-from tests.distributed.launch import launch, ranks, require
+from tests.distributed.launch import launch, per_strategy, ranks
 from tests.distributed.script import EXAMPLES, LENGTH, VOCABULARY, base_model
 from tests.distributed.strategies import NAMES
 
@@ -36,11 +35,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Strategy -> folder with all its runs, made once by one launch."""
     parent = tmp_path_factory.mktemp("strategies")
 
-    def run(name: str) -> Path:
-        require(name)
-        return launched(name)
-
-    @functools.cache
     def launched(name: str) -> Path:
         folder = parent / name
         dropout = {"callback": {"dropout": 0.3}, "steps": 6}
@@ -89,7 +83,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
         )
         return folder
 
-    return run
+    return per_strategy(launched)
 
 
 def tokens() -> torch.Tensor:

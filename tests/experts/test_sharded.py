@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 from lightning_pmss import load_adapter
 from lightning_pmss.checkpoints.extract import extract_files
 from lightning_pmss.conversion.convert import adapted_layers
-from tests.distributed.launch import launch, ranks, require
+from tests.distributed.launch import launch, per_strategy, ranks, whole_and_resumed
 from tests.experts.sharded import EXPERTS, STEPS, run
 from tests.experts.toys import SIZES, mixture, tokens
 
@@ -36,16 +35,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Strategy -> folder with, for each method, the whole run and one that is resumed after two of four steps."""
     parent = tmp_path_factory.mktemp("sharded")
 
-    @functools.cache
     def launched(name: str) -> Path:
         more = MORE | {"autocast": AUTOCAST}
         tasks = [task | {"strategy": name, "folder": str(parent / name / which)} for which, task in more.items()]
         for method in METHODS:
             folder = parent / name / method
             task = {"strategy": name, "method": method, "model": "mixtral"}
-            tasks.append(task | {"folder": str(folder / "whole")})
-            checkpoint = str(folder / "whole" / "saved" / "step=2.ckpt")
-            tasks.append(task | {"folder": str(folder / "resumed"), "checkpoint": checkpoint})
+            tasks += whole_and_resumed(folder, task, 2)
         task = {"strategy": name, "method": "pmss", "model": "mixtral", "options": {"selection": "random", "seed": 1}}
         checkpoint = str(parent / name / "pmss" / "whole" / "saved" / "step=2.ckpt")
         tasks.append(task | {"folder": str(parent / name / "other indices"), "checkpoint": checkpoint})
@@ -62,11 +58,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
             launch("tests.experts.sharded", tasks, timeout=60 * len(tasks))
         return parent / name
 
-    def of(name: str) -> Path:
-        require(name)
-        return launched(name)
-
-    return of
+    return per_strategy(launched)
 
 
 def compare_losses(own: Path, one: Path, rel: float = 1e-5) -> None:
@@ -177,15 +169,13 @@ def language(tiny_tokenizer: str, fixtures: Path, tmp_path_factory: pytest.TempP
     MixtralForCausalLM(MixtralConfig(**sizes | ids)).save_pretrained(parent / "base")
     tokenizer.save_pretrained(parent / "base")
 
-    @functools.cache
     def launched(name: str) -> Path:
-        require(name)
         task = {"strategy": name, "model": str(parent / "base"), "data": str(fixtures / "gsm8k"), "steps": 3}
         options = {"clip": 1e-4, "checkpointing": True, "generate": True}
         launch("tests.distributed.language", [task | options | {"folder": str(parent / name)}])
         return parent / name
 
-    return launched
+    return per_strategy(launched)
 
 
 @pytest.mark.parametrize("name", NAMES)
