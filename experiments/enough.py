@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import table
+from experiments.collected import keep
 from experiments.statistics import Mean
 
 RECORD = Path(__file__).parent / "enough.json"
@@ -20,7 +21,7 @@ _KEPT = ("monitor", "equal", "sizes", "noise", "sentences")
 
 
 def collect(folders: Sequence[Path]) -> Path:
-    """Write the results of the studies in the output folders of ``enough``.
+    """Keep the results of the studies in the output folders of ``enough``, beside those of other names.
 
     Raises:
         ValueError: A folder has no result, or runs are missing.
@@ -33,8 +34,7 @@ def collect(folders: Sequence[Path]) -> Path:
         if result["missing"] or result["failures"]:
             raise ValueError(f"{folder}: the study has not ended; type its command again.")
         found[folder.name] = {name: result[name] for name in _KEPT}
-    RECORD.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return RECORD
+    return keep(RECORD, found)
 
 
 def enough_text(record: Mapping[str, Any]) -> str:

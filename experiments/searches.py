@@ -6,13 +6,13 @@ commands are in experiments/README.md.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import table
+from experiments.collected import keep
 from experiments.statistics import mean
 
 RECORD = Path(__file__).parent / "searches.json"
@@ -21,7 +21,7 @@ _MODE = "min"  # of val/loss
 
 
 def collect(folders: Sequence[Path]) -> Path:
-    """Write the trials of the studies in the output folders of ``tune``.
+    """Keep the trials of the studies in the output folders of ``tune``, beside those of other names.
 
     Raises:
         ValueError: A folder has no study, or its search has not ended.
@@ -46,8 +46,7 @@ def collect(folders: Sequence[Path]) -> Path:
             "seed": bound["seed"],
             "trials": [{name: getattr(line, name) for name in kept} for line in trials],
         }
-    RECORD.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return RECORD
+    return keep(RECORD, found)
 
 
 def searches_text(record: Mapping[str, Any]) -> str:

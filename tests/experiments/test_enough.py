@@ -42,4 +42,11 @@ def test_only_studies_that_have_ended(tmp_path: Path, monkeypatch: pytest.Monkey
         collect([folder])
     (folder / "enough.json").write_text(json.dumps(result({50: (1.0, None)})))
     collect([folder])
-    assert json.loads((tmp_path / "record.json").read_text())["lora"]["sizes"][0]["size"] == 50
+    record = tmp_path / "record.json"
+    assert json.loads(record.read_text())["lora"]["sizes"][0]["size"] == 50
+    other = folder.rename(tmp_path / "hira")
+    collect([other])
+    assert list(json.loads(record.read_text())) == ["hira", "lora"]  # those of other names stay
+    (other / "enough.json").write_text(json.dumps(result({60: (1.0, None)})))
+    collect([other])
+    assert json.loads(record.read_text())["hira"]["sizes"][0]["size"] == 60
