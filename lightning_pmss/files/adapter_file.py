@@ -379,4 +379,5 @@ def _checked_module(
             f"{file}: {one_line(name)} has the rank {made.ranks}, and {CONFIG_FILE} says rank {entry.rank}. The two files do"
             " not belong together; copy the folder again."
         )
-    return AdapterModule((out_features, in_features), entry.layout, prints, made)
+    shape = out_features, in_features
+    return AdapterModule(shape, entry.layout, prints, made.narrowed(shape))

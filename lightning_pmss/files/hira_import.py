@@ -11,10 +11,12 @@ from lightning_pmss.files.peft_folder import (
     PeftRecord,
     adapter_file,
     base_weights,
+    drop_copies,
     layer_options,
     read_weights,
     refuse_fields,
     sort_tensors,
+    transposed_layers,
 )
 from lightning_pmss.layers.fingerprint import fingerprint
 from lightning_pmss.layers.layout import Layout
@@ -50,15 +52,18 @@ def read_hira(folder: Path, content: Any, reader: ShardReader) -> AdapterFile:
     refuse_fields(record, "HiRA", where, _IN_TRAINING)
     file = str(folder / WEIGHTS_FILE)
     pairs, full = sort_tensors(read_weights(folder), "HiRA", _ENDS, ("hira_",), file)
+    drop_copies(pairs, full, "HiRA", folder, reader)
+    shapes = {name: (pair["B"].shape[0], pair["A"].shape[-1]) for name, pair in pairs.items()}
+    transposed = transposed_layers(shapes, record.fan_in_fan_out, "HiRA", folder, reader)
     modules = {}
     for name, stored in base_weights(pairs, "HiRA", folder, reader):
         tensors = {part: tensor.float() for part, tensor in pairs[name].items()}
-        weight = stored.T if record.fan_in_fan_out else stored
+        layout = Layout.CONV1D if name in transposed else Layout.LINEAR
+        weight = layout.canonical(stored)
         shape = weight.shape[0], weight.shape[1]
         if reason := HiRAUpdate.why_not(shape, tensors):
             raise ValueError(f"{file}: {name}.{reason}. {AGAIN}")
-        update = HiRAUpdate(**tensors)
-        layout = Layout.CONV1D if record.fan_in_fan_out else Layout.LINEAR
+        update = HiRAUpdate(**tensors).narrowed(shape)
         modules[name] = AdapterModule(shape, layout, fingerprint(*update.read(weight)), update)
     options = HiRAConfig(**layer_options({n: m.update.rank for n, m in modules.items()}, full))
     return adapter_file(folder, record, options, modules, full)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -25,12 +25,13 @@ from lightning_pmss.files.peft_folder import (
     QUANTISED,
     PeftRecord,
     adapter_file,
-    base_weights,
+    drop_copies,
     layer_options,
     read_config,
     read_weights,
     refuse_fields,
     sort_tensors,
+    transposed_layers,
 )
 from lightning_pmss.layers.layout import Layout
 from lightning_pmss.methods.lora import LoRAConfig, LoRAUpdate
@@ -101,8 +102,9 @@ def import_files(
         rename = resolve_names(adapter, reader, base, IN_PEFT, QUANTISED)  # also checks the shapes
         if lost := [name for name in adapter.also_train if rename(name) not in reader.tensors]:
             raise ValueError(
-                f"{source} has {few(lost)} trained in full, which {base} does not have under this name: it ties it to another"
-                " tensor, of which peft trains a copy. Merge it with peft instead."
+                f"{source} has {few(lost)} trained in full, which {base} does not have under this name: the module was made for"
+                " the training, such as a new head, or it is tied to another one, of which peft trains a copy. Merge it with"
+                f" peft instead: {IN_PEFT}"
             )
     write_adapter(adapter, target, overwrite=overwrite, base=base if base.is_dir() else None)
     return f"{adapter.options.label()} of {source}: {len(adapter.modules)} layers, written to {target}"
@@ -125,10 +127,13 @@ def read_lora(folder: Path, content: Any, reader: ShardReader) -> AdapterFile:
     tensors = read_weights(folder)
     pairs, full = sort_tensors(tensors, "a plain LoRA", _ENDS, ("lora_",), str(folder / WEIGHTS_FILE))
     embeddings = [name for name in pairs if f"{PREFIX}{name}.{_EMBEDDING}" in tensors]
-    _drop_copies(embeddings, full, folder, reader)
-    layouts = {name: _layout(pair, record.fan_in_fan_out, name in embeddings) for name, pair in pairs.items()}
+    drop_copies(pairs, full, "LoRA", folder, reader)
+    layouts = {n: _layout(pair, n in embeddings) for n, pair in pairs.items()}
     scales = {name: _scaling(record, name, len(pair["A"]), where) for name, pair in pairs.items()}
     modules = {n: _module(pair, scales[n], layouts[n], n, str(folder)) for n, pair in pairs.items()}
+    linear = {n: module.shape for n, module in modules.items() if module.layout is Layout.LINEAR}
+    for name in transposed_layers(linear, record.fan_in_fan_out, "LoRA", folder, reader):
+        modules[name] = replace(modules[name], layout=Layout.CONV1D)
     common = layer_options({name: module.update.rank for name, module in modules.items()}, full)
     usual = common["rank"]
     first = next(name for name, module in modules.items() if module.update.rank == usual)
@@ -184,28 +189,11 @@ def _scaling(record: LoraRecord, name: str, rank: int, where: str) -> float:
     return alpha / (math.sqrt(rank) if record.use_rslora else rank)
 
 
-def _layout(pair: Mapping[str, Tensor], transposed: bool, embedding: bool) -> Layout:
-    """How the base stores the layer of a pair of factors."""
+def _layout(pair: Mapping[str, Tensor], embedding: bool) -> Layout:
+    """The kind of layer that a pair of factors is of."""
     if embedding:
         return Layout.EMBEDDING
-    if pair["A"].dim() > 2:
-        return Layout.CONVOLUTION
-    return Layout.CONV1D if transposed else Layout.LINEAR
-
-
-def _drop_copies(embeddings: Collection[str], full: dict[str, Tensor], folder: Path, reader: ShardReader) -> None:
-    """Take the copies out that peft saves of the weights of embeddings with a LoRA, which are frozen.
-
-    Raises:
-        ValueError: A copy is not the base's weight.
-    """
-    copies = {n: full.pop(key) for n in embeddings if (key := f"{n}.base_layer.weight") in full}
-    for name, weight in base_weights(copies, "LoRA", folder, reader):
-        if not torch.equal(weight.to(copies[name].dtype), copies[name]):
-            raise ValueError(
-                f"{folder} has a weight of {name} that is not the base's: tokens were added, or it was trained on another base."
-                f" Merge it with peft instead: {IN_PEFT}"
-            )
+    return Layout.CONVOLUTION if pair["A"].dim() > 2 else Layout.LINEAR
 
 
 def _module(pair: dict[str, Tensor], scale: float, layout: Layout, name: str, where: str) -> AdapterModule:
@@ -218,4 +206,4 @@ def _module(pair: dict[str, Tensor], scale: float, layout: Layout, name: str, wh
     update = {"A": a, "B": scale * b}
     if reason := LoRAUpdate.why_not(shape, update):
         raise ValueError(f"{where}: {name}.{reason}. {AGAIN}")
-    return AdapterModule(shape, layout, {}, LoRAUpdate(**update))
+    return AdapterModule(shape, layout, {}, LoRAUpdate(**update).narrowed(shape))

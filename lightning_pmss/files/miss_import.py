@@ -13,6 +13,7 @@ from lightning_pmss.files.peft_folder import (
     PeftRecord,
     adapter_file,
     base_weights,
+    drop_copies,
     layer_options,
     read_weights,
     refuse_fields,
@@ -62,6 +63,7 @@ def read_miss(folder: Path, content: Any, reader: ShardReader) -> AdapterFile:
     refuse_fields(record, kind, where)
     file = str(folder / WEIGHTS_FILE)
     blocks, full = sort_tensors(read_weights(folder), "MiSS", _ENDS, ("miss_", "bone_"), file)
+    drop_copies(blocks, full, kind, folder, reader)
     modules = {}
     for name, weight in base_weights(blocks, kind, folder, reader):
         shape = weight.shape[0], weight.shape[1]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
@@ -112,6 +113,60 @@ def sort_tensors(
     return layers, full
 
 
+def drop_copies(layers: Iterable[str], full: dict[str, Tensor], kind: str, folder: Path, reader: ShardReader) -> None:
+    """Take out the copies of frozen weights that peft saves beside an adapter of an embedding or an output head.
+
+    Args:
+        layers: Names of the adapter's layers.
+        full: The tensors trained in full, by name, from which the copies are taken.
+        kind: Name of the adapter type.
+        folder: Of the adapter, for messages.
+        reader: The base's files.
+
+    Raises:
+        ValueError: A copy is not the base's weight.
+    """
+    held = [name for name in layers if f"{name}.base_layer.weight" in full]
+    rename = _rename(held, kind, folder, reader)
+    for name, part in ((name, part) for name in held for part in ("weight", "bias")):
+        key, copy = f"{rename(name)}.{part}", full.pop(f"{name}.base_layer.{part}", None)
+        if copy is None:
+            continue
+        if key not in reader.matrices or not torch.equal(reader.read(key).to(copy.dtype), copy):
+            raise ValueError(
+                f"{folder} has a {part} of {name} that is not the base's: tokens were added, or it was trained on another base."
+                f" Merge it with peft instead: {IN_PEFT}"
+            )
+
+
+def transposed_layers(
+    shapes: Mapping[str, tuple[int, int]], field: bool, kind: str, folder: Path, reader: ShardReader
+) -> set[str]:
+    """Which layers the base stores as ``[in, out]`` (Conv1D): peft's ``fan_in_fan_out`` is that of the last layer alone.
+
+    Args:
+        shapes: (out, in) of each layer, of its adapter's tensors.
+        field: ``fan_in_fan_out``, which square layers follow.
+        kind: Name of the adapter type.
+        folder: Of the adapter, for messages.
+        reader: The base's files.
+
+    Raises:
+        ValueError: The base does not have the layers, or stores some either way, so that nothing tells how square ones are.
+    """
+    rename = _rename(shapes, kind, folder, reader)
+    stored = {name: tuple(reader.matrices[f"{rename(name)}.weight"].shape) for name in shapes}
+    # What fits neither way is refused by `resolve_names`.
+    told = {n: stored[n] == (b, a) for n, (a, b) in shapes.items() if a != b and stored[n] in ((a, b), (b, a))}
+    square = [name for name, (a, b) in shapes.items() if a == b]
+    if square and len({*told.values(), field}) > 1:
+        raise ValueError(
+            f"{folder} has layers that {reader.folder} stores as [in, out] beside others as [out, in]. Its file does not say"
+            f" which of them the square ones are: {few(square)}. Merge it with peft instead: {IN_PEFT}"
+        )
+    return {name for name in shapes if told.get(name, field)}
+
+
 def base_weights(names: Iterable[str], kind: str, folder: Path, reader: ShardReader) -> Iterator[tuple[str, Tensor]]:
     """Yield each layer's weight as the base stores it, one at a time.
 
@@ -124,6 +179,13 @@ def base_weights(names: Iterable[str], kind: str, folder: Path, reader: ShardRea
     Raises:
         ValueError: The base does not have the layers.
     """
+    found = list(names)
+    rename = _rename(found, kind, folder, reader)
+    for name in found:
+        yield name, reader.read(f"{rename(name)}.weight")
+
+
+def _rename(names: Iterable[str], kind: str, folder: Path, reader: ShardReader) -> Callable[[str], str]:
     wording = Wording(
         whose="the adapter's",
         owner=f"the {kind} of {folder}",
@@ -133,10 +195,7 @@ def base_weights(names: Iterable[str], kind: str, folder: Path, reader: ShardRea
         mismatch="Give the base that it was trained on.",
         quantised=QUANTISED,
     )
-    found = list(names)
-    rename = match_names(dict.fromkeys(found), reader, reader.folder, wording)
-    for name in found:
-        yield name, reader.read(f"{rename(name)}.weight")
+    return match_names(dict.fromkeys(names), reader, reader.folder, wording)
 
 
 def layer_options(ranks: Mapping[str, int], full: Collection[str]) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from lightning_pmss.layers.expert_layer import FUSED
 from lightning_pmss.layers.layout import Layout
 from lightning_pmss.methods.bat import BATUpdate
 from lightning_pmss.methods.hira import HiRAUpdate
-from lightning_pmss.methods.lora import LoRAUpdate
-from lightning_pmss.methods.method import Factors, Update
+from lightning_pmss.methods.lora import LoRAUpdate, lora_pair
+from lightning_pmss.methods.method import Update
 from lightning_pmss.methods.miss import MiSSConfig, MiSSUpdate
 
 _ENDS = ("lora_A.weight", "lora_B.weight")
@@ -350,29 +350,6 @@ def choose_form(source: Source, native: bool | None, rank: int | None) -> Chosen
     if kind.factors is Update.factors:
         raise ValueError(f"{reason}; and {no_thin_factors('the adapter')}")
     return Chosen(LoraForm(source), reason if form is not None else None)
-
-
-def lora_pair(factors: Factors, rank: int | None = None) -> tuple[Tensor, Tensor, float | None]:
-    """Return ``lora_A [k, in]`` and ``lora_B [out, k]``, whose product ``lora_B @ lora_A`` is the update.
-
-    Args:
-        factors: Factors of the update, float64.
-        rank: Largest k. If it is smaller than the factors' rank, the result is the best approximation (Eckart and Young), with
-            the square root of the singular values in each factor.
-
-    Returns:
-        Both factors in float64, and the share of the update's Frobenius norm that was cut off; None if nothing was.
-    """
-    a, b = factors
-    if rank is None or rank >= len(a):
-        return a, b, None
-    q_b, t_b = torch.linalg.qr(b)
-    q_a, t_a = torch.linalg.qr(a.T)
-    left, singular, right = torch.linalg.svd(t_b @ t_a.T)
-    root = singular[:rank].sqrt()
-    whole, cut = float(torch.linalg.vector_norm(singular)), float(torch.linalg.vector_norm(singular[rank:]))
-    error = cut / whole if whole > 0 else 0.0
-    return root[:, None] * (right[:rank] @ q_a.T), (q_b @ left[:, :rank]) * root, error
 
 
 def _why_no_miss(source: Source) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -100,8 +100,37 @@ class LoRAUpdate(Update):
         used[0] |= not bool(used.any())  # never trained: one row stands for it
         return type(self)(self.A[used], self.B[:, used])
 
+    def narrowed(self, shape: Shape) -> Self:
+        if self.rank <= min(shape):
+            return self
+        a, b, _ = lora_pair(Factors(self.A.double(), self.B.double()), min(shape))
+        return replace(self, A=a.to(self.A.dtype).contiguous(), B=b.to(self.B.dtype).contiguous())
+
     def factors(self, weight: Tensor, dtype: torch.dtype) -> Factors | None:
         return Factors(self.A.to(dtype), self.B.to(dtype))
+
+
+def lora_pair(factors: Factors, rank: int | None = None) -> tuple[Tensor, Tensor, float | None]:
+    """Return ``lora_A [k, in]`` and ``lora_B [out, k]``, whose product ``lora_B @ lora_A`` is the update.
+
+    Args:
+        factors: Factors of the update, float64.
+        rank: Largest k. If it is smaller than the factors' rank, the result is the best approximation (Eckart and Young), with
+            the square root of the singular values in each factor.
+
+    Returns:
+        Both factors in float64, and the share of the update's Frobenius norm that was cut off; None if nothing was.
+    """
+    a, b = factors
+    if rank is None or rank >= len(a):
+        return a, b, None
+    q_b, t_b = torch.linalg.qr(b)
+    q_a, t_a = torch.linalg.qr(a.T)
+    left, singular, right = torch.linalg.svd(t_b @ t_a.T)
+    root = singular[:rank].sqrt()
+    whole, cut = float(torch.linalg.vector_norm(singular)), float(torch.linalg.vector_norm(singular[rank:]))
+    error = cut / whole if whole > 0 else 0.0
+    return root[:, None] * (right[:rank] @ q_a.T), (q_b @ left[:, :rank]) * root, error
 
 
 class LoRA(Method[LoRAConfig]):
@@ -138,6 +167,7 @@ class LoRA(Method[LoRAConfig]):
 
     def fitted(self, weight: Tensor, update: LoRAUpdate, rank: int, scale: float, name: str) -> dict[str, Tensor]:
         """Filled up with zeros, which get no gradient: the update keeps its own rank."""
+        assert update.rank <= rank  # negative padding would cut
         more = rank - update.rank
         own = self.numbers(update.to(weight.device), {}, scale, name)
         return {"A": F.pad(own["A"], (0, 0, 0, more)), "B": F.pad(own["B"], (0, more))}

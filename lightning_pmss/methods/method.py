@@ -132,6 +132,10 @@ class Update(ABC):
         """The same without parts that are zero."""
         return self
 
+    def narrowed(self, shape: Shape) -> Self:
+        """The same of a rank that W ``[out, in]`` of this shape allows, for updates that others made."""
+        return self
+
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """Of the tensors, in the order of the fields."""

@@ -23,7 +23,7 @@ from lightning_pmss.messages import some
 from lightning_pmss.methods import method_of
 from lightning_pmss.methods.lora import LoRAConfig, LoRAUpdate
 from lightning_pmss.methods.method import Factors
-from lightning_pmss.named.rules import ANY_UPDATE, Rule
+from lightning_pmss.named.rules import ANY_UPDATE, SAME_RANKS, Rule
 from lightning_pmss.store import not_finite
 from lightning_pmss.store.atomic import check_target
 from lightning_pmss.store.kinds import ADAPTER
@@ -205,7 +205,10 @@ def _combine(
         for i in owners:
             update = files[i].modules[name].update
             part = thin(update, sources[i].weight(name), name, cut=rule.name in ANY_UPDATE)
-            parts.append((weights[i], Factors(part.a.double(), part.b.double())))
+            part = Factors(part.a.double(), part.b.double())
+            if rule.name in SAME_RANKS:
+                part = _as_peft_s(part, files[i], name)
+            parts.append((weights[i], part))
         try:
             total = rule.combined(parts, name)
         except ValueError as error:
@@ -216,11 +219,19 @@ def _combine(
             raise ValueError(
                 f"{name}: NaN or infinite values in {some(broken)} of the combination; nothing is written."
             )
-        modules[name] = AdapterModule(like.shape, like.layout, {}, update_of_all)
+        modules[name] = AdapterModule(like.shape, like.layout, {}, update_of_all.narrowed(like.shape))
         whole = _inner(total, total)
         for i, (_, part) in zip(owners, parts, strict=True):
             measured[i][name] = (_inner(part, part), _inner(part, total), whole)
     return modules, measured
+
+
+def _as_peft_s(part: Factors, file: AdapterFile, name: str) -> Factors:
+    """Move the root of a LoRA's ``alpha / r`` from B to A: the entry rules of peft weigh both factors alike."""
+    if not isinstance(file.options, LoRAConfig):
+        return part
+    root = math.sqrt(abs(file.options.scale_of(len(part.a), file.modules[name].shape)))
+    return Factors(part.a * root, part.b / root)
 
 
 def _filled(modules: Mapping[str, AdapterModule]) -> dict[str, AdapterModule]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from lightning_pmss.conversion.convert import adapted_layers
+from lightning_pmss.layers.adapted import AdaptedLinear
+from lightning_pmss.layers.convertible import canonical_shape
 from lightning_pmss.layers.guard import refuse_disabled
 from lightning_pmss.messages import some
 from lightning_pmss.methods.method import Update
@@ -86,20 +88,29 @@ def combine_adapters(model: nn.Module, name: str, weights: Mapping[str, float]) 
         if not parts:
             continue
         total = layer.method.update_class.weighted([(done.weights[part], update) for part, update in parts.items()])
+        total = total.narrowed(canonical_shape(layer))
         sums[layer_name] = total
         if all(update.ranks == total.ranks for update in parts.values()):
             done.agreeing.append(layer_name)
         else:
             done.joined[layer_name] = total.width
     if narrow := [n for n, size in done.joined.items() if size > layers[n].rank]:
-        raise ValueError(
-            f"the adapters {some(list(weights))} have other rows and columns in {some(narrow)}, and their sum has rank"
-            f" {max(done.joined[n] for n in narrow)}, more than these layers have here. Load them by load_adapters(model, ...,"
-            f" rank={max(done.joined.values())}), or train them on one skeleton (skeleton_file=)."
-        )
+        raise ValueError(_too_wide(list(weights), {n: done.joined[n] for n in narrow}, layers))
     states = {
         n: layers[n].method.fitted(layers[n].base_weight(), update, layers[n].rank, layers[n].scale, n)
         for n, update in sums.items()
     }
     bank.adapters[name] = NamedAdapter(states, {}, dict(bank.adapters[first].fresh))
     return done
+
+
+def _too_wide(adapters: Sequence[str], sizes: Mapping[str, int], layers: Mapping[str, AdaptedLinear]) -> str:
+    most = max(sizes.values())
+    text = (
+        f"the sum of {some(list(adapters))} has rank {most} in {some(list(sizes))}, more than these layers have here."
+    )
+    if any(size > layers[n].method.rank_of(canonical_shape(layers[n]), size) for n, size in sizes.items()):
+        return f"{text} No layer of these shapes can have it. Combine their folders: combine_files(..., rule='svd', rank=...)."
+    text += f" Load them by load_adapters(model, ..., rank={most})"
+    skeletons = any(layers[n].indices() for n in sizes)
+    return f"{text}, or train them on one skeleton (skeleton_file=)." if skeletons else f"{text}."

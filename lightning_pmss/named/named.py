@@ -142,6 +142,12 @@ def add_adapter(model: nn.Module, name: str, folder: str | os.PathLike[str]) -> 
     if (report := conversion_of(model)) is not None and type(report.config) is not type(adapter.options):
         kinds = adapter.options.label(), report.config.label()
         raise ValueError(f"{adapter.folder} is an adapter of {kinds[0]}, and this model's are of {kinds[1]}.")
+    assert report is not None
+    if method_of(adapter.options).update_class is not method_of(report.config).update_class:
+        raise ValueError(
+            f"{adapter.folder} is of another form of {adapter.options.label()} than this model's adapters, whose layers compute"
+            " differently. Load it into a model of its own."
+        )
     check_modules(adapter, modules, None, type(model).__name__)
     if more := sorted(set(adapter.modules) - set(layers)):
         raise ValueError(f"{adapter.folder} has layers that are not converted: {some(more)}. {_AT_ONCE}")
@@ -155,7 +161,6 @@ def add_adapter(model: nn.Module, name: str, folder: str | os.PathLike[str]) -> 
         raise ValueError(f"{adapter.folder} has {some(strange)} trained in full, which no adapter here has. {_AT_ONCE}")
     check_fresh(adapter, live_tensors(model, adapter.fresh), model)
     check_base(adapter, modules, type(model).__name__)
-    assert report is not None
     for key, value in adapter.also_train.items():
         if value.shape != bank.base[key].shape:
             raise ValueError(f"{adapter.folder}: {key} is {list(value.shape)}, here {list(bank.base[key].shape)}.")
@@ -346,4 +351,10 @@ def _refuse_several_methods(read: Mapping[str, AdapterFile]) -> None:
     if len(methods) > 1:
         raise ValueError(
             f"these adapters are of several methods ({', '.join(sorted(methods))}); load those of one method at a time."
+        )
+    forms = {method_of(adapter.options).update_class: name for name, adapter in read.items()}
+    if len(forms) > 1:
+        raise ValueError(
+            f"the adapters {some(sorted(forms.values()))} are of several forms of {methods.pop()}, whose layers compute"
+            " differently; load those of one form at a time."
         )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_pmss.files.peft_form import lora_pair
+from lightning_pmss.methods.lora import lora_pair
 from lightning_pmss.methods.method import Factors
 
 SAME_RANKS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -76,7 +76,8 @@ class Rule:
         """The update of one layer.
 
         Args:
-            parts: Weight and factors of each adapter, A ``[r, in]`` and B ``[out, r]`` with every scale in B, float64.
+            parts: Weight and factors of each adapter, A ``[r, in]`` and B ``[out, r]``, float64. Their product is the update;
+                the rules of `SAME_RANKS` and ``lego`` depend on how its scale is shared between A and B.
             name: The layer, on which draws depend as on the seed.
 
         Raises:

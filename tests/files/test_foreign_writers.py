@@ -118,7 +118,8 @@ def test_a_submodule_and_a_model_around_the_converted_part(base: Callable[[], An
     inner = read(tmp_path / "inner", AutoModel)
     with torch.no_grad():
         expected = part.model(input_ids=IDS).last_hidden_state
-        torch.testing.assert_close(inner(input_ids=IDS).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
+        # Normalised states are of size 1; their last float32 bits depend on the processor.
+        torch.testing.assert_close(inner(input_ids=IDS).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_given_state_dict_is_merged_itself(model: Any, base: Callable[[], Any], tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.files import export_files, export_lora, load_adapter, merge_files, save_adapter
-from lightning_pmss.files.peft_form import lora_pair
 from lightning_pmss.merging import merge, merged_state_dict, unmerge
+from lightning_pmss.methods.lora import lora_pair
 from lightning_pmss.methods.pmss.method import PMSSUpdate
 
 peft = pytest.importorskip("peft")
