@@ -202,15 +202,14 @@ def _combine(
     for name in tqdm(names, unit="layer", desc="combining", disable=not progress):
         owners = [i for i, file in enumerate(files) if name in file.modules]
         parts: list[tuple[float, Factors]] = []
+        given: list[tuple[float, Factors]] = []
         for i in owners:
             update = files[i].modules[name].update
             part = thin(update, sources[i].weight(name), name, cut=rule.name in ANY_UPDATE)
-            part = Factors(part.a.double(), part.b.double())
-            if rule.name in SAME_RANKS:
-                part = _as_peft_s(part, files[i], name)
-            parts.append((weights[i], part))
+            parts.append((weights[i], Factors(part.a.double(), part.b.double())))
+            given.append(_as_in_peft(*parts[-1], files[i], name) if rule.name in SAME_RANKS else parts[-1])
         try:
-            total = rule.combined(parts, name)
+            total = rule.combined(given, name)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         like = files[owners[0]].modules[name]
@@ -226,12 +225,12 @@ def _combine(
     return modules, measured
 
 
-def _as_peft_s(part: Factors, file: AdapterFile, name: str) -> Factors:
-    """Move the root of a LoRA's ``alpha / r`` from B to A: the entry rules of peft weigh both factors alike."""
+def _as_in_peft(weight: float, part: Factors, file: AdapterFile, name: str) -> tuple[float, Factors]:
+    """Move a LoRA's ``alpha / r`` from B to the weight, where peft's rules have it: they elect signs before they weigh."""
     if not isinstance(file.options, LoRAConfig):
-        return part
-    root = math.sqrt(abs(file.options.scale_of(len(part.a), file.modules[name].shape)))
-    return Factors(part.a * root, part.b / root)
+        return weight, part
+    scale = file.options.scale_of(len(part.a), file.modules[name].shape)
+    return weight * scale, Factors(part.a, part.b / scale)
 
 
 def _filled(modules: Mapping[str, AdapterModule]) -> dict[str, AdapterModule]:

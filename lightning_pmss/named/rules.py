@@ -76,8 +76,8 @@ class Rule:
         """The update of one layer.
 
         Args:
-            parts: Weight and factors of each adapter, A ``[r, in]`` and B ``[out, r]``, float64. Their product is the update;
-                the rules of `SAME_RANKS` and ``lego`` depend on how its scale is shared between A and B.
+            parts: Weight and factors of each adapter, A ``[r, in]`` and B ``[out, r]``, float64. Rules of `SAME_RANKS` and
+                ``lego`` depend on how the size of an update is shared between its weight, A and B.
             name: The layer, on which draws depend as on the seed.
 
         Raises:

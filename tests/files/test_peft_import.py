@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+from transformers.pytorch_utils import Conv1D
 
 from lightning_pmss import load_adapter, merge
 from lightning_pmss.files import export_files, merge_files, read_adapter
@@ -54,13 +57,16 @@ READ: dict[str, tuple[str, Any]] = {
     "LoRA, Phi-3": ("phi3", lambda: lora(target_modules=PHI3)),
     "LoRA, patterns": ("llama", lambda: lora(rank_pattern={"q_proj": 2}, alpha_pattern={"down_proj": 3})),
     "LoRA of some layers": ("llama", lambda: lora(layers_to_transform=[1], layers_pattern="layers")),
+    "LoRA, LLaMA with its output head": ("llama", lambda: lora(target_modules=["q_proj", "lm_head"])),
     "LoRA, MiCA's start": ("llama", lambda: lora(init_lora_weights="mica")),
     "MiSS, BERT with its head": ("bert", lambda: miss(target_modules=["query", "value"], task_type="SEQ_CLS")),
+    "MiSS, LLaMA with its output head": ("llama", lambda: miss(target_modules=["q_proj", "lm_head"])),
     "MiSS, Phi-3": ("phi3", lambda: miss(target_modules=PHI3)),
     "MiSS of some layers": ("llama", lambda: miss(layers_to_transform=0)),
     "BAT, Phi-3": ("phi3", lambda: miss(target_modules=PHI3, init_weights="bat")),
     "HiRA, LLaMA": ("llama", lambda: hira(hira_dropout=0.1, modules_to_save=["lm_head"])),
     "HiRA, GPT-2": ("gpt2", lambda: hira(target_modules=GPT2, fan_in_fan_out=True)),
+    "HiRA, LLaMA with its output head": ("llama", lambda: hira(target_modules=["q_proj", "lm_head"])),
     "HiRA, BERT with its head": ("bert", lambda: hira(target_modules=["query", "value"], task_type="SEQ_CLS")),
     "HiRA, Phi-3": ("phi3", lambda: hira(target_modules=PHI3, layers_to_transform=[0])),
 }
@@ -85,6 +91,77 @@ def test_a_folder_of_peft_and_back(case: str, bases: dict[str, Path], tmp_path: 
     kinds = [json.loads((tmp_path / f / "adapter_config.json").read_text())["peft_type"] for f in ("theirs", "back")]
     assert kinds[0] == kinds[1]
     torch.testing.assert_close(logits(in_peft(base(bases[name]), tmp_path / "back")), expected, rtol=1e-4, atol=1e-4)
+
+
+class Mixed(nn.Module):
+    """A Conv1D beside nn.Linear: peft's `fan_in_fan_out` is that of the last of them."""
+
+    def __init__(self, inner: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.first, self.last = Conv1D(inner, 16), nn.Linear(inner, 12)
+            self.square = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.square(self.last(torch.relu(self.first(x))))
+        return found
+
+
+def mixed(tmp_path: Path, inner: int) -> Path:
+    folder = tmp_path / "base"
+    folder.mkdir()
+    save_file(Mixed(inner).state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("config", [lora, hira])
+def test_conv1d_beside_linear(config: Any, tmp_path: Path) -> None:
+    folder, x = mixed(tmp_path, 24), torch.randn(5, 16)
+    expected = made(Mixed(24), tmp_path / "theirs", config(target_modules=["first", "last"]))(x)
+    assert (expected - Mixed(24)(x)).abs().max() > 0.001
+    import_files(tmp_path / "theirs", folder, tmp_path / "ours")
+    loaded = Mixed(24)
+    load_adapter(loaded, tmp_path / "ours")
+    torch.testing.assert_close(loaded(x), expected, rtol=1e-4, atol=1e-5)
+    merge_files(folder, tmp_path / "ours", tmp_path / "merged", progress=False)
+    merged = Mixed(24)
+    merged.load_state_dict(load_file(tmp_path / "merged" / "model.safetensors"))
+    torch.testing.assert_close(merged(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("config", [lora, hira])
+def test_a_square_layer_beside_both_is_refused(config: Any, tmp_path: Path) -> None:
+    folder = mixed(tmp_path, 24)
+    made(Mixed(24), tmp_path / "theirs", config(target_modules=["first", "last", "square"]))
+    with pytest.raises(
+        ValueError, match=r"does not say which of them the square ones are: square\. Merge it with peft"
+    ):
+        import_files(tmp_path / "theirs", folder, tmp_path / "ours")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_head_that_the_base_lacks_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(bases["llama"], num_labels=3)
+    made(model, tmp_path / "theirs", lora(task_type="SEQ_CLS"))
+    with pytest.raises(
+        ValueError, match=r"has score\.weight trained in full, which .* such as a new head, or it is tied"
+    ):
+        import_files(tmp_path / "theirs", bases["llama"], tmp_path / "ours")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_copy_that_is_not_the_bases(bases: dict[str, Path], tmp_path: Path) -> None:
+    made(base(bases["llama"]), tmp_path / "theirs", lora(target_modules=["q_proj", "lm_head"]))
+    file = tmp_path / "theirs" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.lm_head.base_layer.weight"][1, 2] += 1
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match="has a weight of lm_head that is not the base's"):
+        import_files(tmp_path / "theirs", bases["llama"], tmp_path / "ours")
 
 
 def test_an_imported_hira_is_bound_to_its_base(bases: dict[str, Path], tmp_path: Path) -> None:
