@@ -25,8 +25,8 @@ class Combination:
     Attributes:
         name: Name of the new adapter.
         weights: Factors of the adapters in the sum.
-        agreeing: Layers where all adapters have the same rows and columns, so that their U's were added.
-        joined: Layers where they differ, with the rank of the union, which represents the sum exactly.
+        agreeing: Layers whose sum has the adapters' own rank: of PMSS those with the same rows and columns, whose U's are added.
+        joined: The other layers, with the rank that represents the sum exactly.
     """
 
     name: str
@@ -36,9 +36,9 @@ class Combination:
 
     def __str__(self) -> str:
         terms = " + ".join(f"{weight:g} {name}" for name, weight in self.weights.items())
-        text = f"{self.name} = {terms}: {len(self.agreeing)} layers with the same rows and columns, U added"
+        text = f"{self.name} = {terms}: {len(self.agreeing)} layers added at their own rank"
         if self.joined:
-            text += f"; {len(self.joined)} with others, joined to rank {max(self.joined.values())} at most"
+            text += f"; {len(self.joined)} joined to rank {max(self.joined.values())} at most"
         return text
 
 

@@ -46,7 +46,7 @@ def test_on_one_skeleton_u_adds(fresh: Fresh, save: Save) -> None:
     assert active_adapter(model) == "a"
     assert len(done.agreeing) == len(adapted_layers(model))
     assert done.joined == {}
-    assert str(done) == "both = 0.7 a + -1.5 b: 8 layers with the same rows and columns, U added"
+    assert str(done) == "both = 0.7 a + -1.5 b: 8 layers added at their own rank"
     _check_sum(model, weights, "both")
 
 
