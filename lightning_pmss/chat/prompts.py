@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_pmss.messages import one_line
+from lightning_pmss.datamodules.columns import BOOKKEEPING, filled
+from lightning_pmss.messages import one_line, some
 from lightning_pmss.store import json_value, refuse_unreadable
 
 Turns = list[dict[str, str]]
@@ -73,7 +75,17 @@ def _row(text: str, where: str) -> dict[str, Any]:
         raise ValueError(f"{where} is not JSON ({error}).") from None
     if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
         raise ValueError(f'{where}: give an object with either "prompt" or "messages", such as {{"prompt": "Hello"}}.')
+    _refuse_unread(row, {"prompt", "messages"} | BOOKKEEPING, where)
     return row
+
+
+def _refuse_unread(given: Mapping[str, Any], read: Collection[str], where: str) -> None:
+    """A system text or a limit that nothing reads would change no answer, and nobody would notice."""
+    if unread := sorted(name for name, value in given.items() if name not in read and filled(value)):
+        raise ValueError(
+            f"{where}: {some(unread)} would not be read. A system text is the first turn of `messages`, limits are options of"
+            " the command line; leave other columns out."
+        )
 
 
 def _messages(row: dict[str, Any], where: str) -> Turns:
@@ -83,6 +95,7 @@ def _messages(row: dict[str, Any], where: str) -> Turns:
     for turn in turns:
         if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
             raise ValueError(f"{where}: {one_line(repr(turn)[:60])} is no turn of two texts, role and content.")
+        _refuse_unread(turn, ("role", "content"), where)
     if turns[-1]["role"] != "user" or not turns[-1]["content"].strip():
         raise ValueError(f"{where}: the last turn is to be the user's, with a text that is not empty.")
     return [{"role": turn["role"], "content": turn["content"]} for turn in turns]

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_BOOKKEEPING = frozenset(
+BOOKKEEPING = frozenset(
     ("id", "idx", "index", "uid", "uuid", "unique_id", "source", "split", "__index_level_0__", "Unnamed: 0")
 )
 """Columns that tell rows apart, or where they are from, in data of any format."""
@@ -89,7 +89,7 @@ class Format:
 
     def unused(self, row: Mapping[str, Any], ignored: Sequence[str] = (), inside: str = "") -> list[str]:
         """Return the filled columns of ``row`` that this format does not read and that may be relevant."""
-        known = {*self.needs, *self.reads, *self.silent, *_BOOKKEEPING}
+        known = {*self.needs, *self.reads, *self.silent, *BOOKKEEPING}
         return [
             str(name)
             for name, value in row.items()

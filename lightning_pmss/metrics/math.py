@@ -31,7 +31,7 @@ class MATHAccuracy(TextAccuracy):
 
     ``strict=False`` corrects these: the last ``\boxed{}`` is an answer too (the mark goes first), numbers are read in the
     usual notations (`lightning_pmss.metrics.exact`) and compared exactly, currency signs, ``\text`` around words and
-    units behind a number are passed over.
+    units in ``\text{}`` behind a number are passed over.
 
     As input to ``update`` the metric takes:
 

@@ -25,7 +25,7 @@ class Combination:
     Attributes:
         name: Name of the new adapter.
         weights: Factors of the adapters in the sum.
-        agreeing: Layers whose sum has the adapters' own rank: of PMSS those with the same rows and columns, whose U's are added.
+        agreeing: Layers whose sum has the adapters' own rank: of PMSS those with the same rows and columns.
         joined: The other layers, with the rank that represents the sum exactly.
     """
 

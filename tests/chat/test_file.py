@@ -142,6 +142,12 @@ def test_an_output_is_replaced_on_request_only(
         ("p.jsonl", '{"messages": []}', "is no list of turns"),
         ("p.jsonl", '{"id": 1.5, "prompt": "a"}', "give a whole number or a text"),
         ("p.jsonl", '{"id": 1, "prompt": "a"}\n{"id": 1, "prompt": "b"}', "line 2 has the id 1 of line 1"),
+        (
+            "p.jsonl",
+            '{"prompt": "a", "system": "In French."}',
+            "line 1: `system` would not be read. A system text is the",
+        ),
+        ("p.jsonl", '{"messages": [{"role": "user", "content": "a", "name": "b"}]}', "`name` would not be read"),
         ("p.txt", "\n \n", "contains no prompt"),
         ("p.csv", "a", "give a .txt file"),
         ("p.txt", b"\xff\xfe", "is no text in UTF-8"),

@@ -22,6 +22,7 @@ from tokenizers_of_kinds import MAKERS, make
 
 from lightning_pmss.datamodules.continuations import chained, tokens_of
 from lightning_pmss.datamodules.conversations.encoder import ConversationEncoder
+from lightning_pmss.datamodules.conversations.messages import BadRowError
 from lightning_pmss.datamodules.conversations.templates import use_template
 
 
@@ -197,6 +198,8 @@ def test_weights_of_answers() -> None:
     talk = [*TALK[:3], {**TALK[3], "weight": 0}]
     assert pieces(made, encode(made, talk)) == ["Twelve pens.<|im_end|>"]
     assert "weight" not in made.decode(encode(made, talk)["input_ids"])
+    with pytest.raises(BadRowError, match="the last turn has weight 0, so nothing of this row is trained"):
+        encode(made, talk, "last")
 
 
 def test_thoughts() -> None:

@@ -148,6 +148,43 @@ def test_too_long(chatml: str, tmp_path: Path) -> None:  # noqa: F811
     assert "Q2.0" not in text
 
 
+def test_both_of_a_pair_lose_the_same_exchanges(chatml: str, tmp_path: Path) -> None:  # noqa: F811
+    """The rejected answer alone is too long: the chosen one must answer the same turns."""
+    prompt = [*talk(1, 4)["messages"], turn("user", "Last?")]
+    row = {"prompt": prompt, "chosen": "Yes.", "rejected": "No. " * 20}
+    path = write(tmp_path / "p.jsonl", row)
+    whole = module_of(chatml, path, tmp_path).data["train"][0]
+    assert len(whole["input_ids"]) < len(whole["rejected_ids"]) - 20
+    limit = len(whole["rejected_ids"]) - 10
+    with pytest.warns(UserWarning, match="1 of 1 conversations of .* lose their earliest exchanges"):
+        module = module_of(chatml, path, tmp_path, max_length=limit, too_long="cut_turns")
+    cut = module.data["train"][0]
+    ids, rejected = cut["input_ids"], cut["rejected_ids"]
+    assert len(rejected) <= limit
+    sides = (ids, cut["trained"]), (rejected, cut["rejected_trained"])
+    prompts = [module.tokenizer.decode(tokens[: borders[0]]) for tokens, borders in sides]
+    assert prompts[0] == prompts[1]
+    assert prompts[0].startswith("<|im_start|>system\nBe helpful.<|im_end|>\n<|im_start|>user\nQ1.1")
+    assert module.cut["train"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"val_split": "validation"},
+            r"--data\.val_split validation names a split on the hub, .*Give --data\.val_path FILE",
+        ),
+        ({"split": "train[:3]"}, r"--data\.split train\[:3\] names a split on the hub, .*Give --data\.train_limit N"),
+    ],
+)
+def test_a_file_has_no_splits(chatml: str, tmp_path: Path, options: Any, message: str) -> None:  # noqa: F811
+    """They would be ignored: the training rows would validate."""
+    for path in (write(tmp_path / "train.jsonl", talk(1), talk(2)), tmp_path):
+        with pytest.raises(ValueError, match=message):
+            module_of(chatml, path, tmp_path, **options)
+
+
 def test_packed_rows_train_the_same_tokens(chatml: str, tmp_path: Path) -> None:  # noqa: F811
     path = write(tmp_path / "a.jsonl", *(talk(n, 2) for n in range(20)))
     plain = module_of(chatml, path, tmp_path, batch_size=20)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 TrainOn = Literal["assistant", "last", "each", "all"]
-_CACHE_FORMAT = 1  # part of the names of cached files: raise it when the output of `ConversationEncoder` changes
+_CACHE_FORMAT = 2  # part of the names of cached files: raise it when the output of `ConversationEncoder` changes
 
 
 @dataclass
@@ -63,7 +63,7 @@ class ConversationEncoder:
     def _row(self, where: str, sides: list[Side]) -> dict[str, Any]:
         try:
             train_on = self.train_on if len(sides) == 1 or self.train_on == "all" else "last"
-            first, *second = [self.side(side, train_on) for side in sides]
+            first, *second = self._sides(sides, train_on)
         except BadRowError as error:
             if not self.skip:
                 raise BadRowError(f"{where}: {error}") from error
@@ -73,28 +73,35 @@ class ConversationEncoder:
             first["length"] = max(first["length"], second[0]["length"])
         return first
 
+    def _sides(self, sides: Sequence[Side], train_on: TrainOn) -> list[dict[str, Any]]:
+        """Return the columns of each text. Both of a pair lose the same exchanges, so that they answer the same turns."""
+        left_out = 0
+        while True:
+            rows = [self.side(side, train_on) for side in sides]
+            fits = self.max_length is None or max(row["length"] for row in rows) <= self.max_length
+            shorter = [_without_first_exchange(side) for side in sides]
+            if fits or None in shorter:
+                return [{**row, "cut": left_out} for row in rows]
+            left_out += len(sides[0]["messages"]) - len(shorter[0]["messages"])
+            sides = shorter
+
     def side(self, side: Side, train_on: TrainOn) -> dict[str, Any]:
-        """Return the columns of one text.
+        """Return the columns of one text, whole.
 
         Raises:
             BadRowError: If it cannot be rendered or masked exactly; the message says what to do and has no place.
         """
         if "text" in side:
             return self._plain(side["prompt"], side["text"], train_on)
-        messages, left_out = side["messages"], 0
-        while True:
-            row = self._chat(messages, side["tools"], train_on)
-            if (
-                self.max_length is None
-                or row["length"] <= self.max_length
-                or (first := _first_exchange(messages)) is None
-            ):
-                return {**row, "cut": left_out}
-            left_out += first.stop - first.start
-            messages = [*messages[: first.start], *messages[first.stop :]]
+        return self._chat(side["messages"], side["tools"], train_on)
 
     def _chat(self, messages: list[dict[str, Any]], tools: list[Any] | None, train_on: TrainOn) -> dict[str, Any]:
         last = len(messages) - 1
+        if train_on == "last" and not messages[last].get("weight", 1):
+            raise BadRowError(
+                "the last turn has weight 0, so nothing of this row is trained. Leave the row out, or give --data.train_on"
+                " assistant."
+            )
         answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
         wanted = [place for place in answers if messages[place].get("weight", 1)] if train_on == "assistant" else []
         places = wanted if wanted[-1:] == [last] else [*wanted, last]
@@ -191,7 +198,8 @@ _NOTHING: dict[str, Any] = {
 }
 
 
-def _first_exchange(messages: Sequence[dict[str, Any]]) -> slice | None:
-    """Return the messages from the first user's turn to the second one, ``None`` if there is only one."""
+def _without_first_exchange(side: Side) -> Any:
+    """Return a conversation without the turns from the first user's to the second one; ``None`` if there is no second."""
+    messages = side.get("messages", [])
     asked = [place for place, message in enumerate(messages) if message["role"] == "user"]
-    return slice(asked[0], asked[1]) if len(asked) > 1 else None
+    return {**side, "messages": [*messages[: asked[0]], *messages[asked[1] :]]} if len(asked) > 1 else None

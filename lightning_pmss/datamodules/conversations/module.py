@@ -18,6 +18,7 @@ from lightning_pmss.datamodules.conversations.options import PLAIN, check_chat_o
 from lightning_pmss.datamodules.conversations.reading import Rows, dumped, read_split, split_rows
 from lightning_pmss.datamodules.conversations.templates import REMEDY, use_template
 from lightning_pmss.datamodules.prompts import load_tokenizer
+from lightning_pmss.datamodules.rows import looks_like_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -136,6 +137,12 @@ class ChatDataModule(TokenisedDataModule):
         """Return the rows of a split, ``None`` if the data has no such split."""
         path, name = self.paths[split] or self.paths["train"], self.splits[split]
         assert path is not None
+        if looks_like_file(path) and name is not None and (split, name) != ("train", "train"):
+            option = "split" if split == "train" else f"{split}_split"
+            instead = "--data.train_limit N for a part of it" if split == "train" else f"--data.{split}_path FILE"
+            raise ValueError(
+                f"--data.{option} {name} names a split on the hub, and {path} is a file or folder here. Give {instead}."
+            )
         if split != "train" and self.paths[split] is None and name is None and not _is_folder(path):
             return None
         skipped: list[str] | None = [] if self.on_bad_row == "skip" else None
