@@ -58,12 +58,16 @@ class LossCurve(L.Callback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check that matplotlib is installed, before the training."""
+        """Check that matplotlib is installed, before the training, and forget the steps of an earlier Trainer."""
         if stage == "fit" and importlib.util.find_spec("matplotlib") is None:
             raise ModuleNotFoundError(
                 "`LossCurve` draws with matplotlib, which is not installed. Type: pip install 'lightning-pmss[plots]', "
                 "or remove the callback."
             )
+        if stage == "fit":  # a checkpoint's points are read later; a Trainer that goes on keeps its own
+            self._train = [point for point in self._train if point[0] <= trainer.global_step]
+            self._val = [point for point in self._val if point[0] <= trainer.global_step]
+            self._pending.clear()
 
     @override
     def on_train_batch_end(

@@ -53,6 +53,18 @@ def test_accumulated_batches_are_one_point(tmp_path: Path) -> None:
     assert (tmp_path / "pictures" / "loss.png").is_file()
 
 
+def test_another_trainer_begins_a_new_curve_and_the_same_one_goes_on(tmp_path: Path) -> None:
+    curve = LossCurve()
+    again = trainer(tmp_path, curve, max_epochs=1)
+    trainer(tmp_path, curve).fit(Counting())
+    again.fit(Counting())
+    assert curve.points() == ([(step, float(step)) for step in range(1, 5)], [(4, 14.0)])
+    again.fit_loop.max_epochs = 2
+    again.fit(again.lightning_module)
+    assert [step for step, _ in curve.points()[0]] == list(range(1, 9))
+    assert [step for step, _ in curve.points()[1]] == [4, 8]
+
+
 def test_resumed_run_draws_the_whole_curve(tmp_path: Path) -> None:
     first = trainer(tmp_path, LossCurve(), max_epochs=1)
     module = Counting()
