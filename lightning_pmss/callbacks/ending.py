@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_pmss.callbacks.averaging import end_exchange
 from lightning_pmss.callbacks.facts import figures
 from lightning_pmss.callbacks.frozen import FrozenWatch
 from lightning_pmss.callbacks.places import STOPPED_ADAPTER, STOPPED_CHECKPOINT, checkpoint_folders, somewhere
@@ -168,6 +169,7 @@ class Ending:
         """Save a checkpoint and the adapter, as far as the ranks are in step, and report their paths."""
         self.stop.release()
         self.stop.mark(exception, self.trainer)
+        apart = end_exchange(self.trainer, self.module)
         if self._done and self._adapter is not None:
             rank_zero_info(
                 f"{self.label}: stopped while results were written. The adapter is complete: {self._adapter}."
@@ -184,9 +186,11 @@ class Ending:
         by = self._by(exception)
         in_step = self.trainer.world_size == 1 or self.stop.agreed
         rank_zero_info(f"{self.label}: stopped by {by} after optimizer step {self.trainer.global_step}.")
-        if self.torn:
+        if self.torn or not apart:
             rank_zero_info(
                 "It came in the middle of an optimizer step, when tensors of two steps are mixed: not saved."
+                if apart
+                else "It came while a validation put the average in place, when average and weights are mixed: not saved."
             )
             self._say_last_checkpoint()
             return

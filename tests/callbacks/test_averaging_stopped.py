@@ -1,0 +1,98 @@
+"""Runs with averages that are stopped, fail, or had ended before they are resumed: what they write is of the average."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from torch import Tensor
+
+from lightning_pmss import PMSSCallback
+from tests.callbacks import toys
+from tests.callbacks.test_ending import Stop
+from tests.killing import files
+
+
+def ema() -> L.Callback:
+    return EMAWeightAveraging(decay=0.8)
+
+
+def every_step(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(folder / "saved", "{step}", every_n_train_steps=1, save_top_k=-1)
+
+
+def fit(folder: Path, *around: Any, checkpoint: Path | None = None, **options: Any) -> toys.Toy:
+    """A fit with dropout and validation; None stands for `PMSSCallback`. Resumed, it starts from other random states."""
+    torch.manual_seed(1 if checkpoint is None else 5)
+    module = toys.Toy()
+    settings = {"rank": 6, "dropout": 0.3, "output_dir": folder / "out"} | options.pop("callback", {})
+    callbacks = [PMSSCallback(**settings) if callback is None else callback for callback in around]
+    runner = toys.trainer(folder, None, *callbacks, **options)
+    runner.fit(module, toys.Numbers(), ckpt_path=None if checkpoint is None else str(checkpoint))
+    return module
+
+
+def stopped(folder: Path, *around: Any, **options: Any) -> Path:
+    """The checkpoint that a stopped run leaves."""
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises((SystemExit, ValueError)):
+        fit(folder, *around, **options)
+    signal.signal(signal.SIGINT, before)  # Lightning ignores it after Ctrl-C, as the process is about to end
+    return folder / "out" / "last-interrupted.ckpt"
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, toys.Toy]:
+    """The folder of a fit with an average that nothing disturbed, and its module; a checkpoint of each step."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, fit(folder, None, ema(), every_step(folder))
+
+
+MOMENTS = [
+    *[(f"on_validation_{hook}", 2) for hook in ("start", "epoch_start", "epoch_end", "end")],
+    *[(f"on_validation_batch_{hook}", 11) for hook in ("start", "end")],
+    ("on_train_batch_start", 9),
+]
+
+
+@pytest.mark.parametrize("what", [signal.SIGINT, ValueError("of the user")])
+@pytest.mark.parametrize(("hook", "call"), MOMENTS)
+@pytest.mark.parametrize("order", ["pmss ema stop", "stop ema pmss"])
+def test_stopped_in_a_validation_it_goes_on_exactly(
+    tmp_path: Path, whole: tuple[Path, toys.Toy], hook: str, call: int, what: Any, order: str
+) -> None:
+    parts = {"pmss": None, "ema": ema(), "stop": Stop(hook, call, what)}
+    checkpoint = stopped(tmp_path, *(parts[name] for name in order.split()))
+    left = torch.load(checkpoint)
+    undisturbed = torch.load(whole[0] / "saved" / f"step={left['global_step']}.ckpt")
+    for name in ("state_dict", "current_model_state", "averaging_state"):
+        assert same(left[name], undisturbed[name]), name
+    assert not same(left["state_dict"], left["current_model_state"])
+    again = fit(tmp_path, None, ema(), checkpoint=checkpoint)
+    assert again.losses == whole[1].losses[left["global_step"] :]
+    assert files(tmp_path / "out") == files(whole[0] / "out")
+
+
+def test_stopped_while_it_puts_the_average_in_place_nothing_is_saved(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Cut(EMAWeightAveraging):
+        def _swap_models(self, pl_module: Any) -> None:
+            if pl_module.trainer.global_step == 12:
+                pl_module.net[0].core.weight.data.zero_()
+                raise KeyboardInterrupt
+            super()._swap_models(pl_module)
+
+    with caplog.at_level("INFO"):
+        stopped(tmp_path, None, Cut(decay=0.8))
+    assert "while a validation put the average in place, when average and weights are mixed: not saved" in caplog.text
+    assert not (tmp_path / "out").exists()
