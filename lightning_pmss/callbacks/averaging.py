@@ -181,6 +181,33 @@ def end_exchange(trainer: L.Trainer, module: L.LightningModule) -> bool:
     return all(held.exchanged is not None for _, held in _averages(trainer))
 
 
+def set_last_averages(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Set the module to its averages as at the end of a training, where Lightning skipped ``on_train_end``.
+
+    Call it in a resumed fit that had nothing left to train.
+    """
+    progress = trainer.fit_loop.epoch_progress.current
+    completed = progress.completed
+    # A checkpoint of the last step does not count its epoch as completed, and `StochasticWeightAveraging` asks for that.
+    progress.completed = progress.started
+    try:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            averages = isinstance(callback, (WeightAveraging, StochasticWeightAveraging))
+            if averages and not _is_past_average(callback, progress.completed):
+                callback.on_train_end(trainer, module)
+    finally:
+        progress.completed = completed
+
+
+def _is_past_average(callback: L.Callback, epochs: int) -> bool:
+    """Whether `StochasticWeightAveraging` did its extra epoch for BatchNorm, whose start sets the module to the average."""
+    return (
+        isinstance(callback, StochasticWeightAveraging)
+        and bool(callback._model_contains_batch_norm)
+        and epochs - 1 == callback.swa_end + 1
+    )
+
+
 @contextmanager
 def average_in_place(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
     """Set the module to the average that checkpoints contain as ``state_dict``, inside the ``with`` block.

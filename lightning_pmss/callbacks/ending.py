@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_pmss.callbacks.averaging import end_exchange
+from lightning_pmss.callbacks.averaging import end_exchange, set_last_averages
 from lightning_pmss.callbacks.facts import figures
 from lightning_pmss.callbacks.frozen import FrozenWatch
 from lightning_pmss.callbacks.places import STOPPED_ADAPTER, STOPPED_CHECKPOINT, checkpoint_folders, somewhere
@@ -161,6 +161,7 @@ class Ending:
             return
         rank_zero_info(f"{self.label}: nothing was left to train after {trainer.ckpt_path}; its results are written.")
         self.make_up_for_merged()
+        set_last_averages(trainer, self.module)
         self.finish()
 
     # -- stopped ------------------------------------------------------------------------------------------------------

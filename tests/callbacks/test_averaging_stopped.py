@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from torch import Tensor
 
 from lightning_pmss import PMSSCallback
@@ -26,10 +26,10 @@ def every_step(folder: Path) -> ModelCheckpoint:
     return ModelCheckpoint(folder / "saved", "{step}", every_n_train_steps=1, save_top_k=-1)
 
 
-def fit(folder: Path, *around: Any, checkpoint: Path | None = None, **options: Any) -> toys.Toy:
+def fit(folder: Path, *around: Any, checkpoint: Path | None = None, kind: Any = toys.Toy, **options: Any) -> toys.Toy:
     """A fit with dropout and validation; None stands for `PMSSCallback`. Resumed, it starts from other random states."""
     torch.manual_seed(1 if checkpoint is None else 5)
-    module = toys.Toy()
+    module = kind()
     settings = {"rank": 6, "dropout": 0.3, "output_dir": folder / "out"} | options.pop("callback", {})
     callbacks = [PMSSCallback(**settings) if callback is None else callback for callback in around]
     runner = toys.trainer(folder, None, *callbacks, **options)
@@ -96,3 +96,52 @@ def test_stopped_while_it_puts_the_average_in_place_nothing_is_saved(
         stopped(tmp_path, None, Cut(decay=0.8))
     assert "while a validation put the average in place, when average and weights are mixed: not saved" in caplog.text
     assert not (tmp_path / "out").exists()
+
+
+# -- nothing left to train ----------------------------------------------------------------------------------------------
+
+
+def swa() -> L.Callback:
+    return StochasticWeightAveraging(swa_lrs=0.02, swa_epoch_start=1, annealing_epochs=1)
+
+
+class Normed(toys.Toy):
+    """With BatchNorm, for which `StochasticWeightAveraging` adds an epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.append(torch.nn.BatchNorm1d(16))
+
+
+@pytest.mark.parametrize(
+    ("average", "kind", "options", "by_step"),
+    [
+        (ema, toys.Toy, {}, False),
+        (ema, toys.Toy, {"max_steps": 18}, True),
+        (ema, Normed, {"max_steps": 15}, True),
+        (swa, toys.Toy, {}, False),
+        (swa, toys.Toy, {"max_steps": 18}, False),
+        (swa, toys.Toy, {"max_steps": 15}, True),
+        (swa, toys.Toy, {"max_steps": 9}, True),  # before the last epoch, where Lightning does not set the average
+        (swa, toys.Toy, {"max_steps": 18, "max_epochs": -1}, True),
+        (swa, Normed, {}, False),
+        (swa, Normed, {"max_steps": 15}, True),
+    ],
+)
+def test_a_finished_run_that_is_resumed_writes_what_it_would_have(
+    tmp_path: Path, average: Any, kind: type[toys.Toy], options: dict[str, Any], by_step: bool
+) -> None:
+    saver: dict[str, Any] = {"every_n_train_steps": 3} if by_step else {"save_on_train_epoch_end": True}
+
+    def run(name: str, checkpoint: Path | None = None) -> toys.Toy:
+        last = ModelCheckpoint(tmp_path / name / "saved", "last", **saver)
+        return fit(tmp_path / name, None, average(), last, checkpoint=checkpoint, kind=kind, **options)
+
+    first = run("whole")
+    again = run("again", tmp_path / "whole" / "saved" / "last.ckpt")
+    assert not again.losses
+    assert first.net[0].core.weight.any()
+    assert same(first.state_dict(), again.state_dict())
+    mine, theirs = files(tmp_path / "again" / "out"), files(tmp_path / "whole" / "out")
+    del mine["adapter/README.md"], theirs["adapter/README.md"]  # with metrics of after the checkpoint
+    assert mine == theirs
