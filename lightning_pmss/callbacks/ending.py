@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_pmss.callbacks.averaging import end_exchange, set_last_averages
+from lightning_pmss.callbacks.averaging import average_in_place, end_exchange, set_last_averages
 from lightning_pmss.callbacks.facts import figures
 from lightning_pmss.callbacks.frozen import FrozenWatch
 from lightning_pmss.callbacks.places import STOPPED_ADAPTER, STOPPED_CHECKPOINT, checkpoint_folders, somewhere
@@ -105,7 +105,8 @@ class Ending:
         if checkpoint is None or checkpoint.parent not in checkpoint_folders(self.trainer):
             return  # of another run
         if self.trainer.strategy.broadcast(not beside(checkpoint).exists()):
-            merge_beside(self.trainer, self.module, checkpoint)
+            with average_in_place(self.trainer, self.module):
+                merge_beside(self.trainer, self.module, checkpoint)
 
     # -- at the end ---------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -145,3 +146,17 @@ def test_a_finished_run_that_is_resumed_writes_what_it_would_have(
     mine, theirs = files(tmp_path / "again" / "out"), files(tmp_path / "whole" / "out")
     del mine["adapter/README.md"], theirs["adapter/README.md"]  # with metrics of after the checkpoint
     assert mine == theirs
+
+
+@pytest.mark.parametrize("options", [{}, {"max_steps": 18}])
+def test_a_merged_model_that_is_made_up_for_is_of_the_average(tmp_path: Path, options: dict[str, Any]) -> None:
+    options = options | {"callback": {"merge_on_save": "checkpoint"}}
+    fit(tmp_path, None, ema(), every_step(tmp_path), **options)
+    results = files(tmp_path / "out" / "merged")
+    for name in ("step=12", "step=18"):
+        folder = tmp_path / "saved" / f"{name}-merged"
+        before = files(folder)
+        shutil.rmtree(folder)
+        fit(tmp_path, None, ema(), every_step(tmp_path), checkpoint=tmp_path / "saved" / f"{name}.ckpt", **options)
+        assert files(folder) == before
+        assert files(tmp_path / "out" / "merged") == results
