@@ -206,7 +206,8 @@ class Ending:
                 self._say_last_checkpoint()
             if in_step or not is_sharded(self.module):
                 place = self.folder / (STOPPED_ADAPTER if self._found else "adapter")
-                adapter = self._write_stopped_adapter(place, by, in_step=in_step)
+                with average_in_place(self.trainer, self.module):
+                    adapter = self._write_stopped_adapter(place, by, in_step=in_step)
                 rank_zero_info(f"{self.label}: adapter {adapter}. {self._how_to_merge(adapter)}")
         except Exception as error:  # it must not hide what stopped the training
             rank_zero_warn(f"Not everything could be saved: {type(error).__name__}: {error}")

@@ -11,16 +11,24 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_pmss import PMSSCallback
+from lightning_pmss.checkpoints.extract import extract_files
 from tests.callbacks import toys
 from tests.callbacks.test_ending import Stop
 from tests.killing import files
 
+WEIGHTS = "adapter_model.safetensors"
+
 
 def ema() -> L.Callback:
     return EMAWeightAveraging(decay=0.8)
+
+
+def swa() -> L.Callback:
+    return StochasticWeightAveraging(swa_lrs=0.02, swa_epoch_start=1, annealing_epochs=1)
 
 
 def every_step(folder: Path) -> ModelCheckpoint:
@@ -45,6 +53,14 @@ def stopped(folder: Path, *around: Any, **options: Any) -> Path:
         fit(folder, *around, **options)
     signal.signal(signal.SIGINT, before)  # Lightning ignores it after Ctrl-C, as the process is about to end
     return folder / "out" / "last-interrupted.ckpt"
+
+
+class Keep(L.Callback):
+    """What a stopped run leaves in its module."""
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        kept = {f"net.{i}.{part}" for i in (0, 2) for part in ("rows", "cols", "core.weight")}
+        self.live = {k: v.clone() for k, v in pl_module.state_dict().items() if k in kept}
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -99,11 +115,31 @@ def test_stopped_while_it_puts_the_average_in_place_nothing_is_saved(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("hook", "call"), [("on_train_batch_start", 9), ("on_train_batch_end", 9), ("on_validation_batch_end", 11)]
+)
+@pytest.mark.parametrize("average", [ema, swa, None])
+def test_the_adapter_of_a_stopped_run_is_the_one_of_its_checkpoint(
+    tmp_path: Path, hook: str, call: int, average: Any
+) -> None:
+    base, around = tmp_path / "base.safetensors", [] if average is None else [average()]
+    save_file(toys.Toy().state_dict(), base)
+    stop = Stop(hook, call, signal.SIGINT)
+    keep = Keep()
+    checkpoint = stopped(tmp_path, None, *around, keep, stop)
+    mine, left = tmp_path / "out" / "adapter" / WEIGHTS, torch.load(checkpoint)
+    extract_files(checkpoint, base, tmp_path / "extracted", progress=False)
+    assert mine.read_bytes() == (tmp_path / "extracted" / WEIGHTS).read_bytes()
+    live = left.get("current_model_state", left["state_dict"])
+    assert live["net.0.core.weight"].any()
+    assert same(live, keep.live)  # the module is as it was
+    if average is not swa:  # whose average is set after the last epoch alone
+        whole = [] if average is None else [average()]
+        fit(tmp_path / "whole", None, *whole, max_steps=left["global_step"])
+        assert mine.read_bytes() == (tmp_path / "whole" / "out" / "adapter" / WEIGHTS).read_bytes()
+
+
 # -- nothing left to train ----------------------------------------------------------------------------------------------
-
-
-def swa() -> L.Callback:
-    return StochasticWeightAveraging(swa_lrs=0.02, swa_epoch_start=1, annealing_epochs=1)
 
 
 class Normed(toys.Toy):
