@@ -181,6 +181,15 @@ def end_exchange(trainer: L.Trainer, module: L.LightningModule) -> bool:
     return all(held.exchanged is not None for _, held in _averages(trainer))
 
 
+def average_last_step(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Update averages by a completed optimizer step whose ``on_train_batch_end`` an exception kept from them."""
+    for callback, held in _averages(trainer):
+        step = trainer.global_step
+        if step > callback._latest_update_step and callback.should_update(step_idx=step - 1):
+            held.update_parameters(module)
+            callback._latest_update_step = step
+
+
 def set_last_averages(trainer: L.Trainer, module: L.LightningModule) -> None:
     """Set the module to its averages as at the end of a training, where Lightning skipped ``on_train_end``.
 

@@ -15,7 +15,12 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_pmss.callbacks.averaging import average_in_place, end_exchange, set_last_averages
+from lightning_pmss.callbacks.averaging import (
+    average_in_place,
+    average_last_step,
+    end_exchange,
+    set_last_averages,
+)
 from lightning_pmss.callbacks.facts import figures
 from lightning_pmss.callbacks.frozen import FrozenWatch
 from lightning_pmss.callbacks.places import STOPPED_ADAPTER, STOPPED_CHECKPOINT, checkpoint_folders, somewhere
@@ -197,6 +202,7 @@ class Ending:
             self._say_last_checkpoint()
             return
         try:
+            average_last_step(self.trainer, self.module)
             if in_step:
                 settle_progress(self.trainer)
                 checkpoint, _ = somewhere(self.trainer, self._stopped_checkpoint(), self.trainer.save_checkpoint)

@@ -99,6 +99,19 @@ def test_stopped_in_a_validation_it_goes_on_exactly(
     assert files(tmp_path / "out") == files(whole[0] / "out")
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_step_that_fails_before_its_average_is_averaged_all_the_same(tmp_path: Path, every: int) -> None:
+    def average() -> L.Callback:
+        return EMAWeightAveraging(decay=0.8, update_every_n_steps=every)
+
+    whole = fit(tmp_path / "whole", None, average())
+    failing = Stop("on_train_batch_end", 9, ValueError("of the user"))
+    checkpoint = stopped(tmp_path, None, failing, average())
+    again = fit(tmp_path, None, average(), checkpoint=checkpoint)
+    assert again.losses == whole.losses[9:]
+    assert files(tmp_path / "out") == files(tmp_path / "whole" / "out")
+
+
 def test_stopped_while_it_puts_the_average_in_place_nothing_is_saved(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
