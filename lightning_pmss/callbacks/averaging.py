@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning as L
@@ -18,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_pmss.checkpoints.module_states import holding
 from lightning_pmss.conversion.convert import adapted_layers
 from lightning_pmss.distributed.sharding import Engine
 from lightning_pmss.layers.expert_layer import holder
@@ -106,7 +108,13 @@ class _Trained:
 
 
 class TrainedAverage(AveragedModel):
-    """Average of a module's trained tensors, with the settings of the `AveragedModel` that it replaces."""
+    """Average of a module's trained tensors, with the settings of the `AveragedModel` that it replaces.
+
+    Attributes:
+        exchanged: Whether module and average hold each other's values, as in a validation; None during the exchange.
+    """
+
+    exchanged: bool | None = False
 
     def __init__(self, module: nn.Module, settings: AveragedModel) -> None:
         super().__init__(
@@ -145,9 +153,85 @@ def average_the_trained(trainer: L.Trainer, module: L.LightningModule) -> None:
         if isinstance(callback, WeightAveraging):
             if held is not None and not isinstance(held, TrainedAverage):
                 callback._average_model = TrainedAverage(module, held)
+                exchange = functools.partial(_exchange, callback)
+                callback._swap_models = exchange  # type: ignore[method-assign]
         elif isinstance(callback, StochasticWeightAveraging) and held is not None and not isinstance(held, TrainedCopy):
             callback._average_model = TrainedCopy(module)  # type: ignore[assignment]
             callback._avg_fn = functools.partial(_mean, callback._avg_fn)
+
+
+def _exchange(callback: Any, module: L.LightningModule) -> None:
+    """Exchange the values of module and average as the callback's class does, and record that."""
+    held = callback._average_model
+    after = not held.exchanged
+    held.exchanged = None
+    type(callback)._swap_models(callback, module)
+    held.exchanged = after
+
+
+def end_exchange(trainer: L.Trainer, module: L.LightningModule) -> bool:
+    """Give module and average their own values back if an exception left a validation, where they are exchanged.
+
+    Returns:
+        Whether each has its own values; they are mixed if the exception came in the middle of an exchange.
+    """
+    for callback, held in _averages(trainer):
+        if held.exchanged:
+            callback._swap_models(module)
+    return all(held.exchanged is not None for _, held in _averages(trainer))
+
+
+def average_last_step(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Update averages by a completed optimizer step whose ``on_train_batch_end`` an exception kept from them."""
+    for callback, held in _averages(trainer):
+        step = trainer.global_step
+        if step > callback._latest_update_step and callback.should_update(step_idx=step - 1):
+            held.update_parameters(module)
+            callback._latest_update_step = step
+
+
+def set_last_averages(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Set the module to its averages as at the end of a training, where Lightning skipped ``on_train_end``.
+
+    Call it in a resumed fit that had nothing left to train.
+    """
+    progress = trainer.fit_loop.epoch_progress.current
+    completed = progress.completed
+    # A checkpoint of the last step does not count its epoch as completed, and `StochasticWeightAveraging` asks for that.
+    progress.completed = progress.started
+    try:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            averages = isinstance(callback, (WeightAveraging, StochasticWeightAveraging))
+            if averages and not _is_past_average(callback, progress.completed):
+                callback.on_train_end(trainer, module)
+    finally:
+        progress.completed = completed
+
+
+def _is_past_average(callback: L.Callback, epochs: int) -> bool:
+    """Whether `StochasticWeightAveraging` did its extra epoch for BatchNorm, whose start sets the module to the average."""
+    return (
+        isinstance(callback, StochasticWeightAveraging)
+        and bool(callback._model_contains_batch_norm)
+        and epochs - 1 == callback.swa_end + 1
+    )
+
+
+@contextmanager
+def average_in_place(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
+    """Set the module to the average that checkpoints contain as ``state_dict``, inside the ``with`` block.
+
+    Without `WeightAveraging` the module stays as it is, also beside `StochasticWeightAveraging`.
+    """
+    with ExitStack() as stack:
+        for _, held in _averages(trainer):
+            stack.enter_context(holding(module, clean_state(held.module)))
+        yield
+
+
+def _averages(trainer: L.Trainer) -> list[tuple[Any, TrainedAverage]]:
+    found = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
+    return [(c, c._average_model) for c in found if isinstance(c._average_model, TrainedAverage)]
 
 
 def _mean(mean: Any, average: Tensor, current: Tensor, count: Tensor) -> Tensor:

@@ -15,6 +15,12 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_pmss.callbacks.averaging import (
+    average_in_place,
+    average_last_step,
+    end_exchange,
+    set_last_averages,
+)
 from lightning_pmss.callbacks.facts import figures
 from lightning_pmss.callbacks.frozen import FrozenWatch
 from lightning_pmss.callbacks.places import STOPPED_ADAPTER, STOPPED_CHECKPOINT, checkpoint_folders, somewhere
@@ -104,7 +110,8 @@ class Ending:
         if checkpoint is None or checkpoint.parent not in checkpoint_folders(self.trainer):
             return  # of another run
         if self.trainer.strategy.broadcast(not beside(checkpoint).exists()):
-            merge_beside(self.trainer, self.module, checkpoint)
+            with average_in_place(self.trainer, self.module):
+                merge_beside(self.trainer, self.module, checkpoint)
 
     # -- at the end ---------------------------------------------------------------------------------------------------
 
@@ -160,6 +167,7 @@ class Ending:
             return
         rank_zero_info(f"{self.label}: nothing was left to train after {trainer.ckpt_path}; its results are written.")
         self.make_up_for_merged()
+        set_last_averages(trainer, self.module)
         self.finish()
 
     # -- stopped ------------------------------------------------------------------------------------------------------
@@ -168,6 +176,7 @@ class Ending:
         """Save a checkpoint and the adapter, as far as the ranks are in step, and report their paths."""
         self.stop.release()
         self.stop.mark(exception, self.trainer)
+        apart = end_exchange(self.trainer, self.module)
         if self._done and self._adapter is not None:
             rank_zero_info(
                 f"{self.label}: stopped while results were written. The adapter is complete: {self._adapter}."
@@ -184,13 +193,16 @@ class Ending:
         by = self._by(exception)
         in_step = self.trainer.world_size == 1 or self.stop.agreed
         rank_zero_info(f"{self.label}: stopped by {by} after optimizer step {self.trainer.global_step}.")
-        if self.torn:
+        if self.torn or not apart:
             rank_zero_info(
                 "It came in the middle of an optimizer step, when tensors of two steps are mixed: not saved."
+                if apart
+                else "It came while a validation put the average in place, when average and weights are mixed: not saved."
             )
             self._say_last_checkpoint()
             return
         try:
+            average_last_step(self.trainer, self.module)
             if in_step:
                 settle_progress(self.trainer)
                 checkpoint, _ = somewhere(self.trainer, self._stopped_checkpoint(), self.trainer.save_checkpoint)
@@ -200,7 +212,8 @@ class Ending:
                 self._say_last_checkpoint()
             if in_step or not is_sharded(self.module):
                 place = self.folder / (STOPPED_ADAPTER if self._found else "adapter")
-                adapter = self._write_stopped_adapter(place, by, in_step=in_step)
+                with average_in_place(self.trainer, self.module):
+                    adapter = self._write_stopped_adapter(place, by, in_step=in_step)
                 rank_zero_info(f"{self.label}: adapter {adapter}. {self._how_to_merge(adapter)}")
         except Exception as error:  # it must not hide what stopped the training
             rank_zero_warn(f"Not everything could be saved: {type(error).__name__}: {error}")

@@ -48,11 +48,14 @@ class StepClock:
 
 
 def log_u_norms(trainer: L.Trainer, module: L.LightningModule) -> None:
-    """Log the Frobenius norm of each layer's stored update (of PMSS: ``s U``), every ``log_every_n_steps`` steps."""
-    if trainer.fit_loop.epoch_loop._batches_that_stepped % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-        updates = whole_updates(module, adapted_layers(module))
-        norms = {f"pmss/u_norm/{name}": _norm(update) for name, update in updates}
-        module.log_dict(norms, on_step=True, on_epoch=False, batch_size=1)
+    """Log the Frobenius norm of each layer's stored update (of PMSS: ``s U``) after the steps that Lightning logs."""
+    connector = trainer._logger_connector
+    if trainer.fit_loop._should_accumulate() or not connector.should_update_logs:
+        return
+    norms = {f"pmss/u_norm/{name}": _norm(update) for name, update in whole_updates(module, adapted_layers(module))}
+    # Lightning would log the values again with later batches, which have other norms.
+    module.log_dict(norms, logger=False, on_step=True, on_epoch=False, batch_size=1)
+    connector.log_metrics(norms)
 
 
 def _norm(update: Update) -> Tensor:

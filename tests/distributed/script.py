@@ -244,6 +244,7 @@ def run(task: dict[str, Any]) -> None:
         precision=task["precision"],
         inference_mode=task["inference_mode"],
         logger=False,
+        log_every_n_steps=1,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
