@@ -106,9 +106,15 @@ class Study:
         run.folder.mkdir(exist_ok=True)
         await_free(run.folder)
         clean_folder(run.folder)
-        checkpoint = newest([run.folder])
+        checkpoint = newest([run.folder], self._steps(run))
         begun = read_progress(run.folder) is not None or checkpoint is not None
-        how = f": goes on from {checkpoint.name}" if checkpoint else ": starts anew, no checkpoint yet" if begun else ""
+        how = (
+            f": goes on from {checkpoint.name}"
+            if checkpoint
+            else ": starts anew, no checkpoint to go on from"
+            if begun
+            else ""
+        )
         self.announce(f"{title}{how}")
         config = run.folder / CONFIG
         with atomic_file(config) as new:
@@ -154,6 +160,13 @@ class Study:
             spent += elapsed
         rest = sum(map(self.plan.weight, left)) - (share + before) * (self.plan.weight(left[0]) if left else 0.0)
         return f"; about {spoken(rest * spent / worked)} left" if worked else ""
+
+    def _steps(self, run: Run) -> int | None:
+        """The optimizer steps that a run has in all, as far as they are known: with equal epochs only the run knows."""
+        record = read_record(run.folder)
+        if record is not None:
+            return record.steps
+        return self.plan.steps if self.plan.equal == "steps" else None
 
     def _finished(self, run: Run) -> RunRecordFile | None:
         record = read_record(run.folder)

@@ -35,10 +35,31 @@ def saver(folder: Path, steps: int) -> dict[str, Any]:
     )
 
 
-def newest(folders: Sequence[Path]) -> Path | None:
-    """Return the checkpoint saved last by the runs in these folders; None if there is none."""
+def newest(folders: Sequence[Path], steps: int | None) -> Path | None:
+    """Return the checkpoint saved last by the runs in these folders, of those with something left to train.
+
+    Args:
+        folders: The runs' folders.
+        steps: Optimizer steps of the whole run; None: not known, so that every checkpoint is taken.
+
+    Returns:
+        Its path; None if there is none.
+    """
     found = [path for folder in folders for name in _NAMES if (path := folder / _FOLDER / name).exists()]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    return next((path for path in found if not _at_the_end(path, steps)), None)
+
+
+def _at_the_end(path: Path, steps: int | None) -> bool:
+    """Whether a checkpoint has all steps, as an interruption in the last validation leaves it: no run validates there."""
+    if steps is None:
+        return False
+    from lightning_pmss.checkpoints.reading import step_of  # torch: a command that only shows results does without
+
+    try:
+        return step_of(path) >= steps
+    except ValueError:  # damaged: the run that resumes it says so
+        return False
 
 
 def clear(folder: Path) -> None:

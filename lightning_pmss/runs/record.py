@@ -101,11 +101,12 @@ class RunRecord(L.Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Look up the last step."""
+        """Look up the last step, and write it down: a run that is stopped before its first validation needs it."""
         last = trainer.estimated_stepping_batches
         if not math.isfinite(last):
             raise ValueError("this run has no end; give --trainer.max_steps or --trainer.max_epochs.")
         self.steps = int(last)
+        self._write(trainer)
 
     @override
     def on_train_batch_end(
@@ -133,11 +134,14 @@ class RunRecord(L.Callback):
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self.scores = [each for each in self.scores if each.step < trainer.global_step]
         self.scores.append(ScoresRecord(step=trainer.global_step, metrics=finite))
+        self._write(trainer)
+        if trainer.global_step >= self.steps:
+            rank_zero_info(f"Scores of this run: {self.folder / RECORD}")
+
+    def _write(self, trainer: L.Trainer) -> None:
         if trainer.is_global_zero:
             with atomic_file(self.folder / RECORD) as new:
                 new.write_text(RunRecordFile(steps=self.steps, scores=self.scores).model_dump_json(indent=2))
-        if trainer.global_step >= self.steps:
-            rank_zero_info(f"Scores of this run: {self.folder / RECORD}")
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -282,7 +282,7 @@ class Search:
             place = self._folder(trial, folder / f"final-{trial.number}")
             plan, recipe = self.plan, self.compose(self.plan.space.settings(early.params))
             config = trial_config(recipe, place, 1.0, plan.monitor, plan.mode, self.untrained, result.steps)
-            return Assignment(place, config, str(newest(halves) or result.checkpoint))
+            return Assignment(place, config, str(newest(halves, result.steps) or result.checkpoint))
 
         outcome = self._work(self.finals, trial, label, prepare)
         if outcome.state != "failed":

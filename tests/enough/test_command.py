@@ -222,8 +222,16 @@ def test_a_half_run_goes_on(enough: Enough, capsys: pytest.CaptureFixture[str]) 
     assert enough("--sizes=16", "--seeds=3") == 0
     printed = capsys.readouterr().out
     assert "[2/3] 16 examples, seed 1: goes on from last-interrupted.ckpt" in printed
-    assert "[3/3] 16 examples, seed 2: starts anew, no checkpoint yet" in printed
+    assert "[3/3] 16 examples, seed 2: starts anew, no checkpoint to go on from" in printed
     assert started()[-2:] == ["n16-seed1 last-interrupted.ckpt", "n16-seed2 anew"]
+
+
+def test_a_run_interrupted_in_its_last_validation_goes_on_from_before_it(enough: Enough) -> None:
+    """From a checkpoint with all steps nothing would be validated. The run knows its steps, the command estimates 12."""
+    words = ["--sizes=16", "--seeds=1", "--equal=epochs", "--trainer.max_steps=48"]
+    assert enough(*words, fake={"n16-seed0": "validation"}) == 1
+    assert enough(*words) == 0
+    assert started() == ["n16-seed0 anew", "n16-seed0 last.ckpt"]
 
 
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGKILL])

@@ -9,6 +9,7 @@ from typing import Any
 
 import optuna
 import pytest
+import torch
 import yaml
 from optuna.trial import TrialState
 
@@ -203,6 +204,7 @@ def test_an_interrupted_end_goes_on_from_its_own_checkpoint(tmp_path: Path) -> N
         saved = Path(callbacks(assignment)[0]["dirpath"]) / "last.ckpt"
         saved.parent.mkdir(parents=True)
         saved.touch()
+        torch.save({"global_step": 5}, saved.with_name("last-interrupted.ckpt"))  # all steps: of no use
         raise KeyboardInterrupt
 
     search.run = stopped
