@@ -13,7 +13,7 @@ from lightning_pmss.messages import one_line
 from lightning_pmss.runs.checkpoints import clear, newest
 from lightning_pmss.runs.configuration import differences
 from lightning_pmss.runs.process import STOPPING, Ended, run_process
-from lightning_pmss.runs.record import PROGRESS, RunRecordFile, await_free, read_progress, read_record
+from lightning_pmss.runs.record import PROGRESS, RunRecordFile, await_free, read_progress, read_record, write_record
 from lightning_pmss.store import read_json
 from lightning_pmss.store.disk import atomic_file, clean_folder
 
@@ -140,7 +140,9 @@ class Study:
             stopping=lambda: self.announce(STOPPING),
         )
         record = self._finished(run)
-        if record is None:
+        if record is not None and ended.status:  # the next start shall not count it either
+            write_record(run.folder, record.model_copy(update={"ended": False}))
+        if record is None or ended.status:
             self._fail(run, title, ended)
             return
         self.records[run] = record

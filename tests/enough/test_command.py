@@ -192,6 +192,23 @@ def test_failures(enough: Enough, capsys: pytest.CaptureFixture[str]) -> None:
     assert result()["missing"] == 1
 
 
+def test_a_run_that_fails_after_its_last_validation(enough: Enough, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its scores are complete, its adapter is not."""
+    assert enough("--sizes=9,16", "--seeds=1", fake={"n9-seed0": "after"}) == 1
+    printed, errors = capsys.readouterr()
+    assert (
+        "9 examples, seed 0 failed: exit status 1. Its last lines:\ntraining n9-seed0\nOSError: no space left"
+        in printed
+    )
+    assert "1 of 2 runs failed: 9 examples, seed 0" in errors
+    assert [run["size"] for run in result()["runs"]] == [16]
+    assert Path("study/n9-seed0/checkpoints/last.ckpt").exists()
+    assert enough("--sizes=9,16", "--seeds=1") == 0
+    assert started() == ["n9-seed0 anew", "n16-seed0 anew", "n9-seed0 last.ckpt"]
+    assert [run["size"] for run in result()["runs"]] == [9, 16]
+    assert not Path("study/n9-seed0/checkpoints").exists()
+
+
 def test_a_refused_first_run_ends_the_study(enough: Enough, capsys: pytest.CaptureFixture[str]) -> None:
     assert enough(SIZES, fake={"n4-seed0": "refuse"}) == 2
     errors = capsys.readouterr().err

@@ -102,6 +102,32 @@ def test_equal_epochs_interrupted_in_the_last_validation(tmp_path: Path, what: A
     assert [losses(each) for each in resumed.scores] == [losses(each) for each in whole.scores]
 
 
+def test_a_run_that_could_not_write_its_adapter_has_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on from the checkpoint before its last step, and writes the adapter then."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("no space left")
+
+    options: dict[str, Any] = {"max_epochs": -1, "max_steps": 12, "val_check_interval": 10**9}
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_pmss.callbacks.ending.write_adapter", full)
+        with pytest.raises(OSError, match="no space left"):
+            fit(tmp_path, RunRecord(tmp_path / "run"), **options)
+    record = read_record(tmp_path / "run")
+    assert record is not None
+    assert record.scores[-1].step == record.steps == 12
+    assert not record.finished
+    checkpoint = newest([tmp_path], record.steps)
+    assert checkpoint == tmp_path / "checkpoints" / "last.ckpt"
+    fit(tmp_path, RunRecord(tmp_path / "again"), str(checkpoint), **options)
+    again = read_record(tmp_path / "again")
+    assert again is not None
+    assert again.finished
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
+
+
 def test_a_metric_that_is_not_finite_is_null(tmp_path: Path) -> None:
     class Broken(Toy):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
