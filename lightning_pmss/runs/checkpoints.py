@@ -54,12 +54,18 @@ def _at_the_end(path: Path, steps: int | None) -> bool:
     """Whether a checkpoint has all steps, as an interruption in the last validation leaves it: no run validates there."""
     if steps is None:
         return False
+    step = step_at(path)
+    return step is not None and step >= steps
+
+
+def step_at(path: Path) -> int | None:
+    """Return the optimizer step of a checkpoint; None if it is damaged, as the run that resumes it says."""
     from lightning_pmss.checkpoints.reading import step_of  # torch: a command that only shows results does without
 
     try:
-        return step_of(path) >= steps
-    except ValueError:  # damaged: the run that resumes it says so
-        return False
+        return step_of(path)
+    except ValueError:
+        return None
 
 
 def clear(folder: Path) -> None:

@@ -241,6 +241,8 @@ def test_a_half_run_goes_on(enough: Enough, capsys: pytest.CaptureFixture[str]) 
     assert "[2/3] 16 examples, seed 1: goes on from last-interrupted.ckpt" in printed
     assert "[3/3] 16 examples, seed 2: starts anew, no checkpoint to go on from" in printed
     assert started()[-2:] == ["n16-seed1 last-interrupted.ckpt", "n16-seed2 anew"]
+    loggers = [config(run)["trainer"]["logger"]["class_path"] for run in ("n16-seed1", "n16-seed2")]
+    assert [path.rpartition(".")[2] for path in loggers] == ["ContinuedCSVLogger", "CSVLogger"]
 
 
 def test_a_run_interrupted_in_its_last_validation_goes_on_from_before_it(enough: Enough) -> None:
