@@ -151,6 +151,10 @@ def _plan(words: list[str], sizes: tuple[int, ...], given: argparse.Namespace, v
     for option in ("max_time", "fast_dev_run", "overfit_batches"):
         if trainer.get(option):
             raise ValueError(f"--trainer.{option} {trainer[option]}: runs have the same length; leave the option out.")
+    if (limit := trainer.get("limit_train_batches")) not in (None, 1.0) or isinstance(limit, int):
+        raise ValueError(
+            f"--trainer.limit_train_batches {limit}: --sizes limits the examples; leave the option out, or type 1.0."
+        )
     module.setup("fit")
     _check_data(module, sizes)
     settings = run_of(cli.trainer_options)

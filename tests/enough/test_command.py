@@ -103,6 +103,10 @@ def test_another_method(enough: Enough) -> None:
     assert yaml.safe_load(cli.recipe)["adapter"]["class_path"].endswith("LoRAConfig")
 
 
+def test_all_batches_may_be_said(enough: Enough) -> None:
+    assert enough("--sizes=16", "--seeds=1", "--trainer.limit_train_batches=1.0") == 0
+
+
 @pytest.mark.usefixtures("enough")
 def test_the_folder_by_default() -> None:
     main(["enough", "--config=recipe.yaml", "--sizes=16", "--seeds=1"])
@@ -332,6 +336,8 @@ EARLY = '[{"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss"}}]
         (["--sizes=16", "--equal=epochs"], "the recipe ends after 1.50 epochs (12 steps); give whole ones, such as"),
         (["--sizes=16", "--trainer.max_steps=-1", "--trainer.max_epochs=-1"], "this recipe has no end, or no step"),
         (["--sizes=16", "--trainer.max_steps=0"], "this recipe has no end, or no step"),
+        (["--sizes=16", "--trainer.limit_train_batches=0.5"], "--trainer.limit_train_batches 0.5: --sizes limits the examples"),
+        (["--sizes=16", "--trainer.limit_train_batches=1"], "leave the option out, or type 1.0."),
         (["--sizes=16", "--trainer.max_time=00:01:00:00"], "--trainer.max_time 00:01:00:00: runs have the same length"),
         (["--sizes=16", f"--trainer.callbacks={EARLY}"], "the recipe has EarlyStopping, so runs of different sizes would end"),
         (["--sizes=16", "--data=lightning.pytorch.demos.boring_classes.BoringDataModule"], "BoringDataModule has no"),
