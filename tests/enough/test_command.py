@@ -336,6 +336,8 @@ EARLY = '[{"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss"}}]
         (["--sizes=16", "--equal=epochs"], "the recipe ends after 1.50 epochs (12 steps); give whole ones, such as"),
         (["--sizes=16", "--trainer.max_steps=-1", "--trainer.max_epochs=-1"], "this recipe has no end, or no step"),
         (["--sizes=16", "--trainer.max_steps=0"], "this recipe has no end, or no step"),
+        (["--sizes=16", "--seed_everything=-1"], "--seed_everything -1: the seeds of runs count up from it; give"),
+        (["--sizes=16", "--seeds=2", "--seed_everything=4294967295"], "from it; give a number from 0 to 4294967294."),
         (["--sizes=16", "--trainer.limit_train_batches=0.5"], "--trainer.limit_train_batches 0.5: --sizes limits the examples"),
         (["--sizes=16", "--trainer.limit_train_batches=1"], "leave the option out, or type 1.0."),
         (["--sizes=16", "--trainer.max_time=00:01:00:00"], "--trainer.max_time 00:01:00:00: runs have the same length"),
