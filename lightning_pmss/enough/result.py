@@ -178,8 +178,8 @@ def _expected(result: Result, curve: Curve) -> list[str]:
     smallest = result.rows[0].size
     if size < smallest:  # the curve is read from the smallest size on
         said.append(
-            f"The gain of a doubling is under {noise} at all sizes measured, from {smallest:,} examples on: one run on twice"
-            " the data need not be better."
+            f"The gain of a doubling is under {noise} at all sizes measured, from {smallest:,} examples on: one run"
+            " on twice the data need not be better."
         )
         return said
     about = _rounded(size)

@@ -51,7 +51,7 @@ def newest(folders: Sequence[Path], steps: int | None) -> Path | None:
 
 
 def _at_the_end(path: Path, steps: int | None) -> bool:
-    """Whether a checkpoint has all steps, as an interruption in the last validation leaves it: no run validates there."""
+    """Whether a checkpoint has all steps, as one saved in the last validation: resumed, it validates nothing."""
     if steps is None:
         return False
     step = step_at(path)

@@ -18,8 +18,8 @@ from typing_extensions import override
 class ContinuedCSVLogger(CSVLogger):
     """Lightning's `CSVLogger`, but ``metrics.csv`` keeps what an earlier process logged before the checkpoint.
 
-    Lightning deletes the file of before. What came after the checkpoint is logged again, so that the file becomes that of a
-    run which was never stopped.
+    Lightning deletes the file of before. What came after the checkpoint is logged again, so that the file becomes that
+    of a run which was never stopped.
 
     Args:
         before: Optimizer step of the checkpoint. None: not known, so that all is kept.

@@ -193,7 +193,7 @@ class Search:
         self._refuse_same_failures(trial.number, outcome)
 
     def _refuse_same_failures(self, number: int, outcome: Outcome) -> None:
-        """Stop if the first trials of this worker all failed alike, and no other is done; the next start runs them again."""
+        """Stop if this worker's first trials failed alike, and no trial is done; the next start runs them again."""
         if self._failures is None:
             return
         if any(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in counted(self.study)):

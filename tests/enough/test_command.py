@@ -250,7 +250,7 @@ def test_a_half_run_goes_on(enough: Enough, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_run_interrupted_in_its_last_validation_goes_on_from_before_it(enough: Enough) -> None:
-    """From a checkpoint with all steps nothing would be validated. The run knows its steps, the command estimates 12."""
+    """From a checkpoint with all steps nothing would be validated. The run knows its 11, the command estimates 12."""
     words = ["--sizes=16", "--seeds=1", "--equal=epochs", "--trainer.max_steps=48"]
     assert enough(*words, fake={"n16-seed0": "validation"}) == 1
     assert enough(*words) == 0
@@ -338,7 +338,7 @@ EARLY = '[{"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss"}}]
         (["--sizes=16", "--trainer.max_steps=0"], "this recipe has no end, or no step"),
         (["--sizes=16", "--seed_everything=-1"], "--seed_everything -1: the seeds of runs count up from it; give"),
         (["--sizes=16", "--seeds=2", "--seed_everything=4294967295"], "from it; give a number from 0 to 4294967294."),
-        (["--sizes=16", "--trainer.limit_train_batches=0.5"], "--trainer.limit_train_batches 0.5: --sizes limits the examples"),
+        (["--sizes=16", "--trainer.limit_train_batches=0.5"], "--trainer.limit_train_batches 0.5: --sizes limits"),
         (["--sizes=16", "--trainer.limit_train_batches=1"], "leave the option out, or type 1.0."),
         (["--sizes=16", "--trainer.max_time=00:01:00:00"], "--trainer.max_time 00:01:00:00: runs have the same length"),
         (["--sizes=16", f"--trainer.callbacks={EARLY}"], "the recipe has EarlyStopping, so runs of different sizes would end"),

@@ -80,7 +80,7 @@ def test_a_resumed_run_has_the_scores_of_one_that_was_not_stopped(tmp_path: Path
 
 @pytest.mark.parametrize("what", [signal.SIGTERM, ValueError("of the user")])
 def test_equal_epochs_interrupted_in_the_last_validation(tmp_path: Path, what: Any) -> None:
-    """A checkpoint with all steps resumes to nothing, so the run goes on from the one before, by the steps it wrote down."""
+    """A checkpoint with all steps resumes to nothing; the run goes on from the one before, by the steps it noted."""
     options: dict[str, Any] = {"max_epochs": 2, "val_check_interval": 10**9}  # 12 steps
     fit(tmp_path / "whole", RunRecord(tmp_path / "whole"), **options)
     folder = tmp_path / "stopped"
