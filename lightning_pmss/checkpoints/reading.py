@@ -56,6 +56,25 @@ def read_checkpoint(path: Path, *, weights_only: bool = True) -> dict[str, Any]:
     return dict(content)
 
 
+def step_of(path: Path) -> int:
+    """Return the optimizer step of a checkpoint that a run of one's own has written; its tensors are not read.
+
+    Args:
+        path: File, or folder of FSDP1, FSDP2, ZeRO-2 or ZeRO-3.
+
+    Raises:
+        FileNotFoundError: The path does not exist.
+        ValueError: It is damaged, or no checkpoint of Lightning.
+    """
+    with refusing_damage(path):
+        file = path
+        if path.is_dir():
+            first = path / "meta.pt"
+            file = first if first.is_file() else min(path.glob("*/*model_states.pt"))
+        content = torch.load(file, map_location="cpu", weights_only=False, mmap=zipfile.is_zipfile(file))
+        return int(content["global_step"])
+
+
 @contextmanager
 def refusing_damage(path: Path) -> Iterator[None]:
     """Convert errors in reading a checkpoint to ValueError; their type depends on the place of the damage.

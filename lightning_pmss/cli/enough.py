@@ -23,6 +23,7 @@ EPILOG = (
     " The same command continues a stopped study; more sizes or seeds may be added to it. More: docs/enough.md."
 )
 _RESULT = "enough.json"
+_LARGEST_SEED = 2**32 - 1  # of NumPy
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -151,6 +152,16 @@ def _plan(words: list[str], sizes: tuple[int, ...], given: argparse.Namespace, v
     for option in ("max_time", "fast_dev_run", "overfit_batches"):
         if trainer.get(option):
             raise ValueError(f"--trainer.{option} {trainer[option]}: runs have the same length; leave the option out.")
+    seed = recipe.get("seed_everything")
+    if isinstance(seed, int) and not 0 <= seed <= _LARGEST_SEED + 1 - given.seeds:
+        raise ValueError(
+            f"--seed_everything {seed}: the seeds of runs count up from it; give a number from 0 to"
+            f" {_LARGEST_SEED + 1 - given.seeds}."
+        )
+    if (limit := trainer.get("limit_train_batches")) not in (None, 1.0) or isinstance(limit, int):
+        raise ValueError(
+            f"--trainer.limit_train_batches {limit}: --sizes limits the examples; leave the option out, or type 1.0."
+        )
     module.setup("fit")
     _check_data(module, sizes)
     settings = run_of(cli.trainer_options)

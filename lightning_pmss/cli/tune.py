@@ -146,6 +146,8 @@ def _check(given: argparse.Namespace) -> None:
         raise ValueError(f"--fraction {given.fraction:g} is a share of the training; type a number above 0, at most 1.")
     if given.finish < 0:
         raise ValueError(f"--finish {given.finish}: give a number of trials, 0 for none.")
+    if not 0 <= given.seed < 2**32:
+        raise ValueError(f"--seed {given.seed}: give a number from 0 to {2**32 - 1}.")
 
 
 def _check_name(name: str) -> None:

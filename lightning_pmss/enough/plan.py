@@ -12,8 +12,8 @@ import yaml
 
 from lightning_pmss.datamodules.options import KIND
 from lightning_pmss.messages import one_line
-from lightning_pmss.runs.checkpoints import saver
-from lightning_pmss.runs.configuration import callback_classes, in_folder, made
+from lightning_pmss.runs.checkpoints import saver, step_at
+from lightning_pmss.runs.configuration import callback_classes, continue_log, in_folder, made
 
 RECORD = "lightning_pmss.runs.record.RunRecord"
 _NEVER = 10**9  # batches
@@ -149,7 +149,9 @@ class Plan:
             "val_check_interval": _NEVER if self.validations == 1 else batches,
             "num_sanity_val_steps": 1,
         }
-        config["ckpt_path"] = None if checkpoint is None else str(checkpoint)
+        if checkpoint is not None:
+            config["ckpt_path"] = str(checkpoint)
+            continue_log(config, step_at(checkpoint))
         return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
 
 

@@ -175,8 +175,16 @@ def _expected(result: Result, curve: Curve) -> list[str]:
             " which this curve says nothing."
         )
         return said
+    smallest = result.rows[0].size
+    if size < smallest:  # the curve is read from the smallest size on
+        said.append(
+            f"The gain of a doubling is under {noise} at all sizes measured, from {smallest:,} examples on: one run"
+            " on twice the data need not be better."
+        )
+        return said
     about = _rounded(size)
-    ends = f"{_rounded(low):,} to {_rounded(high):,}" if high <= far else f"{_rounded(low):,} to beyond {far:,}"
+    start = f"{_rounded(low):,}" if low >= smallest else f"below {smallest:,}"
+    ends = f"{start} to {_rounded(high):,}" if high <= far else f"{start} to beyond {far:,}"
     reached = "has fallen" if size <= largest else "falls"
     said.append(
         f"The gain of a doubling {reached} under {noise} at about {about:,} examples (95 % interval {ends}): from there, one"
@@ -231,7 +239,8 @@ def write_result(path: Path, result: Result, settings: dict[str, Any]) -> None:
         }
         if result.noise:
             size, ends = curve.size_of_gain(result.noise)
-            fitted["gain_under_noise"] = {"size": _finite(size), "interval": list(map(_finite, ends))}
+            known = {"size": _finite(size), "interval": list(map(_finite, ends))}
+            fitted["gain_under_noise"] = known if size >= result.rows[0].size else None  # at all sizes measured
     record = {
         **settings,
         "monitor": result.monitor,

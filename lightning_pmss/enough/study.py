@@ -13,7 +13,7 @@ from lightning_pmss.messages import one_line
 from lightning_pmss.runs.checkpoints import clear, newest
 from lightning_pmss.runs.configuration import differences
 from lightning_pmss.runs.process import STOPPING, Ended, run_process
-from lightning_pmss.runs.record import PROGRESS, RunRecordFile, await_free, read_progress, read_record
+from lightning_pmss.runs.record import PROGRESS, RunRecordFile, await_free, read_progress, read_record, write_record
 from lightning_pmss.store import read_json
 from lightning_pmss.store.disk import atomic_file, clean_folder
 
@@ -106,9 +106,15 @@ class Study:
         run.folder.mkdir(exist_ok=True)
         await_free(run.folder)
         clean_folder(run.folder)
-        checkpoint = newest([run.folder])
+        checkpoint = newest([run.folder], self._steps(run))
         begun = read_progress(run.folder) is not None or checkpoint is not None
-        how = f": goes on from {checkpoint.name}" if checkpoint else ": starts anew, no checkpoint yet" if begun else ""
+        how = (
+            f": goes on from {checkpoint.name}"
+            if checkpoint
+            else ": starts anew, no checkpoint to go on from"
+            if begun
+            else ""
+        )
         self.announce(f"{title}{how}")
         config = run.folder / CONFIG
         with atomic_file(config) as new:
@@ -134,7 +140,9 @@ class Study:
             stopping=lambda: self.announce(STOPPING),
         )
         record = self._finished(run)
-        if record is None:
+        if record is not None and ended.status:  # the next start shall not count it either
+            write_record(run.folder, record.model_copy(update={"ended": False}))
+        if record is None or ended.status:
             self._fail(run, title, ended)
             return
         self.records[run] = record
@@ -154,6 +162,13 @@ class Study:
             spent += elapsed
         rest = sum(map(self.plan.weight, left)) - (share + before) * (self.plan.weight(left[0]) if left else 0.0)
         return f"; about {spoken(rest * spent / worked)} left" if worked else ""
+
+    def _steps(self, run: Run) -> int | None:
+        """The optimizer steps that a run has in all, as far as they are known: with equal epochs only the run knows."""
+        record = read_record(run.folder)
+        if record is not None:
+            return record.steps
+        return self.plan.steps if self.plan.equal == "steps" else None
 
     def _finished(self, run: Run) -> RunRecordFile | None:
         record = read_record(run.folder)

@@ -35,10 +35,37 @@ def saver(folder: Path, steps: int) -> dict[str, Any]:
     )
 
 
-def newest(folders: Sequence[Path]) -> Path | None:
-    """Return the checkpoint saved last by the runs in these folders; None if there is none."""
+def newest(folders: Sequence[Path], steps: int | None) -> Path | None:
+    """Return the checkpoint saved last by the runs in these folders, of those with something left to train.
+
+    Args:
+        folders: The runs' folders.
+        steps: Optimizer steps of the whole run; None: not known, so that every checkpoint is taken.
+
+    Returns:
+        Its path; None if there is none.
+    """
     found = [path for folder in folders for name in _NAMES if (path := folder / _FOLDER / name).exists()]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    return next((path for path in found if not _at_the_end(path, steps)), None)
+
+
+def _at_the_end(path: Path, steps: int | None) -> bool:
+    """Whether a checkpoint has all steps, as one saved in the last validation: resumed, it validates nothing."""
+    if steps is None:
+        return False
+    step = step_at(path)
+    return step is not None and step >= steps
+
+
+def step_at(path: Path) -> int | None:
+    """Return the optimizer step of a checkpoint; None if it is damaged, as the run that resumes it says."""
+    from lightning_pmss.checkpoints.reading import step_of  # torch: a command that only shows results does without
+
+    try:
+        return step_of(path)
+    except ValueError:
+        return None
 
 
 def clear(folder: Path) -> None:

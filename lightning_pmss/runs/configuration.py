@@ -29,13 +29,26 @@ def in_folder(recipe: Mapping[str, Any], folder: Path, callbacks: Sequence[Mappi
     trainer = config["trainer"] = dict(config.get("trainer") or {})
     trainer |= {
         "default_root_dir": place,
-        "logger": made("lightning.pytorch.loggers.CSVLogger", save_dir=place, name="", version=""),
+        "logger": made(
+            "lightning.pytorch.loggers.CSVLogger", save_dir=place, name="", version="", flush_logs_every_n_steps=1
+        ),
         "callbacks": [*without_savers(trainer.get("callbacks")), *callbacks],
         "enable_checkpointing": True,
         "enable_progress_bar": False,
     }
     config["ckpt_path"] = None
     return config
+
+
+def continue_log(config: Mapping[str, Any], step: int | None) -> None:
+    """Let a run's configuration keep ``metrics.csv``, which Lightning would begin anew.
+
+    Args:
+        config: Result of `in_folder`; it is changed.
+        step: Optimizer step at which the run goes on; None: not known.
+    """
+    logger = config["trainer"]["logger"]
+    logger |= made("lightning_pmss.runs.logger.ContinuedCSVLogger", **logger["init_args"], before=step)
 
 
 def made(class_path: str, **init_args: Any) -> dict[str, Any]:

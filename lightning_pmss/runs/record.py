@@ -38,15 +38,22 @@ class ScoresRecord(Record):
 
 
 class RunRecordFile(Record):
-    """``record.json``: the steps that the run has in all, and its validations."""
+    """``record.json``: the steps that the run has in all, its validations, and whether it has ended.
+
+    Attributes:
+        steps: Optimizer steps of the whole run.
+        scores: Its validations.
+        ended: Whether adapter and logs are written; null in a file of before, which was not finished without.
+    """
 
     steps: Step
     scores: list[ScoresRecord]
+    ended: bool | None = None
 
     @property
     def finished(self) -> bool:
-        """Whether the validation after the last step is there."""
-        return bool(self.scores) and self.scores[-1].step == self.steps
+        """Whether the validation after the last step is there, and what is written behind it."""
+        return bool(self.scores) and self.scores[-1].step == self.steps and self.ended is not False
 
 
 def read_record(folder: Path) -> RunRecordFile | None:
@@ -57,6 +64,12 @@ def read_record(folder: Path) -> RunRecordFile | None:
     """
     path = folder / RECORD
     return checked(RunRecordFile, read_json(path, _REMEDY), str(path), _REMEDY) if path.is_file() else None
+
+
+def write_record(folder: Path, record: RunRecordFile) -> None:
+    """Write the scores of the run in a folder."""
+    with atomic_file(folder / RECORD) as new:
+        new.write_text(record.model_dump_json(indent=2))
 
 
 def read_progress(folder: Path) -> tuple[int, int] | None:
@@ -101,11 +114,12 @@ class RunRecord(L.Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Look up the last step."""
+        """Look up the last step, and write it down: a run that is stopped before its first validation needs it."""
         last = trainer.estimated_stepping_batches
         if not math.isfinite(last):
             raise ValueError("this run has no end; give --trainer.max_steps or --trainer.max_epochs.")
         self.steps = int(last)
+        self._write(trainer)
 
     @override
     def on_train_batch_end(
@@ -133,11 +147,19 @@ class RunRecord(L.Callback):
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self.scores = [each for each in self.scores if each.step < trainer.global_step]
         self.scores.append(ScoresRecord(step=trainer.global_step, metrics=finite))
-        if trainer.is_global_zero:
-            with atomic_file(self.folder / RECORD) as new:
-                new.write_text(RunRecordFile(steps=self.steps, scores=self.scores).model_dump_json(indent=2))
+        self._write(trainer)
         if trainer.global_step >= self.steps:
             rank_zero_info(f"Scores of this run: {self.folder / RECORD}")
+
+    @override
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note the end, after adapter and logs are complete."""
+        if self.steps:  # else nothing was left to train
+            self._write(trainer, ended=True)
+
+    def _write(self, trainer: L.Trainer, *, ended: bool = False) -> None:
+        if trainer.is_global_zero:
+            write_record(self.folder, RunRecordFile(steps=self.steps, scores=self.scores, ended=ended))
 
     @override
     def state_dict(self) -> dict[str, Any]:

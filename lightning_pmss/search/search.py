@@ -193,8 +193,11 @@ class Search:
         self._refuse_same_failures(trial.number, outcome)
 
     def _refuse_same_failures(self, number: int, outcome: Outcome) -> None:
-        """Stop if the first trials of this worker all failed alike; the next start runs them again."""
+        """Stop if this worker's first trials failed alike, and no trial is done; the next start runs them again."""
         if self._failures is None:
+            return
+        if any(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in counted(self.study)):
+            self._failures = None  # the recipe is not at fault
             return
         self._failures.append((number, re.sub(r"\d+", "N", outcome.message)))
         if outcome.state != "failed" or len({kind for _, kind in self._failures}) > 1:
@@ -282,7 +285,7 @@ class Search:
             place = self._folder(trial, folder / f"final-{trial.number}")
             plan, recipe = self.plan, self.compose(self.plan.space.settings(early.params))
             config = trial_config(recipe, place, 1.0, plan.monitor, plan.mode, self.untrained, result.steps)
-            return Assignment(place, config, str(newest(halves) or result.checkpoint))
+            return Assignment(place, config, str(newest(halves, result.steps) or result.checkpoint))
 
         outcome = self._work(self.finals, trial, label, prepare)
         if outcome.state != "failed":

@@ -40,7 +40,21 @@ if act == "wait":
     )
     while True:
         time.sleep(0.02)
+if act in ("validation", "after"):
+    import torch
+if act == "validation":  # interrupted in the last one
+    real = 11  # steps; with equal epochs the command knows them about
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    for age, (name, step) in enumerate([("last.ckpt", 8), ("last-interrupted.ckpt", real)]):
+        torch.save({"global_step": step}, folder / "checkpoints" / name)
+        os.utime(folder / "checkpoints" / name, (age, age))
+    (folder / "record.json").write_text(json.dumps({"steps": real, "scores": []}))
+    sys.exit("OSError: no space left")
 score = None if act == "nan" else 1 + 4 * size**-0.5 + 0.01 * ((7 * seed + size) % 5)
 early = {"step": 6, "metrics": {"val/loss": 0.5, "other": 2.0}}
 last = {"step": 6 if act == "short" else steps, "metrics": {"val/loss": score, "other": 1.0}}
 (folder / "record.json").write_text(json.dumps({"steps": steps, "scores": [early, last] if act != "short" else [last]}))
+if act == "after":  # all scores are there, and something behind them fails
+    (folder / "checkpoints").mkdir()
+    torch.save({"global_step": steps - 2}, folder / "checkpoints" / "last.ckpt")
+    sys.exit("OSError: no space left for the adapter")

@@ -103,6 +103,10 @@ def test_another_method(enough: Enough) -> None:
     assert yaml.safe_load(cli.recipe)["adapter"]["class_path"].endswith("LoRAConfig")
 
 
+def test_all_batches_may_be_said(enough: Enough) -> None:
+    assert enough("--sizes=16", "--seeds=1", "--trainer.limit_train_batches=1.0") == 0
+
+
 @pytest.mark.usefixtures("enough")
 def test_the_folder_by_default() -> None:
     main(["enough", "--config=recipe.yaml", "--sizes=16", "--seeds=1"])
@@ -192,6 +196,23 @@ def test_failures(enough: Enough, capsys: pytest.CaptureFixture[str]) -> None:
     assert result()["missing"] == 1
 
 
+def test_a_run_that_fails_after_its_last_validation(enough: Enough, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its scores are complete, its adapter is not."""
+    assert enough("--sizes=9,16", "--seeds=1", fake={"n9-seed0": "after"}) == 1
+    printed, errors = capsys.readouterr()
+    assert (
+        "9 examples, seed 0 failed: exit status 1. Its last lines:\ntraining n9-seed0\nOSError: no space left"
+        in printed
+    )
+    assert "1 of 2 runs failed: 9 examples, seed 0" in errors
+    assert [run["size"] for run in result()["runs"]] == [16]
+    assert Path("study/n9-seed0/checkpoints/last.ckpt").exists()
+    assert enough("--sizes=9,16", "--seeds=1") == 0
+    assert started() == ["n9-seed0 anew", "n16-seed0 anew", "n9-seed0 last.ckpt"]
+    assert [run["size"] for run in result()["runs"]] == [9, 16]
+    assert not Path("study/n9-seed0/checkpoints").exists()
+
+
 def test_a_refused_first_run_ends_the_study(enough: Enough, capsys: pytest.CaptureFixture[str]) -> None:
     assert enough(SIZES, fake={"n4-seed0": "refuse"}) == 2
     errors = capsys.readouterr().err
@@ -222,8 +243,18 @@ def test_a_half_run_goes_on(enough: Enough, capsys: pytest.CaptureFixture[str]) 
     assert enough("--sizes=16", "--seeds=3") == 0
     printed = capsys.readouterr().out
     assert "[2/3] 16 examples, seed 1: goes on from last-interrupted.ckpt" in printed
-    assert "[3/3] 16 examples, seed 2: starts anew, no checkpoint yet" in printed
+    assert "[3/3] 16 examples, seed 2: starts anew, no checkpoint to go on from" in printed
     assert started()[-2:] == ["n16-seed1 last-interrupted.ckpt", "n16-seed2 anew"]
+    loggers = [config(run)["trainer"]["logger"]["class_path"] for run in ("n16-seed1", "n16-seed2")]
+    assert [path.rpartition(".")[2] for path in loggers] == ["ContinuedCSVLogger", "CSVLogger"]
+
+
+def test_a_run_interrupted_in_its_last_validation_goes_on_from_before_it(enough: Enough) -> None:
+    """From a checkpoint with all steps nothing would be validated. The run knows its 11, the command estimates 12."""
+    words = ["--sizes=16", "--seeds=1", "--equal=epochs", "--trainer.max_steps=48"]
+    assert enough(*words, fake={"n16-seed0": "validation"}) == 1
+    assert enough(*words) == 0
+    assert started() == ["n16-seed0 anew", "n16-seed0 last.ckpt"]
 
 
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGKILL])
@@ -305,6 +336,10 @@ EARLY = '[{"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss"}}]
         (["--sizes=16", "--equal=epochs"], "the recipe ends after 1.50 epochs (12 steps); give whole ones, such as"),
         (["--sizes=16", "--trainer.max_steps=-1", "--trainer.max_epochs=-1"], "this recipe has no end, or no step"),
         (["--sizes=16", "--trainer.max_steps=0"], "this recipe has no end, or no step"),
+        (["--sizes=16", "--seed_everything=-1"], "--seed_everything -1: the seeds of runs count up from it; give"),
+        (["--sizes=16", "--seeds=2", "--seed_everything=4294967295"], "from it; give a number from 0 to 4294967294."),
+        (["--sizes=16", "--trainer.limit_train_batches=0.5"], "--trainer.limit_train_batches 0.5: --sizes limits"),
+        (["--sizes=16", "--trainer.limit_train_batches=1"], "leave the option out, or type 1.0."),
         (["--sizes=16", "--trainer.max_time=00:01:00:00"], "--trainer.max_time 00:01:00:00: runs have the same length"),
         (["--sizes=16", f"--trainer.callbacks={EARLY}"], "the recipe has EarlyStopping, so runs of different sizes would end"),
         (["--sizes=16", "--data=lightning.pytorch.demos.boring_classes.BoringDataModule"], "BoringDataModule has no"),

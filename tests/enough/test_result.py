@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lightning_pmss.enough.curve import NoCurve
 from lightning_pmss.enough.result import Result, result_of, sentences, write_result
 
 SIZES = (50, 200, 800, 3200)
@@ -45,6 +46,27 @@ def test_a_gain_that_falls_under_the_noise(sigma: float, verb: str) -> None:
     shown = int(text.split("at about ")[1].split(" examples")[0].replace(",", ""))
     assert shown == pytest.approx(expected, rel=0.5)
     assert (shown > 3200) == (verb == "falls")
+
+
+def test_a_gain_under_the_noise_at_all_sizes(tmp_path: Path) -> None:
+    """No curve is read below the smallest size either."""
+    result = study(0.3, seeds=40, sizes=(200, 400, 800, 1600, 3200), scale=8.0)
+    assert not isinstance(result.curve, NoCurve)
+    assert result.curve.size_of_gain(result.noise or 0.0)[0] < 200
+    text = said(result)
+    assert "The gain of a doubling is under the noise (one run's standard deviation between seeds, 0.2" in text
+    assert "at all sizes measured, from 200 examples on: one run on twice the data need not be better." in text
+    assert "at about" not in text
+    write_result(tmp_path / "enough.json", result, {})
+    assert json.loads((tmp_path / "enough.json").read_text())["curve"]["gain_under_noise"] is None
+
+
+def test_an_interval_that_begins_below_the_smallest_size() -> None:
+    result = study(0.2, seeds=20, sizes=(200, 400, 800, 1600, 3200), scale=8.0)
+    assert not isinstance(result.curve, NoCurve)
+    size, (low, _) = result.curve.size_of_gain(result.noise or 0.0)
+    assert low < 200 < size
+    assert "(95 % interval below 200 to " in said(result)
 
 
 def test_one_seed_and_no_noise() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -72,14 +73,22 @@ def test_a_killed_study_gives_the_scores_of_one_that_was_not(tiny_llama: str, tm
     config = (folder / "run.yaml").read_text()
     other = tmp_path / "undisturbed"
     whole = yaml.safe_load(config.replace(str(folder), str(other))) | {"ckpt_path": None}
+    whole["trainer"]["logger"]["init_args"]["before"] = 0
     (tmp_path / "whole.yaml").write_text(yaml.safe_dump(whole))
     main(["fit", "--config", str(tmp_path / "whole.yaml")])
     assert [step for step, _ in scores(other)] == [50, 100, 150]
     assert scores(folder) == scores(other)
+    assert logged(folder) == logged(other)
     assert not (folder / "checkpoints").exists()
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
     (run,) = json.loads((tmp_path / "study" / "enough.json").read_text())["runs"]
     assert run["score"] == min(value for _, value in scores(other))
+
+
+def logged(folder: Path) -> list[Any]:
+    """The log, without measurements of time and memory."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [(row["step"], row["train/loss"], row["val/loss"]) for row in csv.DictReader(file)]
 
 
 def finished(folder: Path) -> bool:

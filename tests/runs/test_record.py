@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_pmss import PMSSCallback
+from lightning_pmss.checkpoints.reading import step_of
+from lightning_pmss.runs.checkpoints import newest
 from lightning_pmss.runs.record import RunRecord, ScoresRecord, await_free, read_progress, read_record
+from tests.callbacks.test_ending import Stop
 from tests.callbacks.toys import Numbers, Toy, trainer
 
 SETTINGS: dict[str, Any] = {"check_val_every_n_epoch": None, "num_sanity_val_steps": 1}  # 6 batches an epoch
@@ -19,9 +23,10 @@ SETTINGS: dict[str, Any] = {"check_val_every_n_epoch": None, "num_sanity_val_ste
 def fit(folder: Path, record: RunRecord, checkpoint: str | None = None, **options: Any) -> Toy:
     torch.manual_seed(1)
     callback = PMSSCallback(rank=6, output_dir=folder / "out", merge_on_save=None)
-    saver = ModelCheckpoint(folder / "checkpoints", "{step}", every_n_train_steps=5, save_top_k=-1)
+    saver = ModelCheckpoint(folder / "checkpoints", "{step}", every_n_train_steps=5, save_top_k=-1, save_last=True)
     module = Toy()
-    trainer(folder, callback, saver, record, **SETTINGS | options).fit(module, Numbers(), ckpt_path=checkpoint)
+    more = options.pop("more", ())
+    trainer(folder, callback, saver, record, *more, **SETTINGS | options).fit(module, Numbers(), ckpt_path=checkpoint)
     return module
 
 
@@ -71,6 +76,56 @@ def test_a_resumed_run_has_the_scores_of_one_that_was_not_stopped(tmp_path: Path
     assert resumed is not None
     assert resumed.finished
     assert [losses(each) for each in resumed.scores] == [losses(each) for each in whole.scores]
+
+
+@pytest.mark.parametrize("what", [signal.SIGTERM, ValueError("of the user")])
+def test_equal_epochs_interrupted_in_the_last_validation(tmp_path: Path, what: Any) -> None:
+    """A checkpoint with all steps resumes to nothing; the run goes on from the one before, by the steps it noted."""
+    options: dict[str, Any] = {"max_epochs": 2, "val_check_interval": 10**9}  # 12 steps
+    fit(tmp_path / "whole", RunRecord(tmp_path / "whole"), **options)
+    folder = tmp_path / "stopped"
+    with pytest.raises((SystemExit, ValueError)):
+        fit(
+            folder, RunRecord(folder), more=[Stop("on_validation_start", 2, what)], **options
+        )  # behind the sanity check
+    record = read_record(folder)
+    assert record is not None
+    assert (record.steps, record.finished) == (12, False)
+    assert step_of(folder / "checkpoints" / "last-interrupted.ckpt") == 12
+    checkpoint = newest([folder], record.steps)
+    assert checkpoint == folder / "checkpoints" / "last.ckpt"
+    fit(tmp_path / "resumed", RunRecord(tmp_path / "resumed"), str(checkpoint), **options)
+    whole, resumed = (read_record(tmp_path / name) for name in ("whole", "resumed"))
+    assert whole is not None
+    assert resumed is not None
+    assert resumed.finished
+    assert [losses(each) for each in resumed.scores] == [losses(each) for each in whole.scores]
+
+
+def test_a_run_that_could_not_write_its_adapter_has_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on from the checkpoint before its last step, and writes the adapter then."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("no space left")
+
+    options: dict[str, Any] = {"max_epochs": -1, "max_steps": 12, "val_check_interval": 10**9}
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_pmss.callbacks.ending.write_adapter", full)
+        with pytest.raises(OSError, match="no space left"):
+            fit(tmp_path, RunRecord(tmp_path / "run"), **options)
+    record = read_record(tmp_path / "run")
+    assert record is not None
+    assert record.scores[-1].step == record.steps == 12
+    assert not record.finished
+    checkpoint = newest([tmp_path], record.steps)
+    assert checkpoint == tmp_path / "checkpoints" / "last.ckpt"
+    fit(tmp_path, RunRecord(tmp_path / "again"), str(checkpoint), **options)
+    again = read_record(tmp_path / "again")
+    assert again is not None
+    assert again.finished
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_a_metric_that_is_not_finite_is_null(tmp_path: Path) -> None:

@@ -96,6 +96,15 @@ def test_wrong_options_are_refused(
     assert re.search(said, refused(capsys, command(tiny_llama, tmp_path, *more)))
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_is_refused_before_the_study_is_bound_to_it(
+    tiny_llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: int
+) -> None:
+    error = refused(capsys, command(tiny_llama, tmp_path, f"--seed={seed}"))
+    assert f"--seed {seed}: give a number from 0 to 4294967295." in error
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "recipe", ["configs/quickstart.yaml", "configs/smollm2/gsm8k.yaml", "configs/gsm8k/llama2_7b.yaml"]
 )

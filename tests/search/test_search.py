@@ -9,6 +9,7 @@ from typing import Any
 
 import optuna
 import pytest
+import torch
 import yaml
 from optuna.trial import TrialState
 
@@ -134,6 +135,15 @@ def test_the_same_failure_from_the_start_stops_the_search(tmp_path: Path) -> Non
     assert {line.state for line in search.lines()} == {"done"}
 
 
+def test_failures_behind_good_trials_do_not_stop_it(tmp_path: Path) -> None:
+    """A continued study: the recipe is not at fault."""
+    make(tmp_path, Trainings(), trials=2).search()
+    broken = Trainings(lambda settings, last: Outcome("failed", message="out of memory"))
+    search = make(tmp_path, broken, trials=6)
+    search.search()
+    assert [line.state for line in search.lines()] == ["done"] * 2 + ["failed"] * 4
+
+
 def test_different_failures_do_not_stop_it(tmp_path: Path) -> None:
     kinds = iter("abcdefgh")
     search = make(tmp_path, Trainings(lambda settings, last: Outcome("failed", message=next(kinds))))
@@ -203,6 +213,7 @@ def test_an_interrupted_end_goes_on_from_its_own_checkpoint(tmp_path: Path) -> N
         saved = Path(callbacks(assignment)[0]["dirpath"]) / "last.ckpt"
         saved.parent.mkdir(parents=True)
         saved.touch()
+        torch.save({"global_step": 5}, saved.with_name("last-interrupted.ckpt"))  # all steps: of no use
         raise KeyboardInterrupt
 
     search.run = stopped

@@ -122,7 +122,7 @@ def test_what_is_killed_after_its_fraction_continues_from_its_own_checkpoint(tmp
     _, stopped, _ = fit(tmp_path / "early", 0.2)
     with pytest.raises(SystemExit):
         fit(tmp_path / "killed", 1.0, stopped.checkpoint, more=[saved_often(tmp_path / "killed"), Killed(9)])
-    checkpoint = newest([tmp_path / "whole", tmp_path / "killed"])
+    checkpoint = newest([tmp_path / "whole", tmp_path / "killed"], STEPS)
     assert checkpoint is not None
     late, finished, _ = fit(tmp_path / "late", 1.0, str(checkpoint), more=[saved_often(tmp_path / "late")])
     assert 0 < len(late.losses) < STEPS - stopped.step - 2  # far from the fraction
@@ -130,6 +130,30 @@ def test_what_is_killed_after_its_fraction_continues_from_its_own_checkpoint(tmp
     assert finished.score == end.score
     for name, value in trained(whole).items():
         assert torch.equal(value, trained(late)[name]), name
+
+
+class Broken(Scheduled):
+    """Its last validation raises."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if self.trainer.global_step == STEPS - 1:
+            raise OSError("no space left")
+        super().validation_step(batch, batch_idx)
+
+
+def test_what_is_interrupted_in_its_last_validation_has_a_score_when_it_is_resumed(tmp_path: Path) -> None:
+    """With all `max_steps` done Lightning would validate no more."""
+    steps = STEPS - 1
+    options: dict[str, Any] = {"max_steps": steps, "max_epochs": -1, "val_check_interval": steps}
+    options |= {"check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
+    whole, end, _ = fit(tmp_path / "whole", 1.0, **options)
+    with pytest.raises(OSError, match="no space left"):
+        fit(tmp_path / "broken", 1.0, more=[saved_often(tmp_path / "broken")], module=Broken, **options)
+    assert (tmp_path / "broken" / "checkpoints" / "last-interrupted.ckpt").exists()
+    checkpoint = newest([tmp_path / "broken"], steps)
+    late, finished, _ = fit(tmp_path / "late", 1.0, str(checkpoint), **options)
+    assert late.losses == whole.losses[-len(late.losses) :]
+    assert (finished.state, finished.score) == ("ended", end.score)
 
 
 def test_the_score_is_that_of_a_validation_at_the_stop(tmp_path: Path) -> None:
