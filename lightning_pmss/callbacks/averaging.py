@@ -195,9 +195,9 @@ def set_last_averages(trainer: L.Trainer, module: L.LightningModule) -> None:
 
     Call it in a resumed fit that had nothing left to train.
     """
-    progress = trainer.fit_loop.epoch_progress.current
+    progress: Any = trainer.fit_loop.epoch_progress.current
     completed = progress.completed
-    # A checkpoint of the last step does not count its epoch as completed, and `StochasticWeightAveraging` asks for that.
+    # A checkpoint of the last step does not count its epoch as completed; `StochasticWeightAveraging` asks for that.
     progress.completed = progress.started
     try:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -209,7 +209,7 @@ def set_last_averages(trainer: L.Trainer, module: L.LightningModule) -> None:
 
 
 def _is_past_average(callback: L.Callback, epochs: int) -> bool:
-    """Whether `StochasticWeightAveraging` did its extra epoch for BatchNorm, whose start sets the module to the average."""
+    """Whether `StochasticWeightAveraging` did its epoch for BatchNorm, whose start sets the module to the average."""
     return (
         isinstance(callback, StochasticWeightAveraging)
         and bool(callback._model_contains_batch_norm)

@@ -197,7 +197,7 @@ class Ending:
             rank_zero_info(
                 "It came in the middle of an optimizer step, when tensors of two steps are mixed: not saved."
                 if apart
-                else "It came while a validation put the average in place, when average and weights are mixed: not saved."
+                else "It came while a validation exchanged average and weights, when the two are mixed: not saved."
             )
             self._say_last_checkpoint()
             return

@@ -1,4 +1,4 @@
-"""Runs with averages that are stopped, fail, or had ended before they are resumed: what they write is of the average."""
+"""Runs with averages that are stopped, fail, or had ended before they are resumed write the average."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def every_step(folder: Path) -> ModelCheckpoint:
 
 
 def fit(folder: Path, *around: Any, checkpoint: Path | None = None, kind: Any = toys.Toy, **options: Any) -> toys.Toy:
-    """A fit with dropout and validation; None stands for `PMSSCallback`. Resumed, it starts from other random states."""
+    """A fit with dropout and validation; None stands for `PMSSCallback`. Resumed, its random states are others."""
     torch.manual_seed(1 if checkpoint is None else 5)
     module = kind()
     settings = {"rank": 6, "dropout": 0.3, "output_dir": folder / "out"} | options.pop("callback", {})
@@ -124,7 +124,7 @@ def test_stopped_while_it_puts_the_average_in_place_nothing_is_saved(
 
     with caplog.at_level("INFO"):
         stopped(tmp_path, None, Cut(decay=0.8))
-    assert "while a validation put the average in place, when average and weights are mixed: not saved" in caplog.text
+    assert "while a validation exchanged average and weights, when the two are mixed: not saved" in caplog.text
     assert not (tmp_path / "out").exists()
 
 
@@ -206,6 +206,7 @@ def test_a_merged_model_that_is_made_up_for_is_of_the_average(tmp_path: Path, op
         folder = tmp_path / "saved" / f"{name}-merged"
         before = files(folder)
         shutil.rmtree(folder)
-        fit(tmp_path, None, ema(), every_step(tmp_path), checkpoint=tmp_path / "saved" / f"{name}.ckpt", **options)
+        left = tmp_path / "saved" / f"{name}.ckpt"
+        fit(tmp_path, None, ema(), every_step(tmp_path), checkpoint=left, **options)
         assert files(folder) == before
         assert files(tmp_path / "out" / "merged") == results
