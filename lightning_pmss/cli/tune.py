@@ -113,6 +113,7 @@ def run(parser: argparse.ArgumentParser, args: Sequence[str]) -> None:
 
     words = [word for file in given.config or () for word in ("--config", file)]
     recipe = Recipe([*words, *rest])
+    _check_seed("seed_everything", recipe.data.get("seed_everything"))
     for line in _warnings(recipe, space, given):
         print(f"warning: {line}", file=sys.stderr, flush=True)
     shared = ("trials", "fraction", "finish", "monitor", "mode", "sampler", "seed")
@@ -146,8 +147,12 @@ def _check(given: argparse.Namespace) -> None:
         raise ValueError(f"--fraction {given.fraction:g} is a share of the training; type a number above 0, at most 1.")
     if given.finish < 0:
         raise ValueError(f"--finish {given.finish}: give a number of trials, 0 for none.")
-    if not 0 <= given.seed < 2**32:
-        raise ValueError(f"--seed {given.seed}: give a number from 0 to {2**32 - 1}.")
+    _check_seed("seed", given.seed)
+
+
+def _check_seed(option: str, seed: Any) -> None:
+    if isinstance(seed, int) and not 0 <= seed < 2**32:
+        raise ValueError(f"--{option} {seed}: give a number from 0 to {2**32 - 1}.")
 
 
 def _check_name(name: str) -> None:

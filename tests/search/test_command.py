@@ -97,12 +97,13 @@ def test_wrong_options_are_refused(
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
+@pytest.mark.parametrize("option", ["seed", "seed_everything"])
 def test_a_seed_is_refused_before_the_study_is_bound_to_it(
-    tiny_llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: int
+    tiny_llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, seed: int
 ) -> None:
-    error = refused(capsys, command(tiny_llama, tmp_path, f"--seed={seed}"))
-    assert f"--seed {seed}: give a number from 0 to 4294967295." in error
-    assert not (tmp_path / "out").exists()
+    error = refused(capsys, command(tiny_llama, tmp_path, f"--{option}={seed}"))
+    assert f"--{option} {seed}: give a number from 0 to 4294967295." in error
+    assert not list((tmp_path / "out").rglob("recipe.yaml"))
 
 
 @pytest.mark.parametrize(
