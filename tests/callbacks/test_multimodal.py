@@ -157,7 +157,7 @@ def test_a_part_is_trained_saved_merged_and_reloaded(
     torch.testing.assert_close(logits(merged), trained, rtol=1e-3, atol=1e-4)
     fresh = kind.from_pretrained(tmp_path / "base")
     load_adapter(fresh, tmp_path / "out" / "adapter")
-    torch.testing.assert_close(logits(fresh), trained, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(fresh), trained, rtol=1e-3, atol=1e-4)
     if "pixel_values" in batch:  # the image still reaches the text
         batch["pixel_values"] = torch.zeros_like(batch["pixel_values"])
         assert (logits(merged) - trained).abs().max() > 1e-4

@@ -48,9 +48,9 @@ def test_saved_loaded_and_merged(name: str, method: str, tmp_path: Path) -> None
     assert {module.layout for module in adapter.modules.values()} == {"parameter"}
     again = made(name, torch.float32)
     load_adapter(again, tmp_path / "adapter")
-    torch.testing.assert_close(again(X), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(again(X), wanted, rtol=1e-3, atol=1e-4)
     load_adapter(model, tmp_path / "adapter")
-    torch.testing.assert_close(model(X), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(X), wanted, rtol=1e-3, atol=1e-4)
 
     save_file(made(name, torch.float32).state_dict(), tmp_path / "base.safetensors")
     report = merge_files(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "merged", progress=False)
