@@ -66,16 +66,21 @@ def test_a_metric_that_is_not_logged(tmp_path: Path) -> None:
     assert read_record(tmp_path / "run") is None  # refused before the first step
 
 
+def check_resumed(folder: Path) -> None:
+    """The run in ``resumed`` has finished, with the scores of the one in ``whole``."""
+    whole, resumed = (read_record(folder / name) for name in ("whole", "resumed"))
+    assert whole is not None
+    assert resumed is not None
+    assert resumed.finished
+    assert [losses(each) for each in resumed.scores] == [losses(each) for each in whole.scores]
+
+
 def test_a_resumed_run_has_the_scores_of_one_that_was_not_stopped(tmp_path: Path) -> None:
     options = {"max_epochs": -1, "max_steps": 13, "val_check_interval": 4}
     fit(tmp_path / "whole", RunRecord(tmp_path / "whole"), **options)
     checkpoint = tmp_path / "whole" / "checkpoints" / "step=10.ckpt"
     fit(tmp_path / "resumed", RunRecord(tmp_path / "resumed"), str(checkpoint), **options)
-    whole, resumed = (read_record(tmp_path / name) for name in ("whole", "resumed"))
-    assert whole is not None
-    assert resumed is not None
-    assert resumed.finished
-    assert [losses(each) for each in resumed.scores] == [losses(each) for each in whole.scores]
+    check_resumed(tmp_path)
 
 
 @pytest.mark.parametrize("what", [signal.SIGTERM, ValueError("of the user")])
@@ -95,11 +100,7 @@ def test_equal_epochs_interrupted_in_the_last_validation(tmp_path: Path, what: A
     checkpoint = newest([folder], record.steps)
     assert checkpoint == folder / "checkpoints" / "last.ckpt"
     fit(tmp_path / "resumed", RunRecord(tmp_path / "resumed"), str(checkpoint), **options)
-    whole, resumed = (read_record(tmp_path / name) for name in ("whole", "resumed"))
-    assert whole is not None
-    assert resumed is not None
-    assert resumed.finished
-    assert [losses(each) for each in resumed.scores] == [losses(each) for each in whole.scores]
+    check_resumed(tmp_path)
 
 
 def test_a_run_that_could_not_write_its_adapter_has_not_finished(
